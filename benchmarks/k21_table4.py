@@ -1,0 +1,109 @@
+"""Table 4 of Khodak et al. 2021 in small: LAMB against FLAMBe, full heads against halved ones.
+
+Each cell pretrains a BERT of 4 layers, 256 wide, on Wikipedia articles, then fine-tunes it on SQuAD v1.1 and evaluates it
+on the whole dev set, with the same seed, data, steps and hyperparameters everywhere. A run that was broken off goes on.
+
+    python -m benchmarks.k21_table4 --data ../shared/data --runs runs/k21_table4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import machine
+
+from hf_fnl.training.runs import write_json
+
+HEAD_DIM = 64
+CELLS = {f"{optim}-{rank}": (optim, rank) for rank in (HEAD_DIM, HEAD_DIM // 2) for optim in ("lamb", "flambe")}
+RESULT = Path(__file__).parent / "results" / "k21_table4_small.json"
+
+
+def pretraining_command(optim: str, rank: int, data: Path, run: Path, steps: int) -> list[str]:
+    """The command that pretrains one cell."""
+    flags = f"""
+        --dataset {data}/wikipedia/train.parquet --validation_dataset {data}/wikipedia/validation.parquet
+        --tokenizer {data}/vocab/bert-base-uncased --phases 128:{steps}
+        --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --qk_rank {rank} --ov_rank {rank}
+        --optim {optim} --learning_rate 4e-3 --weight_decay 0.01 --warmup_steps {steps // 10}
+        --lr_scheduler_type polynomial --per_device_train_batch_size 32 --per_device_eval_batch_size 32
+        --logging_steps 50 --save_steps 250 --save_total_limit 1 --diagnostics_steps 100
+        --seed 42 --report_to none --output_dir {run}/pretrained --resume_from_checkpoint true
+    """
+    return ["run_scripts/pretrain_bert.py", *flags.split()]
+
+
+def finetuning_command(data: Path, run: Path) -> list[str]:
+    """The command that fine-tunes and evaluates one cell; the same for all."""
+    flags = f"""
+        --model {run}/pretrained --train_dataset {data}/squad/train-partial-v1.1.json
+        --eval_dataset {data}/squad/dev-v1.1.json --max_seq_length 256 --doc_stride 96 --max_query_length 32
+        --optim adamw_torch --learning_rate 5e-4 --weight_decay 0.01 --warmup_steps 100 --num_train_epochs 2
+        --per_device_train_batch_size 32 --per_device_eval_batch_size 64
+        --logging_steps 50 --save_steps 250 --save_total_limit 1 --seed 42 --report_to none
+        --output_dir {run}/squad --resume_from_checkpoint true
+    """
+    return ["run_scripts/finetune_squad.py", *flags.split()]
+
+
+def run_once(command: list[str], done: Path) -> dict[str, Any]:
+    """Run a script unless it is done; its metrics, its command and, when it ran here, its seconds."""
+    if not done.exists():
+        log = done.parent.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        with log.open("a") as file:
+            subprocess.run([sys.executable, *command], check=True, stdout=file, stderr=subprocess.STDOUT)
+        write_json(done.with_name("seconds.json"), {"last_run_seconds": time.time() - started})
+    return {"command": " ".join(["python", *command]), **json.loads(done.read_text())}
+
+
+def run_cell(name: str, data: Path, runs: Path, steps: int) -> dict[str, Any]:
+    """Pretrain and fine-tune one cell, and collect what the table shows."""
+    optim, rank = CELLS[name]
+    run = runs / name
+    pretrained = run_once(pretraining_command(optim, rank, data, run, steps), run / "pretrained" / "metrics.json")
+    squad = run_once(finetuning_command(data, run), run / "squad" / "metrics.json")
+    phase = pretrained["phase-1"]
+    return {
+        "optimizer": optim,
+        "head_rank": rank,
+        "pretraining_steps": steps,
+        "parameters": pretrained["parameters"]["total"],
+        "mlm_loss": phase["eval_mlm_loss"],
+        "mlm_accuracy": phase["eval_mlm_accuracy"],
+        "next_sentence_accuracy": phase["eval_next_sentence_accuracy"],
+        "exact_match": squad["exact_match"],
+        "f1": squad["f1"],
+        "commands": [pretrained["command"], squad["command"]],
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the cells asked for and write every cell that is finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
+    parser.add_argument("--runs", type=Path, default=Path("runs/k21_table4"), help="where models and logs go")
+    parser.add_argument("--steps", type=int, default=1000, help="pretraining steps of every cell")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="cells to run")
+    options = parser.parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in options.cells:
+        cell = run_cell(name, options.data, options.runs, options.steps)
+        result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        result["command"] = f"python -m benchmarks.k21_table4 --steps {options.steps}"
+        result["machine"] = machine("cpu")
+        result["cells"] = {**result.get("cells", {}), name: cell}
+        write_json(RESULT, result)
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(), indent=2))

@@ -1,0 +1,72 @@
+"""Factorized neural layers for Hugging Face Transformers.
+
+Low-rank and per-head factorized models, Frobenius decay and the FLAMBe optimizer, after Khodak et al. (ICLR 2021) and
+Kamalakara et al. (2022). Importing this package registers the factorized models with Transformers' Auto classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_fnl.config import FactorizationConfig
+from hf_fnl.decay import FrobeniusDecay
+from hf_fnl.diagnostics import diagnose
+from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
+from hf_fnl.models import (
+    FactorizedBertConfig,
+    FactorizedBertForMaskedLM,
+    FactorizedBertForMultipleChoice,
+    FactorizedBertForNextSentencePrediction,
+    FactorizedBertForPreTraining,
+    FactorizedBertForQuestionAnswering,
+    FactorizedBertForSequenceClassification,
+    FactorizedBertForTokenClassification,
+    FactorizedBertLMHeadModel,
+    FactorizedBertModel,
+)
+from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
+from hf_fnl.products import Product, find_products
+from hf_fnl.spectral import spectral_init
+
+if TYPE_CHECKING:
+    from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+
+__version__ = "0.1.0"
+
+# Transformers' Trainer imports `datasets`; who only wants a model or an optimizer does not wait for it.
+_LAZY = {"FLAMBeTrainer": "hf_fnl.training", "FLAMBeTrainingArguments": "hf_fnl.training"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "FLAMBe",
+    "FLAMBeTrainer",
+    "FLAMBeTrainingArguments",
+    "FactorizationConfig",
+    "Factorized",
+    "FactorizedBertConfig",
+    "FactorizedBertForMaskedLM",
+    "FactorizedBertForMultipleChoice",
+    "FactorizedBertForNextSentencePrediction",
+    "FactorizedBertForPreTraining",
+    "FactorizedBertForQuestionAnswering",
+    "FactorizedBertForSequenceClassification",
+    "FactorizedBertForTokenClassification",
+    "FactorizedBertLMHeadModel",
+    "FactorizedBertModel",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
+    "FrobeniusDecay",
+    "Lamb",
+    "Product",
+    "diagnose",
+    "find_products",
+    "parameter_groups",
+    "spectral_init",
+]

@@ -1,0 +1,147 @@
+"""Figures that show how training treats the products of a model, and counts of its parameters and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_fnl.functional import non_orthogonality, nuclear_norm_bound, singular_values
+from hf_fnl.layers import Factorized
+from hf_fnl.products import Product
+
+Figures = dict[str, float]
+
+
+@torch.no_grad()
+def diagnose(
+    model: nn.Module | Mapping[str, Tensor], products: Iterable[Product], *, learning_rate: float | None = None
+) -> dict[str, Figures]:
+    r"""Norms, rank and effective step size of every product, from ``(r, r)`` cores of its factors.
+
+    The figures of an attention product are means over its heads. With ``s`` the singular values of ``W``:
+
+    ========================  =====================================================================================
+    ``frobenius_norm``        ``||W||_F = sqrt(sum s^2)``, what Frobenius decay holds down
+    ``nuclear_norm``          ``||W||_* = sum s``
+    ``nuclear_norm_bound``    ``(||U||_F^2 + ||V||_F^2) / 2 >= ||W||_*``, what ordinary decay holds down (K21, Eq. 2)
+    ``operator_norm``         ``||W||_op = max s``
+    ``effective_rank``        ``||W||_* / ||W||_op`` (K22, Sec. 3.3), 0 for a zero matrix
+    ``effective_step_size``   ``learning_rate / ||W||_F^2`` (K21, Sec. 3.3), infinite for a zero matrix
+    ``non_orthogonality``     root-mean-square cosine between columns of a factor, 0 at spectral initialization
+    ========================  =====================================================================================
+
+    Everything is computed in float32 or better, and read back from the device once.
+
+    Args:
+        model: The model that holds the products, or its parameters by name.
+        products: What to look at; see :func:`~hf_fnl.products.find_products`.
+        learning_rate: Adds ``effective_step_size`` where given.
+
+    Returns:
+        The figures of each product under its name.
+
+    Raises:
+        ValueError: If there are no products.
+    """
+    products = list(products)
+    if not products:
+        raise ValueError("there are no products to diagnose; find_products(model) lists those of a model")
+    rows = [_figures(product.factors(model), learning_rate) for product in products]
+    values = torch.stack([torch.stack(list(row.values())) for row in rows]).tolist()
+    return {product.name: dict(zip(rows[0], row, strict=True)) for product, row in zip(products, values, strict=True)}
+
+
+def _figures(factors: tuple[Tensor, ...], learning_rate: float | None) -> dict[str, Tensor]:
+    factors = tuple(factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
+    s = singular_values(*factors)
+    nuclear_norm, operator_norm = s.sum(-1), s.amax(-1)
+    figures = {
+        "frobenius_norm": s.norm(dim=-1),
+        "nuclear_norm": nuclear_norm,
+        "nuclear_norm_bound": nuclear_norm_bound(*factors),
+        "operator_norm": operator_norm,
+        "effective_rank": torch.where(operator_norm > 0, nuclear_norm / operator_norm, 0),
+        "non_orthogonality": non_orthogonality(*factors),
+    }
+    if learning_rate is not None:
+        figures["effective_step_size"] = torch.where(operator_norm > 0, learning_rate / s.square().sum(-1), torch.inf)
+    return {name: figure.mean() for name, figure in figures.items()}
+
+
+def summarize(figures: Mapping[str, Figures], products: Iterable[Product]) -> Figures:
+    """Mean of every figure over the products of a kind, under names such as ``ov/frobenius_norm``, for logs.
+
+    Args:
+        figures: What :func:`diagnose` returned for ``products``.
+        products: The products that the figures belong to.
+    """
+    collected: dict[str, list[float]] = {}
+    for product in products:
+        for name, value in figures[product.name].items():
+            collected.setdefault(f"{product.kind}/{name}", []).append(value)
+    return {name: sum(values) / len(values) for name, values in collected.items()}
+
+
+def parameter_count(model: nn.Module) -> Figures:
+    """How many parameters a model holds, and how many it would hold without factorized layers.
+
+    Tied parameters count once. The heads of an attention count as they are: a model does not know from how wide a
+    head they were cut.
+
+    Returns:
+        ``total``, ``trainable``, ``in_products`` (the factors of linear and embedding products), ``dense_equivalent``
+        (the same model with the matrix of each of these products in the place of its factors) and ``ratio``, which is
+        ``total / dense_equivalent``.
+    """
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    layers = {id(module.U): module for module in model.modules() if isinstance(module, Factorized)}.values()
+    in_products = sum(_factor_count(layer) for layer in layers)
+    dense = total - in_products + sum(_dense_count(layer) for layer in layers)
+    return {
+        "total": total,
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "in_products": in_products,
+        "dense_equivalent": dense,
+        "ratio": total / max(dense, 1),
+    }
+
+
+def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
+    """Floating-point operations of the linear layers in a forward pass, counted from their sizes.
+
+    ``2 * tokens * parameters`` for each linear layer and each of its factors, a multiplication and an addition per
+    entry; a factorized embedding multiplies by ``V`` only, for ``U`` is looked up. Every layer counts as if it saw all
+    tokens. Attention scores, normalizations and biases are not counted.
+
+    Args:
+        model: The model, ours or stock.
+        tokens: Tokens in the pass.
+
+    Returns:
+        ``factorized`` for the model as it is, ``dense_equivalent`` with every product of a layer multiplied out, and
+        ``ratio`` of the first to the second.
+    """
+    ours = dense = 0
+    for module in model.modules():
+        if isinstance(module, Factorized) and module.kind == "embedding":
+            ours += module.V.numel()
+        elif isinstance(module, Factorized):
+            ours += _factor_count(module)
+            dense += _dense_count(module)
+        elif isinstance(module, nn.Linear | Conv1D):
+            ours += module.weight.numel()
+            dense += module.weight.numel()
+    return {"factorized": 2 * tokens * ours, "dense_equivalent": 2 * tokens * dense, "ratio": ours / max(dense, 1)}
+
+
+def _factor_count(layer: Factorized) -> int:
+    return sum(factor.numel() for factor in layer.factors())
+
+
+def _dense_count(layer: Factorized) -> int:
+    m, n = layer.shape
+    return m * n

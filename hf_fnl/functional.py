@@ -1,0 +1,90 @@
+r"""Pure functions of the factors of a product ``W = U V^T`` or ``W = U M V^T``.
+
+Shapes, here and everywhere: ``U`` is ``(..., m, r)``, ``M`` is ``(..., r, r)`` and ``V`` is ``(..., n, r)``; leading
+dimensions are a batch (the heads of an attention). Factors are passed in the order in which they are multiplied.
+Nothing here forms ``W`` except :func:`product`: the Gram matrices ``(r, r)`` of the factors hold all that is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product(*factors: Tensor) -> Tensor:
+    """Multiply the factors: ``U V^T`` or ``U M V^T``, shape ``(..., m, n)``."""
+    U, *middle, V = factors
+    for M in middle:
+        U = U @ M
+    return U @ V.mT
+
+
+def squared_frobenius_norm(*factors: Tensor) -> Tensor:
+    """``||W||_F^2 = <U^T U, M V^T V M^T>``, one value for each product of the batch."""
+    U = factors[0]
+    _, right = decay_multipliers(*factors)[0]
+    return ((U.mT @ U) * right).sum((-2, -1))
+
+
+def decay_multipliers(*factors: Tensor) -> tuple[tuple[Tensor | None, Tensor], ...]:
+    r"""Small matrices ``(L, R)`` that turn each factor ``p`` into its Frobenius-decay gradient ``L p R``.
+
+    An optimizer takes these once for a product, before any of its factors moves, and applies them factor by factor.
+
+    Returns:
+        For each factor a pair of ``(..., r, r)`` matrices; ``L`` is ``None`` where it is the identity.
+    """
+    U, *middle, V = factors
+    gram_u, gram_v = U.mT @ U, V.mT @ V
+    if not middle:
+        return (None, gram_v), (None, gram_u)
+    (M,) = middle
+    return (None, M @ gram_v @ M.mT), (gram_u, gram_v), (None, M.mT @ gram_u @ M)
+
+
+def decay_gradients(*factors: Tensor) -> tuple[Tensor, ...]:
+    r"""Gradients of ``||W||_F^2 / 2`` with respect to every factor (Khodak et al. 2021, Def. 3.2).
+
+    For two factors ``F_U = U V^T V`` and ``F_V = V U^T U``; for three, also ``F_M = U^T U M V^T V``.
+    Costs ``O(r^2 (m + n))``.
+    """
+    pairs = zip(factors, decay_multipliers(*factors), strict=True)
+    return tuple(p @ right if left is None else left @ p @ right for p, (left, right) in pairs)
+
+
+def nuclear_norm_bound(*factors: Tensor) -> Tensor:
+    """``(||U||_F^2 + ||V||_F^2) / 2``, which is at least ``||U V^T||_*`` (Khodak et al. 2021, Eq. 2).
+
+    This is what ordinary weight decay on the factors penalizes. With a middle factor its square is added, as there; the
+    sum bounds nothing then.
+    """
+    squares = [p.square().sum((-2, -1)) for p in factors]
+    return torch.stack(squares).sum(0) / 2
+
+
+def singular_values(*factors: Tensor) -> Tensor:
+    """Singular values of ``W`` that can differ from zero, in descending order, shape ``(..., min(m, n, r))``.
+
+    Taken from the triangular factors of ``U`` and ``V``, in float32 or better.
+    """
+    U, *middle, V = (p.to(torch.promote_types(p.dtype, torch.float32)) for p in factors)
+    left, right = torch.linalg.qr(U, mode="r").R, torch.linalg.qr(V, mode="r").R
+    for M in middle:
+        left = left @ M
+    return torch.linalg.svdvals(left @ right.mT)
+
+
+def non_orthogonality(*factors: Tensor) -> Tensor:
+    """Root-mean-square cosine between distinct columns of a factor, averaged over ``U`` and ``V``.
+
+    Zero right after spectral initialization, whose factors have orthogonal columns; one when all columns are parallel.
+    """
+    outer = (factors[0], factors[-1])
+    return torch.stack([_rms_cosine(p) for p in outer]).mean(0)
+
+
+def _rms_cosine(p: Tensor) -> Tensor:
+    rank = p.shape[-1]
+    unit = torch.nn.functional.normalize(p, dim=-2)
+    squared_cosines = (unit.mT @ unit).square().sum((-2, -1)) - unit.square().sum((-2, -1))
+    return (squared_cosines.clamp(min=0) / max(rank * (rank - 1), 1)).sqrt()

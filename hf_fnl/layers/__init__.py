@@ -1,0 +1,7 @@
+"""Layers that hold factors in place of a weight."""
+
+from hf_fnl.layers.base import Factorized
+from hf_fnl.layers.embedding import FactorizedEmbedding
+from hf_fnl.layers.linear import FactorizedLinear
+
+__all__ = ["Factorized", "FactorizedEmbedding", "FactorizedLinear"]

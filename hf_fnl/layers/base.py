@@ -1,0 +1,92 @@
+"""What every factorized layer is: a module that holds one matrix as factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_fnl.functional import product
+from hf_fnl.spectral import check_method, check_rank, initial_factors
+
+
+class Factorized(nn.Module):
+    """A layer whose matrix ``W`` of shape ``(m, n)`` is held as ``U V^T``, or as ``U M V^T`` when ``deep``.
+
+    Args:
+        shape: Shape ``(m, n)`` of the dense matrix.
+        rank: Columns of the factors. At most ``min(m, n)``, any number where ``overcomplete``.
+        init: One of ``hf_fnl.spectral.INIT_METHODS``. An overcomplete layer is drawn with ``"default"``.
+        deep: Adds a middle factor ``M (rank, rank)``, which starts as the identity (Khodak et al. 2021, Sec. 5).
+        overcomplete: Allows a rank above ``min(m, n)``, for training that is multiplied back afterwards.
+
+    Raises:
+        ValueError: If ``rank`` or ``init`` is not allowed.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        rank: int,
+        *,
+        init: str = "spectral",
+        deep: bool = False,
+        overcomplete: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_method(init)
+        if overcomplete and rank > min(shape):
+            init = "default"
+        else:
+            check_rank(rank, min(shape))
+        m, n = shape
+        self.shape, self.rank, self.init, self.overcomplete = shape, rank, init, overcomplete
+        self.U = nn.Parameter(torch.empty(m, rank, device=device, dtype=dtype))
+        if deep:
+            self.M = nn.Parameter(torch.empty(rank, rank, device=device, dtype=dtype))
+        else:
+            self.register_parameter("M", None)
+        self.V = nn.Parameter(torch.empty(n, rank, device=device, dtype=dtype))
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors in the order in which they are multiplied: ``(U, V)`` or ``(U, M, V)``."""
+        return (self.U, self.V) if self.M is None else (self.U, self.M, self.V)
+
+    def composed(self) -> Tensor:
+        """The dense matrix, shape ``(m, n)``."""
+        return product(*self.factors())
+
+    def draw_(self, weight: Tensor) -> None:
+        """Fill a dense weight as the dense layer's own initialization would."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
+        """New initial values for :meth:`factors`, by the layer's ``init``.
+
+        Args:
+            draw: Fills a dense weight in place; :meth:`draw_` unless given.
+        """
+        U, V = initial_factors(
+            self.shape, self.rank, draw or self.draw_, method=self.init, dtype=self.U.dtype, device=self.U.device
+        )
+        return (U, V) if self.M is None else (U, torch.eye(self.rank, dtype=U.dtype, device=U.device), V)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the factors anew; does nothing on the meta device."""
+        if self.U.is_meta:
+            return
+        self.set_factors_(self.fresh_factors())
+
+    @torch.no_grad()
+    def set_factors_(self, values: tuple[Tensor, ...]) -> None:
+        """Copy ``values`` into the factors, in the order of :meth:`factors`."""
+        for parameter, value in zip(self.factors(), values, strict=True):
+            parameter.copy_(value)

@@ -1,0 +1,121 @@
+"""An embedding whose table is a product of factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_fnl.layers.base import Factorized
+from hf_fnl.spectral import spectral_init
+
+
+class FactorizedEmbedding(Factorized):
+    r"""Rows of ``W = U V^T``, shape ``(num_embeddings, embedding_dim)``, looked up in ``U`` and widened by ``V``.
+
+    Args:
+        num_embeddings: Size of the vocabulary.
+        embedding_dim: Size of an embedding.
+        rank: Columns of ``U (num_embeddings, rank)`` and ``V (embedding_dim, rank)``.
+        padding_idx: Row that starts as zero and gets no gradient.
+        init: ``"spectral"``, ``"spectral_ones"`` or ``"default"``.
+
+    Raises:
+        ValueError: If ``rank`` or ``init`` is not allowed.
+    """
+
+    kind = "embedding"
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        padding_idx: int | None = None,
+        *,
+        init: str = "spectral",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__((num_embeddings, embedding_dim), rank, init=init, device=device, dtype=dtype)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.reset_parameters()
+
+    def draw_(self, weight: Tensor) -> None:
+        """Draw as :class:`torch.nn.Embedding` does."""
+        nn.init.normal_(weight)
+
+    @torch.no_grad()
+    def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
+        """New initial values, with the padding row zero."""
+        U, V = super().fresh_factors(draw)
+        if self.padding_idx is not None:
+            U[self.padding_idx] = 0
+        return U, V
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Map ids of any shape to embeddings of that shape times ``(embedding_dim,)``."""
+        return F.linear(F.embedding(input_ids, self.U, self.padding_idx), self.V)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Embedding, rank: int, *, init: str = "spectral") -> FactorizedEmbedding:
+        """Split the table of an embedding, which is left as it is.
+
+        Args:
+            dense: The embedding to split; device, dtype, ``padding_idx`` and ``requires_grad`` carry over. On the meta
+                device only the shapes do.
+            rank: Singular triples kept, ``1 <= rank <= min(num_embeddings, embedding_dim)``.
+            init: ``"spectral"`` or ``"spectral_ones"``.
+
+        Raises:
+            ValueError: If ``rank`` or ``init`` is not allowed, the table is not finite, or the embedding rescales its
+                rows in the forward pass (``max_norm``, ``scale_grad_by_freq``) or has sparse gradients.
+        """
+        layer = cls.empty_like(dense, rank, init=init)
+        if not layer.U.is_meta:
+            layer.set_factors_(spectral_init(dense.weight, rank, init))
+        return layer
+
+    @classmethod
+    def empty_like(cls, dense: nn.Embedding, rank: int, *, init: str = "spectral") -> FactorizedEmbedding:
+        """An embedding in the place of ``dense`` whose parameters are not set yet; nothing is drawn or decomposed.
+
+        Device, dtype, ``padding_idx``, ``requires_grad`` and mode carry over.
+        """
+        if dense.max_norm is not None or dense.scale_grad_by_freq or dense.sparse:
+            raise ValueError("an embedding with max_norm, scale_grad_by_freq or sparse gradients cannot be factorized")
+        layer = nn.utils.skip_init(
+            cls,
+            dense.num_embeddings,
+            dense.embedding_dim,
+            rank,
+            padding_idx=dense.padding_idx,
+            init=init,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+        )
+        for factor in layer.factors():
+            factor.requires_grad_(dense.weight.requires_grad)
+        return layer.train(dense.training)
+
+    def to_dense(self) -> nn.Embedding:
+        """The plain embedding with ``W`` multiplied out; this layer is left as it is."""
+        dense = nn.utils.skip_init(
+            nn.Embedding,
+            self.num_embeddings,
+            self.embedding_dim,
+            padding_idx=self.padding_idx,
+            device=self.U.device,
+            dtype=self.U.dtype,
+        )
+        if not self.U.is_meta:
+            dense.weight.detach().copy_(self.composed())
+        dense.weight.requires_grad_(self.U.requires_grad)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Sizes, as :class:`torch.nn.Embedding` shows them, and the rank."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}{padding}"

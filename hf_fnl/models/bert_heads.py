@@ -1,0 +1,344 @@
+"""Every head that Transformers has for BERT, on the factorized backbone, and their registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.models.bert import modeling_bert as stock
+from transformers.utils.generic import can_return_tuple
+
+from hf_fnl.layers import FactorizedLinear
+from hf_fnl.models.base import draw_normal_, is_loaded
+from hf_fnl.models.bert import (
+    FactorizedBertConfig,
+    FactorizedBertLMPredictionHead,
+    FactorizedBertModel,
+    FactorizedBertPreTrainedModel,
+)
+
+IGNORE_INDEX = -100
+
+
+class _WithLMHead(FactorizedBertPreTrainedModel):
+    """A head with vocabulary logits: its decoder is tied to the word embedding, factor by factor."""
+
+    def post_init(self) -> None:
+        """Put our prediction head in the place of the stock one, then initialize as every model does."""
+        with init.no_init_weights():
+            self.cls.predictions = FactorizedBertLMPredictionHead(self.config)
+        tied = ("weight",) if self.config.embedding_rank is None else ("U", "V")
+        self._tied_weights_keys = {
+            f"cls.predictions.decoder.{name}": f"bert.embeddings.word_embeddings.{name}" for name in tied
+        }
+        super().post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        tied = self.config.tie_word_embeddings and module is self.cls.predictions.decoder
+        if tied and isinstance(module, FactorizedLinear) and not is_loaded(module.U):
+            # Replaced by the embedding's factors right after this. The stock model draws its decoder all the same, and
+            # equal seeds are to give equal weights: draw it too, decompose nothing.
+            draw_normal_(module.U.new_empty(module.shape), self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the decoder; the output bias stays with the prediction head."""
+        self.cls.predictions.decoder = new_embeddings
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in Transformers, for a dense embedding; new tokens get a zero output bias.
+
+        Raises:
+            ValueError: If the embedding is factorized.
+        """
+        if self.config.embedding_rank is not None:
+            raise ValueError(
+                "resize_token_embeddings needs a dense embedding; merge() the model first or set embedding_rank=None"
+            )
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        bias = self.cls.predictions.bias
+        missing = self.config.vocab_size - bias.shape[0]
+        bias.data = F.pad(bias.data, (0, missing))
+        return embeddings
+
+    def _predict(self, hidden_states: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Vocabulary logits and their labels: at labelled positions only in training with ``sparse_prediction``."""
+        if labels is not None and self.training and self.config.sparse_prediction:
+            labelled = labels != IGNORE_INDEX
+            hidden_states, labels = hidden_states[labelled], labels[labelled]
+        return self.cls.predictions(hidden_states), labels
+
+
+def masked_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy summed over the labelled positions and divided by their number.
+
+    Args:
+        logits: ``(..., vocab_size)``.
+        labels: ``(...)``, -100 where there is nothing to predict.
+        num_items_in_batch: Labelled positions in the whole batch, over accumulation steps and processes, of which these
+            may be a part; their own number unless given.
+    """
+    total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
+    return total / num_items_in_batch
+
+
+def next_sentence_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_sequences_in_batch: Tensor | int | None = None,
+    share_of_batch: Tensor | float = 1.0,
+) -> Tensor:
+    """Cross-entropy of next-sentence prediction, averaged over the sequences of the whole batch.
+
+    Args:
+        logits: ``(batch, 2)``.
+        labels: ``(batch,)``.
+        num_sequences_in_batch: Sequences in the whole batch, over accumulation steps and processes.
+        share_of_batch: Weight of these sequences in the whole batch, where their number is not known.
+    """
+    if num_sequences_in_batch is None:
+        return F.cross_entropy(logits.float(), labels) * share_of_batch
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / num_sequences_in_batch
+
+
+class FactorizedBertForPreTraining(_WithLMHead, stock.BertForPreTraining):
+    """Masked language modelling and next-sentence prediction."""
+
+    dense_class = stock.BertForPreTraining
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: FactorizedBertConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.bert = FactorizedBertModel(config)
+        self.cls = stock.BertPreTrainingHeads(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_sequences_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> stock.BertForPreTrainingOutput:
+        """As the stock model, with a loss that adds up over parts of a batch.
+
+        Args:
+            labels: ``(batch, length)``, -100 where nothing is to be predicted.
+            next_sentence_label: ``(batch,)``, 0 where B follows A and 1 where it is random.
+            num_items_in_batch: Labelled positions in the whole batch, as the Trainer passes it.
+            num_sequences_in_batch: Sequences in the whole batch. Without it each part's next-sentence loss weighs as
+                much as its labelled positions.
+
+        Returns:
+            The stock output. ``prediction_logits`` are ``(labelled positions, vocab_size)`` in training with
+            ``sparse_prediction``, else ``(batch, length, vocab_size)``.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        logits, kept = self._predict(outputs.last_hidden_state, labels)
+        relationship = self.cls.seq_relationship(outputs.pooler_output)
+        loss = None
+        if kept is not None and next_sentence_label is not None:
+            share = 1.0 if num_items_in_batch is None else (kept != IGNORE_INDEX).sum() / num_items_in_batch
+            loss = masked_lm_loss(logits, kept, num_items_in_batch)
+            loss = loss + next_sentence_loss(relationship, next_sentence_label, num_sequences_in_batch, share)
+        return stock.BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=logits,
+            seq_relationship_logits=relationship,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class FactorizedBertForMaskedLM(_WithLMHead, stock.BertForMaskedLM):
+    """Masked language modelling."""
+
+    dense_class = stock.BertForMaskedLM
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: FactorizedBertConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.bert = FactorizedBertModel(config, add_pooling_layer=False)
+        self.cls = stock.BertOnlyMLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """As the stock model, with a loss that adds up over parts of a batch.
+
+        Args:
+            labels: ``(batch, length)``, -100 where nothing is to be predicted.
+            num_items_in_batch: Labelled positions in the whole batch, as the Trainer passes it.
+
+        Returns:
+            The stock output. ``logits`` are ``(labelled positions, vocab_size)`` in training with
+            ``sparse_prediction``, else ``(batch, length, vocab_size)``.
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=True,
+            **kwargs,
+        )
+        logits, kept = self._predict(outputs.last_hidden_state, labels)
+        return MaskedLMOutput(
+            loss=None if kept is None else masked_lm_loss(logits, kept, num_items_in_batch),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class FactorizedBertLMHeadModel(_WithLMHead, stock.BertLMHeadModel):
+    """Left-to-right language modelling, for a configuration with ``is_decoder=True``."""
+
+    dense_class = stock.BertLMHeadModel
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: FactorizedBertConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.bert = FactorizedBertModel(config, add_pooling_layer=False)
+        self.cls = stock.BertOnlyMLMHead(config)
+        self.post_init()
+
+
+class FactorizedBertForNextSentencePrediction(FactorizedBertPreTrainedModel, stock.BertForNextSentencePrediction):
+    """Next-sentence prediction alone."""
+
+    dense_class = stock.BertForNextSentencePrediction
+
+    def __init__(self, config: FactorizedBertConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.bert = FactorizedBertModel(config)
+        self.cls = stock.BertOnlyNSPHead(config)
+        self.post_init()
+
+
+def _classifier_dropout(config: FactorizedBertConfig) -> nn.Dropout:
+    rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+    return nn.Dropout(rate)
+
+
+class FactorizedBertForSequenceClassification(FactorizedBertPreTrainedModel, stock.BertForSequenceClassification):
+    """Classification or regression of a sequence or a pair, as for GLUE."""
+
+    dense_class = stock.BertForSequenceClassification
+
+    def __init__(self, config: FactorizedBertConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.bert = FactorizedBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class FactorizedBertForMultipleChoice(FactorizedBertPreTrainedModel, stock.BertForMultipleChoice):
+    """Choice among several sequences, as for SWAG."""
+
+    dense_class = stock.BertForMultipleChoice
+
+    def __init__(self, config: FactorizedBertConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.bert = FactorizedBertModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+class FactorizedBertForTokenClassification(FactorizedBertPreTrainedModel, stock.BertForTokenClassification):
+    """Classification of every token, as for named entities."""
+
+    dense_class = stock.BertForTokenClassification
+
+    def __init__(self, config: FactorizedBertConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.bert = FactorizedBertModel(config, add_pooling_layer=False)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class FactorizedBertForQuestionAnswering(FactorizedBertPreTrainedModel, stock.BertForQuestionAnswering):
+    """Extractive question answering, as for SQuAD."""
+
+    dense_class = stock.BertForQuestionAnswering
+
+    def __init__(self, config: FactorizedBertConfig) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.bert = FactorizedBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+AutoConfig.register(FactorizedBertConfig.model_type, FactorizedBertConfig, exist_ok=True)
+AutoTokenizer.register(FactorizedBertConfig, tokenizer_class=BertTokenizer, exist_ok=True)
+for _auto, _model in (
+    (AutoModel, FactorizedBertModel),
+    (AutoModelForPreTraining, FactorizedBertForPreTraining),
+    (AutoModelForMaskedLM, FactorizedBertForMaskedLM),
+    (AutoModelForCausalLM, FactorizedBertLMHeadModel),
+    (AutoModelForNextSentencePrediction, FactorizedBertForNextSentencePrediction),
+    (AutoModelForSequenceClassification, FactorizedBertForSequenceClassification),
+    (AutoModelForMultipleChoice, FactorizedBertForMultipleChoice),
+    (AutoModelForTokenClassification, FactorizedBertForTokenClassification),
+    (AutoModelForQuestionAnswering, FactorizedBertForQuestionAnswering),
+):
+    _auto.register(FactorizedBertConfig, _model, exist_ok=True)

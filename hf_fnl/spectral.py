@@ -1,0 +1,182 @@
+r"""Truncated singular value decompositions and the initializations built on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+INIT_METHODS = ("spectral", "spectral_ones", "default")
+
+# Largest entry of ``Q^T Q - I`` that passes. ``P`` has orthonormal columns and ``P diag(S) Q^T = P P^T W`` whatever
+# the rounding in the Gram matrix, so that it shows as lost orthogonality of ``Q`` and nowhere else.
+_ORTHOGONALITY_TOLERANCE = 1e-4
+
+_GRAM_BLOCK = 192  # rows; a quarter of BERT-base's width, where the saving below levels off on CPU
+
+
+def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The ``rank`` leading singular triples of a matrix: ``W ~ P diag(S) Q^T``.
+
+    Computed from the eigenvectors of the smaller Gram matrix, which is several times faster than an SVD: in float32,
+    then in float64 where that is too coarse (trained weights are ill-conditioned), then by a full SVD.
+
+    Args:
+        weight: Matrix of shape ``(m, n)``; half precision is decomposed in float32.
+        rank: Number of triples, ``1 <= rank <= min(m, n)``.
+
+    Returns:
+        ``P`` of shape ``(m, rank)``, ``S`` of shape ``(rank,)`` in descending order and ``Q`` of shape ``(n, rank)``,
+        in float32, or in float64 for a float64 ``weight``.
+
+    Raises:
+        ValueError: If ``rank`` is out of range or ``weight`` is not finite.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"a weight to be decomposed must be a matrix, got shape {tuple(weight.shape)}")
+    check_rank(rank, min(weight.shape))
+    if not torch.stack(weight.aminmax()).isfinite().all():
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} to be decomposed holds NaN or Inf")
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    if weight.shape[0] <= weight.shape[1]:
+        return _wide_svd(weight, rank)
+    Q, S, P = _wide_svd(weight.mT, rank)
+    return P, S, Q
+
+
+def _wide_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    for dtype in dict.fromkeys((weight.dtype, torch.float64)):
+        triples = _gram_svd(weight.to(dtype), rank)
+        if triples is not None:
+            P, S, Q = triples
+            return P.to(weight.dtype), S.to(weight.dtype), Q.to(weight.dtype)
+    P, S, Qt = torch.linalg.svd(weight, full_matrices=False)
+    return P[:, :rank], S[:rank], Qt[:rank].mT
+
+
+def _gram_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Truncated SVD of a wide matrix from ``W W^T``, or ``None`` where its rounding error would show."""
+    P = torch.linalg.eigh(_lower_gram(weight)).eigenvectors[:, -rank:].flip(1)
+    Q = weight.mT @ P
+    S = Q.norm(dim=0)
+    Q = Q / S
+    error = Q.mT @ Q - torch.eye(rank, dtype=Q.dtype, device=Q.device)
+    return (P, S, Q) if error.abs().max() < _ORTHOGONALITY_TOLERANCE else None
+
+
+def _lower_gram(weight: Tensor) -> Tensor:
+    """``W W^T`` up to its block diagonal and zero above: ``eigh`` reads the lower triangle only."""
+    gram = weight.new_zeros(len(weight), len(weight))
+    for start in range(0, len(weight), _GRAM_BLOCK):
+        stop = start + _GRAM_BLOCK
+        gram[start:stop, :stop] = weight[start:stop] @ weight[:stop].mT
+    return gram
+
+
+def spectral_init(weight: Tensor, rank: int, method: str = "spectral") -> tuple[Tensor, Tensor]:
+    r"""Split ``weight`` into balanced factors ``U = P sqrt(S)``, ``V = Q sqrt(S)`` of its truncated SVD.
+
+    The product ``U V^T`` is the best approximation of rank ``rank`` (Khodak et al. 2021, Def. 3.1).
+    ``"spectral_ones"`` replaces the singular values by ones (Kamalakara et al. 2022, Sec. 4.1).
+
+    Args:
+        weight: Dense matrix, shape ``(m, n)``.
+        rank: Singular triples kept, ``1 <= rank <= min(m, n)``.
+        method: ``"spectral"`` or ``"spectral_ones"``.
+
+    Returns:
+        ``U`` of shape ``(m, rank)`` and ``V`` of shape ``(n, rank)``, in the dtype of ``weight``.
+
+    Raises:
+        ValueError: If ``rank`` or ``method`` is not allowed, or ``weight`` is not finite.
+    """
+    P, S, Q = truncated_svd(weight, rank)
+    root = _root(S, method)
+    return (P * root).to(weight.dtype).contiguous(), (Q * root).to(weight.dtype).contiguous()
+
+
+def spectral_init_heads(left: Tensor, right: Tensor, rank: int, method: str = "spectral") -> tuple[Tensor, Tensor]:
+    r"""Spectral initialization of every ``left_h right_h^T`` without forming these ``(m, n)`` matrices.
+
+    QR of both factors leaves a ``(d, d)`` core to decompose. Cutting biased projections is the same call on the
+    *augmented* factors ``[Q; b_q]`` and ``[K; b_k]``, for ``(x Q + b_q)(x K + b_k)^T`` is their product.
+
+    Args:
+        left: Left factors, shape ``(heads, m, d)``.
+        right: Right factors, shape ``(heads, n, d)``.
+        rank: Singular triples kept per head, ``1 <= rank <= d``.
+        method: ``"spectral"`` or ``"spectral_ones"``.
+
+    Returns:
+        Balanced factors of shapes ``(heads, m, rank)`` and ``(heads, n, rank)``, in the dtypes given.
+
+    Raises:
+        ValueError: If ``rank`` or ``method`` is not allowed, or a factor is not finite.
+    """
+    check_rank(rank, min(*left.shape[-2:], right.shape[-2]))
+    if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+        raise ValueError("the projections of an attention to be decomposed hold NaN or Inf")
+    wide = torch.promote_types(left.dtype, torch.float32)
+    left_basis, left_core = torch.linalg.qr(left.to(wide))
+    right_basis, right_core = torch.linalg.qr(right.to(wide))
+    P, S, Qt = torch.linalg.svd(left_core @ right_core.mT)
+    root = _root(S[..., :rank], method).unsqueeze(-2)
+    U, V = left_basis @ P[..., :rank] * root, right_basis @ Qt.mT[..., :rank] * root
+    return U.to(left.dtype), V.to(right.dtype)
+
+
+def initial_factors(
+    shape: tuple[int, int],
+    rank: int,
+    draw: Callable[[Tensor], object],
+    *,
+    method: str = "spectral",
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Fresh factors of a layer, drawn with the dense layer's own initialization.
+
+    ``"spectral"`` and ``"spectral_ones"`` draw the dense weight and split it. ``"default"`` draws each factor as a
+    layer of its own: ``U`` as the weight of ``Linear(rank, m)``, ``V^T`` as that of ``Linear(n, rank)``.
+
+    Args:
+        shape: Shape ``(m, n)`` of the dense weight.
+        rank: Columns of the factors.
+        draw: Fills a weight of shape ``(out, in)`` in place.
+        method: One of ``INIT_METHODS``.
+        dtype: Data type of the factors.
+        device: Device on which they are drawn and decomposed.
+
+    Returns:
+        ``U`` of shape ``(m, rank)`` and ``V`` of shape ``(n, rank)``.
+    """
+    check_method(method)
+    m, n = shape
+    if method == "default":
+        U, Vt = torch.empty(m, rank, dtype=dtype, device=device), torch.empty(rank, n, dtype=dtype, device=device)
+        draw(Vt)
+        draw(U)
+        return U, Vt.mT.contiguous()
+    weight = torch.empty(m, n, dtype=dtype, device=device)
+    draw(weight)
+    return spectral_init(weight, rank, method)
+
+
+def check_rank(rank: int, limit: int, option: str = "rank") -> None:
+    """Raise a ``ValueError`` unless ``1 <= rank <= limit``; ``option`` is the name that the user knows."""
+    if not 1 <= rank <= limit:
+        raise ValueError(f"{option} must be in [1, {limit}], got {rank}")
+
+
+def check_method(method: str) -> None:
+    """Raise a ``ValueError`` unless ``method`` is one of ``INIT_METHODS``."""
+    if method not in INIT_METHODS:
+        raise ValueError(f"factor_init must be one of {', '.join(INIT_METHODS)}, got {method!r}")
+
+
+def _root(singular_values: Tensor, method: str) -> Tensor:
+    check_method(method)
+    if method == "default":
+        raise ValueError("factor_init='default' draws the factors themselves; there is no weight to split")
+    return singular_values.sqrt() if method == "spectral" else torch.ones_like(singular_values)

@@ -1,0 +1,90 @@
+"""Training arguments: which optimizer runs, and what is decayed as a product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_fnl.decay import MODES
+from hf_fnl.products import KINDS
+
+OUR_OPTIMIZERS = ("flambe", "lamb")
+
+
+@dataclass
+class FLAMBeTrainingArguments(TrainingArguments):
+    """Transformers' training arguments, with FLAMBe as the optimizer and Frobenius decay of products.
+
+    The defaults are those of Khodak et al. 2021, Sec. 6: FLAMBe decays the output-value products of the attention and
+    applies ordinary decay elsewhere, none on biases and LayerNorm.
+
+    Raises:
+        ValueError: If an option is unknown or two options contradict each other.
+    """
+
+    optim: str = field(
+        default="flambe", metadata={"help": "flambe, lamb, or any optimizer of Transformers (adamw_torch, sgd, ...)."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Coefficient of ordinary decay of every matrix."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Added to the root of the second moment."})
+    # HfArgumentParser reads Optional[...] on every supported Python.
+    frobenius_decay: Optional[list[str]] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": f"Kinds of products under Frobenius decay ({', '.join(KINDS)}), or none. "
+            "Default: ov with flambe, none with other optimizers."
+        },
+    )
+    frobenius_coefficient: Optional[float] = field(  # noqa: UP045
+        default=None, metadata={"help": "Coefficient of Frobenius decay. Default: weight_decay."}
+    )
+    frobenius_mode: str = field(
+        default="decoupled",
+        metadata={"help": f"How other optimizers than flambe apply Frobenius decay: {', '.join(MODES)}."},
+    )
+    diagnostics_steps: int = field(
+        default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
+    )
+
+    def __post_init__(self) -> None:
+        chosen = str(getattr(self.optim, "value", self.optim))
+        known = {*OUR_OPTIMIZERS, *(name.value for name in OptimizerNames)}
+        if chosen not in known:
+            raise ValueError(f"optim must be flambe, lamb or one of Transformers' optimizers, got {chosen!r}")
+        # Transformers accepts only its own names here; ours is put back when it has checked the rest.
+        self.optim = OptimizerNames.ADAMW_TORCH if chosen in OUR_OPTIMIZERS else chosen
+        super().__post_init__()
+        if chosen in OUR_OPTIMIZERS:
+            self.optim = chosen
+        self._check_decay()
+
+    def _check_decay(self) -> None:
+        if self.frobenius_decay is None:
+            self.frobenius_decay = ["ov"] if self.optim == "flambe" else []
+        if self.frobenius_decay == ["none"]:
+            self.frobenius_decay = []
+        if unknown := sorted(set(self.frobenius_decay) - set(KINDS)):
+            raise ValueError(
+                f"frobenius_decay: unknown kind {', '.join(unknown)}; known are {', '.join(KINDS)} or none"
+            )
+        if self.optim == "flambe" and not self.frobenius_decay:
+            raise ValueError("optim=flambe without frobenius_decay is LAMB: set optim=lamb, or name a kind of product")
+        if self.frobenius_mode not in MODES:
+            raise ValueError(f"frobenius_mode must be one of {', '.join(MODES)}, got {self.frobenius_mode!r}")
+        if self.optim == "flambe" and self.frobenius_mode != "decoupled":
+            raise ValueError(
+                f"optim=flambe applies its decay inside the LAMB update; frobenius_mode={self.frobenius_mode} is for "
+                "the other optimizers"
+            )
+        if self.frobenius_coefficient is not None and self.frobenius_coefficient < 0:
+            raise ValueError(f"frobenius_coefficient must not be negative, got {self.frobenius_coefficient}")
+        if self.diagnostics_steps < 0:
+            raise ValueError(f"diagnostics_steps must not be negative, got {self.diagnostics_steps}")
+
+    @property
+    def product_decay(self) -> float:
+        """The coefficient of Frobenius decay."""
+        return self.weight_decay if self.frobenius_coefficient is None else self.frobenius_coefficient

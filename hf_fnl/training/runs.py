@@ -1,0 +1,92 @@
+"""What every script shares: reading its arguments, and writing what it did beside the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+METRICS_FILE = "metrics.json"
+CONFIG_FILE = "run_config.json"
+
+# Written by the Trainer for itself, or secret: not settings of a run.
+_NOT_SETTINGS = {"hub_token", "deepspeed_plugin", "distributed_state"}
+
+
+def parse_arguments(argv: Sequence[str] | None, *classes: type) -> tuple[Any, ...]:
+    """Read flags, or one YAML or JSON file with the same names, into dataclasses.
+
+    Args:
+        argv: Command line without the program's name; that of the process unless given.
+        classes: Dataclasses of options, with metadata as :class:`transformers.HfArgumentParser` reads it.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not YAML or JSON, or holds a key that no class has.
+    """
+    parser = HfArgumentParser(classes)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) != 1 or Path(arguments[0]).suffix not in {".json", ".yaml", ".yml"}:
+        return parser.parse_args_into_dataclasses(arguments)
+    path = Path(arguments[0])
+    if not path.is_file():
+        raise FileNotFoundError(f"no such configuration file: {path}")
+    parse = parser.parse_json_file if path.suffix == ".json" else parser.parse_yaml_file
+    try:
+        return parse(str(path))
+    except (ValueError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read the configuration file {path}: {error}") from error
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint from which a run goes on, or ``None`` to start afresh.
+
+    ``resume_from_checkpoint`` may name a checkpoint, or be ``true`` for the newest one in ``output_dir``, if any.
+
+    Raises:
+        ValueError: If ``output_dir`` holds checkpoints and nothing was said about them.
+    """
+    folder = args.output_dir
+    newest = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    if args.resume_from_checkpoint is None:
+        if newest is not None:
+            raise ValueError(
+                f"output_dir {folder} holds {os.path.basename(newest)} of an earlier run: set "
+                "resume_from_checkpoint=true to go on from it, or another output_dir"
+            )
+        return None
+    if str(args.resume_from_checkpoint).lower() == "true":
+        return newest
+    return str(args.resume_from_checkpoint)
+
+
+def run_settings(*arguments: Any) -> dict[str, Any]:
+    """All options of a run under the names that :func:`parse_arguments` reads back."""
+    settings: dict[str, Any] = {}
+    for options in arguments:
+        values = options.to_dict() if isinstance(options, TrainingArguments) else dataclasses.asdict(options)
+        initial = {field.name for field in dataclasses.fields(options) if field.init}
+        settings.update({key: value for key, value in values.items() if key in initial - _NOT_SETTINGS})
+    return settings
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def finish_run(folder: str | Path, metrics: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+    """Write ``metrics.json`` and ``run_config.json`` into ``folder`` and return the metrics."""
+    write_json(Path(folder) / METRICS_FILE, metrics)
+    write_json(Path(folder) / CONFIG_FILE, run_settings(*arguments))
+    return metrics

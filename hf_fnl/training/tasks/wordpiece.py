@@ -1,0 +1,139 @@
+"""WordPiece tokenizers: trained from texts, or loaded from wherever they lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import trainers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+
+from hf_fnl.training.tasks.documents import looks_like_path
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MIN_VOCAB_SIZE = 100
+# As in the tokenizers library's own BERT recipe: rarer characters become [UNK].
+MAX_ALPHABET = 1000
+
+
+class Vocabulary(NamedTuple):
+    """What pairing and masking need of a tokenizer; the arrays are indexed by token id."""
+
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    is_special: NDArray[np.bool_]
+    continues_word: NDArray[np.bool_]
+    ordinary_ids: NDArray[np.int64]
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+        """Read a tokenizer's vocabulary.
+
+        Raises:
+            ValueError: If the tokenizer lacks a special token that BERT's pretraining needs.
+        """
+        for name in ("cls_token", "sep_token", "mask_token", "pad_token"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"the tokenizer has no {name}; pretraining needs a tokenizer in the manner of BERT's")
+        vocab = tokenizer.get_vocab()
+        is_special = np.zeros(max(vocab.values()) + 1, dtype=bool)
+        is_special[tokenizer.all_special_ids] = True
+        continues_word = np.zeros_like(is_special)
+        continues_word[[index for token, index in vocab.items() if token.startswith("##")]] = True
+        ordinary_ids = np.setdiff1d(np.fromiter(vocab.values(), np.int64), tokenizer.all_special_ids)
+        special_ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
+        return cls(*special_ids, is_special, continues_word, ordinary_ids)
+
+
+def train_wordpiece(
+    texts: Iterable[str], *, vocab_size: int = 30522, lowercase: bool = True, min_frequency: int = 2
+) -> BertTokenizer:
+    """Train a BERT tokenizer; the same texts give the same vocabulary, in every process.
+
+    Args:
+        texts: Documents; read twice, so a list or a column of a data set (``documents["text"]``), not a generator.
+        vocab_size: Entries wanted, special tokens included; a small corpus may give fewer.
+        lowercase: Lower-case the text and strip accents, as the uncased BERT does.
+        min_frequency: How often two pieces must stand together to become one.
+
+    Returns:
+        A tokenizer whose vocabulary begins with ``[PAD]``, ``[UNK]``, ``[CLS]``, ``[SEP]``, ``[MASK]``.
+
+    Raises:
+        TypeError: If ``texts`` is a string or can be read only once.
+        ValueError: If there is no text, or ``vocab_size`` or ``min_frequency`` is too small.
+    """
+    if isinstance(texts, str) or iter(texts) is texts:
+        raise TypeError(f"texts is read twice: give a list or a data set's column, not a {type(texts).__name__}")
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
+    untrained = BertTokenizer(do_lower_case=lowercase)
+    # At most half of the entries are single characters, which come in an initial and a continuing form.
+    alphabet = _alphabet(texts, untrained, min(MAX_ALPHABET, (vocab_size - len(SPECIAL_TOKENS)) // 4))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        # Ids given here are fixed. The trainer numbers what it meets in hash order, and ids decide ties of merges.
+        special_tokens=[*SPECIAL_TOKENS, *alphabet, *(f"##{char}" for char in alphabet if _continues(char, untrained))],
+        show_progress=False,
+    )
+    untrained.backend_tokenizer.train_from_iterator(iter(texts), trainer)
+    vocab = sorted(untrained.backend_tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return BertTokenizer(vocab=dict(vocab), do_lower_case=lowercase)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        source: An id on the Hub; a folder that ``save_pretrained`` wrote; or a folder with only BERT's ``vocab.txt``,
+            read as cased when an entry has a capital letter.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or holds no tokenizer.
+    """
+    folder = Path(source).expanduser()
+    if isinstance(source, str) and not looks_like_path(source):
+        return AutoTokenizer.from_pretrained(source)
+    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(folder)
+    if not (folder / "vocab.txt").is_file():
+        raise FileNotFoundError(f"no tokenizer.json, tokenizer_config.json or vocab.txt in {folder}")
+    entries = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    cased = any(entry != entry.lower() for entry in entries if not entry.startswith("["))
+    return BertTokenizer.from_pretrained(folder, do_lower_case=not cased)
+
+
+def _alphabet(texts: Iterable[str], tokenizer: BertTokenizer, limit: int) -> list[str]:
+    """The most frequent characters after normalisation, at most ``limit``, in code point order."""
+    raw: Counter[str] = Counter()
+    for text in texts:
+        raw.update(text)
+    counts: Counter[str] = Counter()
+    for char, count in raw.items():
+        for normal in "".join(_words(char, tokenizer)):
+            counts[normal] += count
+    if not counts:
+        raise ValueError("no text to train a tokenizer on")
+    return sorted(sorted(counts, key=lambda char: (-counts[char], char))[:limit])
+
+
+def _continues(char: str, tokenizer: BertTokenizer) -> bool:
+    return len(_words(f"a{char}", tokenizer)) == 1
+
+
+def _words(text: str, tokenizer: BertTokenizer) -> list[str]:
+    backend = tokenizer.backend_tokenizer
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))]

@@ -1,0 +1,70 @@
+"""Fine-tune a model on SQuAD, v1.1 or v2.0, and evaluate it by the official rules.
+
+python run_scripts/finetune_squad.py --model runs/bert --train_dataset rajpurkar/squad --output_dir runs/squad
+python run_scripts/finetune_squad.py config.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_fnl.diagnostics import parameter_count
+from transformers import AutoModelForQuestionAnswering, set_seed
+
+from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
+from hf_fnl.training.tasks.squad_evaluation import answer_questions
+from hf_fnl.training.tasks.wordpiece import load_tokenizer
+
+
+@dataclass
+class DataOptions:
+    """Model and questions."""
+
+    model: str = field(metadata={"help": "Hub id or folder of a pretrained model, factorized or stock."})
+    train_dataset: str = field(default="embedded", metadata={"help": "Hub id, official JSON file, or embedded."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Likewise. Default: train_dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of train_dataset."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of eval_dataset."})
+    max_train_questions: int | None = field(default=None, metadata={"help": "Take the first so many."})
+    max_eval_questions: int | None = field(default=None, metadata={"help": "Take the first so many."})
+    max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
+    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; the rest is cut off."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Parse, build, run; returns the metrics."""
+    data, args = parse_arguments(argv, DataOptions, FLAMBeTrainingArguments)
+    options = SquadOptions(
+        max_seq_length=data.max_seq_length, doc_stride=data.doc_stride, max_query_length=data.max_query_length
+    )
+    resume = checkpoint_to_resume(args)
+    set_seed(args.seed)
+    train = load_squad(data.train_dataset, split=data.train_split, limit=data.max_train_questions)
+    examples = load_squad(data.eval_dataset or data.train_dataset, split=data.eval_split, limit=data.max_eval_questions)
+    tokenizer = load_tokenizer(data.model)
+    model = AutoModelForQuestionAnswering.from_pretrained(data.model)
+    trainer = FLAMBeTrainer(
+        model,
+        args,
+        train_dataset=build_squad_features(train, tokenizer, options, train=True, num_proc=data.num_proc),
+        data_collator=SquadCollator(tokenizer),
+        processing_class=tokenizer,
+    )
+    metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
+    metrics |= answer_questions(trainer, examples, tokenizer, options, folder=args.output_dir)
+    if args.should_save:
+        trainer.save_model()
+        trainer.save_state()
+        finish_run(args.output_dir, metrics, data, args)
+    return metrics
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    main()

@@ -1,0 +1,183 @@
+"""Pretrain a factorized BERT from raw documents: masked language modelling, with next-sentence prediction or without.
+
+python run_scripts/pretrain_bert.py --dataset embedded --output_dir runs/bert --ffn_rank 64 --max_steps 1000
+python run_scripts/pretrain_bert.py config.yaml
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTrainedModel, set_seed
+
+from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
+from hf_fnl.diagnostics import parameter_count
+from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.tasks.documents import load_documents
+from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
+from hf_fnl.training.tasks.pretraining import (
+    EpochCallback,
+    PretrainingCollator,
+    PretrainingOptions,
+    build_pretraining_dataset,
+)
+from hf_fnl.training.tasks.wordpiece import load_tokenizer, train_wordpiece
+
+
+@dataclass
+class ModelOptions:
+    """The model to train; ranks that are not given leave the matrices dense."""
+
+    init_from: str | None = field(default=None, metadata={"help": "Go on from this model; sizes and ranks are its."})
+    hidden_size: int = field(default=768, metadata={"help": "Width of the model."})
+    num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers."})
+    num_attention_heads: int = field(default=12, metadata={"help": "Heads of each layer."})
+    intermediate_size: int | None = field(default=None, metadata={"help": "Default: four times hidden_size."})
+    max_position_embeddings: int = field(default=512, metadata={"help": "Longest sequence of the model."})
+    qk_rank: int | None = field(default=None, metadata={"help": "Rank of each head's query-key product."})
+    ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
+    ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
+    embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the word embedding."})
+    factor_init: str = field(default="spectral", metadata={"help": "spectral, spectral_ones or default."})
+    stock: bool = field(default=False, metadata={"help": "Train Transformers' own BERT class; takes no ranks."})
+
+
+@dataclass
+class DataOptions:
+    """The documents and what becomes of them."""
+
+    dataset: str = field(default="embedded", metadata={"help": "Hub id, file, folder, or embedded."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_dataset: str | None = field(default=None, metadata={"help": "Hub id, file or folder to evaluate on."})
+    validation_split: str = field(default="train", metadata={"help": "Split of validation_dataset."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    max_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training; memory does not grow."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder. Default: train one."})
+    vocab_size: int = field(default=30522, metadata={"help": "Size of a tokenizer that is trained."})
+    lowercase: bool = field(default=True, metadata={"help": "Whether a tokenizer that is trained lower-cases."})
+    phases: list[str] = field(
+        default_factory=lambda: ["128"],
+        metadata={"help": "length[:steps[:learning_rate]] each, e.g. 128:900000 512:100000."},
+    )
+    next_sentence: bool = field(default=True, metadata={"help": "False: masked language modelling only (RoBERTa)."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask all pieces of a word together."})
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the training, with sequences of its own length."""
+
+    length: int
+    steps: int | None
+    learning_rate: float | None
+
+    @classmethod
+    def parse(cls, text: str) -> Phase:
+        """Read ``length[:steps[:learning_rate]]``."""
+        parts = text.split(":")
+        try:
+            length, steps, rate = (*parts, *[None] * (3 - len(parts)))
+            return cls(int(length), steps and int(steps), rate and float(rate))
+        except ValueError:
+            raise ValueError(f"phases: expected length[:steps[:learning_rate]], got {text!r}") from None
+
+
+def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> PreTrainedModel:
+    """A fresh model of the sizes and ranks asked for, or the one to go on from."""
+    if options.stock:
+        model_class = BertForPreTraining if next_sentence else BertForMaskedLM
+    else:
+        model_class = FactorizedBertForPreTraining if next_sentence else FactorizedBertForMaskedLM
+    if options.init_from:
+        return model_class.from_pretrained(options.init_from)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "hidden_size": options.hidden_size,
+        "num_hidden_layers": options.num_hidden_layers,
+        "num_attention_heads": options.num_attention_heads,
+        "intermediate_size": options.intermediate_size or 4 * options.hidden_size,
+        "max_position_embeddings": options.max_position_embeddings,
+    }
+    ranks = {name: getattr(options, name) for name in ("qk_rank", "ov_rank", "ffn_rank", "embedding_rank")}
+    if not options.stock:
+        return model_class(FactorizedBertConfig(**sizes, **ranks, factor_init=options.factor_init))
+    if given := [name for name, rank in ranks.items() if rank is not None]:
+        raise ValueError(f"stock=True takes no ranks, got {', '.join(given)}")
+    return model_class(BertConfig(**sizes))
+
+
+def train_phase(
+    phase: Phase, number: int, model: PreTrainedModel, tokenizer: Any, data: DataOptions, args: FLAMBeTrainingArguments
+) -> dict[str, Any]:
+    """Train on sequences of one length, with an optimizer and checkpoints of its own; go on if it was broken off."""
+    options = PretrainingOptions(
+        max_seq_length=phase.length,
+        next_sentence=data.next_sentence,
+        mlm_probability=data.mlm_probability,
+        whole_word_mask=data.whole_word_mask,
+        seed=args.seed,
+    )
+    source = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
+    documents = load_documents(data.dataset, split=data.split, streaming=data.streaming, **source)
+    validation = None
+    if data.validation_dataset:
+        held_out = load_documents(data.validation_dataset, split=data.validation_split, text_column=data.text_column)
+        validation = build_pretraining_dataset(held_out, tokenizer, options, num_proc=data.num_proc)
+    args = copy.copy(args)
+    args.output_dir = str(Path(args.output_dir) / f"phase-{number}")
+    args.max_steps = phase.steps or args.max_steps
+    args.learning_rate = phase.learning_rate or args.learning_rate
+    trainer = FLAMBeTrainer(
+        model,
+        args,
+        train_dataset=build_pretraining_dataset(documents, tokenizer, options, num_proc=data.num_proc),
+        eval_dataset=validation,
+        data_collator=PretrainingCollator(tokenizer, max_length=phase.length if data.streaming else None),
+        compute_metrics=mlm_metrics,
+        preprocess_logits_for_metrics=reduce_logits,
+        callbacks=[EpochCallback()],
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
+    if validation is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_state()
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Parse, build, run; returns the metrics."""
+    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, FLAMBeTrainingArguments)
+    phases = [Phase.parse(text) for text in data.phases]
+    set_seed(args.seed)
+    if data.tokenizer or options.init_from:
+        tokenizer = load_tokenizer(data.tokenizer or options.init_from)
+    else:
+        documents = load_documents(
+            data.dataset, split=data.split, text_column=data.text_column, limit=data.max_documents
+        )
+        with args.main_process_first(desc="training the tokenizer"):
+            tokenizer = train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
+    model = build_model(options, data.next_sentence, tokenizer)
+    metrics: dict[str, Any] = {"parameters": parameter_count(model)}
+    for number, phase in enumerate(phases, start=1):
+        metrics[f"phase-{number}"] = train_phase(phase, number, model, tokenizer, data, args)
+    if args.should_save:
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        finish_run(args.output_dir, metrics, options, data, args)
+    return metrics
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    main()

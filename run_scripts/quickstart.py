@@ -1,0 +1,129 @@
+"""The main job in small, without any network: from raw text to a question-answering model that any Transformers loads.
+
+Trains a tokenizer and a factorized BERT with FLAMBe on the Python language reference, fine-tunes it on questions made from
+that text, evaluates, multiplies the factors back, and checks that the merged model gives the same answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import evaluate_squad
+import finetune_squad
+import pretrain_bert
+from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
+
+from hf_fnl.diagnostics import parameter_count
+from hf_fnl.report import plot_diagnostics, plot_loss
+from hf_fnl.training.runs import write_json
+from hf_fnl.training.tasks.wordpiece import load_tokenizer
+
+PRETRAINING = """
+    --dataset embedded --vocab_size 4000 --phases 128:{steps} 512:{long_steps}:1e-3
+    --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4
+    --qk_rank 16 --ov_rank 16 --ffn_rank 64 --embedding_rank 64
+    --optim flambe --learning_rate 4e-3 --weight_decay 0.01 --warmup_steps 0.1
+    --per_device_train_batch_size 16 --logging_steps 20 --diagnostics_steps 50 --save_strategy no --report_to tensorboard
+    --use_cpu --output_dir {folder}/pretrained
+"""
+FINE_TUNING = """
+    --model {folder}/pretrained --train_dataset embedded --max_seq_length 256 --doc_stride 64
+    --optim flambe --learning_rate 2e-3 --num_train_epochs {epochs} --warmup_steps 0.1
+    --per_device_train_batch_size 16 --per_device_eval_batch_size 32 --logging_steps 20 --diagnostics_steps 50
+    --save_strategy no --report_to tensorboard --use_cpu --output_dir {folder}/squad
+"""
+EVALUATION = "--model {model} --dataset embedded --max_seq_length 256 --doc_stride 64 --output_dir {folder}"
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Announce a part of the job and note how long it took."""
+    print(f"\n=== {name}", flush=True)
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def merge(source: Path, target: Path) -> None:
+    """Write the stock model that computes the same as the factorized one in ``source``."""
+    AutoModelForQuestionAnswering.from_pretrained(source).merge().save_pretrained(target)
+    load_tokenizer(source).save_pretrained(target)
+
+
+def same_answers(first: Path, second: Path) -> float:
+    """Share of questions to which two evaluations gave the same answer."""
+    answers = [json.loads((folder / "predictions.json").read_text()) for folder in (first, second)]
+    return sum(answers[0][key] == answers[1][key] for key in answers[0]) / len(answers[0])
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run everything, print a table, and return the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("quickstart_run"), help="where everything goes")
+    parser.add_argument("--steps", type=int, default=600, help="pretraining steps at length 128")
+    parser.add_argument("--long_steps", type=int, default=30, help="pretraining steps at length 512")
+    parser.add_argument("--epochs", type=float, default=3, help="fine-tuning epochs")
+    options = parser.parse_args(argv)
+    folder = options.output_dir
+    if folder.exists() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} exists and is not empty: move it away, or give another --output_dir")
+    seconds: dict[str, float] = {}
+    with timed(seconds, "pretraining with FLAMBe"):
+        pretrained = pretrain_bert.main(PRETRAINING.format(**vars(options), folder=folder).split())
+    with timed(seconds, "fine-tuning for questions"):
+        squad = finetune_squad.main(FINE_TUNING.format(**vars(options), folder=folder).split())
+    with timed(seconds, "merging and evaluating the stock model"):
+        merge(folder / "squad", folder / "merged")
+        merged = evaluate_squad.main(
+            EVALUATION.format(model=folder / "merged", folder=folder / "merged_evaluation").split()
+        )
+        agreement = same_answers(folder / "squad", folder / "merged_evaluation")
+    if agreement < 1:
+        raise SystemExit(f"the merged model gave other answers to {1 - agreement:.1%} of the questions")
+    pictures = [plot_loss(folder / run, folder / "plots" / f"loss-{name}.png") for name, run in RUNS.items()]
+    pictures += [
+        plot_diagnostics(folder / run, folder / "plots" / f"products-{name}.png") for name, run in RUNS.items()
+    ]
+    stock = BertForQuestionAnswering.from_pretrained(folder / "merged")
+    figures = {
+        "parameters, factorized": squad["parameters"]["total"],
+        "parameters, merged": parameter_count(stock)["total"],
+        "pretraining loss, length 128": pretrained["phase-1"]["train_loss"],
+        "exact match, factorized": squad["exact_match"],
+        "exact match, merged": merged["exact_match"],
+        "F1, factorized": squad["f1"],
+        "F1, merged": merged["f1"],
+        "same answers": agreement,
+        **{f"seconds, {name}": value for name, value in seconds.items()},
+    }
+    write_json(folder / "summary.json", figures)
+    print_summary(folder, figures, pictures)
+    return figures
+
+
+RUNS = {"pretraining": "pretrained/phase-1", "pretraining-512": "pretrained/phase-2", "fine-tuning": "squad"}
+
+
+def print_summary(folder: Path, figures: dict[str, Any], pictures: list[Path]) -> None:
+    """Print the figures as a table, and where everything lies."""
+    width = max(map(len, figures))
+    print("\n" + "\n".join(f"{name:<{width}}  {value:>12,.4g}" for name, value in figures.items()))
+    places = {
+        "factorized BERT": folder / "pretrained",
+        "question answering": folder / "squad",
+        "merged stock model": folder / "merged",
+        "figures": folder / "summary.json",
+        "pictures": ", ".join(map(str, pictures)),
+        "TensorBoard": f"tensorboard --logdir {folder}",
+    }
+    print("\n" + "\n".join(f"{name:<{width}}  {place}" for name, place in places.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,575 @@
+"""Pretraining examples: pairs, packing, masks, and that nothing about them depends on who reads them when."""
+
+from dataclasses import replace
+from itertools import islice
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForPreTraining, Trainer, TrainerCallback, TrainingArguments
+
+from hf_fnl.training.tasks.documents import Document
+from hf_fnl.training.tasks.embedded import embedded_documents
+from hf_fnl.training.tasks.pretraining import (
+    DOCUMENTS_PER_GROUP,
+    EpochCallback,
+    PretrainingCollator,
+    PretrainingOptions,
+    build_pretraining_dataset,
+    make_instances,
+    mask_tokens,
+    pack_sentences,
+    sentence_pairs,
+    tokenize_documents,
+)
+from hf_fnl.training.tasks.pretraining import _truncate as truncate
+from hf_fnl.training.tasks.wordpiece import Vocabulary, train_wordpiece
+
+CORPUS = embedded_documents()
+FULL = PretrainingOptions(short_sequence_probability=0.0)
+CLS, SEP, MASK, FIRST_ID = 1, 2, 3, 5
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def numbered_documents(*documents: list[int]) -> list[Document]:
+    """Documents given by their sentence lengths; their tokens count up from ``FIRST_ID``, so that each is met once."""
+    start, made = FIRST_ID, []
+    for lengths in documents:
+        tokens = np.arange(start, start + sum(lengths), dtype=np.int32)
+        made.append(Document(tokens, np.cumsum([0, *lengths])))
+        start += sum(lengths)
+    return made
+
+
+def random_documents(count: int, longest: int, seed: int = 0) -> list[Document]:
+    rng = generator(seed)
+    return numbered_documents(*(rng.integers(1, longest + 1, rng.integers(1, 40)).tolist() for _ in range(count)))
+
+
+def home(segment: np.ndarray, documents: list[Document]) -> int:
+    """The one document that a segment is a stretch of."""
+    assert (np.diff(segment) == 1).all()
+    (found,) = (number for number, document in enumerate(documents) if set(segment) <= set(document.tokens))
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_wordpiece(CORPUS[:20], vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return datasets.Dataset.from_dict({"text": CORPUS[:20]})
+
+
+def equal(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+# Sentence pairs
+
+
+@pytest.mark.parametrize("max_seq_length", [8, 13, 64])
+def test_label_0_follows_and_label_1_comes_from_elsewhere(max_seq_length):
+    documents = random_documents(23, longest=7)
+    options = replace(FULL, max_seq_length=max_seq_length, short_sequence_probability=0.3)
+    seen = set()
+    for index in range(len(documents)):
+        for a, b, label in sentence_pairs(documents, index, options, generator(index)):
+            seen.add(label)
+            assert len(a) >= 1
+            assert len(b) >= 1
+            assert len(a) + len(b) <= max_seq_length - 3
+            assert home(a, documents) == index
+            assert (home(b, documents) == index) is (label == 0)
+            if label == 0 and len(a) + len(b) < max_seq_length - 3:
+                assert b[0] == a[-1] + 1
+    assert seen == {0, 1}
+
+
+def test_sentences_replaced_by_random_ones_are_used_again():
+    documents = numbered_documents([1] * 301, [1] * 203)
+    pairs = list(sentence_pairs(documents, 0, FULL, generator()))
+    own = [np.concatenate([a, b]) if label == 0 else a for a, b, label in pairs]
+    np.testing.assert_array_equal(np.concatenate(own), documents[0].tokens)
+
+
+def test_half_of_the_pairs_are_random():
+    documents = random_documents(300, longest=5)
+    instances = make_instances(documents, replace(FULL, max_seq_length=24), vocabulary(), generator())
+    labels = np.array([instance.next_sentence_label for instance in instances])
+    # A document's last sentence, when nothing else is left, can only get a random one: a little above one half.
+    assert len(labels) > 1000
+    assert 0.5 < labels.mean() < 0.6
+
+
+@pytest.mark.parametrize(("sentences", "labels"), [([4], []), ([4, 4, 4, 4], [0])], ids=["one", "four"])
+def test_a_document_alone_gives_true_pairs_only(sentences, labels):
+    documents = numbered_documents(sentences)
+    assert [label for *_, label in sentence_pairs(documents, 0, FULL, generator())] == labels
+
+
+def test_short_sequences_are_as_many_as_asked_for():
+    alone = numbered_documents([1] * 126)
+    pairs = (next(sentence_pairs(alone, 0, PretrainingOptions(), generator(seed))) for seed in range(1000))
+    assert np.mean([len(a) + len(b) < 125 for a, b, _ in pairs]) == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.mark.parametrize("limit", [5, 6, 125])
+def test_truncation_leaves_what_removing_one_token_at_a_time_leaves(limit):
+    for len_a, len_b in generator().integers(1, 2 * limit, (50, 2)):
+        a, b = np.arange(len_a), np.arange(len_b)
+        kept_a, kept_b = truncate(a, b, limit, generator(1))
+        while len_a + len_b > limit:
+            len_a, len_b = (len_a - 1, len_b) if len_a > len_b else (len_a, len_b - 1)
+        assert (len(kept_a), len(kept_b)) == (len_a, len_b)
+        assert (np.diff(kept_a) == 1).all()
+        assert (np.diff(kept_b) == 1).all()
+
+
+def test_truncation_takes_from_both_ends_alike():
+    rng = generator()
+    starts = [truncate(np.arange(60), np.arange(10), 30, rng)[0][0] for _ in range(500)]
+    assert np.mean(starts) == pytest.approx(40 / 2, abs=1)
+
+
+def test_an_instance_is_laid_out_as_bert_wants_it():
+    documents = numbered_documents([3, 4])
+    (instance,) = make_instances(documents, FULL, vocabulary(), generator())
+    assert instance.input_ids.tolist() == [CLS, 5, 6, 7, SEP, 8, 9, 10, 11, SEP]
+    assert (instance.first_length, instance.next_sentence_label) == (5, 0)
+
+
+# Packed sentences
+
+
+@pytest.mark.parametrize("limit", [6, 11, 126])
+@pytest.mark.parametrize("longest", [3, 40], ids=["short", "long"])
+def test_packing_loses_no_token_and_cuts_no_sentence_that_fits(limit, longest):
+    documents = random_documents(31, longest)
+    packed = list(pack_sentences(documents, limit, SEP))
+    assert max(map(len, packed)) <= limit
+    tokens = np.concatenate(packed)
+    np.testing.assert_array_equal(tokens[tokens != SEP], np.concatenate([document.tokens for document in documents]))
+    sentences = [part for document in documents for part in np.split(document.tokens, document.bounds[1:-1])]
+    starts = {part[0] for part in packed}
+    assert not [part for part in sentences if len(part) <= limit and starts & set(part[1:]) and part[0] not in tokens]
+    inside = {token for part in sentences if len(part) <= limit for token in part[1:]}
+    assert starts.isdisjoint(inside)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "limit", "packed"),
+    [
+        ([[2, 2], [3]], 9, [[5, 6, 7, 8, SEP, 9, 10, 11]]),
+        ([[2, 2], [3]], 5, [[5, 6, 7, 8], [9, 10, 11]]),
+        ([[2, 2], [3]], 4, [[5, 6, 7, 8], [9, 10, 11]]),
+        ([[7]], 5, [[5, 6, 7, 8, 9], [10, 11]]),
+        ([[1], [1], [1]], 3, [[5, SEP, 6], [7]]),
+        ([], 5, []),
+    ],
+    ids=["together", "separator last", "separator over", "long sentence", "three", "nothing"],
+)
+def test_packing_by_hand(sentences, limit, packed):
+    assert [part.tolist() for part in pack_sentences(numbered_documents(*sentences), limit, SEP)] == packed
+
+
+# Masks
+
+
+def vocabulary(size: int = 1000, continues: range = range(0)) -> Vocabulary:
+    is_special, continues_word = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    is_special[:FIRST_ID] = True
+    continues_word[list(continues)] = True
+    return Vocabulary(CLS, SEP, MASK, is_special, continues_word, np.arange(FIRST_ID, size))
+
+
+def example_ids(rng: np.random.Generator, length: int) -> np.ndarray:
+    ids = rng.integers(FIRST_ID, 1000, length)
+    ids[[0, length // 2, -1]] = CLS, SEP, SEP
+    return ids
+
+
+@pytest.mark.parametrize("whole_word_mask", [False, True], ids=["tokens", "words"])
+def test_labels_are_the_original_tokens_and_nothing_else_changes(whole_word_mask):
+    options, words = replace(FULL, whole_word_mask=whole_word_mask), vocabulary(continues=range(500, 1000))
+    for seed in range(50):
+        ids = example_ids(generator(seed), 101)
+        before = ids.copy()
+        masked, labels = mask_tokens(ids, options, words, generator(seed))
+        chosen = labels != -100
+        np.testing.assert_array_equal(ids, before)
+        np.testing.assert_array_equal(labels[chosen], ids[chosen])
+        np.testing.assert_array_equal(masked[~chosen], ids[~chosen])
+        assert not words.is_special[ids[chosen]].any()
+        assert set(masked[chosen]) <= {MASK, *words.ordinary_ids}
+
+
+@pytest.mark.parametrize(
+    ("length", "probability", "count"), [(128, 0.15, 19), (10, 0.15, 2), (8, 0.05, 1), (64, 0.4, 26), (8, 0.99, 5)]
+)
+def test_the_number_of_masked_tokens_is_exact(length, probability, count):
+    options = replace(FULL, mlm_probability=probability)
+    _, labels = mask_tokens(example_ids(generator(), length), options, vocabulary(), generator())
+    assert (labels != -100).sum() == count
+
+
+def test_of_ten_eight_are_masked_one_is_random_and_one_is_kept():
+    ids, rng = example_ids(generator(), 20_000), generator(1)
+    masked, labels = mask_tokens(ids, replace(FULL, mlm_probability=0.5), vocabulary(), rng)
+    chosen = labels != -100
+    assert chosen.sum() == 10_000
+    assert (masked[chosen] == MASK).mean() == pytest.approx(0.8, abs=0.02)
+    assert (masked[chosen] == ids[chosen]).mean() == pytest.approx(0.1, abs=0.02)
+    random = masked[chosen & (masked != MASK) & (masked != ids)]
+    assert random.min() >= FIRST_ID
+    assert len(set(random)) > 500
+
+
+def test_every_position_is_chosen_alike():
+    ids = example_ids(generator(), 20)
+    counts = sum(mask_tokens(ids, FULL, vocabulary(), generator(seed))[1] != -100 for seed in range(2000))
+    assert counts[[0, 10, -1]].sum() == 0
+    np.testing.assert_allclose(np.delete(counts, [0, 10, 19]), 2000 * 3 / 17, rtol=0.2)
+
+
+def test_the_pieces_of_a_word_are_masked_together():
+    rng = generator()
+    words = vocabulary(continues=range(500, 1000))
+    options = replace(FULL, whole_word_mask=True)
+    for seed in range(100):
+        ids = example_ids(rng, 96)
+        _, labels = mask_tokens(ids, options, words, generator(seed))
+        chosen = labels != -100
+        assert 1 <= chosen.sum() <= options.num_masked(96)
+        within_word = words.continues_word[ids[1:]] & ~words.is_special[ids[:-1]]
+        np.testing.assert_array_equal(chosen[1:][within_word], chosen[:-1][within_word])
+
+
+def test_a_word_longer_than_the_count_is_masked_where_there_is_no_other():
+    ids = np.array([CLS, 10, 500, 501, 502, SEP])
+    _, labels = mask_tokens(
+        ids, replace(FULL, whole_word_mask=True), vocabulary(continues=range(500, 600)), generator()
+    )
+    assert labels.tolist() == [-100, 10, 500, 501, 502, -100]
+
+
+@pytest.mark.parametrize("whole_word_mask", [False, True], ids=["tokens", "words"])
+def test_nothing_is_masked_where_all_is_special(whole_word_mask):
+    ids = np.array([CLS, 4, 4, SEP])
+    masked, labels = mask_tokens(ids, replace(FULL, whole_word_mask=whole_word_mask), vocabulary(), generator())
+    assert (masked.tolist(), set(labels)) == (ids.tolist(), {-100})
+
+
+# Data sets
+
+
+@pytest.mark.parametrize("next_sentence", [True, False], ids=["pairs", "packed"])
+@pytest.mark.parametrize("whole_word_mask", [False, True], ids=["tokens", "words"])
+def test_an_example_is_a_function_of_seed_epoch_and_index(documents, tokenizer, next_sentence, whole_word_mask):
+    options = PretrainingOptions(next_sentence=next_sentence, whole_word_mask=whole_word_mask, max_seq_length=64)
+    dataset, again = (build_pretraining_dataset(documents, tokenizer, options) for _ in range(2))
+    first = [dataset[index] for index in range(len(dataset))]
+    dataset.set_epoch(3)
+    # One packed example, the last, may be so short that its mask is the same by chance.
+    assert sum(equal(dataset[index], first[index]) for index in range(len(dataset))) <= 1
+    dataset.set_epoch(0)
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    order = torch.randperm(len(dataset)).tolist()
+    for index, example in zip(order, again.__getitems__(order), strict=True):
+        assert equal(example, first[index])
+        assert len(example["input_ids"]) <= 64
+
+
+def test_another_seed_gives_other_pairs(documents, tokenizer):
+    one, two = (build_pretraining_dataset(documents, tokenizer, PretrainingOptions(seed=seed)) for seed in (1, 2))
+    assert not equal(one[0], two[0])
+
+
+def test_labels_restore_the_text(documents, tokenizer):
+    dataset = build_pretraining_dataset(documents, tokenizer, replace(FULL, next_sentence=False, max_seq_length=32))
+    examples = [dataset[index] for index in range(len(dataset))]
+    restored = torch.cat([torch.where(e["labels"] == -100, e["input_ids"], e["labels"])[1:-1] for e in examples])
+    corpus = np.concatenate([document.tokens for document in tokenize_documents(documents["text"], tokenizer)])
+    assert restored[restored != tokenizer.sep_token_id].tolist() == corpus.tolist()
+
+
+def test_a_pair_is_typed_as_the_tokenizer_types_it(documents, tokenizer):
+    dataset = build_pretraining_dataset(documents, tokenizer, FULL)
+    for example in (dataset[index] for index in range(len(dataset))):
+        second = (example["input_ids"] == tokenizer.sep_token_id).cumsum(0).roll(1)
+        second[0] = 0
+        assert torch.equal(example["token_type_ids"], second)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_examples_do_not_depend_on_the_number_of_processes(documents, tokenizer):
+    one, two = (build_pretraining_dataset(documents, tokenizer, FULL, num_proc=number) for number in (None, 2))
+    assert len(one) == len(two)
+    assert all(equal(one[index], two[index]) for index in range(len(one)))
+
+
+def test_stored_examples_are_found_again(tmp_path, documents, tokenizer):
+    documents.save_to_disk(tmp_path)
+    stored = datasets.load_from_disk(tmp_path)
+    one, two = (build_pretraining_dataset(stored, tokenizer, FULL) for _ in range(2))
+    assert one.instances.cache_files == two.instances.cache_files
+    assert one.instances.cache_files
+    assert one.instances.features["input_ids"].feature.dtype == "int32"
+
+
+def loader(dataset, tokenizer, **options):
+    return DataLoader(dataset, batch_size=4, collate_fn=PretrainingCollator(tokenizer), **options)
+
+
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_two_processes_see_the_examples_of_one(documents, tokenizer, skipped):
+    dataset = build_pretraining_dataset(documents, tokenizer, FULL)
+
+    def batches(num_processes: int, index: int) -> list[dict]:
+        prepared = prepare_data_loader(
+            loader(dataset, tokenizer, shuffle=True, drop_last=True),
+            num_processes=num_processes,
+            process_index=index,
+            use_seedable_sampler=True,
+            data_seed=7,
+        )
+        prepared = skip_first_batches(prepared, skipped * 2 // num_processes)
+        prepared.set_epoch(2)
+        dataset.set_epoch(2)  # as EpochCallback does: this loader tells its sampler only
+        return list(prepared)
+
+    one, shards = batches(1, 0), [batches(2, index) for index in range(2)]
+    assert len(one) // 2 == len(shards[0]) == len(shards[1]) > 2
+    for number, batch in enumerate(one[: 2 * len(shards[0])]):
+        assert equal(batch, shards[number % 2][number // 2])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_persistent_workers_see_the_epoch(documents, tokenizer):
+    dataset = build_pretraining_dataset(documents.select(range(5)), tokenizer, FULL)
+    workers = loader(dataset, tokenizer, num_workers=1, persistent_workers=True)
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        assert all(map(equal, workers, loader(dataset, tokenizer)))
+
+
+# Streams
+
+
+def counted(count: int, read: list):
+    for number in range(count):
+        read.append(number)
+        yield {"text": f"{CORPUS[number % 20][:200]} End of {number}."}
+
+
+def stream_of(count: int, read: list | None = None) -> datasets.IterableDataset:
+    return datasets.IterableDataset.from_generator(
+        counted, gen_kwargs={"count": count, "read": [] if read is None else read}
+    )
+
+
+@pytest.mark.parametrize("next_sentence", [True, False], ids=["pairs", "packed"])
+def test_a_stream_is_a_function_of_seed_and_epoch(tokenizer, next_sentence):
+    options = PretrainingOptions(next_sentence=next_sentence)
+    dataset, again = (build_pretraining_dataset(stream_of(30), tokenizer, options) for _ in range(2))
+    first = list(dataset)
+    torch.manual_seed(5)
+    assert all(equal(*pair) for pair in zip(again, first, strict=True))
+    again.set_epoch(1)
+    assert not any(map(equal, again, first))
+
+
+def test_a_stream_holds_what_a_stored_data_set_holds(documents, tokenizer):
+    options = replace(FULL, next_sentence=False, max_seq_length=32)
+    stored = build_pretraining_dataset(documents, tokenizer, options)
+    streamed = build_pretraining_dataset(documents.to_iterable_dataset(), tokenizer, options)
+    original = [
+        sorted(torch.where(e["labels"] == -100, e["input_ids"], e["labels"]).tolist() for e in examples)
+        for examples in (streamed, [stored[index] for index in range(len(stored))])
+    ]
+    assert original[0] == original[1]
+
+
+def test_a_stream_masks_and_pairs_as_a_stored_data_set_does(documents, tokenizer):
+    streamed = list(build_pretraining_dataset(documents.to_iterable_dataset(), tokenizer, FULL))
+    labels = torch.cat([example["labels"] for example in streamed])
+    counts = [(e["labels"] != -100).sum() == FULL.num_masked(len(e["labels"])) for e in streamed]
+    masked = torch.cat([example["input_ids"] for example in streamed])[labels != -100] == tokenizer.mask_token_id
+    assert all(counts)
+    assert masked.float().mean() == pytest.approx(0.8, abs=0.03)
+    assert torch.stack([e["next_sentence_label"] for e in streamed]).float().mean() == pytest.approx(0.55, abs=0.1)
+
+
+def test_a_stream_is_read_one_group_ahead_at_most(tokenizer):
+    read: list[int] = []
+    dataset = build_pretraining_dataset(stream_of(5 * DOCUMENTS_PER_GROUP, read), tokenizer, FULL)
+    assert len(read) <= 3
+    read.clear()
+    list(islice(dataset, 10))
+    assert len(read) <= DOCUMENTS_PER_GROUP + 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_share_a_stream_out(documents, tokenizer):
+    shards = documents.to_iterable_dataset(num_shards=2)
+    options = replace(FULL, next_sentence=False)
+    examples = list(build_pretraining_dataset(shards, tokenizer, options))
+    batches = list(loader(build_pretraining_dataset(shards, tokenizer, options), tokenizer, num_workers=2))
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
+    # Each worker packs its own documents: one sequence more, at most, is not full.
+    assert abs(len(lengths) - len(examples)) <= 1
+    assert lengths.sum() == pytest.approx(sum(len(example["input_ids"]) for example in examples), abs=4)
+
+
+# Batches
+
+
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [({}, 5), ({"pad_to_multiple_of": 8}, 8), ({"max_length": 6}, 6), ({"max_length": 9, "pad_to_multiple_of": 4}, 12)],
+    ids=["longest", "multiple", "fixed", "fixed multiple"],
+)
+def test_a_batch_is_padded_and_nothing_else(tokenizer, options, width):
+    examples = [
+        {
+            "input_ids": torch.arange(10, 10 + length),
+            "token_type_ids": torch.ones(length, dtype=torch.long),
+            "labels": torch.arange(length),
+            "next_sentence_label": torch.tensor(length % 2),
+        }
+        for length in (3, 5)
+    ]
+    batch = PretrainingCollator(tokenizer, **options)(examples)
+    assert batch["attention_mask"].tolist() == [[1] * length + [0] * (width - length) for length in (3, 5)]
+    assert batch["next_sentence_label"].tolist() == [1, 1]
+    for name, padding in (("input_ids", tokenizer.pad_token_id), ("token_type_ids", 0), ("labels", -100)):
+        assert batch[name].tolist() == [e[name].tolist() + [padding] * (width - len(e[name])) for e in examples]
+
+
+def test_an_example_too_long_for_the_batch_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="an example has 5 tokens, more than the collator's max_length of 4"):
+        PretrainingCollator(tokenizer, max_length=4)([{"input_ids": torch.arange(5)}])
+
+
+# Under a Trainer
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_save = state.global_step == self.step
+
+
+def train(folder, dataset, tokenizer, stop: int | None = None, resume: bool = False) -> dict[str, torch.Tensor]:
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=7,
+        per_device_train_batch_size=4,
+        learning_rate=0.01,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    trainer = Trainer(
+        BertForPreTraining(config),
+        arguments,
+        data_collator=PretrainingCollator(tokenizer),
+        train_dataset=dataset,
+        callbacks=[EpochCallback(), *([StopAt(stop)] if stop else [])],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.model.state_dict()
+
+
+@pytest.mark.parametrize("stop", [2, 3, 5], ids=["first epoch", "between epochs", "second epoch"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_resuming_equals_never_having_stopped(tmp_path, tokenizer, streaming, stop):
+    """Twelve examples make three steps an epoch, so that the run crosses into its third."""
+    small = datasets.Dataset.from_dict({"text": [text[:400] for text in CORPUS[:10]]})
+
+    def dataset():
+        if streaming:
+            return build_pretraining_dataset(small.to_iterable_dataset().repeat(9), tokenizer, FULL)
+        examples = build_pretraining_dataset(small, tokenizer, FULL)
+        examples.instances = examples.instances.select(range(12))
+        return examples
+
+    whole = train(tmp_path / "whole", dataset(), tokenizer)
+    train(tmp_path / "parts", dataset(), tokenizer, stop=stop)
+    resumed = train(tmp_path / "parts", dataset(), tokenizer, resume=True)
+    assert equal(whole, resumed)
+
+
+# What bad input gets
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seq_length": 7}, "max_seq_length must be at least 8, got 7"),
+        ({"short_sequence_probability": 1.5}, r"short_sequence_probability must be in \[0, 1\], got 1.5"),
+        ({"mlm_probability": 0.0}, r"mlm_probability must be in \(0, 1\), got 0.0"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainingOptions(**options)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"text": ["Only one. Document."]}, {}, "next_sentence=True needs two documents with text at least, got 1"),
+        ({"body": ["One.", "Two."]}, {}, r"need a column 'text', they have \['body'\]"),
+        ({"text": ["One.", "Two."]}, {"max_seq_length": 65}, "max_seq_length is 65, above the tokenizer's limit of 64"),
+    ],
+    ids=["one document", "no text column", "too long"],
+)
+def test_bad_documents_are_refused_at_once(tokenizer, monkeypatch, streaming, columns, options, message):
+    monkeypatch.setattr(tokenizer, "model_max_length", 64)
+    documents = datasets.Dataset.from_dict(columns)
+    with pytest.raises(ValueError, match=message):
+        build_pretraining_dataset(
+            documents.to_iterable_dataset() if streaming else documents,
+            tokenizer,
+            PretrainingOptions(**{"max_seq_length": 64, **options}),
+        )
+
+
+@pytest.mark.parametrize("documents", [datasets.Dataset.from_dict({"text": []}), stream_of(0)], ids=["map", "stream"])
+def test_no_documents_are_refused_at_once(tokenizer, documents):
+    with pytest.raises(ValueError, match="no document with text"):
+        build_pretraining_dataset(documents, tokenizer, FULL)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_documents_without_text_are_refused(tokenizer, streaming):
+    documents = datasets.Dataset.from_dict({"text": [" ", "\n", ""]})
+    with pytest.raises(ValueError, match="no document with text"):
+        list(build_pretraining_dataset(documents.to_iterable_dataset() if streaming else documents, tokenizer, FULL))
+
+
+def test_whole_words_need_word_pieces(documents, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {"[PAD]": 0, "a": 5})
+    with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
+        build_pretraining_dataset(documents, tokenizer, PretrainingOptions(whole_word_mask=True))

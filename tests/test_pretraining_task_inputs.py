@@ -1,0 +1,285 @@
+"""Raw documents and WordPiece tokenizers: what is read, in which form, and what bad input gets."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from hf_fnl.training.tasks.documents import load_documents, split_sentences, tokenize_documents
+from hf_fnl.training.tasks.embedded import embedded_documents
+from hf_fnl.training.tasks.wordpiece import SPECIAL_TOKENS, Vocabulary, load_tokenizer, train_wordpiece
+
+TEXTS = ["The first one. It has two sentences.", "A second\none, of two lines.", "The third."]
+CORPUS = embedded_documents()[:4]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_txt(path: Path, texts=TEXTS) -> Path:
+    path.write_text("\n\n".join(texts), encoding="utf-8")
+    return path
+
+
+def write_gz(path: Path) -> Path:
+    path.write_bytes(gzip.compress("\n\n".join(TEXTS).encode()))
+    return path
+
+
+def write_json(path: Path) -> Path:
+    path.write_text(json.dumps([{"n": n, "text": text} for n, text in enumerate(TEXTS)]))
+    return path
+
+
+def write_jsonl(path: Path, column: str = "text") -> Path:
+    path.write_text("".join(json.dumps({column: text}) + "\n" for text in TEXTS))
+    return path
+
+
+def write_parquet(path: Path) -> Path:
+    datasets.Dataset.from_dict({"title": ["a", "b", "c"], "text": TEXTS}).to_parquet(path)
+    return path
+
+
+def write_folder(path: Path) -> Path:
+    path.mkdir()
+    write_txt(path / "one.txt", TEXTS[:1])
+    write_txt(path / "two.txt", TEXTS[1:])
+    (path / "notes.pdf").write_bytes(b"no data")
+    return path
+
+
+WRITERS = {
+    "docs.txt": write_txt,
+    "docs.txt.gz": write_gz,
+    "docs.json": write_json,
+    "docs.jsonl": write_jsonl,
+    "docs.parquet": write_parquet,
+    "folder": write_folder,
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_documents(tmp_path, name, streaming):
+    documents = load_documents(str(WRITERS[name](tmp_path / name)), streaming=streaming)
+    assert isinstance(documents, datasets.IterableDataset if streaming else datasets.Dataset)
+    assert list(documents) == [{"text": text} for text in TEXTS]
+
+
+def test_a_list_of_files_is_read_in_its_order(tmp_path):
+    files = [write_txt(tmp_path / "b[1].txt", TEXTS[:2]), write_txt(tmp_path / "a*.txt", TEXTS[2:])]
+    assert load_documents(files)["text"][:] == TEXTS
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_folder_keeps_its_splits(tmp_path, streaming):
+    write_txt(tmp_path / "train.txt", TEXTS[:2])
+    write_txt(tmp_path / "validation.txt", TEXTS[2:])
+    loaded = {split: load_documents(tmp_path, split=split, streaming=streaming) for split in ("train", "validation")}
+    assert [row["text"] for row in loaded["train"]] == TEXTS[:2]
+    assert [row["text"] for row in loaded["validation"]] == TEXTS[2:]
+
+
+def test_blank_lines_may_hold_spaces_and_repeat(tmp_path):
+    (tmp_path / "docs.txt").write_text(" \n = One = \n \n\n\nTwo.\nStill two.\n \nThree")
+    assert load_documents(tmp_path / "docs.txt")["text"][:] == ["= One =", "Two.\nStill two.", "Three"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (2, 2), (7, 3)])
+def test_the_text_column_and_the_limit_can_be_chosen(tmp_path, streaming, limit, expected):
+    file = write_jsonl(tmp_path / "docs.jsonl", column="body")
+    documents = load_documents(file, text_column="body", limit=limit, streaming=streaming)
+    assert list(documents) == [{"text": text} for text in TEXTS[:expected]]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_the_embedded_corpus_needs_no_file(streaming):
+    assert [row["text"] for row in load_documents("embedded", streaming=streaming)] == embedded_documents()
+
+
+def test_wikipedia_is_one_article_a_row(shared_data):
+    documents = load_documents(shared_data / "wikipedia", split="validation")
+    assert (len(documents), documents.column_names) == (100, ["text"])
+
+
+def truncated(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-20])
+    return path
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+UNREADABLE = {
+    "parquet": lambda folder: truncated(write_parquet(folder / "bad.parquet")),
+    "jsonl": lambda folder: truncated(write_jsonl(folder / "bad.jsonl")),
+    "json": lambda folder: truncated(write_json(folder / "bad.json")),
+    "encoding": lambda folder: written(folder / "bad.txt", "café".encode("latin-1")),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_an_unreadable_file_is_named(tmp_path, kind, streaming):
+    bad = UNREADABLE[kind](tmp_path)
+    with pytest.raises(ValueError, match=f"cannot read .*{bad.name} as ") as caught:
+        load_documents(bad, streaming=streaming)
+    assert caught.value.__cause__ is not None
+
+
+def test_the_one_bad_file_of_several_is_named(tmp_path):
+    good = write_jsonl(tmp_path / "good.jsonl")
+    bad = truncated(write_jsonl(tmp_path / "bad.jsonl"))
+    with pytest.raises(ValueError, match=r"cannot read \S*/bad\.jsonl as json"):
+        load_documents([good, bad])
+
+
+WRONG = {
+    "missing file": (lambda d: str(d / "no.parquet"), {}, FileNotFoundError, r"no such file or folder: .*no\.parquet"),
+    "missing folder": (lambda d: str(d / "no"), {}, FileNotFoundError, "no such file or folder"),
+    "missing in list": (lambda d: [write_txt(d / "a.txt"), d / "b.txt"], {}, FileNotFoundError, r"folder: \S*/b\.txt$"),
+    "no files": (lambda d: [], {}, ValueError, "the list of data files is empty"),
+    "folder without data": (lambda d: d, {}, ValueError, r"no data file in .*allowed are \.parquet, "),
+    "unknown suffix": (lambda d: written(d / "a.docx", b"x"), {}, ValueError, r"unknown kind of data file: .*a\.docx"),
+    "mixed kinds": (
+        lambda d: [write_txt(d / "a.txt"), write_jsonl(d / "b.jsonl")],
+        {},
+        ValueError,
+        r"of one kind are needed, got \['json', 'text'\]",
+    ),
+    "zero bytes": (lambda d: written(d / "a.txt", b""), {}, ValueError, r"empty data file: .*a\.txt"),
+    "no documents": (lambda d: written(d / "a.txt", b"\n \n\n"), {}, ValueError, r"no documents in .*a\.txt"),
+    "missing column": (
+        lambda d: write_parquet(d / "a.parquet"),
+        {"text_column": "body"},
+        ValueError,
+        r"no column 'body' in .*a\.parquet; set text_column to one of \['text', 'title'\]",
+    ),
+    "not text": (
+        lambda d: write_json(d / "a.json"),
+        {"text_column": "n"},
+        ValueError,
+        "column 'n' of .* holds int, not text; set text_column",
+    ),
+    "limit": (lambda d: write_txt(d / "a.txt"), {"limit": 0}, ValueError, "limit must be at least 1 .* got 0"),
+    "split": (
+        lambda d: write_txt(d / "train.txt").parent,
+        {"split": "test"},
+        ValueError,
+        r"no test split in .*train\.txt",
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_sources_are_refused_at_once(tmp_path, case, streaming):
+    make, options, error, message = WRONG[case]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with pytest.raises(error, match=message):
+        load_documents(make(folder), streaming=streaming, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+        ('He said "No." She left.', ['He said "No."', "She left."]),
+        ("Verse one\n\n  verse two \n", ["Verse one", "verse two"]),
+        ("By J. S. Bach, e.g. this one. 24 of them.", ["By J. S. Bach, e.g. this one.", "24 of them."]),
+        ("Version 3.5 is out.", ["Version 3.5 is out."]),
+        ("你好。再见！", ["你好。", "再见！"]),  # noqa: RUF001
+        ("  \n ", []),
+    ],
+    ids=["stops", "quotes", "lines", "abbreviations", "numbers", "chinese", "nothing"],
+)
+def test_sentences(text, sentences):
+    assert split_sentences(text) == sentences
+
+
+def test_documents_are_tokenized_sentence_by_sentence():
+    tokenizer = train_wordpiece(CORPUS, vocab_size=300)
+    documents = tokenize_documents([CORPUS[0], " ", None, CORPUS[1]], tokenizer)
+    assert len(documents) == 2
+    for text, (tokens, bounds) in zip(CORPUS, documents, strict=False):
+        sentences = np.split(tokens, bounds[1:-1])
+        expected = [tokenizer(sentence, add_special_tokens=False)["input_ids"] for sentence in split_sentences(text)]
+        assert [sentence.tolist() for sentence in sentences] == expected
+
+
+def test_a_trained_tokenizer_is_berts():
+    tokenizer = train_wordpiece(CORPUS, vocab_size=300)
+    assert len(tokenizer) == 300
+    assert tokenizer.convert_ids_to_tokens(range(5)) == list(SPECIAL_TOKENS)
+    assert [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id] == [0, 2, 4]
+    assert tokenizer.decode(tokenizer("The NAME", "of it")["input_ids"]) == "[CLS] the name [SEP] of it [SEP]"
+    assert tokenizer("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("vocab_size", [100, 300, 2000])
+def test_training_is_deterministic(vocab_size):
+    first, second = (train_wordpiece(CORPUS, vocab_size=vocab_size).get_vocab() for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("lowercase", [True, False], ids=["uncased", "cased"])
+def test_a_tokenizer_survives_saving(tmp_path, lowercase):
+    tokenizer = train_wordpiece(CORPUS, vocab_size=500, lowercase=lowercase)
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert type(loaded) is type(tokenizer)
+        assert loaded.get_vocab() == tokenizer.get_vocab()
+        assert loaded(CORPUS)["input_ids"] == tokenizer(CORPUS)["input_ids"]
+    assert (tokenizer.tokenize("THE") == tokenizer.tokenize("the")) is lowercase
+
+
+@pytest.mark.parametrize("lowercase", [True, False], ids=["uncased", "cased"])
+def test_a_lone_vocabulary_tells_its_case(tmp_path, lowercase):
+    tokenizer = train_wordpiece(CORPUS, vocab_size=500, lowercase=lowercase)
+    (tmp_path / "vocab.txt").write_text("\n".join(tokenizer.convert_ids_to_tokens(range(500))), encoding="utf-8")
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.tokenize(CORPUS[0]) == tokenizer.tokenize(CORPUS[0])
+
+
+def test_the_published_vocabulary_loads(shared_data):
+    tokenizer = load_tokenizer(shared_data / "vocab" / "bert-base-uncased")
+    assert tokenizer("Hello unaffable world")["input_ids"] == [101, 7592, 14477, 20961, 3468, 2088, 102]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "error", "message"),
+    [
+        (iter(CORPUS), {}, TypeError, "texts is read twice: .* not a list_iterator"),
+        ("one text", {}, TypeError, "not a str"),
+        ([" ", ""], {}, ValueError, "no text to train a tokenizer on"),
+        (CORPUS, {"vocab_size": 99}, ValueError, "vocab_size must be at least 100, got 99"),
+        (CORPUS, {"min_frequency": 0}, ValueError, "min_frequency must be at least 1, got 0"),
+    ],
+    ids=["iterator", "string", "empty", "vocab_size", "min_frequency"],
+)
+def test_bad_training_input_is_refused(texts, options, error, message):
+    with pytest.raises(error, match=message):
+        train_wordpiece(texts, **options)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json, tokenizer_config\.json or vocab\.txt in "):
+        load_tokenizer(tmp_path)
+
+
+def test_special_tokens_are_needed():
+    tokenizer = train_wordpiece(CORPUS, vocab_size=100)
+    tokenizer.mask_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no mask_token"):
+        Vocabulary.from_tokenizer(tokenizer)
