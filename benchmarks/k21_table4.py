@@ -1,7 +1,8 @@
 """Table 4 of Khodak et al. 2021 in small: LAMB against FLAMBe, full heads against halved ones.
 
-Each cell pretrains a BERT of 4 layers, 256 wide, on Wikipedia articles, then fine-tunes it on SQuAD v1.1 and evaluates it
-on the whole dev set, with the same seed, data, steps and hyperparameters everywhere. A run that was broken off goes on.
+Each cell pretrains a BERT of 4 layers, 256 wide, on Wikipedia articles, then fine-tunes it on SQuAD v1.1 and evaluates
+it on the whole dev set, with the same seed, data, steps and hyperparameters everywhere. A run that was broken off goes
+on. Both are in bfloat16 mixed precision.
 
     python -m benchmarks.k21_table4 --data ../shared/data --runs runs/k21_table4
 """
@@ -35,7 +36,7 @@ def pretraining_command(optim: str, rank: int, data: Path, run: Path, steps: int
         --optim {optim} --learning_rate 4e-3 --weight_decay 0.01 --warmup_steps {steps // 10}
         --lr_scheduler_type polynomial --per_device_train_batch_size 32 --per_device_eval_batch_size 32
         --logging_steps 50 --save_steps 250 --save_total_limit 1 --diagnostics_steps 100
-        --seed 42 --report_to none --output_dir {run}/pretrained --resume_from_checkpoint true
+        --bf16 --use_cpu --seed 42 --report_to none --output_dir {run}/pretrained --resume_from_checkpoint true
     """
     return ["run_scripts/pretrain_bert.py", *flags.split()]
 
@@ -47,8 +48,8 @@ def finetuning_command(data: Path, run: Path) -> list[str]:
         --eval_dataset {data}/squad/dev-v1.1.json --max_seq_length 256 --doc_stride 96 --max_query_length 32
         --optim adamw_torch --learning_rate 5e-4 --weight_decay 0.01 --warmup_steps 100 --num_train_epochs 2
         --per_device_train_batch_size 32 --per_device_eval_batch_size 64
-        --logging_steps 50 --save_steps 250 --save_total_limit 1 --seed 42 --report_to none
-        --output_dir {run}/squad --resume_from_checkpoint true
+        --logging_steps 50 --save_steps 250 --save_total_limit 1 --bf16 --use_cpu --seed 42 --report_to none
+        --train_sampling_strategy group_by_length --output_dir {run}/squad --resume_from_checkpoint true
     """
     return ["run_scripts/finetune_squad.py", *flags.split()]
 

@@ -10,9 +10,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_fnl.diagnostics import parameter_count
 from transformers import AutoModelForQuestionAnswering, set_seed
 
+from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad

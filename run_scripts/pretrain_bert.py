@@ -162,9 +162,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if data.tokenizer or options.init_from:
         tokenizer = load_tokenizer(data.tokenizer or options.init_from)
     else:
-        documents = load_documents(
-            data.dataset, split=data.split, text_column=data.text_column, limit=data.max_documents
-        )
+        source = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
+        documents = load_documents(data.dataset, split=data.split, **source)
         with args.main_process_first(desc="training the tokenizer"):
             tokenizer = train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
     model = build_model(options, data.next_sentence, tokenizer)

@@ -1,7 +1,7 @@
 """The main job in small, without any network: from raw text to a question-answering model that any Transformers loads.
 
-Trains a tokenizer and a factorized BERT with FLAMBe on the Python language reference, fine-tunes it on questions made from
-that text, evaluates, multiplies the factors back, and checks that the merged model gives the same answers.
+Trains a tokenizer and a factorized BERT with FLAMBe on the Python language reference, fine-tunes it on questions made
+from that text, evaluates, multiplies the factors back, and checks that the merged model gives the same answers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PRETRAINING = """
     --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4
     --qk_rank 16 --ov_rank 16 --ffn_rank 64 --embedding_rank 64
     --optim flambe --learning_rate 4e-3 --weight_decay 0.01 --warmup_steps 0.1
-    --per_device_train_batch_size 16 --logging_steps 20 --diagnostics_steps 50 --save_strategy no --report_to tensorboard
-    --use_cpu --output_dir {folder}/pretrained
+    --per_device_train_batch_size 16 --logging_steps 20 --diagnostics_steps 50
+    --save_strategy no --report_to tensorboard --use_cpu --output_dir {folder}/pretrained
 """
 FINE_TUNING = """
     --model {folder}/pretrained --train_dataset embedded --max_seq_length 256 --doc_stride 64
@@ -38,6 +38,7 @@ FINE_TUNING = """
     --per_device_train_batch_size 16 --per_device_eval_batch_size 32 --logging_steps 20 --diagnostics_steps 50
     --save_strategy no --report_to tensorboard --use_cpu --output_dir {folder}/squad
 """
+RUNS = {"pretraining": "pretrained/phase-1", "pretraining-512": "pretrained/phase-2", "fine-tuning": "squad"}
 EVALUATION = "--model {model} --dataset embedded --max_seq_length 256 --doc_stride 64 --output_dir {folder}"
 
 
@@ -105,9 +106,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     write_json(folder / "summary.json", figures)
     print_summary(folder, figures, pictures)
     return figures
-
-
-RUNS = {"pretraining": "pretrained/phase-1", "pretraining-512": "pretrained/phase-2", "fine-tuning": "squad"}
 
 
 def print_summary(folder: Path, figures: dict[str, Any], pictures: list[Path]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -30,15 +29,14 @@ class FLAMBeTrainingArguments(TrainingArguments):
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Coefficient of ordinary decay of every matrix."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Added to the root of the second moment."})
-    # HfArgumentParser reads Optional[...] on every supported Python.
-    frobenius_decay: Optional[list[str]] = field(  # noqa: UP045
+    frobenius_decay: list[str] | None = field(
         default=None,
         metadata={
             "help": f"Kinds of products under Frobenius decay ({', '.join(KINDS)}), or none. "
             "Default: ov with flambe, none with other optimizers."
         },
     )
-    frobenius_coefficient: Optional[float] = field(  # noqa: UP045
+    frobenius_coefficient: float | None = field(
         default=None, metadata={"help": "Coefficient of Frobenius decay. Default: weight_decay."}
     )
     frobenius_mode: str = field(

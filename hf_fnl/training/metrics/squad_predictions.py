@@ -73,8 +73,8 @@ def score_predictions(
 ) -> dict[str, float]:
     """Score answers by the official rules; the names are those of :func:`~hf_fnl.training.metrics.score_squad`.
 
-    With ``null_odds``, ``best_exact_thresh`` and ``best_f1_thresh`` are the values of ``null_score_diff_threshold`` that
-    would have scored best on these questions.
+    With ``null_odds``, ``best_exact_thresh`` and ``best_f1_thresh`` are the values of ``null_score_diff_threshold``
+    that would have scored best on these questions.
 
     Args:
         examples: Questions as :func:`hf_fnl.training.tasks.squad.load_squad` gives them.

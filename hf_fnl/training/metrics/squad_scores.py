@@ -60,8 +60,8 @@ def score_squad(
         no_answer_threshold: A question whose no-answer score is above it counts as predicted to have no answer.
 
     Returns:
-        Percentages. Version 1.1: ``exact_match``, ``f1``. Version 2.0: ``exact``, ``f1``, ``total``, the same three under
-        ``HasAns_`` and ``NoAns_`` where there are such questions, and with ``no_answer_scores`` ``best_exact``,
+        Percentages. Version 1.1: ``exact_match``, ``f1``. Version 2.0: ``exact``, ``f1``, ``total``, the same three
+        under ``HasAns_`` and ``NoAns_`` where there are such questions, and with ``no_answer_scores`` ``best_exact``,
         ``best_exact_thresh``, ``best_f1`` and ``best_f1_thresh``.
 
     Raises:
@@ -124,9 +124,8 @@ def _score_version_2(
     result: dict[str, float] = {}
     for prefix, ids in groups.items():
         if ids:
-            result |= {
-                prefix + name: _percent([scores[id_] for id_ in ids], len(ids)) for name, scores in final.items()
-            }
+            for name, scores in final.items():
+                result[prefix + name] = _percent([scores[id_] for id_ in ids], len(ids))
             result[prefix + "total"] = len(ids)
     if no_answer_scores is not None:
         for name, scores in raw.items():

@@ -29,39 +29,15 @@ _VERSION_NOTE = re.compile(r"^(?:Changed in|New in|Deprecated since) version (\d
 _CONDITIONAL = re.compile(r"^(If|When) ([^,;:]+), (?:then )?([^;:]+)\.$")
 _STATEMENT = re.compile(r'^The ("\w+" (?:statement|expression|function|method|clause)) ([a-z]+s [^;:]+)\.$')
 _DESCRIPTION = re.compile(r"^((?:A|An|The)(?: (?!that\b|which\b|if\b)[^\s,;:.]+){1,5}?) ((?:is|are) [^;:]+)\.$")
-_ENGLISH_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "to",
-        "by",
-        "on",
-        "be",
-        "are",
-        "can",
-        "may",
-        "will",
-        "this",
-        "that",
-        "these",
-        "which",
-        "it",
-        "its",
-        "they",
-        "when",
-        "used",
-    ]
-)
+_ENGLISH_WORDS = {*"a an the of to by on be are can may will this that these which it its they when used".split()}  # noqa: SIM905
 
 
 def embedded_documents() -> list[str]:
     """Return the Python language reference as English prose, one document a topic, in the order of the topic names.
 
-    Grammar, code and underlines are left out; headings stay. Paragraphs are separated by an empty line and each stands on
-    one line. Several topics of the reference contain others: a paragraph is kept only in the shortest topic that has it,
-    and topics with nothing of their own are left out.
+    Grammar, code and underlines are left out; headings stay. Paragraphs are separated by an empty line and each stands
+    on one line. Several topics of the reference contain others: a paragraph is kept only in the shortest topic that has
+    it, and topics with nothing of their own are left out.
 
     Returns:
         The documents, never empty strings.
@@ -140,14 +116,14 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as English: it ends as a sentence does, and a tenth of it are words no code is made of."""
+    """Whether a paragraph reads as English: it ends as a sentence does, and a tenth of it is no Python word."""
     words = paragraph.lower().split()
     ends = len(words) >= 5 and paragraph[-1] in ".:?!)”"
     return ends and 10 * sum(word in _ENGLISH_WORDS for word in words) >= len(words)
 
 
 def _questioned_paragraphs(title: str, document: str) -> list[dict[str, Any]]:
-    """Contexts of one document with their questions, in the SQuAD structure; contexts without questions are left out."""
+    """Contexts of one document with their questions, in the SQuAD structure; those without questions are left out."""
     paragraphs = []
     for index, context in enumerate(_contexts(document)):
         qas = [

@@ -1,4 +1,4 @@
-"""Extractive question answering in SQuAD format, versions 1.1 and 2.0: data, sliding windows, decoding, scores.
+"""Extractive question answering in SQuAD format, versions 1.1 and 2.0: questions, windows over contexts, decoding.
 
 Nothing here knows a model class: any model that gives a start and an end logit for each token is served.
 """
@@ -15,9 +15,31 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, load_dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
+from hf_fnl.training.metrics.squad_predictions import (
+    SquadPredictions,
+    is_version_2,
+    load_squad_metric,
+    score_predictions,
+    write_predictions,
+)
 from hf_fnl.training.tasks.embedded import embedded_squad
+
+__all__ = [
+    "SquadCollator",
+    "SquadOptions",
+    "SquadPredictions",
+    "build_squad_features",
+    "decode_predictions",
+    "is_version_2",
+    "load_squad",
+    "load_squad_metric",
+    "score_predictions",
+    "write_predictions",
+]
 
 SQUAD_FEATURES = Features(
     {
@@ -28,8 +50,7 @@ SQUAD_FEATURES = Features(
         "answers": {"text": List(Value("string")), "answer_start": List(Value("int32"))},
     }
 )
-_METRIC_FOLDER = Path(__file__).parents[1] / "metrics" / "squad_em_f1"
-_DECODED_AT_ONCE = 128  # windows; bounds the memory of decoding at some 100 MB
+_DECODED_AT_ONCE = 128  # windows; holds the memory of decoding to some tens of megabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,41 +92,27 @@ class SquadOptions:
             raise ValueError(
                 f"max_seq_length {self.max_seq_length} leaves {max(room, 0)} tokens of context beside a question of "
                 f"max_query_length {self.max_query_length} and {special_tokens} special tokens, but doc_stride "
-                f"{self.doc_stride} must be smaller than that; lower doc_stride or max_query_length, or raise max_seq_length"
+                f"{self.doc_stride} must be below that; lower doc_stride or max_query_length, or raise max_seq_length"
             )
 
 
-@dataclass(frozen=True)
-class SquadPredictions:
-    """Decoded answers, by question id.
-
-    Args:
-        predictions: The answer to each question; empty where version 2.0 predicts that there is none.
-        nbest: The best answers with ``text``, ``probability``, ``start_logit`` and ``end_logit``, best first.
-        null_odds: Score of no answer minus that of the best answer (version 2.0; empty under version 1.1).
-        null_score_diff_threshold: The threshold on ``null_odds`` that ``predictions`` was made with.
-    """
-
-    predictions: dict[str, str]
-    nbest: dict[str, list[dict[str, Any]]]
-    null_odds: dict[str, float]
-    null_score_diff_threshold: float = 0.0
-
-
-def load_squad(source: str | os.PathLike[str], *, split: str) -> Dataset:
+def load_squad(source: str | os.PathLike[str], *, split: str, limit: int | None = None) -> Dataset:
     """Load questions with the columns ``id``, ``title``, ``context``, ``question`` and ``answers``.
 
     ``answers`` holds the lists ``text`` and ``answer_start`` (in characters); a question without answer has empty ones.
 
     Args:
-        source: "embedded", a JSON file in the official structure of SQuAD 1.1 or 2.0, or the id of a data set on the Hub.
+        source: "embedded", a JSON file in the official structure of SQuAD 1.1 or 2.0, or the id of a Hub data set.
         split: Split of the Hub data set or of the embedded questions; a file is one split whatever this says.
+        limit: Keep the first so many questions.
 
     Raises:
         FileNotFoundError: If ``source`` names a JSON file that is not there.
         ValueError: If the data are empty, truncated, of another structure, or inconsistent: repeated ids, empty
             contexts, answers that do not stand in their context.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 question (or None for all), got {limit}")
     name = os.fspath(source)
     if name == "embedded":
         examples = _from_official(embedded_squad(split), name)
@@ -117,12 +124,7 @@ def load_squad(source: str | os.PathLike[str], *, split: str) -> Dataset:
             raise ValueError(f"{name} has no column {sorted(missing)}; its columns are {examples.column_names}")
         examples = examples.select_columns(list(SQUAD_FEATURES)).cast(SQUAD_FEATURES)
     _check_examples(examples, name)
-    return examples
-
-
-def is_version_2(examples: Dataset) -> bool:
-    """Whether some question has no answer, which only SQuAD 2.0 knows."""
-    return not all(answers["text"] for answers in examples["answers"])
+    return examples if limit is None else examples.select(range(min(limit, len(examples))))
 
 
 def _read_json(path: Path) -> Any:
@@ -171,9 +173,7 @@ def _check_examples(examples: Dataset, name: str) -> None:
         raise ValueError(f"{name} holds no questions")
     repeated = [id_ for id_, count in Counter(examples["id"]).items() if count > 1]
     if repeated:
-        raise ValueError(
-            f"{name}: {len(repeated)} question ids occur more than once, first {repeated[0]!r}; rename them"
-        )
+        raise ValueError(f"{name}: {len(repeated)} question ids are repeated, first {repeated[0]!r}; rename them")
     misplaced = []
     for id_, context, answers in zip(examples["id"], examples["context"], examples["answers"], strict=True):
         if not context.strip():
@@ -257,7 +257,7 @@ def _windows(
             raise ValueError(f"the context of question {batch['id'][owner]!r} holds no token; leave that question out")
         if train:
             start, end = _answer_tokens(spans, batch["answers"][owner])
-            row = {"start_positions": start, "end_positions": end}
+            row: dict[str, Any] = {"start_positions": start, "end_positions": end}
         else:
             row = {"example_id": batch["id"][owner], "offset_starts": spans[:, 0], "offset_ends": spans[:, 1]}
         for column, value in row.items():
@@ -312,7 +312,7 @@ def decode_predictions(
         start_logits: One row a window, at least as wide as the longest window.
         end_logits: The same for ends.
         options: ``n_best_size``, ``max_answer_length`` and ``null_score_diff_threshold`` count here.
-        version_2: Weigh each answer against none, whose score is that of the first token in the window where it is least.
+        version_2: Weigh each answer against none, which scores as the first token does in the window that says least.
 
     Returns:
         Predictions for every question, in the order of ``examples``.
@@ -359,9 +359,7 @@ def _padded(features: Dataset, column: str) -> np.ndarray:
 def _checked_logits(name: str, logits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Logits cut to the width of the longest window."""
     if logits.ndim != 2 or len(logits) != shape[0] or logits.shape[1] < shape[1]:
-        raise ValueError(
-            f"{name} must have {shape[0]} rows (windows) of at least {shape[1]} tokens, got {logits.shape}"
-        )
+        raise ValueError(f"{name} must hold {shape[0]} windows of at least {shape[1]} tokens, got {logits.shape}")
     cut = np.asarray(logits[:, : shape[1]], dtype=np.float32)
     if not np.isfinite(cut).all():
         raise ValueError(f"{name} hold NaN or Inf; the model has diverged")
@@ -433,65 +431,6 @@ def _with_probabilities(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     weights = np.exp([_score(answer) - _score(ranked[0]) for answer in ranked])
     probabilities = (weights / weights.sum()).tolist()
     return [{**answer, "probability": value} for answer, value in zip(ranked, probabilities, strict=True)]
-
-
-def write_predictions(folder: str | os.PathLike[str], predictions: SquadPredictions) -> None:
-    """Write ``predictions.json`` (the official format), ``nbest_predictions.json`` and for version 2.0 ``null_odds.json``.
-
-    Each file appears whole or not at all; ``folder`` is made if missing.
-    """
-    contents = {"predictions": predictions.predictions, "nbest_predictions": predictions.nbest}
-    if predictions.null_odds:
-        contents["null_odds"] = predictions.null_odds
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        _write_json(Path(folder) / f"{name}.json", content)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write beside ``path``, then rename, so that a failure leaves no half-written file."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def load_squad_metric(*, version_2: bool = False) -> evaluate.Metric:
-    """Load the ``evaluate`` metric that ships with this package, without the Hub."""
-    return evaluate.load(str(_METRIC_FOLDER), "v2" if version_2 else "v1", keep_in_memory=True)
-
-
-def score_predictions(examples: Dataset, predictions: SquadPredictions, *, version_2: bool) -> dict[str, float]:
-    """Score decoded answers; see :func:`hf_fnl.training.metrics.squad_scores.score_squad` for the names.
-
-    Under version 2.0 ``best_exact_thresh`` and ``best_f1_thresh`` are the values of ``null_score_diff_threshold`` that
-    would have scored best on these questions.
-
-    Raises:
-        ValueError: If a question has no prediction.
-    """
-    missing = [id_ for id_ in examples["id"] if id_ not in predictions.predictions]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(examples)} questions have no prediction, first {missing[0]!r}")
-    references = [{"id": row["id"], "answers": row["answers"]} for row in examples]
-    metric = load_squad_metric(version_2=version_2)
-    if not version_2:
-        texts = [{"id": id_, "prediction_text": predictions.predictions[id_]} for id_ in examples["id"]]
-        return metric.compute(predictions=texts, references=references)
-    # The threshold search needs the best text of every question, also where "no answer" won over it.
-    texts = [
-        {
-            "id": id_,
-            "prediction_text": next(answer["text"] for answer in predictions.nbest[id_] if answer["text"]),
-            "no_answer_probability": predictions.null_odds[id_],
-        }
-        for id_ in examples["id"]
-    ]
-    return metric.compute(
-        predictions=texts, references=references, no_answer_threshold=predictions.null_score_diff_threshold
-    )
 
 
 @dataclass(frozen=True)
