@@ -9,8 +9,8 @@ from torch import Tensor
 
 INIT_METHODS = ("spectral", "spectral_ones", "default")
 
-# Largest entry of ``Q^T Q - I`` that passes. ``P`` has orthonormal columns and ``P diag(S) Q^T = P P^T W`` whatever
-# the rounding in the Gram matrix, so that it shows as lost orthogonality of ``Q`` and nowhere else.
+# Largest entry of ``Q^T Q - I`` that passes. Rounding in the Gram matrix turns ``P`` a little, but its columns stay
+# orthonormal and ``P diag(S) Q^T = P P^T W`` holds; what is lost, and measured, is the orthogonality of ``Q``.
 _ORTHOGONALITY_TOLERANCE = 1e-4
 
 _GRAM_BLOCK = 192  # rows; a quarter of BERT-base's width, where the saving below levels off on CPU
@@ -27,8 +27,8 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         rank: Number of triples, ``1 <= rank <= min(m, n)``.
 
     Returns:
-        ``P`` of shape ``(m, rank)``, ``S`` of shape ``(rank,)`` in descending order and ``Q`` of shape ``(n, rank)``,
-        in float32, or in float64 for a float64 ``weight``.
+        ``P`` of shape ``(m, rank)``, ``S`` of shape ``(rank,)``, descending up to rounding, and ``Q`` of shape
+        ``(n, rank)``, in float32, or in float64 for a float64 ``weight``.
 
     Raises:
         ValueError: If ``rank`` is out of range or ``weight`` is not finite.
@@ -57,7 +57,10 @@ def _wide_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gram_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """Truncated SVD of a wide matrix from ``W W^T``, or ``None`` where its rounding error would show."""
-    P = torch.linalg.eigh(_lower_gram(weight)).eigenvectors[:, -rank:].flip(1)
+    gram = _lower_gram(weight)
+    if not gram.diagonal().isfinite().all():  # squares overflow; ``eigh`` may raise on what they leave
+        return None
+    P = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
     Q = weight.mT @ P
     S = Q.norm(dim=0)
     Q = Q / S

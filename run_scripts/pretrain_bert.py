@@ -56,6 +56,7 @@ class DataOptions:
     split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_dataset: str | None = field(default=None, metadata={"help": "Hub id, file or folder to evaluate on."})
     validation_split: str = field(default="train", metadata={"help": "Split of validation_dataset."})
+    max_validation_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     max_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
     streaming: bool = field(default=False, metadata={"help": "Read while training; memory does not grow."})
@@ -131,7 +132,8 @@ def train_phase(
     documents = load_documents(data.dataset, split=data.split, streaming=data.streaming, **source)
     validation = None
     if data.validation_dataset:
-        held_out = load_documents(data.validation_dataset, split=data.validation_split, text_column=data.text_column)
+        source = {"text_column": data.text_column, "limit": data.max_validation_documents}
+        held_out = load_documents(data.validation_dataset, split=data.validation_split, **source)
         validation = build_pretraining_dataset(held_out, tokenizer, options, num_proc=data.num_proc)
     args = copy.copy(args)
     args.output_dir = str(Path(args.output_dir) / f"phase-{number}")

@@ -143,9 +143,7 @@ HEADS = {
         lambda: {**tokens(), "labels": labels(5, BATCH, LENGTH)},
         config={"num_labels": 5},
     ),
-    "question-answering": Head(
-        "ForQuestionAnswering", "AutoModelForQuestionAnswering", lambda: {**tokens(), **_SQUAD}
-    ),
+    "question-answering": Head("ForQuestionAnswering", "AutoModelForQuestionAnswering", lambda: {**tokens(), **_SQUAD}),
 }
 LM_HEADS = {name: HEADS[name] for name in ("pretraining", "masked-lm", "decoder")}
 

@@ -1,5 +1,6 @@
 """Pretraining examples: pairs, packing, masks, and that nothing about them depends on who reads them when."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -11,7 +12,6 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForPreTraining, Trainer, TrainerCallback, TrainingArguments
 
-from hf_fnl.training.tasks.documents import Document
 from hf_fnl.training.tasks.embedded import embedded_documents
 from hf_fnl.training.tasks.pretraining import (
     DOCUMENTS_PER_GROUP,
@@ -19,13 +19,9 @@ from hf_fnl.training.tasks.pretraining import (
     PretrainingCollator,
     PretrainingOptions,
     build_pretraining_dataset,
-    make_instances,
     mask_tokens,
-    pack_sentences,
-    sentence_pairs,
     tokenize_documents,
 )
-from hf_fnl.training.tasks.pretraining import _truncate as truncate
 from hf_fnl.training.tasks.wordpiece import Vocabulary, train_wordpiece
 
 CORPUS = embedded_documents()
@@ -37,26 +33,12 @@ def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def numbered_documents(*documents: list[int]) -> list[Document]:
-    """Documents given by their sentence lengths; their tokens count up from ``FIRST_ID``, so that each is met once."""
-    start, made = FIRST_ID, []
-    for lengths in documents:
-        tokens = np.arange(start, start + sum(lengths), dtype=np.int32)
-        made.append(Document(tokens, np.cumsum([0, *lengths])))
-        start += sum(lengths)
-    return made
-
-
-def random_documents(count: int, longest: int, seed: int = 0) -> list[Document]:
-    rng = generator(seed)
-    return numbered_documents(*(rng.integers(1, longest + 1, rng.integers(1, 40)).tolist() for _ in range(count)))
-
-
-def home(segment: np.ndarray, documents: list[Document]) -> int:
-    """The one document that a segment is a stretch of."""
-    assert (np.diff(segment) == 1).all()
-    (found,) = (number for number, document in enumerate(documents) if set(segment) <= set(document.tokens))
-    return found
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -69,122 +51,18 @@ def documents():
     return datasets.Dataset.from_dict({"text": CORPUS[:20]})
 
 
+def original_ids(examples: Iterable[dict]) -> list[list[int]]:
+    return [torch.where(e["labels"] == -100, e["input_ids"], e["labels"]).tolist() for e in examples]
+
+
 def equal(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-# Sentence pairs
-
-
-@pytest.mark.parametrize("max_seq_length", [8, 13, 64])
-def test_label_0_follows_and_label_1_comes_from_elsewhere(max_seq_length):
-    documents = random_documents(23, longest=7)
-    options = replace(FULL, max_seq_length=max_seq_length, short_sequence_probability=0.3)
-    seen = set()
-    for index in range(len(documents)):
-        for a, b, label in sentence_pairs(documents, index, options, generator(index)):
-            seen.add(label)
-            assert len(a) >= 1
-            assert len(b) >= 1
-            assert len(a) + len(b) <= max_seq_length - 3
-            assert home(a, documents) == index
-            assert (home(b, documents) == index) is (label == 0)
-            if label == 0 and len(a) + len(b) < max_seq_length - 3:
-                assert b[0] == a[-1] + 1
-    assert seen == {0, 1}
-
-
-def test_sentences_replaced_by_random_ones_are_used_again():
-    documents = numbered_documents([1] * 301, [1] * 203)
-    pairs = list(sentence_pairs(documents, 0, FULL, generator()))
-    own = [np.concatenate([a, b]) if label == 0 else a for a, b, label in pairs]
-    np.testing.assert_array_equal(np.concatenate(own), documents[0].tokens)
-
-
-def test_half_of_the_pairs_are_random():
-    documents = random_documents(300, longest=5)
-    instances = make_instances(documents, replace(FULL, max_seq_length=24), vocabulary(), generator())
-    labels = np.array([instance.next_sentence_label for instance in instances])
-    # A document's last sentence, when nothing else is left, can only get a random one: a little above one half.
-    assert len(labels) > 1000
-    assert 0.5 < labels.mean() < 0.6
-
-
-@pytest.mark.parametrize(("sentences", "labels"), [([4], []), ([4, 4, 4, 4], [0])], ids=["one", "four"])
-def test_a_document_alone_gives_true_pairs_only(sentences, labels):
-    documents = numbered_documents(sentences)
-    assert [label for *_, label in sentence_pairs(documents, 0, FULL, generator())] == labels
-
-
-def test_short_sequences_are_as_many_as_asked_for():
-    alone = numbered_documents([1] * 126)
-    pairs = (next(sentence_pairs(alone, 0, PretrainingOptions(), generator(seed))) for seed in range(1000))
-    assert np.mean([len(a) + len(b) < 125 for a, b, _ in pairs]) == pytest.approx(0.1, abs=0.03)
-
-
-@pytest.mark.parametrize("limit", [5, 6, 125])
-def test_truncation_leaves_what_removing_one_token_at_a_time_leaves(limit):
-    for len_a, len_b in generator().integers(1, 2 * limit, (50, 2)):
-        a, b = np.arange(len_a), np.arange(len_b)
-        kept_a, kept_b = truncate(a, b, limit, generator(1))
-        while len_a + len_b > limit:
-            len_a, len_b = (len_a - 1, len_b) if len_a > len_b else (len_a, len_b - 1)
-        assert (len(kept_a), len(kept_b)) == (len_a, len_b)
-        assert (np.diff(kept_a) == 1).all()
-        assert (np.diff(kept_b) == 1).all()
-
-
-def test_truncation_takes_from_both_ends_alike():
-    rng = generator()
-    starts = [truncate(np.arange(60), np.arange(10), 30, rng)[0][0] for _ in range(500)]
-    assert np.mean(starts) == pytest.approx(40 / 2, abs=1)
-
-
-def test_an_instance_is_laid_out_as_bert_wants_it():
-    documents = numbered_documents([3, 4])
-    (instance,) = make_instances(documents, FULL, vocabulary(), generator())
-    assert instance.input_ids.tolist() == [CLS, 5, 6, 7, SEP, 8, 9, 10, 11, SEP]
-    assert (instance.first_length, instance.next_sentence_label) == (5, 0)
-
-
-# Packed sentences
-
-
-@pytest.mark.parametrize("limit", [6, 11, 126])
-@pytest.mark.parametrize("longest", [3, 40], ids=["short", "long"])
-def test_packing_loses_no_token_and_cuts_no_sentence_that_fits(limit, longest):
-    documents = random_documents(31, longest)
-    packed = list(pack_sentences(documents, limit, SEP))
-    assert max(map(len, packed)) <= limit
-    tokens = np.concatenate(packed)
-    np.testing.assert_array_equal(tokens[tokens != SEP], np.concatenate([document.tokens for document in documents]))
-    sentences = [part for document in documents for part in np.split(document.tokens, document.bounds[1:-1])]
-    starts = {part[0] for part in packed}
-    assert not [part for part in sentences if len(part) <= limit and starts & set(part[1:]) and part[0] not in tokens]
-    inside = {token for part in sentences if len(part) <= limit for token in part[1:]}
-    assert starts.isdisjoint(inside)
-
-
-@pytest.mark.parametrize(
-    ("sentences", "limit", "packed"),
-    [
-        ([[2, 2], [3]], 9, [[5, 6, 7, 8, SEP, 9, 10, 11]]),
-        ([[2, 2], [3]], 5, [[5, 6, 7, 8], [9, 10, 11]]),
-        ([[2, 2], [3]], 4, [[5, 6, 7, 8], [9, 10, 11]]),
-        ([[7]], 5, [[5, 6, 7, 8, 9], [10, 11]]),
-        ([[1], [1], [1]], 3, [[5, SEP, 6], [7]]),
-        ([], 5, []),
-    ],
-    ids=["together", "separator last", "separator over", "long sentence", "three", "nothing"],
-)
-def test_packing_by_hand(sentences, limit, packed):
-    assert [part.tolist() for part in pack_sentences(numbered_documents(*sentences), limit, SEP)] == packed
 
 
 # Masks
 
 
-def vocabulary(size: int = 1000, continues: range = range(0)) -> Vocabulary:
+def vocabulary(size: int = 1000, continues: Sequence[int] = ()) -> Vocabulary:
     is_special, continues_word = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
     is_special[:FIRST_ID] = True
     continues_word[list(continues)] = True
@@ -261,6 +139,13 @@ def test_a_word_longer_than_the_count_is_masked_where_there_is_no_other():
     assert labels.tolist() == [-100, 10, 500, 501, 502, -100]
 
 
+def test_a_piece_behind_a_special_token_is_a_word_of_its_own():
+    ids = np.array([CLS, 10, SEP, 500, SEP])
+    for seed in range(5):
+        _, labels = mask_tokens(ids, replace(FULL, whole_word_mask=True), vocabulary(continues=[500]), generator(seed))
+        assert (labels != -100).sum() == 1
+
+
 @pytest.mark.parametrize("whole_word_mask", [False, True], ids=["tokens", "words"])
 def test_nothing_is_masked_where_all_is_special(whole_word_mask):
     ids = np.array([CLS, 4, 4, SEP])
@@ -276,10 +161,10 @@ def test_nothing_is_masked_where_all_is_special(whole_word_mask):
 def test_an_example_is_a_function_of_seed_epoch_and_index(documents, tokenizer, next_sentence, whole_word_mask):
     options = PretrainingOptions(next_sentence=next_sentence, whole_word_mask=whole_word_mask, max_seq_length=64)
     dataset, again = (build_pretraining_dataset(documents, tokenizer, options) for _ in range(2))
-    first = [dataset[index] for index in range(len(dataset))]
+    first = list(dataset)
     dataset.set_epoch(3)
-    # One packed example, the last, may be so short that its mask is the same by chance.
-    assert sum(equal(dataset[index], first[index]) for index in range(len(dataset))) <= 1
+    long = [index for index, example in enumerate(first) if len(example["input_ids"]) > 24]
+    assert not any(equal(dataset[index], first[index]) for index in long)
     dataset.set_epoch(0)
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002
@@ -296,15 +181,14 @@ def test_another_seed_gives_other_pairs(documents, tokenizer):
 
 def test_labels_restore_the_text(documents, tokenizer):
     dataset = build_pretraining_dataset(documents, tokenizer, replace(FULL, next_sentence=False, max_seq_length=32))
-    examples = [dataset[index] for index in range(len(dataset))]
-    restored = torch.cat([torch.where(e["labels"] == -100, e["input_ids"], e["labels"])[1:-1] for e in examples])
-    corpus = np.concatenate([document.tokens for document in tokenize_documents(documents["text"], tokenizer)])
-    assert restored[restored != tokenizer.sep_token_id].tolist() == corpus.tolist()
+    restored = [token for ids in original_ids(dataset) for token in ids[1:-1] if token != tokenizer.sep_token_id]
+    corpus = [document.tokens for document in tokenize_documents(documents["text"], tokenizer)]
+    assert restored == np.concatenate(corpus).tolist()
 
 
 def test_a_pair_is_typed_as_the_tokenizer_types_it(documents, tokenizer):
     dataset = build_pretraining_dataset(documents, tokenizer, FULL)
-    for example in (dataset[index] for index in range(len(dataset))):
+    for example in dataset:
         second = (example["input_ids"] == tokenizer.sep_token_id).cumsum(0).roll(1)
         second[0] = 0
         assert torch.equal(example["token_type_ids"], second)
@@ -388,15 +272,33 @@ def test_a_stream_is_a_function_of_seed_and_epoch(tokenizer, next_sentence):
     assert not any(map(equal, again, first))
 
 
+def test_a_shuffled_stream_is_shuffled_anew_in_every_epoch(tokenizer):
+    shuffled = stream_of(30).shuffle(seed=1, buffer_size=30)
+    dataset = build_pretraining_dataset(shuffled, tokenizer, replace(FULL, next_sentence=False))
+
+    def texts(epoch: int) -> list:
+        dataset.set_epoch(epoch)
+        return sorted(original_ids(dataset))
+
+    assert texts(0) == texts(0) != texts(1)
+
+
+def test_no_two_groups_of_a_stream_get_the_same_masks(tokenizer):
+    once = datasets.Dataset.from_dict({"text": [f"Document {n} of some." for n in range(DOCUMENTS_PER_GROUP)]})
+    dataset = build_pretraining_dataset(
+        once.to_iterable_dataset().repeat(2), tokenizer, replace(FULL, next_sentence=False)
+    )
+    examples = list(dataset)
+    half = len(examples) // 2
+    assert sorted(original_ids(examples[:half])) == sorted(original_ids(examples[half:]))
+    assert not any(map(equal, examples[:half], examples[half:]))
+
+
 def test_a_stream_holds_what_a_stored_data_set_holds(documents, tokenizer):
     options = replace(FULL, next_sentence=False, max_seq_length=32)
     stored = build_pretraining_dataset(documents, tokenizer, options)
     streamed = build_pretraining_dataset(documents.to_iterable_dataset(), tokenizer, options)
-    original = [
-        sorted(torch.where(e["labels"] == -100, e["input_ids"], e["labels"]).tolist() for e in examples)
-        for examples in (streamed, [stored[index] for index in range(len(stored))])
-    ]
-    assert original[0] == original[1]
+    assert sorted(original_ids(streamed)) == sorted(original_ids(stored))
 
 
 def test_a_stream_masks_and_pairs_as_a_stored_data_set_does(documents, tokenizer):

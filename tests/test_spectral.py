@@ -12,24 +12,28 @@ SHAPES = {
     "full-rank": (5, 7, 5),
     "rank-one": (7, 5, 1),
     "row": (1, 7, 1),
-    "several-blocks": (401, 503, 60),
+    "several-blocks": (203, 211, 60),
 }
-# Spectra of trained weights, 200 values each: initial ones are flat.
+# Spectra of trained weights, 60 values each: initial ones are flat.
 SPECTRA = {
-    "flat": torch.linspace(2, 1, 200),
-    "to-1e-9": torch.logspace(0, -9, 200),
-    "power-law": 1 / torch.arange(1, 201),
-    "one-dominates": torch.cat([torch.tensor([100.0]), torch.linspace(1, 0.5, 199)]),
-    "two-levels": torch.cat([torch.ones(100), torch.full((100,), 1e-3)]),
-    "rank-deficient": torch.cat([torch.linspace(2, 1, 50), torch.zeros(150)]),
-    "zero": torch.zeros(200),
-    "tiny": torch.linspace(2, 1, 200) * 1e-25,
-    "huge": torch.linspace(2, 1, 200) * 1e25,
+    "flat": torch.linspace(2, 1, 60),
+    "to-1e-9": torch.logspace(0, -9, 60),
+    "power-law": torch.arange(1, 61) ** -1.5,
+    "one-dominates": torch.cat([torch.tensor([100.0]), torch.linspace(1, 0.5, 59)]),
+    "two-levels": torch.cat([torch.ones(30), torch.full((30,), 1e-3)]),
+    "rank-deficient": torch.cat([torch.linspace(2, 1, 10), torch.zeros(50)]),
+    "zero": torch.zeros(60),
+    "tiny": torch.linspace(2, 1, 60) * 1e-25,
+    "huge": torch.linspace(2, 1, 60) * 1e25,
 }
 
 
-def matrix(spectrum: torch.Tensor, columns: int = 307) -> torch.Tensor:
+@pytest.fixture(autouse=True)
+def seed() -> None:
     torch.manual_seed(0)
+
+
+def matrix(spectrum: torch.Tensor, columns: int = 101) -> torch.Tensor:
     P = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), dtype=torch.float64)).Q
     Q = torch.linalg.qr(torch.randn(columns, len(spectrum), dtype=torch.float64)).Q
     return P * spectrum.double() @ Q.mT
@@ -43,7 +47,6 @@ def best_approximation(weight: torch.Tensor, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("m", "n", "rank"), SHAPES.values(), ids=SHAPES.keys())
 def test_truncated_svd_is_the_svds_head(m, n, rank, dtype):
-    torch.manual_seed(0)
     weight = torch.randn(m, n, dtype=dtype)
     P, S, Q = truncated_svd(weight, rank)
     assert (P.shape, S.shape, Q.shape) == ((m, rank), (rank,), (n, rank))
@@ -53,7 +56,7 @@ def test_truncated_svd_is_the_svds_head(m, n, rank, dtype):
 
 
 @pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
-@pytest.mark.parametrize("rank", [20, 100, 200])
+@pytest.mark.parametrize("rank", [20, 60])
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
 def test_ill_conditioned_weights_keep_the_best_approximation(spectrum, rank, tall):
     exact = matrix(spectrum).mT if tall else matrix(spectrum)
@@ -68,7 +71,7 @@ def test_ill_conditioned_weights_keep_the_best_approximation(spectrum, rank, tal
 @pytest.mark.parametrize("spectrum", [SPECTRA["to-1e-9"], SPECTRA["power-law"]], ids=["to-1e-9", "power-law"])
 def test_float64_weights_are_decomposed_in_float64(spectrum):
     weight = matrix(spectrum)
-    P, S, Q = truncated_svd(weight, 200)
+    P, S, Q = truncated_svd(weight, 60)
     assert (P * S @ Q.mT - weight).norm() < 1e-12 * weight.norm()
 
 
@@ -125,7 +128,6 @@ def test_a_parameter_is_left_as_it_is_and_out_of_the_graph():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rank", [1, 2, 3], ids="rank-{}".format)
 def test_heads_are_cut_as_the_svd_of_each_formed_product_cuts_them(rank, dtype):
-    torch.manual_seed(0)
     left, right = torch.randn(2, 5, 3, dtype=dtype), torch.randn(2, 7, 3, dtype=dtype)
     U, V = spectral_init_heads(left, right, rank)
     assert (U.shape, V.shape) == ((2, 5, rank), (2, 7, rank))
@@ -149,8 +151,7 @@ def test_spectral_ones_of_heads():
 
 @pytest.mark.parametrize("rank", [2, 3], ids=["cut", "full"])
 def test_biased_projections_are_cut_as_augmented_factors(rank):
-    """``(x Q + b_q)(x K + b_k)^T`` is a product too, and its best approximation is that of ``[Q; b_q]``, ``[K; b_k]``."""
-    torch.manual_seed(0)
+    """``(x Q + b_q)(x K + b_k)^T`` is a product, best approximated through ``[Q; b_q]``, ``[K; b_k]``."""
     x = torch.randn(11, 5, dtype=torch.float64)
     Q, K = torch.randn(2, 2, 5, 3, dtype=torch.float64).unbind()
     b_q, b_k = torch.randn(2, 2, 1, 3, dtype=torch.float64).unbind()
@@ -162,7 +163,8 @@ def test_biased_projections_are_cut_as_augmented_factors(rank):
     augmented = torch.cat([x, torch.ones(11, 1, dtype=torch.float64)], 1)
     form = best_approximation(torch.cat([Q, b_q], 1) @ torch.cat([K, b_k], 1).mT, rank)
     torch.testing.assert_close(cut, augmented @ form @ augmented.mT)
-    assert (rank == 3) == torch.allclose(cut, scores)
+    if rank == 3:
+        torch.testing.assert_close(cut, scores)
 
 
 def test_initial_factors_split_the_weight_that_is_drawn():

@@ -1,10 +1,15 @@
-"""What the factorized model families share: initialization, and the way back to a stock model."""
+"""What the factorized model families share: initialization, checked loading, and the way back to a stock model."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -100,6 +105,45 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Transformers, which however draws a product anew, with a log entry only, if its form has changed.
+
+        Raises:
+            OSError: If a weight file is truncated or corrupt.
+            ValueError: If the checkpoint holds a parameter in another shape, or a product in another form, than the
+                configuration says, unless ``ignore_mismatched_sizes``.
+        """
+        source = pretrained_model_name_or_path
+        options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        try:
+            model, info = super().from_pretrained(source, *args, **options, **kwargs)
+        except SafetensorError as error:
+            folder = Path(source or "", kwargs.get("subfolder") or "")
+            raise OSError(f"the weights in {_unreadable_file(folder)} are truncated or corrupt: {error}") from error
+        if not ignore_mismatched_sizes:
+            _check_loaded(model, source, info)
+        return (model, info) if output_loading_info else model
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in Transformers, for a dense embedding.
+
+        Raises:
+            ValueError: If the embedding is factorized.
+        """
+        if isinstance(self.get_input_embeddings(), Factorized):
+            raise ValueError(
+                "resize_token_embeddings needs a dense embedding; merge() the model first or set embedding_rank=None"
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
         """The stock model that computes the same, with every product multiplied out.
@@ -116,7 +160,7 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         dense.load_state_dict(self._dense_state_dict())
         dense.tie_weights()
         if self.can_generate():
-            dense.generation_config = self.generation_config
+            dense.generation_config = copy.deepcopy(self.generation_config)
         return dense.train(self.training)
 
     def _dense_state_dict(self) -> dict[str, Tensor]:
@@ -128,6 +172,39 @@ class FactorizedPreTrainedModel(PreTrainedModel):
                     state.pop(f"{name}.{factor}", None)
                 state[f"{name}.weight"] = module.composed()
         return state
+
+
+def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if a checkpoint's parameters are not those of the model that was to hold them."""
+    faults = [
+        f"{name} has shape {tuple(theirs)} in the checkpoint and {tuple(ours)} in the model"
+        for name, theirs, ours in info["mismatched_keys"]
+    ]
+
+    def holder(name: str) -> str:  # the module, whose name in the checkpoint of a backbone has no prefix
+        return name.removeprefix(f"{model.base_model_prefix}.").rpartition(".")[0]
+
+    unexpected = {holder(name): name for name in sorted(info["unexpected_keys"])}
+    for missing in info["missing_keys"]:
+        if (found := unexpected.get(holder(missing))) is not None:
+            faults.append(f"the checkpoint holds {found} where the model holds {missing}")
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(
+            f"{source} does not fit {type(model).__name__}: {min(faults)}{more}. Leave the ranks as its "
+            "config.json has them, or pass ignore_mismatched_sizes=True to start what does not fit anew"
+        )
+
+
+def _unreadable_file(folder: Path) -> Path:
+    """The first weight file in a folder that cannot be opened; the folder itself if it is not one on this disk."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return file
+    return folder
 
 
 def _init_factors(module: Factorized, std: float) -> None:

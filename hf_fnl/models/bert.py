@@ -1,6 +1,6 @@
 """Factorized BERT: configuration, backbone and every head that Transformers has for BERT."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
 
 from collections.abc import Callable
 from typing import Any

@@ -67,15 +67,7 @@ class _WithLMHead(FactorizedBertPreTrainedModel):
         self.cls.predictions.decoder = new_embeddings
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As in Transformers, for a dense embedding; new tokens get a zero output bias.
-
-        Raises:
-            ValueError: If the embedding is factorized.
-        """
-        if self.config.embedding_rank is not None:
-            raise ValueError(
-                "resize_token_embeddings needs a dense embedding; merge() the model first or set embedding_rank=None"
-            )
+        """As in Transformers, for a dense embedding; new tokens get a zero output bias."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         bias = self.cls.predictions.bias
         missing = self.config.vocab_size - bias.shape[0]
@@ -94,14 +86,17 @@ def masked_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
     """Cross-entropy summed over the labelled positions and divided by their number.
 
     Args:
-        logits: ``(..., vocab_size)``.
-        labels: ``(...)``, -100 where there is nothing to predict.
+        logits: ``(batch, length, vocab_size)``, or ``(labelled positions, vocab_size)``.
+        labels: ``(batch, length)``, -100 where there is nothing to predict, or ``(labelled positions,)``.
         num_items_in_batch: Labelled positions in the whole batch, over accumulation steps and processes, of which these
             may be a part; their own number unless given.
     """
-    total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    if logits.ndim > 2:  # otherwise already taken at labelled positions
+        labelled = labels != IGNORE_INDEX
+        logits, labels = logits[labelled], labels[labelled]
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
     if num_items_in_batch is None:
-        num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
+        num_items_in_batch = max(labels.numel(), 1)
     return total / num_items_in_batch
 
 

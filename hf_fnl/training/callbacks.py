@@ -37,7 +37,7 @@ class DiagnosticsCallback(TrainerCallback):
         """Drop what an earlier run wrote after the step at which this one starts; log the start of a fresh run."""
         path = Path(args.output_dir) / DIAGNOSTICS_FILE
         if state.is_world_process_zero and path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_text().splitlines(keepends=True) if state.global_step else []
             path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
         if state.global_step == 0:
             self._record(args, state, **kwargs)
@@ -45,7 +45,10 @@ class DiagnosticsCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log when the step is due."""
         if state.global_step % self.every == 0:
+            # Logging clears the request for the Trainer's own log of this step.
+            should_log = control.should_log
             self._record(args, state, **kwargs)
+            control.should_log = should_log
 
     def _record(
         self, args: TrainingArguments, state: TrainerState, *, model: nn.Module, lr_scheduler: Any, **_: Any

@@ -65,7 +65,8 @@ def score_squad(
         ``best_exact_thresh``, ``best_f1`` and ``best_f1_thresh``.
 
     Raises:
-        ValueError: If no prediction belongs to a question, or under version 1.1 a question has no gold answer.
+        ValueError: If no prediction belongs to a question, under version 1.1 a question has no gold answer, or
+            ``no_answer_scores`` lacks a predicted question.
     """
     if not predictions.keys() & references.keys():
         raise ValueError(
@@ -110,6 +111,9 @@ def _score_version_2(
 ) -> dict[str, float]:
     """Version 2.0: overall, over questions with and without answers, and at the best thresholds."""
     nullness = dict.fromkeys(references, 0.0) if no_answer_scores is None else no_answer_scores
+    missing = [id_ for id_ in references if id_ in predictions and id_ not in nullness]
+    if missing:
+        raise ValueError(f"no_answer_scores lacks {len(missing)} predicted questions, first {missing[0]!r}")
     raw = dict(zip(("exact", "f1"), _best_scores(predictions, references, version_2=True), strict=True))
     final = {
         name: {id_: float(not references[id_]) if nullness[id_] > threshold else score for id_, score in scores.items()}

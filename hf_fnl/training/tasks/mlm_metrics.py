@@ -27,11 +27,15 @@ def reduce_logits(logits: Any, labels: Any) -> Tensor:
     """
     is_pair = isinstance(logits, (tuple, list))
     vocabulary_logits, mlm_labels = (logits[0], labels[0]) if is_pair else (logits, labels)
-    losses = F.cross_entropy(vocabulary_logits.float().mT, mlm_labels, reduction="none")
-    right = (vocabulary_logits.argmax(-1) == mlm_labels).sum(-1)
-    sums = [losses.sum(-1), (mlm_labels != -100).sum(-1), right]
-    sums.append((logits[1].argmax(-1) == labels[1]) if is_pair else torch.full_like(sums[0], math.nan))
-    return torch.stack([column.float() for column in sums], dim=1)
+    labelled = mlm_labels != -100
+    chosen, targets = vocabulary_logits[labelled].float(), mlm_labels[labelled]
+    losses = torch.zeros(mlm_labels.shape, device=chosen.device)
+    losses[labelled] = F.cross_entropy(chosen, targets, reduction="none")
+    right = torch.zeros_like(losses)
+    right[labelled] = (chosen.argmax(-1) == targets).float()
+    sums = [losses.sum(-1), labelled.sum(-1).float(), right.sum(-1)]
+    sums.append((logits[1].argmax(-1) == labels[1]).float() if is_pair else torch.full_like(sums[0], math.nan))
+    return torch.stack(sums, dim=1)
 
 
 def mlm_metrics(prediction: EvalPrediction) -> dict[str, float]:

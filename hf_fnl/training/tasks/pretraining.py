@@ -88,7 +88,7 @@ def make_instances(
         documents: Documents; the random next sentences of each come from the others.
         options: How.
         vocabulary: For the ids of ``[CLS]`` and ``[SEP]``.
-        rng: Drawn from for pairs only.
+        rng: Used for pairs only.
 
     Returns:
         ``[CLS] A [SEP] B [SEP]`` with label 0 where B follows A in its document and 1 where it comes from another one;
@@ -154,7 +154,7 @@ def _random_segment(
 def _truncate(
     a: NDArray[np.int32], b: NDArray[np.int32], limit: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Shorten the longer segment, then both in turn, by one token at a time from a random end."""
+    """Shorten the longer segment, and both in turn once they are equal, token by token at random ends."""
     keep_b = min(len(b), max(limit // 2, limit - len(a)))
     keep_a = min(len(a), limit - keep_b)
     from_a, from_b = rng.binomial([len(a) - keep_a, len(b) - keep_b], 0.5)
@@ -268,17 +268,15 @@ class PretrainingDataset(_Epoch, torch.utils.data.Dataset[dict[str, Tensor]]):
 
     Args:
         instances: Columns ``input_ids`` and, for pairs, ``first_length`` and ``next_sentence_label``.
-        tokenizer: The tokenizer that made them.
+        vocabulary: Of the tokenizer that made them.
         options: How they are masked.
     """
 
-    def __init__(
-        self, instances: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, options: PretrainingOptions
-    ) -> None:
+    def __init__(self, instances: datasets.Dataset, vocabulary: Vocabulary, options: PretrainingOptions) -> None:
         super().__init__()
         self.instances = instances.with_format("numpy")
+        self.vocabulary = vocabulary
         self.options = options
-        self.vocabulary = Vocabulary.from_tokenizer(tokenizer)
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -361,7 +359,11 @@ def build_pretraining_dataset(
         ValueError: If there is no column ``text``, there are too few documents with text, the tokenizer lacks a token
             or allows no such length, or whole words are asked of one that is no WordPiece tokenizer.
     """
-    _check_tokenizer(tokenizer, options)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    if options.max_seq_length > (limit := tokenizer.model_max_length):
+        raise ValueError(f"max_seq_length is {options.max_seq_length}, above the tokenizer's limit of {limit}")
+    if options.whole_word_mask and not vocabulary.continues_word.any():
+        raise ValueError("whole_word_mask=True needs a WordPiece tokenizer; this one has no ## pieces")
     rows = list(islice(documents, 2))
     if rows and "text" not in rows[0]:
         raise ValueError(f"the documents need a column 'text', they have {sorted(rows[0])}")
@@ -381,13 +383,13 @@ def build_pretraining_dataset(
     instances = tokenized.with_format("numpy").map(
         _make_batch,
         with_indices=True,
-        fn_kwargs={"options": options, "vocabulary": Vocabulary.from_tokenizer(tokenizer)},
+        fn_kwargs={"options": options, "vocabulary": vocabulary},
         features=_PAIRS if options.next_sentence else _PACKED,
         remove_columns=tokenized.column_names,
         desc="Making examples",
         **_GROUPED,
     )
-    return PretrainingDataset(instances, tokenizer, options)
+    return PretrainingDataset(instances, vocabulary, options)
 
 
 def _tokenize_batch(batch: dict[str, list[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -403,14 +405,6 @@ def _make_batch(
     instances = make_instances(documents, options, vocabulary, rng)
     names = _PAIRS if options.next_sentence else _PACKED
     return {name: [getattr(instance, name) for instance in instances] for name in names}
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, options: PretrainingOptions) -> None:
-    if options.max_seq_length > tokenizer.model_max_length:
-        limit = tokenizer.model_max_length
-        raise ValueError(f"max_seq_length is {options.max_seq_length}, above the tokenizer's limit of {limit}")
-    if options.whole_word_mask and not Vocabulary.from_tokenizer(tokenizer).continues_word.any():
-        raise ValueError("whole_word_mask=True needs a WordPiece tokenizer; this one has no ## pieces")
 
 
 def _check_count(found: int, options: PretrainingOptions) -> None:

@@ -250,9 +250,7 @@ def _windows(
     owners = encoded.pop("overflow_to_sample_mapping")
     extra: dict[str, list[Any]] = {}
     for window, (owner, offsets) in enumerate(zip(owners, encoded.pop("offset_mapping"), strict=True)):
-        spans = np.array(offsets, dtype=np.int32)
-        in_context = np.array([sequence == 1 for sequence in encoded.sequence_ids(window)])
-        spans[~in_context | (spans[:, 0] == spans[:, 1])] = -1
+        spans = _context_spans(batch["context"][owner], encoded.sequence_ids(window), offsets)
         if spans.max() < 0:
             raise ValueError(f"the context of question {batch['id'][owner]!r} holds no token; leave that question out")
         if train:
@@ -273,6 +271,15 @@ def _shortened(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max
     )
     ends = [offsets[-1][1] if len(offsets) == max_query_length else None for offsets in encoded["offset_mapping"]]
     return [question[:end] for question, end in zip(stripped, ends, strict=True)]
+
+
+def _context_spans(context: str, sequences: Sequence[int | None], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Start and end in ``context`` of each token, -1 for tokens of the question, of white space or of no width."""
+    spans = [
+        span if sequence == 1 and context[slice(*span)].strip() else (-1, -1)
+        for sequence, span in zip(sequences, offsets, strict=True)
+    ]
+    return np.array(spans, dtype=np.int32)
 
 
 def _answer_tokens(spans: np.ndarray, answers: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
@@ -327,22 +334,21 @@ def decode_predictions(
     owners = _owners(ids, features["example_id"])
     windows, first, last = _best_spans(start_logits, end_logits, starts >= 0, options)
     spans = np.stack([starts[windows, first], ends[windows, last]], axis=1)
-    logits = np.stack([start_logits[windows, first], end_logits[windows, last]], axis=1)
+    logits = np.stack([start_logits[windows, first], end_logits[windows, last]], axis=1).astype(np.float64)
     ranked = _ranked_by_owner(owners[windows], -logits.sum(axis=1), len(ids))
-    null_logits = np.stack([start_logits[:, 0], end_logits[:, 0]], axis=1)
+    null_logits = np.stack([start_logits[:, 0], end_logits[:, 0]], axis=1).astype(np.float64)
     null_ranked = _ranked_by_owner(owners, null_logits.sum(axis=1), len(ids))
 
-    decoded = SquadPredictions({}, {}, {}, options.null_score_diff_threshold)
+    texts, nbest, null_odds = {}, {}, {}
     for id_, context, rows, null_rows in zip(ids, examples["context"], ranked, null_ranked, strict=True):
         answers = _distinct_answers(context, spans[rows].tolist(), logits[rows].tolist(), options.n_best_size)
         null = _answer("", *null_logits[null_rows[0]].tolist())
-        null_odds = _score(null) - _score(answers[0])
-        is_null = version_2 and null_odds > options.null_score_diff_threshold
-        decoded.predictions[id_] = "" if is_null else answers[0]["text"]
-        decoded.nbest[id_] = _with_probabilities([*answers, null] if version_2 else answers)
+        odds = _score(null) - _score(answers[0])
+        texts[id_] = "" if version_2 and odds > options.null_score_diff_threshold else answers[0]["text"]
+        nbest[id_] = _with_probabilities([*answers, null] if version_2 else answers)
         if version_2:
-            decoded.null_odds[id_] = null_odds
-    return decoded
+            null_odds[id_] = odds
+    return SquadPredictions(texts, nbest, null_odds, options.null_score_diff_threshold)
 
 
 def _padded(features: Dataset, column: str) -> np.ndarray:
@@ -359,7 +365,7 @@ def _padded(features: Dataset, column: str) -> np.ndarray:
 def _checked_logits(name: str, logits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Logits cut to the width of the longest window."""
     if logits.ndim != 2 or len(logits) != shape[0] or logits.shape[1] < shape[1]:
-        raise ValueError(f"{name} must hold {shape[0]} windows of at least {shape[1]} tokens, got {logits.shape}")
+        raise ValueError(f"{name} must hold {shape[0]} windows of at least {shape[1]} tokens, got shape {logits.shape}")
     cut = np.asarray(logits[:, : shape[1]], dtype=np.float32)
     if not np.isfinite(cut).all():
         raise ValueError(f"{name} hold NaN or Inf; the model has diverged")
@@ -411,7 +417,7 @@ def _distinct_answers(
     """The first ``limit`` different spans of a ranked list; overlapping windows hold the same span more than once."""
     distinct: dict[tuple[int, ...], dict[str, Any]] = {}
     for (start, end), pair in zip(spans, logits, strict=True):
-        distinct.setdefault((start, end), _answer(context[start:end], *pair))
+        distinct.setdefault((start, end), _answer(context[start:end].strip(), *pair))
         if len(distinct) == limit:
             break
     return list(distinct.values())

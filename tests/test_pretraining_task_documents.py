@@ -1,7 +1,8 @@
-"""Raw documents and WordPiece tokenizers: what is read, in which form, and what bad input gets."""
+"""Documents on their way to examples: how they are read, tokenized, paired and packed, and what bad input gets."""
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -9,17 +10,24 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from hf_fnl.training.tasks.documents import load_documents, split_sentences, tokenize_documents
+from hf_fnl.training.tasks.documents import Document, load_documents, split_sentences, tokenize_documents
 from hf_fnl.training.tasks.embedded import embedded_documents
+from hf_fnl.training.tasks.pretraining import PretrainingOptions, make_instances, pack_sentences, sentence_pairs
+from hf_fnl.training.tasks.pretraining import _truncate as truncate
 from hf_fnl.training.tasks.wordpiece import SPECIAL_TOKENS, Vocabulary, load_tokenizer, train_wordpiece
 
 TEXTS = ["The first one. It has two sentences.", "A second\none, of two lines.", "The third."]
 CORPUS = embedded_documents()[:4]
+FULL = PretrainingOptions(short_sequence_probability=0.0)
+CLS, SEP, MASK, FIRST_ID = 1, 2, 3, 5
+VOCABULARY = Vocabulary(CLS, SEP, MASK, *[np.zeros(0, dtype=int)] * 3)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    # A request to the network, also for local files.
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
 
 
 def write_txt(path: Path, texts=TEXTS) -> Path:
@@ -283,3 +291,137 @@ def test_special_tokens_are_needed():
     tokenizer.mask_token = None
     with pytest.raises(ValueError, match="the tokenizer has no mask_token"):
         Vocabulary.from_tokenizer(tokenizer)
+
+
+# Sentence pairs
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def numbered_documents(*documents: list[int]) -> list[Document]:
+    """Documents given by their sentence lengths; their tokens count up from ``FIRST_ID``, so that each is met once."""
+    start, made = FIRST_ID, []
+    for lengths in documents:
+        tokens = np.arange(start, start + sum(lengths), dtype=np.int32)
+        made.append(Document(tokens, np.cumsum([0, *lengths])))
+        start += sum(lengths)
+    return made
+
+
+def random_documents(count: int, longest: int, seed: int = 0) -> list[Document]:
+    rng = generator(seed)
+    return numbered_documents(*(rng.integers(1, longest + 1, rng.integers(1, 40)).tolist() for _ in range(count)))
+
+
+def home(segment: np.ndarray, documents: list[Document]) -> int:
+    """The one document that a segment is a stretch of."""
+    assert (np.diff(segment) == 1).all()
+    (found,) = (number for number, document in enumerate(documents) if set(segment) <= set(document.tokens))
+    return found
+
+
+@pytest.mark.parametrize("max_seq_length", [8, 13, 64])
+def test_label_0_follows_and_label_1_comes_from_elsewhere(max_seq_length):
+    documents = random_documents(23, longest=7)
+    options = replace(FULL, max_seq_length=max_seq_length, short_sequence_probability=0.3)
+    seen = set()
+    for index in range(len(documents)):
+        for a, b, label in sentence_pairs(documents, index, options, generator(index)):
+            seen.add(label)
+            assert len(a) >= 1
+            assert len(b) >= 1
+            assert len(a) + len(b) <= max_seq_length - 3
+            assert home(a, documents) == index
+            assert (home(b, documents) == index) is (label == 0)
+            if label == 0 and len(a) + len(b) < max_seq_length - 3:
+                assert b[0] == a[-1] + 1
+    assert seen == {0, 1}
+
+
+def test_sentences_replaced_by_random_ones_are_used_again():
+    documents = numbered_documents([1] * 301, [1] * 203)
+    pairs = list(sentence_pairs(documents, 0, FULL, generator()))
+    own = [np.concatenate([a, b]) if label == 0 else a for a, b, label in pairs]
+    np.testing.assert_array_equal(np.concatenate(own), documents[0].tokens)
+
+
+def test_half_of_the_pairs_are_random():
+    documents = random_documents(300, longest=5)
+    instances = make_instances(documents, replace(FULL, max_seq_length=24), VOCABULARY, generator())
+    labels = np.array([instance.next_sentence_label for instance in instances])
+    # A document's last sentence, when nothing else is left, can only get a random one: a little above one half.
+    assert len(labels) > 1000
+    assert 0.5 < labels.mean() < 0.6
+
+
+@pytest.mark.parametrize(("sentences", "labels"), [([4], []), ([4, 4, 4, 4], [0])], ids=["one", "four"])
+def test_a_document_alone_gives_true_pairs_only(sentences, labels):
+    documents = numbered_documents(sentences)
+    assert [label for *_, label in sentence_pairs(documents, 0, FULL, generator())] == labels
+
+
+def test_short_sequences_are_as_many_as_asked_for():
+    alone = numbered_documents([1] * 126)
+    pairs = (next(sentence_pairs(alone, 0, PretrainingOptions(), generator(seed))) for seed in range(1000))
+    assert np.mean([len(a) + len(b) < 125 for a, b, _ in pairs]) == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.mark.parametrize("limit", [5, 6, 125])
+def test_truncation_leaves_what_removing_one_token_at_a_time_leaves(limit):
+    for len_a, len_b in generator().integers(1, 2 * limit, (50, 2)):
+        a, b = np.arange(len_a), np.arange(len_b)
+        kept_a, kept_b = truncate(a, b, limit, generator(1))
+        while len_a + len_b > limit:
+            len_a, len_b = (len_a - 1, len_b) if len_a > len_b else (len_a, len_b - 1)
+        assert (len(kept_a), len(kept_b)) == (len_a, len_b)
+        assert (np.diff(kept_a) == 1).all()
+        assert (np.diff(kept_b) == 1).all()
+
+
+def test_truncation_takes_from_both_ends_alike():
+    rng = generator()
+    starts = [truncate(np.arange(60), np.arange(10), 30, rng)[0][0] for _ in range(500)]
+    assert np.mean(starts) == pytest.approx(40 / 2, abs=1)
+
+
+def test_an_instance_is_laid_out_as_bert_wants_it():
+    documents = numbered_documents([3, 4])
+    (instance,) = make_instances(documents, FULL, VOCABULARY, generator())
+    assert instance.input_ids.tolist() == [CLS, 5, 6, 7, SEP, 8, 9, 10, 11, SEP]
+    assert (instance.first_length, instance.next_sentence_label) == (5, 0)
+
+
+# Packed sentences
+
+
+@pytest.mark.parametrize("limit", [6, 11, 126])
+@pytest.mark.parametrize("longest", [3, 40], ids=["short", "long"])
+def test_packing_loses_no_token_and_cuts_no_sentence_that_fits(limit, longest):
+    documents = random_documents(31, longest)
+    packed = list(pack_sentences(documents, limit, SEP))
+    assert max(map(len, packed)) <= limit
+    tokens = np.concatenate(packed)
+    np.testing.assert_array_equal(tokens[tokens != SEP], np.concatenate([document.tokens for document in documents]))
+    sentences = [part for document in documents for part in np.split(document.tokens, document.bounds[1:-1])]
+    starts = {part[0] for part in packed}
+    assert not [part for part in sentences if len(part) <= limit and starts & set(part[1:]) and part[0] not in tokens]
+    inside = {token for part in sentences if len(part) <= limit for token in part[1:]}
+    assert starts.isdisjoint(inside)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "limit", "packed"),
+    [
+        ([[2, 2], [3]], 9, [[5, 6, 7, 8, SEP, 9, 10, 11]]),
+        ([[2, 2], [3]], 5, [[5, 6, 7, 8], [9, 10, 11]]),
+        ([[2, 2], [3]], 4, [[5, 6, 7, 8], [9, 10, 11]]),
+        ([[7]], 5, [[5, 6, 7, 8, 9], [10, 11]]),
+        ([[1], [1], [1]], 3, [[5, SEP, 6], [7]]),
+        ([], 5, []),
+    ],
+    ids=["together", "separator last", "separator over", "long sentence", "three", "nothing"],
+)
+def test_packing_by_hand(sentences, limit, packed):
+    assert [part.tolist() for part in pack_sentences(numbered_documents(*sentences), limit, SEP)] == packed

@@ -1,0 +1,1 @@
+"""Side-by-side measurements: each file is one theme, run as ``python -m benchmarks.<theme>``."""

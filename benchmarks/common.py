@@ -1,0 +1,121 @@
+"""What all benchmarks share: cases timed in turns, the machine they ran on, results as JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "hf_fnl")
+
+
+def interleave(cases: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Time cases side by side: every round runs each case once, beginning with another one each time.
+
+    Whatever slows the machine for a while then slows all cases, so ratios within a round are steadier than times.
+
+    Args:
+        cases: What to time, by name.
+        rounds: Rounds that are timed.
+        warmup: Rounds before them that are not.
+
+    Returns:
+        The seconds of every case, one for each timed round.
+    """
+    names = list(cases)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed = _timed(cases[name])
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def _timed(case: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    case()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The processor or GPU, the threads that torch uses, and the versions that matter."""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in REPORTED_PACKAGES},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write(theme: str, device: str, rows: Sequence[dict[str, Any]], command: str, folder: Path) -> Path:
+    """Write ``<theme>-<device>.json`` (machine, command, rows) and the rows as a table of Markdown beside it.
+
+    Args:
+        theme: Name of the benchmark.
+        device: ``"cpu"`` or ``"cuda"``.
+        rows: Lines of the table; a key that a row lacks is an empty cell there.
+        command: The command that measures them again.
+        folder: Made if it does not exist.
+
+    Returns:
+        The path of the JSON.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{theme}-{device}.json"
+    report = {"command": command, "machine": machine(device), "rows": list(rows)}
+    _replace(path, json.dumps(report, indent=2) + "\n")
+    _replace(path.with_suffix(".md"), f"{markdown_table(rows)}\n\n`{command}`\n")
+    return path
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, in the order in which their keys first appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _replace(path: Path, text: str) -> None:
+    """A run that is broken off leaves the old file whole."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

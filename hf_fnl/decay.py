@@ -1,0 +1,150 @@
+"""Frobenius decay of products, for any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_fnl.functional import decay_gradients, squared_frobenius_norm
+from hf_fnl.products import Factor, Product
+
+_Named = dict[str, tuple[Tensor, dict[str, Any]]]
+
+MODES = ("penalty", "coupled", "decoupled")
+
+
+def frobenius_penalty(
+    products: Sequence[Product], source: nn.Module | Mapping[str, Tensor], weight_decay: float
+) -> Tensor:
+    r"""``weight_decay / 2 * sum ||W||_F^2`` over products and heads (Khodak et al. 2021, Def. 3.2).
+
+    Args:
+        products: The products.
+        source: The model that holds them, or a mapping from names to parameters.
+        weight_decay: The coefficient.
+
+    Returns:
+        A differentiable scalar, to be added to the loss.
+
+    Raises:
+        ValueError: If there is no product.
+    """
+    if not products:
+        raise ValueError("a Frobenius penalty needs at least one product, got none")
+    norms = [squared_frobenius_norm(*product.factors(source)).sum() for product in products]
+    return weight_decay / 2 * torch.stack(norms).sum()
+
+
+class FrobeniusDecay:
+    r"""Decay of products in the steps of an optimizer, in place of ordinary decay of their factors.
+
+    With ``F_p`` the gradient of ``||W||_F^2 / 2`` with respect to a factor ``p``:
+
+    - ``"coupled"``: ``p.grad += weight_decay * F_p`` before the step, as ``weight_decay`` in :class:`torch.optim.SGD`;
+    - ``"decoupled"``: ``p -= lr * weight_decay * F_p`` before the step, as in :class:`torch.optim.AdamW`, with the
+      ``lr`` of the group of ``p``;
+    - ``"penalty"``: the steps are left alone, :meth:`penalty` is to be added to the loss.
+
+    Factors without gradient are passed over, as optimizers do. The decay lasts until :meth:`remove`, or to the end of
+    a ``with`` block. Factors are found by name at each step, so that a wrapper may replace the parameters.
+
+    Args:
+        optimizer: Any optimizer over named parameters.
+        products: The products to decay. Their factors are in groups with ``weight_decay`` 0, as
+            :func:`~hf_fnl.optim.parameter_groups` makes them with ``frobenius_decay=0``.
+        weight_decay: Coefficient of the decay.
+        mode: One of ``MODES``.
+
+    Raises:
+        ValueError: If ``mode`` is unknown, ``weight_decay`` negative, there is no product, the parameters have no
+            names, or a factor is missing, frozen or under ordinary decay.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, products: Sequence[Product], weight_decay: float, *, mode: str = "decoupled"
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode of Frobenius decay must be one of {', '.join(MODES)}, got {mode!r}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay of Frobenius decay must not be negative, got {weight_decay}")
+        self.optimizer, self.products, self.weight_decay, self.mode = optimizer, tuple(products), weight_decay, mode
+        _check_products(self.products, optimizer)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def penalty(self) -> Tensor:
+        """``weight_decay / 2 * sum ||W||_F^2`` of the products as they are now: a differentiable scalar."""
+        parameters = {name: parameter for name, (parameter, _) in _by_name(self.optimizer).items()}
+        return frobenius_penalty(self.products, parameters, self.weight_decay)
+
+    def remove(self) -> None:
+        """Leave the steps of the optimizer alone from now on."""
+        self._handle.remove()
+
+    def __enter__(self) -> FrobeniusDecay:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.mode == "penalty":
+            return
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise ValueError(
+                f"Frobenius decay with mode={self.mode!r} needs the gradients before the step, where a closure has not "
+                "computed them yet; use mode='penalty', or call step() without a closure"
+            )
+        named = _by_name(optimizer)
+        for part, gradient in self._gradients(named):
+            parameter, group = named[part.name]
+            if parameter.grad is None:
+                continue
+            if self.mode == "coupled":
+                part.view(parameter.grad).add_(gradient, alpha=self.weight_decay)
+            else:
+                part.view(parameter).sub_(gradient * (group["lr"] * self.weight_decay))
+
+    def _gradients(self, named: _Named) -> list[tuple[Factor, Tensor]]:
+        """``F_p`` of every factor, all of them before one moves."""
+        parameters = {name: parameter for name, (parameter, _) in named.items()}
+        return [
+            (part, gradient)
+            for product in self.products
+            for part, gradient in zip(product.parts, decay_gradients(*product.factors(parameters)), strict=True)
+        ]
+
+
+def _by_name(optimizer: Optimizer) -> _Named:
+    """Every parameter, and the group that it is in."""
+    return {
+        name: (parameter, group)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def _check_products(products: Sequence[Product], optimizer: Optimizer) -> None:
+    if not products:
+        raise ValueError("Frobenius decay needs at least one product, got none; find_products(model) lists them")
+    if "param_names" not in optimizer.param_groups[0]:
+        raise ValueError(
+            f"Frobenius decay finds factors by name and {type(optimizer).__name__} got parameters without names: build "
+            "it with parameter_groups(model, ..., frobenius_decay=0.0), or with model.named_parameters()"
+        )
+    named = _by_name(optimizer)
+    for product in products:
+        for name in product.parameter_names:
+            parameter, group = named.get(name, (None, {}))
+            if parameter is None or not parameter.requires_grad:
+                state = "not among the parameters of the optimizer" if parameter is None else "frozen"
+                raise ValueError(f"product {product.name}: its factor {name} is {state}")
+            if group.get("weight_decay", 0) != 0:
+                raise ValueError(
+                    f"product {product.name}: its factor {name} is under Frobenius decay and in a group with "
+                    f"weight_decay={group['weight_decay']}; pass frobenius_decay=0.0 to parameter_groups"
+                )

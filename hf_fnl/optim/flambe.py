@@ -1,0 +1,114 @@
+"""FLAMBe: LAMB that decays products instead of their factors."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_fnl.functional import decay_multipliers
+from hf_fnl.optim.lamb import DecayTerm, Lamb
+from hf_fnl.products import Factor, Product
+
+
+class FLAMBe(Lamb):
+    r"""LAMB with Frobenius decay of products (Khodak et al. 2021, Sec. 6).
+
+    In the update of a factor ``p`` of a product ``W``, ``weight_decay * p`` becomes ``weight_decay * F_p``, where
+    ``F_p`` is the gradient of ``||W||_F^2 / 2``; the trust ratio is that of the whole update. All other parameters are
+    updated as by :class:`Lamb`. All products are taken as they are before the step.
+
+    Args:
+        params: Named parameters, ``model.named_parameters()``, or groups of them; see
+            :func:`~hf_fnl.optim.parameter_groups`.
+        products: The products to decay, from :func:`~hf_fnl.products.find_products`. Their factors are found by name
+            at every step, so that a wrapper may replace the parameters in ``param_groups``.
+        lr: Learning rate, a number or a tensor without dimensions.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Coefficient of decay, of products and of all other parameters.
+        max_grad_norm: As in :class:`Lamb`.
+
+    Raises:
+        ValueError: If the parameters have no names, there is no product, a factor is missing, frozen or in two
+            products, the factors of a product have different ``weight_decay``, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        products: Sequence[Product],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
+        self.products = tuple(products)
+        _check_products(self.products, self.param_groups)
+
+    def _decay_term(self) -> DecayTerm:
+        """``F_p`` for the factors of products, from what the products are now."""
+        named = _by_name(self.param_groups)
+        parameters = {name: parameter for name, (parameter, _) in named.items()}
+        multipliers = {}
+        for product in self.products:
+            _, group = named[product.parts[0].name]
+            if group["weight_decay"] != 0:
+                pairs = zip(product.parts, decay_multipliers(*product.factors(parameters)), strict=True)
+                multipliers.update({parameters[part.name]: (part, left, right) for part, (left, right) in pairs})
+        return functools.partial(_frobenius_term, multipliers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "products": self.products}
+
+
+def _by_name(groups: Iterable[dict[str, Any]]) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """Every parameter, and the group that it is in."""
+    return {
+        name: (parameter, group)
+        for group in groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def _frobenius_term(
+    multipliers: Mapping[Tensor, tuple[Factor, Tensor | None, Tensor]], parameter: Tensor, buffer: Tensor | None
+) -> Tensor:
+    if parameter not in multipliers:
+        return parameter
+    part, left, right = multipliers[parameter]
+    term = torch.empty_like(parameter) if buffer is None else buffer
+    factor = part.view(parameter)
+    torch.matmul(factor if left is None else left @ factor, right, out=part.view(term))
+    return term
+
+
+def _check_products(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:
+    if not products:
+        raise ValueError("FLAMBe decays products and got none; find_products(model) lists them, Lamb needs none")
+    if "param_names" not in groups[0]:
+        raise ValueError(
+            "FLAMBe finds factors by name and got parameters without names: pass model.named_parameters(), or groups "
+            'like {"params": [(name, parameter), ...], "weight_decay": 0.01} (see parameter_groups)'
+        )
+    named = _by_name(groups)
+    uses = Counter(name for product in products for name in product.parameter_names)
+    for product in products:
+        for name in product.parameter_names:
+            if name not in named:
+                raise ValueError(f"product {product.name}: its factor {name} is not among the parameters given")
+            if not named[name][0].requires_grad:
+                raise ValueError(f"product {product.name}: its factor {name} is frozen")
+            if uses[name] > 1:
+                raise ValueError(f"product {product.name}: its factor {name} belongs to more than one product")
+        decays = {name: named[name][1]["weight_decay"] for name in product.parameter_names}
+        if len(set(decays.values())) > 1:
+            listed = ", ".join(f"{name}: {decay}" for name, decay in decays.items())
+            raise ValueError(f"product {product.name}: its factors have different weight_decay ({listed})")

@@ -1,0 +1,58 @@
+"""Groups of named parameters, by the decay that they get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hf_fnl.products import Product
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    products: Sequence[Product] = (),
+    frobenius_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Split the trainable parameters of a model into named groups, as torch's optimizers take them.
+
+    Matrices, and tensors of more dimensions, are decayed; vectors (biases, scales) are not. Factors of products are a
+    group of their own.
+
+    Args:
+        model: Unwrapped, so that the names are those of its ``named_parameters``.
+        weight_decay: Coefficient for all matrices that are no factor of ``products``.
+        products: Products to be decayed as such.
+        frobenius_decay: ``weight_decay`` of the group of their factors; ``None`` is that of the other matrices, as
+            :class:`~hf_fnl.optim.FLAMBe` expects. :class:`~hf_fnl.decay.FrobeniusDecay` has its own coefficient and
+            needs 0 here.
+
+    Returns:
+        Groups ``{"params": [(name, parameter), ...], "weight_decay": ...}``, none of them empty.
+
+    Raises:
+        ValueError: If a factor of a product is frozen or not in the model.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    factors = dict.fromkeys(name for product in products for name in product.parameter_names)
+    for product in products:
+        if missing := [name for name in product.parameter_names if name not in trainable]:
+            raise ValueError(
+                f"product {product.name} cannot be decayed: {', '.join(missing)} is frozen or not in the model; "
+                "train all of its factors, or leave it out of products"
+            )
+    matrices = [name for name, parameter in trainable.items() if parameter.ndim >= 2 and name not in factors]
+    vectors = [name for name, parameter in trainable.items() if parameter.ndim < 2 and name not in factors]
+    groups = (
+        (matrices, weight_decay),
+        (vectors, 0.0),
+        (list(factors), weight_decay if frobenius_decay is None else frobenius_decay),
+    )
+    return [
+        {"params": [(name, trainable[name]) for name in names], "weight_decay": decay}
+        for names, decay in groups
+        if names
+    ]

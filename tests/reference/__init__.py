@@ -1,0 +1,1 @@
+"""Slow, readable oracles: one whole tensor after the other, nothing clever."""

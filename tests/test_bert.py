@@ -1,0 +1,261 @@
+"""Factorized BERT computes what the stock model computes, at every head and with every kernel."""
+
+import math
+import shutil
+import warnings
+
+import pytest
+import torch
+from bert_cases import (
+    BACKBONE,
+    CROSS_DECODER,
+    DECODER,
+    FULL,
+    HEADS,
+    LM_HEADS,
+    LOW,
+    MASKED_LM,
+    PRETRAINING,
+    SIZES,
+    Head,
+    gradients,
+    run,
+    tokens,
+)
+from torch import Tensor
+from torch.testing import assert_close
+
+from hf_fnl import Factorized, find_products
+from hf_fnl.models.bert import FactorizedBertAttention
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # two layers of float32, whose weights went through a decomposition
+STOCK_RANKS = {"qk_rank": None, "ov_rank": None, "ffn_rank": None, "embedding_rank": None}
+each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+
+
+@each_head
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_full_rank_equals_the_stock_model_of_the_same_seed(head: Head, attention: str) -> None:
+    options = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    ours, stock = head.build(FULL, attention=attention), head.build_stock(attention=attention)
+    expected = run(stock, head.batch(), **options)
+    assert_close(run(ours, head.batch(), **options), expected, **CLOSE)
+    assert_close(ours(**head.batch(), return_dict=False)[0], stock(**head.batch(), return_dict=False)[0], **CLOSE)
+
+
+@each_head
+def test_no_rank_at_all_is_the_stock_model(head: Head) -> None:
+    ours, stock = head.build(STOCK_RANKS), head.build_stock()
+    stock_state = {name: p for name, p in stock.state_dict().items() if name != "cls.predictions.decoder.bias"}
+    assert_close(dict(ours.state_dict()), stock_state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_full_rank_with_dropout_trains_as_the_stock_model(attention: str) -> None:
+    results = []
+    for model in (PRETRAINING.build(FULL, attention=attention), PRETRAINING.build_stock(attention=attention)):
+        model.train()
+        batch = PRETRAINING.batch()
+        torch.manual_seed(2)
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss.detach(), model.bert.embeddings.position_embeddings.weight.grad))
+    assert_close(*results, **CLOSE)
+
+
+@pytest.mark.slow  # compiles a kernel
+def test_flex_attention_equals_sdpa_at_unequal_ranks() -> None:
+    if shutil.which("g++") is None and not torch.cuda.is_available():
+        pytest.skip("flex_attention compiles its kernel: it needs a C++ compiler or a GPU")
+    fields = {"qk_rank": 4, "ov_rank": 2, "hidden_size": 24}  # its kernel takes no odd widths
+    expected = run(BACKBONE.build(fields), tokens_of_seed_one())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.compile and of the block mask, none of them ours
+        actual = run(BACKBONE.build(fields, attention="flex_attention"), tokens_of_seed_one())
+    assert_close(actual, expected, **CLOSE)
+
+
+def tokens_of_seed_one() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return tokens()
+
+
+@pytest.mark.parametrize(
+    ("option", "rank", "kinds"),
+    [
+        ("qk_rank", 5, ("qk",)),
+        ("ov_rank", 2, ("ov",)),
+        ("ffn_rank", 8, ("linear",)),
+        ("embedding_rank", 13, ("embedding",)),
+    ],
+    ids=["qk", "ov", "ffn", "embedding"],
+)
+def test_only_the_named_product_is_cut_and_to_its_best_approximation(
+    option: str, rank: int, kinds: tuple[str, ...]
+) -> None:
+    no_padding = {"pad_token_id": None}  # its row is zeroed after the table was cut
+    ours = CROSS_DECODER.build({option: rank}, **no_padding)
+    stock = CROSS_DECODER.build_stock(**no_padding)
+    cut = find_products(ours, kinds)
+    assert len(cut) == {"qk": 4, "ov": 4, "linear": 4, "embedding": 1}[kinds[0]]
+    for product in cut:
+        dense = dense_matrix(stock, product.name, product.kind)
+        U, S, Vt = torch.linalg.svd(dense)
+        best = (U[..., :rank] * S[..., None, :rank]) @ Vt[..., :rank, :]
+        assert_close(product.matrix(ours), best, **CLOSE)
+        assert product.factors(ours)[0].shape[-1] == rank
+
+    touched = {name for product in cut for name in product.parameter_names}
+    stock_state = stock.state_dict()
+    for name, parameter in ours.named_parameters():
+        if name not in touched and parameter.shape == stock_state[name].shape:
+            assert_close(parameter.data, stock_state[name], rtol=0, atol=0, msg=name)
+
+
+def dense_matrix(stock: torch.nn.Module, name: str, kind: str) -> Tensor:
+    """The matrix in a stock model that a product of ours stands for."""
+    if kind in ("qk", "ov"):
+        (product,) = (p for p in find_products(stock, (kind,)) if p.name == name)
+        return product.matrix(stock).detach()
+    return stock.get_parameter(f"{name}.weight").detach()
+
+
+def test_spectral_ones_and_default_start_from_other_factors() -> None:
+    ones, default = (MASKED_LM.build(LOW, factor_init=method) for method in ("spectral_ones", "default"))
+    for product in find_products(ones):
+        for factor in product.factors(ones):
+            if product.kind != "embedding":  # its padding row is zero
+                assert_close(factor.mT @ factor, torch.eye(factor.shape[-1]).expand_as(factor.mT @ factor), **CLOSE)
+    std = SIZES["initializer_range"]
+    for product in find_products(default):
+        for factor in product.factors(default):
+            assert factor.std().item() == pytest.approx(std, rel=0.25)
+
+
+def reference_attention(block: FactorizedBertAttention, x: Tensor, mask: Tensor) -> Tensor:
+    """An attention block of BERT, head by head, as the paper writes it."""
+    query, key, value, output = block.projections()
+    heads = block.num_heads
+    scale = 1 / math.sqrt(x.shape[-1] // heads)
+    result = output.bias.expand_as(x)
+    for h in range(heads):
+        W_q, W_k, W_v = (p.weight.chunk(heads)[h] for p in (query, key, value))
+        b_q, b_k, b_v = (p.bias.chunk(heads)[h] for p in (query, key, value))
+        W_o = output.weight.chunk(heads, dim=1)[h]
+        scores = (x @ W_q.mT + b_q) @ (x @ W_k.mT + b_k).mT * scale
+        scores = scores.masked_fill(mask[:, None, :] == 0, -math.inf)
+        result = result + scores.softmax(-1) @ (x @ W_v.mT + b_v) @ W_o.mT
+    return block.output.LayerNorm(x + result)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"qk_rank": 1, "ov_rank": 6}, {"ov_rank": 3}], ids=str)
+def test_heads_of_unequal_ranks_against_a_reference(ranks: dict[str, int], attention: str) -> None:
+    model = BACKBONE.build(ranks, attention=attention)
+    for projection in model.encoder.layer[0].attention.projections():
+        torch.nn.init.normal_(projection.bias)
+    batch = tokens_of_seed_one()
+    states = run(model, batch, output_hidden_states=True)["hidden_states"]
+    layer = model.encoder.layer[0]
+    with torch.no_grad():
+        expected = layer.feed_forward_chunk(reference_attention(layer.attention, states[0], batch["attention_mask"]))
+    assert_close(states[1], expected, **CLOSE)
+
+
+def test_a_head_keeps_the_softmax_scale_of_the_dense_head() -> None:
+    attention = BACKBONE.build(LOW).encoder.layer[0].attention.self
+    assert attention.scaling == (SIZES["hidden_size"] // SIZES["num_attention_heads"]) ** -0.5
+
+
+@pytest.mark.parametrize("head", [BACKBONE, CROSS_DECODER], ids=["encoder", "cross-decoder"])
+def test_attention_weights_and_hidden_states_of_narrow_heads(head: Head) -> None:
+    options = {"output_attentions": True, "output_hidden_states": True}
+    ours = run(head.build(LOW, attention="eager"), head.batch(), **options)
+    batch, length = head.batch()["input_ids"].shape
+    assert [a.shape for a in ours["attentions"]] == [(batch, SIZES["num_attention_heads"], length, length)] * 2
+    assert len(ours["hidden_states"]) == 3
+    assert_close(ours["attentions"][0].sum(-1), torch.ones(batch, SIZES["num_attention_heads"], length))
+    if head is CROSS_DECODER:
+        assert [a.shape[-1] for a in ours["cross_attentions"]] == [6, 6]
+
+
+def test_padding_changes_nothing() -> None:
+    model, batch = BACKBONE.build(LOW), tokens_of_seed_one()
+    short = {name: value[:1, :7] for name, value in batch.items()}  # the first sequence is 7 long and then masked
+    assert_close(run(model, batch)["last_hidden_state"][:1, :7], run(model, short)["last_hidden_state"], **CLOSE)
+
+
+def test_embeddings_and_positions_can_be_passed() -> None:
+    model, batch = BACKBONE.build(LOW), tokens_of_seed_one()
+    expected = run(model, batch)
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+    assert_close(run(model, batch), expected, rtol=0, atol=0)
+    batch["position_ids"] = torch.arange(batch["attention_mask"].shape[1])[None]
+    assert_close(run(model, batch), expected, rtol=0, atol=0)
+    batch["position_ids"] = batch["position_ids"] + 1
+    assert not torch.equal(run(model, batch)["last_hidden_state"], expected["last_hidden_state"])
+
+
+@pytest.mark.parametrize("head", [PRETRAINING, CROSS_DECODER], ids=["pretraining", "cross-decoder"])
+def test_gradient_checkpointing_changes_nothing(head: Head) -> None:
+    model = head.build(LOW).train()
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(3)  # dropout is drawn again in the recomputation
+        loss = model(**head.batch()).loss
+        results.append((loss.detach(), gradients(model, loss)))
+    assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", [DECODER, CROSS_DECODER], ids=["decoder", "cross-decoder"])
+def test_a_cache_of_unequal_widths_changes_nothing(head: Head) -> None:
+    model, batch = head.build(LOW), head.batch()
+    del batch["labels"]
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    expected = run(model, batch, use_cache=False)["logits"]
+    memory = {name: value for name, value in batch.items() if name.startswith("encoder")}
+    steps, cache = [], None
+    with torch.no_grad():
+        for stop in range(1, batch["input_ids"].shape[1] + 1):
+            now = {name: batch[name][:, stop - 1 : stop] for name in ("input_ids", "token_type_ids")}
+            mask = batch["attention_mask"][:, :stop]
+            output = model(**now, **memory, attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+    assert_close(torch.cat(steps, dim=1), expected, **CLOSE)
+
+
+def test_generation_equals_the_stock_model_and_needs_no_cache() -> None:
+    prompt = {"input_ids": DECODER.batch()["input_ids"][:, :3], "attention_mask": torch.ones(4, 3, dtype=torch.long)}
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    full = DECODER.build(FULL).generate(**prompt, **settings)
+    assert full.shape == (4, 8)
+    assert torch.equal(full, DECODER.build_stock().generate(**prompt, **settings))
+    low = DECODER.build(LOW)
+    assert torch.equal(low.generate(**prompt, **settings), low.generate(**prompt, **settings, use_cache=False))
+
+
+@each_head
+def test_names_are_those_of_the_stock_model(head: Head) -> None:
+    ours, stock = head.build(LOW), head.build_stock()
+    expected = {name for name, _ in stock.named_parameters()}  # tied ones appear once
+    for name, module in ours.named_modules():
+        if isinstance(module, Factorized) and f"{name}.weight" in expected:
+            expected = expected - {f"{name}.weight"} | {f"{name}.U", f"{name}.V"}
+    assert {name for name, _ in ours.named_parameters()} == expected
+    parameters = [id(p) for _, p in ours.named_parameters(remove_duplicate=False)]
+    tied = 2 if "cls.predictions.decoder.U" in ours.state_dict() else 0
+    assert len(parameters) - len(set(parameters)) == tied
+
+
+@pytest.mark.parametrize("head", LM_HEADS.values(), ids=LM_HEADS)
+def test_decoder_is_tied_to_the_embedding(head: Head) -> None:
+    model = head.build(LOW)
+    decoder, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert decoder.U is embedding.U
+    assert decoder.V is embedding.V
+    untied = head.build(LOW, tie_word_embeddings=False)
+    assert untied.get_output_embeddings().U is not untied.get_input_embeddings().U
+    assert torch.isfinite(untied.get_output_embeddings().composed()).all()

@@ -1,0 +1,135 @@
+"""Products found in models, stock and ours, against slices multiplied by hand."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForPreTraining, BertModel
+
+from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
+from hf_fnl.products import KINDS, find_products
+
+HEADS, HIDDEN, HEAD_DIM = 3, 15, 5
+
+
+@pytest.fixture(scope="module")
+def bert() -> BertForPreTraining:
+    torch.manual_seed(0)
+    return BertForPreTraining(
+        BertConfig(
+            vocab_size=13,
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            num_hidden_layers=2,
+            intermediate_size=7,
+            max_position_embeddings=11,
+        )
+    )
+
+
+class TiedModel(nn.Module):
+    """An embedding, a layer between, and an output layer that shares the embedding's factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = FactorizedEmbedding(11, 5, 3)
+        self.middle = FactorizedLinear(5, 7, 2, deep=True)
+        self.output = FactorizedLinear(5, 11, 3)
+        self.output.U, self.output.V = self.embedding.U, self.embedding.V
+
+
+def test_factorized_layers_are_found_with_their_matrices():
+    model = TiedModel()
+    products = find_products(model, ["embedding", "linear"])
+    assert [(p.name, p.kind, p.parameter_names) for p in products] == [
+        ("embedding", "embedding", ("embedding.U", "embedding.V")),
+        ("middle", "linear", ("middle.U", "middle.M", "middle.V")),
+    ]
+    for product, layer in zip(products, (model.embedding, model.middle), strict=True):
+        assert torch.equal(product.matrix(model), layer.composed())
+        torch.testing.assert_close(product.frobenius_norm(model), layer.composed().norm())
+
+
+def test_stock_bert_has_a_qk_and_an_ov_product_in_every_layer(bert):
+    products = find_products(bert, ("ov", "qk"))
+    assert [(p.name, p.kind) for p in products] == [
+        (f"bert.encoder.layer.{layer}.attention.{kind}", kind) for layer in (0, 1) for kind in ("qk", "ov")
+    ]
+    assert products[1].parameter_names == (
+        "bert.encoder.layer.0.attention.self.value.weight",
+        "bert.encoder.layer.0.attention.output.dense.weight",
+    )
+
+
+@pytest.mark.parametrize("kind", ["qk", "ov"])
+def test_head_products_are_slices_multiplied_by_hand(bert, kind):
+    for layer, product in enumerate(find_products(bert, [kind])):
+        attention = bert.bert.encoder.layer[layer].attention
+        matrices = product.matrix(bert)
+        assert matrices.shape == (HEADS, HIDDEN, HIDDEN)
+        for head in range(HEADS):
+            rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            if kind == "qk":
+                expected = attention.self.query.weight[rows].T @ attention.self.key.weight[rows]
+            else:
+                expected = attention.self.value.weight[rows].T @ attention.output.dense.weight[:, rows].T
+            torch.testing.assert_close(matrices[head], expected)
+        torch.testing.assert_close(product.frobenius_norm(bert), torch.linalg.matrix_norm(matrices))
+
+
+def test_products_are_what_an_attention_computes(bert):
+    """Scores are ``x Q_h K_h^T x^T`` and the output is a weighted sum of ``x V_h O_h^T``, biases apart."""
+    attention = bert.bert.encoder.layer[0].attention
+    qk, ov = (p.matrix(bert) for p in find_products(bert, ["qk", "ov"])[:2])
+    x = torch.randn(1, 11, HIDDEN)
+    with torch.no_grad():
+        weights = torch.softmax(x @ qk @ x.mT / HEAD_DIM**0.5, -1)
+        expected = (weights @ x @ ov).sum(0, keepdim=True)
+        context, _ = attention.self.eval()(x)  # the biases of a fresh model are zero
+        torch.testing.assert_close(attention.output.dense(context), expected)
+
+
+@pytest.mark.parametrize("kind", ["qk", "ov"])
+def test_writing_to_a_factor_writes_to_the_parameter(kind):
+    model = BertModel(BertConfig(vocab_size=13, hidden_size=15, num_attention_heads=3, num_hidden_layers=1))
+    product = find_products(model, [kind])[0]
+    with torch.no_grad():
+        for number, factor in enumerate(product.factors(model)):
+            factor[1] = number + 1.0
+    for number, name in enumerate(product.parameter_names):
+        parameter = model.get_parameter(name)
+        heads_first = not name.endswith("output.dense.weight")
+        head = parameter[5:10] if heads_first else parameter[:, 5:10]
+        others = parameter[:5] if heads_first else parameter[:, :5]
+        assert (head == number + 1).all()
+        assert not (others == number + 1).any()
+
+
+def test_factors_come_from_a_mapping_as_from_the_model(bert):
+    product = find_products(bert, ["ov"])[0]
+    for mine, other in zip(product.factors(bert), product.factors(dict(bert.named_parameters())), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_products_follow_parameters_that_are_replaced():
+    model = nn.Sequential(FactorizedLinear(5, 7, 3))
+    product = find_products(model, ["linear"])[0]
+    model[0].U = nn.Parameter(torch.zeros(7, 3))
+    assert not product.matrix(model).any()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        pytest.param(["ov", "vo"], "unknown kind of product vo; known are linear, embedding, qk, ov", id="unknown"),
+        pytest.param(["ov", "linear"], "BertForPreTraining has no product of kind linear; it has: ov, qk", id="absent"),
+        pytest.param(KINDS, "no product of kind linear, embedding", id="two-absent"),
+    ],
+)
+def test_errors_say_what_there_is(bert, kinds, message):
+    with pytest.raises(ValueError, match=message):
+        find_products(bert, kinds)
+
+
+def test_a_model_without_products_says_so():
+    with pytest.raises(ValueError, match="Linear has no product of kind ov; it has: none"):
+        find_products(nn.Linear(5, 7), ["ov"])

@@ -1,0 +1,166 @@
+"""FLAMBeTrainer: which optimizer runs, what it decays, and that splitting or interrupting a run changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import losses, tiny_model, tiny_trainer
+
+from hf_fnl import FLAMBe, FLAMBeTrainingArguments, Lamb, find_products
+from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
+
+WORKER = Path(__file__).parent / "workers" / "data_parallel.py"
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_close(first: dict, second: dict, **tolerance: float) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        # The gradient of a key's bias is zero but for rounding, which Adam's normalization blows up.
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(first[name], second[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("optim", "expected"),
+    [("flambe", FLAMBe), ("lamb", Lamb), ("adamw_torch", torch.optim.AdamW), ("sgd", torch.optim.SGD)],
+)
+def test_the_chosen_optimizer_is_the_one_that_runs(tmp_path, optim, expected):
+    trainer = tiny_trainer(tmp_path, optim=optim, max_steps=1)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is expected
+
+
+def test_flambe_decays_ov_products_and_matrices_but_no_vectors(tmp_path):
+    trainer = tiny_trainer(tmp_path, weight_decay=0.1, frobenius_coefficient=0.3)
+    optimizer = trainer.create_optimizer()
+    decay = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
+    factors = {name for p in find_products(trainer.model, ["ov"]) for name in p.parameter_names}
+    for name, parameter in trainer.model.named_parameters():
+        expected = 0.3 if name in factors else 0.1 if parameter.ndim > 1 else 0.0
+        assert decay[name] == expected, name
+
+
+def test_flambe_trains_a_stock_model(tmp_path):
+    trainer = tiny_trainer(tmp_path, tiny_model(stock=True), max_steps=20)
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, FLAMBe)
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_penalty_and_coupled_decay_are_the_same_for_sgd(tmp_path):
+    options = {"optim": "sgd", "frobenius_decay": ["linear", "ov"], "learning_rate": 0.05, "max_steps": 3}
+    runs = []
+    for mode, accumulation in (("penalty", 1), ("coupled", 1), ("penalty", 2)):
+        trainer = tiny_trainer(
+            tmp_path,
+            frobenius_mode=mode,
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            **options,
+        )
+        trainer.train()
+        runs.append(weights(trainer))
+    assert_close(runs[0], runs[1], rtol=1e-5, atol=1e-6)
+    assert_close(runs[0], runs[2], rtol=1e-5, atol=1e-6)
+    plain = tiny_trainer(tmp_path, **{**options, "frobenius_decay": ["none"]}, frobenius_mode="coupled")
+    plain.train()
+    moved = max((weights(plain)[name] - runs[0][name]).abs().max() for name in runs[0])
+    assert moved > 1e-4
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["factorized", "stock"])
+def test_accumulated_halves_equal_one_batch(tmp_path, stock):
+    whole = tiny_trainer(tmp_path, tiny_model(stock=stock), per_device_train_batch_size=8)
+    halves = tiny_trainer(
+        tmp_path, tiny_model(stock=stock), per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+    whole.train()
+    halves.train()
+    if stock:  # Averages over each half by itself: near, not equal, for the halves hold different numbers of labels.
+        assert losses(halves) == pytest.approx(losses(whole), rel=0.1)
+    else:
+        assert losses(halves) == pytest.approx(losses(whole), rel=1e-4)
+        assert_close(weights(halves), weights(whole), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("optim", ["flambe", "adamw_torch"])
+def test_resuming_equals_never_having_stopped(tmp_path, optim):
+    options = {"optim": optim, "frobenius_decay": ["ov", "linear"], "save_strategy": "steps", "save_steps": 3}
+    straight = tiny_trainer(tmp_path / "straight", tiny_model(dropout=0.2), **options)
+    straight.train()
+    again = tiny_trainer(tmp_path / "again", tiny_model(dropout=0.2, seed=5), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    for name, weight in weights(straight).items():
+        assert torch.equal(weight, weights(again)[name]), name
+    assert losses(again) == losses(straight)
+
+
+def test_diagnostics_are_logged_and_survive_a_resume(tmp_path):
+    options = {"diagnostics_steps": 2, "save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+    trainer = tiny_trainer(tmp_path, **options)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "ov/effective_rank" in entry]
+    assert [entry["step"] for entry in logged] == [0, 2, 4]
+    assert len(losses(trainer)) == 4
+    again = tiny_trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    records = [json.loads(line) for line in (tmp_path / DIAGNOSTICS_FILE).read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 2, 4]
+    assert list(records[0]["products"]) == [p.name for p in find_products(trainer.model, ["ov"])]
+
+
+def run_worker(folder: Path, processes: int, batch_size: int, accumulation: int = 1, stock: bool = False) -> dict:
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER)]
+    command += [str(folder), str(batch_size), str(accumulation), str(int(stock))]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "facts.json").read_text()) | {"weights": torch.load(folder / "weights.pt")}
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(tmp_path):
+    one = run_worker(tmp_path / "one", processes=1, batch_size=8)
+    two = run_worker(tmp_path / "two", processes=2, batch_size=4)
+    assert (two["world_size"], two["distributed_type"], two["optimizer"]) == (2, "DistributedType.MULTI_CPU", "FLAMBe")
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert_close(two["weights"], one["weights"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "flambee"}, "optim must be flambe, lamb or one of Transformers' optimizers, got 'flambee'"),
+        ({"frobenius_decay": ["vo"]}, "frobenius_decay must be none or any of linear, embedding, qk, ov, got vo"),
+        ({"frobenius_decay": ["none"]}, "set optim=lamb"),
+        ({"frobenius_mode": "coupled"}, "frobenius_mode=coupled is for the other optimizers"),
+        ({"optim": "sgd", "frobenius_mode": "hard"}, "frobenius_mode must be one of penalty, coupled, decoupled"),
+        ({"frobenius_coefficient": -0.1}, "frobenius_coefficient must not be negative, got -0.1"),
+        ({"diagnostics_steps": -1}, "diagnostics_steps must not be negative, got -1"),
+    ],
+    ids=["optim", "kind", "flambe without products", "flambe's mode", "mode", "coefficient", "diagnostics"],
+)
+def test_bad_arguments_are_refused_at_once(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        FLAMBeTrainingArguments(output_dir=str(tmp_path), **options)
+
+
+def test_a_kind_that_the_model_lacks_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="BertForPreTraining has no product of kind embedding; it has: ov, qk"):
+        tiny_trainer(tmp_path, tiny_model(stock=True), frobenius_decay=["ov", "embedding"])
