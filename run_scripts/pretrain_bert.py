@@ -128,11 +128,11 @@ def train_phase(
         whole_word_mask=data.whole_word_mask,
         seed=args.seed,
     )
-    source = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
+    source: dict[str, Any] = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
     documents = load_documents(data.dataset, split=data.split, streaming=data.streaming, **source)
     validation = None
     if data.validation_dataset:
-        source = {"text_column": data.text_column, "limit": data.max_validation_documents}
+        source |= {"name": None, "limit": data.max_validation_documents}
         held_out = load_documents(data.validation_dataset, split=data.validation_split, **source)
         validation = build_pretraining_dataset(held_out, tokenizer, options, num_proc=data.num_proc)
     args = copy.copy(args)

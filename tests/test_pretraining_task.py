@@ -1,4 +1,4 @@
-"""Pretraining examples: pairs, packing, masks, and that nothing about them depends on who reads them when."""
+"""Pretraining examples: masks, data sets, streams and batches; nothing about them depends on who reads them when."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,6 +12,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForPreTraining, Trainer, TrainerCallback, TrainingArguments
 
+from hf_fnl.training.tasks.documents import tokenize_documents
 from hf_fnl.training.tasks.embedded import embedded_documents
 from hf_fnl.training.tasks.pretraining import (
     DOCUMENTS_PER_GROUP,
@@ -20,7 +21,6 @@ from hf_fnl.training.tasks.pretraining import (
     PretrainingOptions,
     build_pretraining_dataset,
     mask_tokens,
-    tokenize_documents,
 )
 from hf_fnl.training.tasks.wordpiece import Vocabulary, train_wordpiece
 

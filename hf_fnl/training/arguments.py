@@ -66,7 +66,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
             self.frobenius_decay = []
         if unknown := sorted(set(self.frobenius_decay) - set(KINDS)):
             raise ValueError(f"frobenius_decay must be none or any of {', '.join(KINDS)}, got {', '.join(unknown)}")
-            )
         if self.optim == "flambe" and not self.frobenius_decay:
             raise ValueError("optim=flambe without frobenius_decay is LAMB: set optim=lamb, or name a kind of product")
         if self.frobenius_mode not in MODES:
