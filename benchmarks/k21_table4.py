@@ -31,9 +31,9 @@ def pretraining_command(optim: str, rank: int, data: Path, run: Path, steps: int
     """The command that pretrains one cell."""
     flags = f"""
         --dataset {data}/wikipedia/train.parquet --validation_dataset {data}/wikipedia/validation.parquet
-        --tokenizer {data}/vocab/bert-base-uncased --phases 128:{steps}
+        --max_validation_documents 40 --tokenizer {data}/vocab/bert-base-uncased --phases 128:{steps}
         --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --qk_rank {rank} --ov_rank {rank}
-        --optim {optim} --learning_rate 4e-3 --weight_decay 0.01 --warmup_steps {steps // 10}
+        --optim {optim} --learning_rate 1e-2 --weight_decay 0.01 --warmup_steps {steps // 10}
         --lr_scheduler_type polynomial --per_device_train_batch_size 32 --per_device_eval_batch_size 32
         --logging_steps 50 --save_steps 250 --save_total_limit 1 --diagnostics_steps 100
         --bf16 --use_cpu --seed 42 --report_to none --output_dir {run}/pretrained --resume_from_checkpoint true

@@ -1,0 +1,330 @@
+"""LAMB against a slow oracle of NVIDIA's rule, and the equalities that every optimizer of torch keeps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from reference.lamb import ReferenceLamb
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+from hf_fnl.optim import Lamb, lamb
+
+SHAPES = {"matrix": (5, 7), "vector": (11,), "cube": (2, 3, 13), "scalar": (), "wide": (3, 17), "empty": (0, 5)}
+
+
+@pytest.fixture(params=["together", "in-pieces"], autouse=True)
+def path(request, monkeypatch) -> None:
+    """Every test runs both ways: tensors small enough to be updated together, and cut in pieces."""
+    if request.param == "in-pieces":
+        monkeypatch.setattr(lamb, "_SMALL", 0)
+        monkeypatch.setattr(lamb, "_PIECE", 4)
+
+
+def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for name, shape in SHAPES.items()
+    }
+
+
+def set_gradients(named: dict[str, nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in named.values():
+        gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+def gradients(named: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in named.items()}
+
+
+def train(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], seeds: range) -> None:
+    for seed in seeds:
+        set_gradients(named, seed)
+        optimizer.step()
+
+
+def assert_same(named: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> None:
+    for name, parameter in named.items():
+        assert torch.equal(parameter, other[name]), name
+
+
+def groups_of(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Groups with options of their own, as named parameters."""
+    names = list(named)
+    return [
+        {"params": [(name, named[name]) for name in part], "lr": lr, "weight_decay": weight_decay}
+        for part, lr, weight_decay in ((names[:1], 0.1, 0.3), (names[1:4], 0.01, 0.0), (names[4:], 0.02, 0.2))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("betas", "eps"), [pytest.param((0.9, 0.999), 1e-6, id="default"), pytest.param((0.5, 0.7), 0.1, id="other")]
+)
+def test_equals_the_oracle(betas, eps):
+    named = parameters()
+    oracle = ReferenceLamb(groups_of(named), betas=betas, eps=eps)
+    optimizer = Lamb(groups_of(named), betas=betas, eps=eps)
+    for seed in range(5):
+        set_gradients(named, seed)
+        oracle.step(gradients(named))
+        optimizer.step()
+        for name, parameter in named.items():
+            assert_close(parameter.detach(), oracle.parameters[name], rtol=1e-13, atol=1e-13)
+
+
+def test_without_decay_it_is_adam():
+    ours, theirs = parameters(), parameters()
+    train(Lamb(ours.values(), lr=0.1, weight_decay=0.0), ours, range(4))
+    train(torch.optim.Adam(theirs.values(), lr=0.1, eps=1e-6), theirs, range(4))
+    for name, parameter in ours.items():
+        assert_close(parameter, theirs[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", [0.0, 2.0], ids=["zero-update", "zero-parameter"])
+def test_a_norm_of_zero_means_a_ratio_of_one(gradient):
+    parameter = nn.Parameter(torch.zeros(5, 7, dtype=torch.float64))
+    parameter.grad = torch.full_like(parameter, gradient)
+    Lamb([parameter], lr=0.1, weight_decay=0.5).step()
+    assert_close(parameter.detach(), torch.full_like(parameter, -0.1 * gradient / (gradient + 1e-6)))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "gradient"])
+def test_any_order_in_memory(layout):
+    """Parameters, or gradients, that do not lie in memory row by row."""
+    start, gradient = torch.randn(5, 7), torch.randn(5, 7)
+    contiguous = nn.Parameter(start.clone())
+    other = {"transposed": torch.empty(7, 5).mT, "strided": torch.empty(5, 14)[:, ::2], "gradient": torch.empty(5, 7)}
+    parameter = nn.Parameter(other[layout].copy_(start))
+    for p, grad in ((contiguous, gradient), (parameter, gradient.mT.contiguous().mT)):
+        p.grad = grad
+        Lamb([p], lr=0.1, weight_decay=0.1).step()
+    assert torch.equal(parameter, contiguous)
+    assert not torch.equal(parameter, start)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(lambda named: list(named.values()), id="tensors"),
+        pytest.param(lambda named: iter(named.items()), id="named"),
+        pytest.param(lambda named: [{"params": list(named.values())}], id="groups"),
+        pytest.param(lambda named: [{"params": list(named.items())}], id="named-groups"),
+    ],
+)
+def test_all_forms_of_parameters_are_one(form):
+    ours, expected = parameters(), parameters()
+    optimizer = Lamb(form(ours), lr=0.1)
+    train(optimizer, ours, range(2))
+    train(Lamb(list(expected.items()), lr=0.1), expected, range(2))
+    assert_same(ours, expected)
+    assert optimizer.param_groups[0].get("param_names", list(SHAPES)) == list(SHAPES)
+
+
+def test_max_grad_norm_is_clipping_before_the_step():
+    ours, theirs = parameters(), parameters()
+    clipping, plain = Lamb(groups_of(ours), max_grad_norm=0.7), Lamb(groups_of(theirs))
+    for seed in range(3):
+        set_gradients(ours, seed)
+        set_gradients(theirs, seed)
+        clipping.step()
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 0.7)
+        plain.step()
+    assert_same(ours, theirs)
+
+
+def test_two_half_batches_equal_one():
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+
+    def trained(batches: int) -> nn.Linear:
+        torch.manual_seed(1)
+        layer = nn.Linear(7, 5, dtype=torch.float64)
+        optimizer = Lamb(layer.named_parameters(), lr=0.1)
+        for _ in range(3):
+            for inputs, targets in zip(x.chunk(batches), y.chunk(batches), strict=True):
+                (nn.functional.mse_loss(layer(inputs), targets) / batches).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return layer
+
+    whole, halves = trained(1), trained(2)
+    assert_close(whole.weight, halves.weight, rtol=1e-12, atol=1e-12)
+    assert_close(whole.bias, halves.bias, rtol=1e-12, atol=1e-12)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_save_load_step_equals_step(dtype):
+    named = parameters(dtype)
+    optimizer = Lamb(groups_of(named))
+    train(optimizer, named, range(2))
+    resumed = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in named.items()}
+    fresh = Lamb([{**group, "lr": 9.0} for group in groups_of(resumed)])
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    train(optimizer, named, range(2, 5))
+    train(fresh, resumed, range(2, 5))
+    assert_same(resumed, named)
+
+
+def test_state_is_tensors_in_the_shape_of_their_parameters():
+    named = parameters(torch.bfloat16)
+    optimizer = Lamb(named.values())
+    train(optimizer, named, range(3))
+    for parameter in named.values():
+        state = optimizer.state[parameter]
+        assert {key: (value.shape, value.dtype) for key, value in state.items()} == {
+            "step": ((), torch.float32),
+            "exp_avg": (parameter.shape, parameter.dtype),
+            "exp_avg_sq": (parameter.shape, parameter.dtype),
+        }
+        assert state["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [pytest.param(copy.deepcopy, id="deepcopy"), pytest.param(lambda x: pickle.loads(pickle.dumps(x)), id="pickle")],
+)
+def test_a_copy_goes_on_as_the_original(duplicate):
+    named = parameters()
+    optimizer = Lamb(named.values(), lr=0.1, max_grad_norm=0.7)
+    train(optimizer, named, range(2))
+    again = duplicate(optimizer)
+    copied = dict(zip(named, again.param_groups[0]["params"], strict=True))
+    train(optimizer, named, range(2, 4))
+    train(again, copied, range(2, 4))
+    assert_same(copied, named)
+
+
+def test_parameters_without_gradient_stay_and_have_no_state():
+    named = parameters()
+    optimizer = Lamb(named.values(), max_grad_norm=1.0)
+    set_gradients(named, 0)
+    named["matrix"].grad = None
+    before = named["matrix"].detach().clone()
+    optimizer.step()
+    assert torch.equal(named["matrix"], before)
+    assert named["matrix"] not in optimizer.state
+
+
+def test_without_any_gradient_nothing_happens():
+    named, untouched = parameters(), parameters()
+    Lamb(named.values()).step()
+    assert_same(named, untouched)
+
+
+def test_closure_is_run_with_gradients_before_the_step():
+    ours, theirs = parameters(), parameters()
+
+    def closure() -> Tensor:
+        loss = sum(parameter.square().sum() for parameter in ours.values())
+        loss.backward()
+        return loss
+
+    loss = Lamb(ours.values(), lr=0.1).step(closure)
+    for parameter in theirs.values():
+        parameter.grad = 2 * parameter.detach()
+    Lamb(theirs.values(), lr=0.1).step()
+    assert loss == sum(parameter.square().sum() for parameter in parameters().values())
+    assert_same(ours, theirs)
+
+
+def test_the_rate_may_be_a_tensor():
+    ours, theirs = parameters(), parameters()
+    train(Lamb(ours.values(), lr=torch.tensor(0.25)), ours, range(2))
+    train(Lamb(theirs.values(), lr=0.25), theirs, range(2))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_lower_precision_stays_close(dtype, tolerance):
+    rounded = {name: nn.Parameter(parameter.detach().double()) for name, parameter in parameters(dtype).items()}
+    oracle = ReferenceLamb(groups_of(rounded))
+    named = parameters(dtype)
+    optimizer = Lamb(groups_of(named))
+    for seed in range(3):
+        set_gradients(named, seed)
+        oracle.step({name: parameter.grad.double() for name, parameter in named.items()})
+        optimizer.step()
+    for name, parameter in named.items():
+        assert parameter.dtype == dtype
+        assert_close(parameter.detach().double(), oracle.parameters[name], rtol=tolerance, atol=tolerance)
+
+
+def test_the_default_dtype_does_not_matter():
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    train(Lamb(ours.values()), ours, range(2))
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(Lamb(theirs.values()), theirs, range(2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(ours, theirs)
+
+
+def test_a_replaced_parameter_is_followed():
+    named, expected = parameters(), parameters()
+    optimizer = Lamb(named.values(), lr=0.1)
+    replaced = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in named.items()}
+    optimizer.param_groups[0]["params"] = list(replaced.values())
+    train(optimizer, replaced, range(2))
+    train(Lamb(expected.values(), lr=0.1), expected, range(2))
+    assert_same(replaced, expected)
+
+
+def test_sparse_gradients_are_refused_before_anything_moves():
+    dense, embedding = nn.Parameter(torch.randn(5)), nn.Embedding(7, 3, sparse=True)
+    dense.grad, before = torch.ones(5), dense.detach().clone()
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"Lamb takes dense gradients only.*\(7, 3\).*sparse=False"):
+        Lamb([{"params": [dense]}, {"params": embedding.parameters()}], max_grad_norm=1.0).step()
+    assert torch.equal(dense, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must not be negative, got -1.0"),
+        ({"lr": float("nan")}, "lr must not be negative, got nan"),
+        ({"eps": -1e-8}, "eps must not be negative, got -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\), got \(0.9,\)"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, or None for no clipping, got 0.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Lamb(parameters().values(), **options)
+
+
+def test_a_step_on_a_gpu_never_waits_for_it():
+    """Fake tensors know no values: reading one, as every wait for a result does, is an error."""
+    with FakeTensorMode():
+        named = {name: nn.Parameter(torch.empty(shape, device="cuda")) for name, shape in SHAPES.items()}
+        optimizer = Lamb(groups_of(named), max_grad_norm=1.0)
+        for parameter in named.values():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.step()
+        assert {value.device.type for state in optimizer.state.values() for value in state.values()} == {"cuda"}
+
+
+def test_bad_option_of_a_group():
+    with pytest.raises(ValueError, match=r"weight_decay must not be negative, got -1"):
+        Lamb([{"params": parameters().values(), "weight_decay": -1}])
