@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine
-
-from hf_fnl.training.runs import write_json
+from hf_fnl.training.files import write_json
 
 HEAD_DIM = 64
 CELLS = {f"{optim}-{rank}": (optim, rank) for rank in (HEAD_DIM, HEAD_DIM // 2) for optim in ("lamb", "flambe")}

@@ -15,9 +15,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmarks.common import interleave, write
 from torch import Tensor
 
+from benchmarks.common import interleave, write
 from hf_fnl.spectral import spectral_init
 
 INITIALIZER_RANGE = 0.02  # of BERT's normal initialization

@@ -105,30 +105,32 @@ def _bert_attention(module: nn.Module) -> AttentionProjections | None:
 ATTENTION_ADAPTERS: list[Callable[[nn.Module], AttentionProjections | None]] = [_bert_attention]
 
 
-def find_products(model: nn.Module, kinds: Iterable[str] = KINDS) -> list[Product]:
+def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[Product]:
     """List the products of a model, stock or ours, in the order of its modules.
 
     Parameters that are tied appear once, under the name that ``named_parameters`` gives them.
 
     Args:
         model: Any module; unwrapped, so that names are those of its own ``named_parameters``.
-        kinds: Any of ``"linear"``, ``"embedding"``, ``"qk"``, ``"ov"``.
+        kinds: Any of ``"linear"``, ``"embedding"``, ``"qk"``, ``"ov"``; all that the model has unless given.
 
     Raises:
-        ValueError: If a kind is unknown, or the model has no product of that kind.
+        ValueError: If a kind is unknown, or the model has no product of a kind that was asked for, or none at all.
     """
-    kinds = tuple(kinds)
-    if unknown := sorted(set(kinds) - set(KINDS)):
+    wanted = KINDS if kinds is None else tuple(kinds)
+    if unknown := sorted(set(wanted) - set(KINDS)):
         raise ValueError(f"unknown kind of product {', '.join(unknown)}; known are {', '.join(KINDS)}")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {p.parameter_names: p for p in reversed(list(_all_products(model, names)))}
-    products = [p for p in reversed(found.values()) if p.kind in kinds]
-    if missing := [kind for kind in kinds if all(p.kind != kind for p in products)]:
-        present = sorted({p.kind for p in found.values()}) or ["none"]
+    found: dict[tuple[str, ...], Product] = {}
+    for candidate in _all_products(model, names):
+        found.setdefault(candidate.parameter_names, candidate)
+    present = {p.kind for p in found.values()}
+    if missing := [kind for kind in wanted if kind not in present and (kinds is not None or not present)]:
         raise ValueError(
-            f"{type(model).__name__} has no product of kind {', '.join(missing)}; it has: {', '.join(present)}"
+            f"{type(model).__name__} has no product of kind {', '.join(missing)}; "
+            f"it has: {', '.join(sorted(present)) or 'none'}"
         )
-    return products
+    return [p for p in found.values() if p.kind in wanted]
 
 
 def _all_products(model: nn.Module, names: dict[int, str]) -> Iterator[Product]:

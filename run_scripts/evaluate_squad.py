@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
 
 import hf_fnl  # noqa: F401  registers the factorized models
@@ -34,6 +35,7 @@ class EvaluationOptions:
     batch_size: int = field(default=32, metadata={"help": "Windows in a batch on each device."})
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
+    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; the rest is cut off."})
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.predictions is None):
@@ -50,10 +52,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         answers = json.loads(Path(options.predictions).read_text(encoding="utf-8"))
         metrics = score_predictions(examples, SquadPredictions(answers, {}, {}))
     else:
-        squad = SquadOptions(max_seq_length=options.max_seq_length, doc_stride=options.doc_stride)
+        squad = SquadOptions(
+            max_seq_length=options.max_seq_length,
+            doc_stride=options.doc_stride,
+            max_query_length=options.max_query_length,
+        )
         tokenizer = load_tokenizer(options.model)
         arguments = TrainingArguments(
-            output_dir=options.output_dir, per_device_eval_batch_size=options.batch_size, report_to=[]
+            output_dir=options.output_dir,
+            per_device_eval_batch_size=options.batch_size,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            report_to=[],
         )
         model = AutoModelForQuestionAnswering.from_pretrained(options.model)
         trainer = Trainer(model, arguments, data_collator=SquadCollator(tokenizer))

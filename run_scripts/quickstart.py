@@ -21,7 +21,7 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.report import plot_diagnostics, plot_loss
-from hf_fnl.training.runs import write_json
+from hf_fnl.training.files import write_json
 from hf_fnl.training.tasks.wordpiece import load_tokenizer
 
 PRETRAINING = """

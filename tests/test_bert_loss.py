@@ -7,6 +7,7 @@ import torch
 from bert_cases import (
     BATCH,
     DECODER,
+    HEADS,
     LENGTH,
     LM_HEADS,
     LOW,
@@ -108,7 +109,14 @@ def test_loss_of_half_precision_is_computed_in_float32(head: Head) -> None:
     assert model(**head.batch()).loss.dtype == torch.float32
 
 
+@embedding_ranks
+def test_logits_under_autocast_have_the_dtype_of_the_stock_model(rank: int | None) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = run(MASKED_LM.build_stock(), MASKED_LM.batch())["logits"]
+        logits = run(MASKED_LM.build({"embedding_rank": rank}), MASKED_LM.batch())["logits"]
+    assert logits.dtype == expected.dtype == torch.bfloat16
+
+
 def test_trainer_is_told_which_heads_honour_the_totals() -> None:
-    assert PRETRAINING.ours.accepts_loss_kwargs
-    assert MASKED_LM.ours.accepts_loss_kwargs
-    assert DECODER.ours.accepts_loss_kwargs
+    honouring = {name for name, head in HEADS.items() if head.ours.accepts_loss_kwargs}
+    assert honouring == {"pretraining", "masked-lm", "decoder", "cross-decoder"}

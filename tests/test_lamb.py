@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from reference.lamb import ReferenceLamb
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.testing import assert_close
 
 from hf_fnl.optim import Lamb, lamb
@@ -97,18 +101,18 @@ def test_a_norm_of_zero_means_a_ratio_of_one(gradient):
     assert_close(parameter.detach(), torch.full_like(parameter, -0.1 * gradient / (gradient + 1e-6)))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "gradient"])
-def test_any_order_in_memory(layout):
-    """Parameters, or gradients, that do not lie in memory row by row."""
-    start, gradient = torch.randn(5, 7), torch.randn(5, 7)
-    contiguous = nn.Parameter(start.clone())
-    other = {"transposed": torch.empty(7, 5).mT, "strided": torch.empty(5, 14)[:, ::2], "gradient": torch.empty(5, 7)}
-    parameter = nn.Parameter(other[layout].copy_(start))
-    for p, grad in ((contiguous, gradient), (parameter, gradient.mT.contiguous().mT)):
+@pytest.mark.parametrize("layout", ["transposed", "strided", "row-by-row"])
+def test_order_in_memory_does_not_matter(layout):
+    torch.manual_seed(0)
+    start, gradient = torch.randn(5, 7).double(), torch.randn(5, 7).double()
+    double = torch.empty(10, 14, dtype=torch.float64)
+    empty = {"transposed": double[:7, :5].mT, "strided": double[:5, ::2], "row-by-row": torch.empty_like(start)}
+    expected, parameter = nn.Parameter(start.clone()), nn.Parameter(empty[layout].copy_(start))
+    for p, grad in ((expected, gradient), (parameter, gradient.mT.contiguous().mT)):
         p.grad = grad
         Lamb([p], lr=0.1, weight_decay=0.1).step()
-    assert torch.equal(parameter, contiguous)
-    assert not torch.equal(parameter, start)
+    assert parameter.is_contiguous() == (layout == "row-by-row")
+    assert_close(parameter, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +290,29 @@ def test_a_replaced_parameter_is_followed():
     assert_same(replaced, expected)
 
 
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_distributed_tensors_are_updated_as_plain_ones(mesh):
+    """As under FSDP2; the state is distributed like its parameter."""
+    plain = parameters()
+    named = {name: nn.Parameter(distribute_tensor(p.detach().clone(), mesh)) for name, p in plain.items()}
+    expected, optimizer = Lamb(groups_of(plain)), Lamb(groups_of(named))
+    for seed in range(3):
+        set_gradients(plain, seed)
+        for name, parameter in named.items():
+            parameter.grad = distribute_tensor(plain[name].grad, mesh)
+        expected.step()
+        optimizer.step()
+    for name, parameter in named.items():
+        assert_close(parameter.full_tensor(), plain[name], rtol=1e-13, atol=1e-13)
+        assert isinstance(optimizer.state[parameter]["exp_avg"], DTensor)
+
+
 def test_sparse_gradients_are_refused_before_anything_moves():
     dense, embedding = nn.Parameter(torch.randn(5)), nn.Embedding(7, 3, sparse=True)
     dense.grad, before = torch.ones(5), dense.detach().clone()
@@ -314,7 +341,7 @@ def test_bad_options(options, message):
 
 
 def test_a_step_on_a_gpu_never_waits_for_it():
-    """Fake tensors know no values: reading one, as every wait for a result does, is an error."""
+    """Fake tensors have no values, so reading one, by ``.item()`` or by a branch, is an error."""
     with FakeTensorMode():
         named = {name: nn.Parameter(torch.empty(shape, device="cuda")) for name, shape in SHAPES.items()}
         optimizer = Lamb(groups_of(named), max_grad_norm=1.0)

@@ -106,6 +106,26 @@ def test_resuming_equals_never_having_stopped(tmp_path, optim):
     assert losses(again) == losses(straight)
 
 
+def test_no_space_left_while_saving_leaves_the_earlier_checkpoint_whole(tmp_path, monkeypatch):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer = tiny_trainer(tmp_path, **options)
+    save_rng_state = type(trainer)._save_rng_state
+
+    def full(self, output_dir):  # what is written last, so that the rest of the checkpoint lies there
+        if self.state.global_step > 2:
+            raise OSError(28, "No space left on device")
+        save_rng_state(self, output_dir)
+
+    monkeypatch.setattr(type(trainer), "_save_rng_state", full)
+    with pytest.raises(RuntimeError, match=r"could not write .*checkpoint-4: .*No space left on device; earlier"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    again = tiny_trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+
+
 def test_diagnostics_are_logged_and_survive_a_resume(tmp_path):
     options = {"diagnostics_steps": 2, "save_strategy": "steps", "save_steps": 3, "max_steps": 4}
     trainer = tiny_trainer(tmp_path, **options)

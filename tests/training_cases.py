@@ -60,7 +60,6 @@ def tiny_trainer(output_dir: str | Path, model: torch.nn.Module | None = None, *
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
-        "dataloader_pin_memory": False,
     }
     args = FLAMBeTrainingArguments(output_dir=str(output_dir), **{**defaults, **options})
     return FLAMBeTrainer(model if model is not None else tiny_model(), args, train_dataset=tiny_examples())

@@ -157,17 +157,16 @@ class FactorizedBertCrossAttention(_Heads, stock.BertCrossAttention):
 
 
 class FactorizedBertAttention(FactorizedAttention, stock.BertAttention):
-    """An attention block of BERT with factorized heads."""
+    """An attention block of BERT with factorized heads, in the place of a stock one whose other parts it keeps."""
 
-    self: Any
-    output: Any
-
-    def __init__(self, config: FactorizedBertConfig, **kwargs: Any) -> None:
-        super().__init__(config, **kwargs)
+    def __init__(self, config: FactorizedBertConfig, dense: stock.BertAttention) -> None:
+        nn.Module.__init__(self)
+        self.is_cross_attention = dense.is_cross_attention
         inner = FactorizedBertCrossAttention if self.is_cross_attention else FactorizedBertSelfAttention
-        self.self = inner(config, is_causal=self.self.is_causal, layer_idx=self.self.layer_idx)
-        self.num_heads, self.factorization = config.num_attention_heads, config.factorization
+        self.self: Any = inner(config, is_causal=dense.self.is_causal, layer_idx=dense.self.layer_idx)
+        self.output: Any = dense.output
         self.output.dense = HeadProjection(self.self.value.out_features, config.hidden_size)
+        self.num_heads, self.factorization = config.num_attention_heads, config.factorization
 
     def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
         """Query, key, value and output."""
@@ -185,7 +184,8 @@ class FactorizedBertLMPredictionHead(stock.BertLMPredictionHead):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Vocabulary logits of hidden states of any leading shape."""
-        return self.decoder(self.transform(hidden_states)) + self.bias
+        logits = self.decoder(self.transform(hidden_states))
+        return logits.add_(self.bias)  # in place: nothing else in a step is as large
 
 
 class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel, stock.BertPreTrainedModel):
@@ -224,11 +224,11 @@ class FactorizedBertModel(FactorizedBertPreTrainedModel, stock.BertModel):
 
     def _replace_modules(self) -> None:
         config = self.config
-        for index, layer in enumerate(self.encoder.layer):
+        for layer in self.encoder.layer:
             if config.qk_rank is not None or config.ov_rank is not None:
-                layer.attention = FactorizedBertAttention(config, is_causal=config.is_decoder, layer_idx=index)
+                layer.attention = FactorizedBertAttention(config, layer.attention)
                 if config.add_cross_attention:
-                    layer.crossattention = FactorizedBertAttention(config, layer_idx=index, is_cross_attention=True)
+                    layer.crossattention = FactorizedBertAttention(config, layer.crossattention)
             if config.ffn_rank is not None:
                 for block in (layer.intermediate, layer.output):
                     block.dense = FactorizedLinear.empty_like(block.dense, config.ffn_rank, init=config.factor_init)

@@ -150,7 +150,8 @@ def _partition(slots: list[_Slot]) -> tuple[list[_Slot], list[list[_Slot]]]:
     alone, together = [], defaultdict(list)
     for slot in slots:
         parameter = slot.parameter
-        if parameter.device.type == "cpu" and parameter.numel() > _SMALL:
+        # A DTensor knows its operations, but not how to lie in one row that could be cut.
+        if parameter.is_cpu and parameter.numel() > _SMALL and type(slot.grad) is Tensor:
             alone.append(slot)
         else:
             together[parameter.device, parameter.dtype].append(slot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -55,6 +56,7 @@ class FLAMBeTrainingArguments(TrainingArguments):
         # Transformers accepts only its own names here; ours is put back when it has checked the rest.
         self.optim = OptimizerNames.ADAMW_TORCH if chosen in OUR_OPTIMIZERS else chosen
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # torch warns where there is nothing to pin for
         if chosen in OUR_OPTIMIZERS:
             self.optim = chosen
         self._check_decay()

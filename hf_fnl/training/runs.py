@@ -13,6 +13,8 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_fnl.training.files import write_json
+
 METRICS_FILE = "metrics.json"
 CONFIG_FILE = "run_config.json"
 
@@ -75,14 +77,6 @@ def run_settings(*arguments: Any) -> dict[str, Any]:
         initial = {field.name for field in dataclasses.fields(options) if field.init}
         settings.update({key: value for key, value in values.items() if key in initial - _NOT_SETTINGS})
     return settings
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def finish_run(folder: str | Path, metrics: dict[str, Any], *arguments: Any) -> dict[str, Any]:

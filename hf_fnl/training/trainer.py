@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_fnl.decay import FrobeniusDecay, frobenius_penalty
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
@@ -92,6 +95,16 @@ class FLAMBeTrainer(Trainer):
             for batch in batches:
                 batch["num_sequences_in_batch"] = count
         return batches, num_items_in_batch
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in Transformers; a checkpoint that cannot be written whole, for lack of space say, is removed again."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            partial = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.is_world_process_zero():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise RuntimeError(f"could not write {partial}: {error}; earlier checkpoints are as they were") from error
 
     def compute_loss(
         self,

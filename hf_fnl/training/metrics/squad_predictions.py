@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 import evaluate
 from datasets import Dataset
+
+from hf_fnl.training.files import write_json
 
 _METRIC_FOLDER = Path(__file__).with_name("squad_em_f1")
 
@@ -48,19 +49,8 @@ def write_predictions(folder: str | os.PathLike[str], predictions: SquadPredicti
     }
     if predictions.null_odds:
         contents["null_odds"] = predictions.null_odds
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
-        _write_json(Path(folder) / f"{name}.json", content)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write beside ``path``, then rename, so that a failure leaves what was there before."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        write_json(Path(folder) / f"{name}.json", content)
 
 
 def load_squad_metric(*, version_2: bool = False) -> evaluate.Metric:

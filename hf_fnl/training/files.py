@@ -1,0 +1,26 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write beside ``path``, then rename, so that a failure leaves what was there before; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> Path:
+    """Write a JSON file as :func:`write_text` does; what JSON does not know becomes its string."""
+    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -1,0 +1,283 @@
+"""Frobenius decay in three modes, against products multiplied out, autograd and arithmetic by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import BertConfig, BertModel
+
+from hf_fnl.decay import MODES, FrobeniusDecay, frobenius_penalty
+from hf_fnl.layers import FactorizedLinear
+from hf_fnl.optim import Lamb, parameter_groups
+from hf_fnl.products import Product, find_products
+
+WEIGHT_DECAY = 0.3
+
+
+def attention() -> tuple[nn.Module, list[Product]]:
+    config = BertConfig(
+        vocab_size=13,
+        hidden_size=15,
+        num_attention_heads=3,
+        num_hidden_layers=1,
+        intermediate_size=7,
+        max_position_embeddings=11,
+        initializer_range=0.5,
+    )
+    model = BertModel(config).encoder.double()
+    return model, find_products(model, ["qk", "ov"])
+
+
+def two_factors() -> tuple[nn.Module, list[Product]]:
+    model = nn.Sequential(nn.Linear(5, 7), FactorizedLinear(7, 5, 3)).double()
+    return model, find_products(model, ["linear"])
+
+
+def three_factors() -> tuple[nn.Module, list[Product]]:
+    model = FactorizedLinear(7, 5, 3, deep=True).double()
+    model.M.data = torch.randn(3, 3).double()
+    return model, find_products(model, ["linear"])
+
+
+@pytest.fixture(params=[attention, two_factors, three_factors], ids=lambda case: case.__name__)
+def case(request) -> tuple[nn.Module, list[Product]]:
+    """A model, with gradients, and its products."""
+    torch.manual_seed(0)
+    model, products = request.param()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return model, products
+
+
+def groups_of(model: nn.Module, products: list[Product]) -> list[dict]:
+    return parameter_groups(model, weight_decay=0.1, products=products, frobenius_decay=0.0)
+
+
+def half_squared_norm(model: nn.Module, products: list[Product]) -> Tensor:
+    """``sum ||W||_F^2 / 2`` with every W multiplied out."""
+    return sum(product.matrix(model).square().sum() for product in products) / 2
+
+
+def gradients_by_autograd(model: nn.Module, products: list[Product]) -> dict[str, Tensor]:
+    names = [name for product in products for name in product.parameter_names]
+    gradients = torch.autograd.grad(half_squared_norm(model, products), [model.get_parameter(name) for name in names])
+    return dict(zip(names, gradients, strict=True))
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_moved_to(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.detach(), expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_penalty_is_the_norm_of_the_products(case):
+    model, products = case
+    decay = FrobeniusDecay(torch.optim.SGD(groups_of(model, products)), products, WEIGHT_DECAY, mode="penalty")
+    expected = WEIGHT_DECAY * half_squared_norm(model, products)
+    assert_close(decay.penalty(), expected)
+    assert_close(frobenius_penalty(products, model, WEIGHT_DECAY), expected)
+    assert_close(frobenius_penalty(products, dict(model.named_parameters()), WEIGHT_DECAY), expected)
+
+
+def test_penalty_mode_leaves_the_step_alone(case):
+    model, products = case
+    plain = copy.deepcopy(model)
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        other.grad = parameter.grad.clone()
+    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
+    FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode="penalty")
+    optimizer.step()
+    torch.optim.SGD(groups_of(plain, products), lr=0.1).step()
+    assert_moved_to(model, snapshot(plain))
+
+
+def test_coupled_adds_the_gradient_of_the_penalty(case):
+    model, products = case
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    for name, gradient in gradients_by_autograd(model, products).items():
+        expected[name] += WEIGHT_DECAY * gradient
+    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
+    FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode="coupled")
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW, Lamb])
+def test_coupled_equals_the_penalty_in_the_loss(case, optimizer_class):
+    coupled, products = case
+    penalized = copy.deepcopy(coupled)
+    for parameter, other in zip(coupled.parameters(), penalized.parameters(), strict=True):
+        other.grad = parameter.grad.clone()
+    optimizer = optimizer_class(groups_of(coupled, products), lr=0.1)
+    FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode="coupled")
+    optimizer.step()
+    frobenius_penalty(products, penalized, WEIGHT_DECAY).backward()
+    optimizer_class(groups_of(penalized, products), lr=0.1).step()
+    assert_moved_to(coupled, snapshot(penalized))
+
+
+def test_decoupled_with_sgd(case):
+    model, products = case
+    decays = gradients_by_autograd(model, products)
+    expected = {
+        name: p.detach() - 0.1 * p.grad - 0.1 * WEIGHT_DECAY * decays[name]
+        if name in decays
+        else p.detach() - 0.1 * (p.grad + group["weight_decay"] * p.detach())
+        for group in groups_of(model, products)
+        for name, p in group["params"]
+    }
+    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
+    FrobeniusDecay(optimizer, products, WEIGHT_DECAY)
+    optimizer.step()
+    assert_moved_to(model, expected)
+
+
+def test_decoupled_with_adamw(case):
+    """The first step of Adam goes by the signs of the gradients."""
+    model, products = case
+    lr = {"factors": 0.05, "others": 0.1}
+    decays = gradients_by_autograd(model, products)
+    expected = {
+        name: (1 - lr["others"] * group["weight_decay"]) * p.detach() - lr["others"] * p.grad.sign()
+        if name not in decays
+        else p.detach() - lr["factors"] * (WEIGHT_DECAY * decays[name] + p.grad.sign())
+        for group in groups_of(model, products)
+        for name, p in group["params"]
+    }
+    groups = groups_of(model, products)
+    groups[-1]["lr"] = lr["factors"]
+    optimizer = torch.optim.AdamW(groups, lr=lr["others"], eps=0.0)
+    FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode="decoupled")
+    optimizer.step()
+    assert_moved_to(model, expected)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_a_factor_without_gradient_stays(mode):
+    model, products = three_factors()
+    before = snapshot(model)
+    model.U.grad = torch.zeros_like(model.U)
+    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
+    FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode=mode)
+    optimizer.step()
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, before[name])} == {"U"}
+    assert model.V.grad is None
+
+
+def test_the_rate_may_be_a_tensor(case):
+    model, products = case
+    other = copy.deepcopy(model)
+    for module, lr in ((model, 0.25), (other, torch.tensor(0.25, dtype=torch.float64))):
+        for parameter in module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer = torch.optim.SGD(groups_of(module, products), lr=lr)
+        FrobeniusDecay(optimizer, products, WEIGHT_DECAY)
+        optimizer.step()
+    assert_moved_to(other, snapshot(model))
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_replaced_parameters_are_followed(case, mode):
+    model, products = case
+    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
+    FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode=mode)
+    replaced = copy.deepcopy(model)
+    for parameter, other in zip(model.parameters(), replaced.parameters(), strict=True):
+        other.grad = parameter.grad.clone()
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get_parameter(name) for name in group["param_names"]]
+    before = snapshot(model)
+    optimizer.step()
+    assert_moved_to(model, before)
+
+    expected = torch.optim.SGD(groups_of(model, products), lr=0.1)
+    FrobeniusDecay(expected, products, WEIGHT_DECAY, mode=mode)
+    expected.step()
+    assert_moved_to(replaced, snapshot(model))
+
+
+@pytest.mark.parametrize("end", ["remove", "with"])
+@pytest.mark.parametrize("mode", MODES)
+def test_it_ends(mode, end):
+    model, products = two_factors()
+    before = snapshot(model)
+    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
+    if end == "remove":
+        FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode=mode).remove()
+    else:
+        with FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode=mode) as decay:
+            assert decay.mode == mode
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.zeros_like(parameter) if "weight" not in name else None
+    optimizer.step()
+    assert_moved_to(model, before)
+
+
+def test_a_closure_is_refused_where_gradients_are_needed_before_it():
+    model, products = two_factors()
+    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
+    with FrobeniusDecay(optimizer, products, WEIGHT_DECAY):
+        optimizer.step(None)
+        for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
+            with pytest.raises(ValueError, match=r"mode='decoupled' needs the gradients before the step.*'penalty'"):
+                call()
+    with FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode="penalty"):
+        optimizer.step(lambda: 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "l2"}, "mode of Frobenius decay must be one of penalty, coupled, decoupled, got 'l2'"),
+        ({"weight_decay": -0.1}, "weight_decay of Frobenius decay must not be negative, got -0.1"),
+        ({"products": []}, r"needs at least one product, got none; find_products\(model\) lists them"),
+    ],
+    ids=["mode", "weight_decay", "products"],
+)
+def test_bad_options(options, message):
+    model, products = two_factors()
+    optimizer = torch.optim.SGD(groups_of(model, products))
+    with pytest.raises(ValueError, match=message):
+        FrobeniusDecay(optimizer, **{"products": products, "weight_decay": WEIGHT_DECAY, **options})
+
+
+def test_a_penalty_needs_products():
+    with pytest.raises(ValueError, match="a Frobenius penalty needs at least one product, got none"):
+        frobenius_penalty([], nn.Linear(5, 7), WEIGHT_DECAY)
+
+
+def test_parameters_without_names():
+    model, products = two_factors()
+    with pytest.raises(ValueError, match=r"SGD got parameters without names: build it with parameter_groups\(model, "):
+        FrobeniusDecay(torch.optim.SGD(model.parameters()), products, WEIGHT_DECAY)
+
+
+def test_a_factor_under_ordinary_decay():
+    model, products = two_factors()
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1, products=products))
+    message = r"product 1: its factor 1.U is .* group with weight_decay=0.1; pass frobenius_decay=0.0 to parameter_gr"
+    with pytest.raises(ValueError, match=message):
+        FrobeniusDecay(optimizer, products, WEIGHT_DECAY)
+
+
+def test_a_missing_factor():
+    model, products = two_factors()
+    optimizer = torch.optim.SGD([(name, p) for name, p in model.named_parameters() if name != "1.V"])
+    with pytest.raises(ValueError, match=r"product 1: its factor 1\.V is not among the parameters of the optimizer"):
+        FrobeniusDecay(optimizer, products, WEIGHT_DECAY)
+
+
+def test_a_frozen_factor():
+    model, products = two_factors()
+    optimizer = torch.optim.SGD(groups_of(model, products))
+    model.get_parameter("1.V").requires_grad_(False)
+    with pytest.raises(ValueError, match=r"product 1: its factor 1\.V is frozen"):
+        FrobeniusDecay(optimizer, products, WEIGHT_DECAY)

@@ -1,0 +1,281 @@
+"""FLAMBe against an oracle that multiplies every product out, and what it shares with LAMB."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from reference.flambe import ReferenceFLAMBe
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+from transformers import BertConfig, BertForPreTraining
+
+from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
+from hf_fnl.optim import FLAMBe, Lamb, lamb, parameter_groups
+from hf_fnl.products import Product, find_products
+
+
+@pytest.fixture(params=["together", "in-pieces"])
+def way(request, monkeypatch) -> None:
+    """Both ways through the parameters: small ones together, and one after the other in pieces."""
+    if request.param == "in-pieces":
+        monkeypatch.setattr(lamb, "_SMALL", 0)
+        monkeypatch.setattr(lamb, "_PIECE", 4)
+
+
+def stock_bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=13,
+        hidden_size=15,
+        num_attention_heads=3,
+        num_hidden_layers=2,
+        intermediate_size=7,
+        max_position_embeddings=11,
+        initializer_range=0.5,
+    )
+    return BertForPreTraining(config)
+
+
+def factorized() -> nn.Module:
+    """Products of two and of three factors, and a dense layer."""
+    return nn.ModuleDict(
+        {
+            "embedding": FactorizedEmbedding(13, 7, 2),
+            "shallow": FactorizedLinear(7, 5, 3),
+            "deep": FactorizedLinear(5, 11, 3, deep=True),
+            "overcomplete": FactorizedLinear(2, 3, 5, deep=True, overcomplete=True),
+            "dense": nn.Linear(7, 5),
+        }
+    )
+
+
+MODELS = {"stock-bert": stock_bert, "factorized": factorized}
+CASES = [
+    pytest.param("stock-bert", ["ov"], id="stock-bert-ov"),
+    pytest.param("stock-bert", ["ov", "qk"], id="stock-bert-ov-qk"),
+    pytest.param("factorized", ["linear", "embedding"], id="factorized"),
+]
+
+
+def build(model: str, kinds: list[str], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[Product]]:
+    torch.manual_seed(0)
+    built = MODELS[model]().to(dtype)
+    return built, find_products(built, kinds)
+
+
+def groups_of(model: nn.Module, products: list[Product], weight_decay: float = 0.3) -> list[dict[str, Any]]:
+    groups = parameter_groups(model, weight_decay=weight_decay, products=products, frobenius_decay=2 * weight_decay)
+    return [{**group, "lr": lr} for group, lr in zip(groups, (0.1, 0.02, 0.05), strict=False)]
+
+
+def set_gradients(model: nn.Module, seed: int) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def train(optimizer: torch.optim.Optimizer, model: nn.Module, seeds: range) -> None:
+    for seed in seeds:
+        set_gradients(model, seed)
+        optimizer.step()
+
+
+def assert_same(model: nn.Module, other: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(("model", "kinds"), CASES)
+@pytest.mark.usefixtures("way")
+def test_equals_the_oracle(model, kinds):
+    module, products = build(model, kinds)
+    oracle = ReferenceFLAMBe(groups_of(module, products), products)
+    optimizer = FLAMBe(groups_of(module, products), products=products)
+    for seed in range(5):
+        oracle.step(set_gradients(module, seed))
+        optimizer.step()
+        for name, parameter in module.named_parameters():
+            assert_close(parameter.detach(), oracle.parameters[name], rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_factor_without_gradient_stays_and_its_partners_move_as_ever():
+    module, products = build("factorized", ["linear"])
+    oracle = ReferenceFLAMBe(groups_of(module, products), products)
+    optimizer = FLAMBe(groups_of(module, products), products=products)
+    for seed, skipped in enumerate(("deep.M", "shallow.V", "deep.U")):
+        gradients = set_gradients(module, seed)
+        gradients[skipped] = module.get_parameter(skipped).grad = None
+        oracle.step(gradients)
+        optimizer.step()
+    for name, parameter in module.named_parameters():
+        assert_close(parameter.detach(), oracle.parameters[name], rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize(("model", "kinds"), CASES)
+@pytest.mark.usefixtures("way")
+def test_without_decay_it_is_lamb(model, kinds):
+    ours, products = build(model, kinds, torch.float32)
+    theirs, _ = build(model, kinds, torch.float32)
+    train(FLAMBe(groups_of(ours, products, weight_decay=0.0), products=products), ours, range(3))
+    train(Lamb(groups_of(theirs, products, weight_decay=0.0)), theirs, range(3))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.usefixtures("way")
+def test_everything_but_factors_moves_as_in_lamb():
+    ours, products = build("stock-bert", ["ov"])
+    theirs, _ = build("stock-bert", ["ov"])
+    train(FLAMBe(groups_of(ours, products), products=products, max_grad_norm=0.7), ours, range(3))
+    train(Lamb(groups_of(theirs, products), max_grad_norm=0.7), theirs, range(3))
+    factors = {name for product in products for name in product.parameter_names}
+    differing = {
+        name for name, parameter in ours.named_parameters() if not torch.equal(parameter, theirs.get_parameter(name))
+    }
+    assert differing == factors
+
+
+def test_named_parameters_are_one_group():
+    ours, products = build("factorized", ["linear"])
+    theirs, _ = build("factorized", ["linear"])
+    train(FLAMBe(ours.named_parameters(), products=products, lr=0.1, weight_decay=0.2), ours, range(2))
+    groups = [{"params": list(theirs.named_parameters()), "lr": 0.1, "weight_decay": 0.2}]
+    train(FLAMBe(groups, products=products), theirs, range(2))
+    assert_same(ours, theirs)
+
+
+def test_replaced_parameters_are_followed():
+    """As under FSDP, where accelerate puts other parameters into the groups after the optimizer was built."""
+    ours, products = build("stock-bert", ["ov"])
+    theirs, _ = build("stock-bert", ["ov"])
+    optimizer = FLAMBe(groups_of(ours, products), products=products)
+    replaced = copy.deepcopy(ours)
+    for parameter in ours.parameters():
+        parameter.data = parameter.data * float("nan")
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get_parameter(name) for name in group["param_names"]]
+    train(optimizer, replaced, range(2))
+    train(FLAMBe(groups_of(theirs, products), products=products), theirs, range(2))
+    assert_same(replaced, theirs)
+
+
+def test_two_half_batches_equal_one():
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 7).double(), torch.randn(6, 5).double()
+
+    def trained(batches: int) -> nn.Module:
+        torch.manual_seed(1)
+        layer = FactorizedLinear(7, 5, 3).double()
+        optimizer = FLAMBe(layer.named_parameters(), products=find_products(layer, ["linear"]), lr=0.1)
+        for _ in range(3):
+            for inputs, targets in zip(x.chunk(batches), y.chunk(batches), strict=True):
+                (nn.functional.mse_loss(layer(inputs), targets) / batches).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return layer
+
+    for whole, halves in zip(trained(1).parameters(), trained(2).parameters(), strict=True):
+        assert_close(whole, halves, rtol=1e-11, atol=1e-11)
+
+
+def test_save_load_step_equals_step():
+    module, products = build("stock-bert", ["ov"], torch.float32)
+    optimizer = FLAMBe(groups_of(module, products), products=products)
+    train(optimizer, module, range(2))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    resumed = copy.deepcopy(module)
+    fresh = FLAMBe(groups_of(resumed, products), products=products)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    train(optimizer, module, range(2, 4))
+    train(fresh, resumed, range(2, 4))
+    assert_same(resumed, module)
+
+
+def test_a_copy_goes_on_as_the_original():
+    module, products = build("factorized", ["linear"])
+    pair = module, FLAMBe(groups_of(module, products), products=products)
+    train(pair[1], module, range(2))
+    copied, again = copy.deepcopy(pair)
+    train(pair[1], module, range(2, 4))
+    train(again, copied, range(2, 4))
+    assert_same(copied, module)
+
+
+def test_bfloat16_stays_close():
+    module, products = build("stock-bert", ["ov"], torch.bfloat16)
+    exact = copy.deepcopy(module).double()
+    oracle = ReferenceFLAMBe(groups_of(exact, products), products)
+    optimizer = FLAMBe(groups_of(module, products), products=products)
+    for seed in range(3):
+        gradients = set_gradients(module, seed)
+        oracle.step({name: gradient.double() for name, gradient in gradients.items()})
+        optimizer.step()
+    for name, parameter in module.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert_close(parameter.detach().double(), oracle.parameters[name], rtol=3e-2, atol=3e-2, msg=name)
+
+
+def test_a_step_on_a_gpu_never_waits_for_it():
+    """Fake tensors have no values, so reading one, by ``.item()`` or by a branch, is an error."""
+    module, products = build("stock-bert", ["ov"])
+    with FakeTensorMode():
+        named = {name: nn.Parameter(torch.empty(p.shape, device="cuda")) for name, p in module.named_parameters()}
+        for parameter in named.values():
+            parameter.grad = torch.empty_like(parameter)
+        FLAMBe(named.items(), products=products).step()
+
+
+OV = "bert.encoder.layer.1.attention.ov"
+VALUE = "bert.encoder.layer.1.attention.self.value.weight"
+
+
+def test_no_products():
+    with pytest.raises(ValueError, match=r"FLAMBe decays products and got none; find_products\(model\) lists them"):
+        FLAMBe(stock_bert().named_parameters(), products=[])
+
+
+def test_parameters_without_names():
+    module, products = build("stock-bert", ["ov"])
+    with pytest.raises(ValueError, match=r"parameters without names: pass model.named_parameters\(\), or groups"):
+        FLAMBe(module.parameters(), products=products)
+
+
+def test_a_factor_left_out():
+    module, products = build("stock-bert", ["ov"])
+    others = [(name, parameter) for name, parameter in module.named_parameters() if name != VALUE]
+    with pytest.raises(ValueError, match=f"product {OV}: its factor {VALUE} is not among the parameters given"):
+        FLAMBe(others, products=products)
+
+
+def test_a_frozen_factor():
+    module, products = build("stock-bert", ["ov"])
+    module.get_parameter(VALUE).requires_grad_(False)
+    with pytest.raises(ValueError, match=f"product {OV}: its factor {VALUE} is frozen"):
+        FLAMBe(module.named_parameters(), products=products)
+
+
+def test_factors_with_different_decay():
+    module, products = build("stock-bert", ["ov"])
+    rest = [(name, parameter) for name, parameter in module.named_parameters() if name != VALUE]
+    groups = [{"params": rest}, {"params": [(VALUE, module.get_parameter(VALUE))], "weight_decay": 0.5}]
+    with pytest.raises(ValueError, match=rf"product {OV}: its factors have different weight_decay \({VALUE}: 0.5, "):
+        FLAMBe(groups, products=products)
+
+
+def test_a_factor_of_two_products():
+    module, products = build("stock-bert", ["ov"])
+    with pytest.raises(ValueError, match=f"product {OV}: its factor {VALUE} belongs to more than one product"):
+        FLAMBe(module.named_parameters(), products=[products[1], products[1]])
+
+
+def test_options_are_checked_as_in_lamb():
+    module, products = build("stock-bert", ["ov"])
+    with pytest.raises(ValueError, match="lr must not be negative, got -1"):
+        FLAMBe(module.named_parameters(), products=products, lr=-1)

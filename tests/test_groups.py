@@ -1,0 +1,102 @@
+"""Parameter groups: every trainable parameter once, with the decay that its kind gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_fnl.layers import FactorizedLinear
+from hf_fnl.optim import FLAMBe, parameter_groups
+from hf_fnl.products import find_products
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(13, 7)
+        self.middle = FactorizedLinear(7, 5, 3)
+        self.norm = nn.LayerNorm(5)
+        self.convolution = nn.Conv1d(5, 2, 3)
+        self.output = nn.Linear(7, 13, bias=False)
+        self.output.weight = self.embedding.weight
+        self.temperature = nn.Parameter(torch.ones(()))
+
+
+MATRICES = ["embedding.weight", "convolution.weight"]
+VECTORS = ["temperature", "middle.bias", "norm.weight", "norm.bias", "convolution.bias"]
+FACTORS = ["middle.U", "middle.V"]
+
+
+def shown(groups) -> list[tuple[list[str], float]]:
+    return [([name for name, _ in group["params"]], group["weight_decay"]) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("frobenius_decay", "expected"),
+    [pytest.param(None, 0.1, id="as-matrices"), pytest.param(0.0, 0.0, id="none"), pytest.param(0.3, 0.3, id="own")],
+)
+def test_three_groups(frobenius_decay, expected):
+    model = Model()
+    groups = parameter_groups(
+        model, weight_decay=0.1, products=find_products(model, ["linear"]), frobenius_decay=frobenius_decay
+    )
+    assert [(sorted(names), decay) for names, decay in shown(groups)] == [
+        (sorted(MATRICES), 0.1),
+        (sorted(VECTORS), 0.0),
+        (sorted(FACTORS), expected),
+    ]
+
+
+def test_groups_are_a_partition_of_the_trainable_parameters():
+    model = Model()
+    model.norm.requires_grad_(False)
+    groups = parameter_groups(model, weight_decay=0.1, products=find_products(model, ["linear"]))
+    grouped = [pair for group in groups for pair in group["params"]]
+    expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert sorted(name for name, _ in grouped) == sorted(expected)
+    assert all(expected[name] is parameter for name, parameter in grouped)
+
+
+def test_without_products_factors_are_matrices():
+    groups = parameter_groups(Model(), weight_decay=0.1)
+    assert [(sorted(names), decay) for names, decay in shown(groups)] == [
+        (sorted(MATRICES + FACTORS), 0.1),
+        (sorted(VECTORS), 0.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        pytest.param(nn.LayerNorm(5), ["weight", "bias"], id="vectors-only"),
+        pytest.param(nn.Linear(5, 7, bias=False), ["weight"], id="matrices-only"),
+        pytest.param(FactorizedLinear(5, 7, 3, bias=False), ["U", "V"], id="factors-only"),
+    ],
+)
+def test_no_group_is_empty(layer, names):
+    products = find_products(layer, ["linear"]) if isinstance(layer, FactorizedLinear) else []
+    assert [names for names, _ in shown(parameter_groups(layer, weight_decay=0.1, products=products))] == [names]
+
+
+def test_torch_and_flambe_take_them():
+    model = Model()
+    products = find_products(model, ["linear"])
+    for group in torch.optim.AdamW(parameter_groups(model, weight_decay=0.1)).param_groups:
+        assert len(group["param_names"]) == len(group["params"])
+    flambe = FLAMBe(parameter_groups(model, weight_decay=0.1, products=products), products=products)
+    assert len(flambe.param_groups) == 3
+
+
+def test_a_product_with_a_frozen_factor_is_refused():
+    model = Model()
+    products = find_products(model, ["linear"])
+    model.middle.V.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"product middle cannot be decayed: middle.V is frozen or not in the model"):
+        parameter_groups(model, weight_decay=0.1, products=products)
+
+
+def test_a_product_of_another_model_is_refused():
+    products = find_products(FactorizedLinear(5, 7, 3), ["linear"])
+    with pytest.raises(ValueError, match=r"cannot be decayed: U, V is frozen or not in the model; train all"):
+        parameter_groups(Model(), weight_decay=0.1, products=products)

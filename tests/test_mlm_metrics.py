@@ -1,0 +1,39 @@
+"""Metrics reduced on the device against the same figures from all logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import EvalPrediction
+
+from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
+
+
+@pytest.mark.parametrize("pairs", [True, False], ids=["with next sentence", "mlm alone"])
+def test_reduced_batches_give_the_figures_of_all_logits(pairs):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 7, 11), torch.randint(0, 11, (6, 7))
+    labels[torch.rand(6, 7) < 0.7] = -100
+    relationship, next_sentence = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
+    reduced = [
+        reduce_logits((logits[rows], relationship[rows]), (labels[rows], next_sentence[rows]))
+        if pairs
+        else reduce_logits(logits[rows], labels[rows])
+        for rows in (slice(0, 2), slice(2, 6))
+    ]
+    metrics = mlm_metrics(EvalPrediction(np.concatenate(reduced), None))
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).item()
+    labelled = labels != -100
+    accuracy = (logits.argmax(-1) == labels)[labelled].float().mean().item()
+    assert metrics["mlm_loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["mlm_perplexity"] == pytest.approx(np.exp(loss), rel=1e-5)
+    assert metrics["mlm_accuracy"] == pytest.approx(accuracy, rel=1e-5)
+    expected = (relationship.argmax(-1) == next_sentence).float().mean().item()
+    assert metrics.get("next_sentence_accuracy") == (pytest.approx(expected) if pairs else None)
+
+
+def test_nothing_labelled_is_no_division_by_zero():
+    reduced = reduce_logits(torch.randn(2, 3, 5), torch.full((2, 3), -100))
+    assert mlm_metrics(EvalPrediction(reduced.numpy(), None))["mlm_loss"] == 0

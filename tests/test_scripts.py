@@ -1,0 +1,174 @@
+"""The scripts as a user runs them, in small: pretrain, fine-tune, evaluate; settings, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import evaluate_squad
+import finetune_squad
+import pretrain_bert
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoTokenizer
+
+from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
+from hf_fnl.training.runs import parse_arguments
+from hf_fnl.training.tasks.embedded import embedded_squad
+
+TINY_MODEL = """
+    --vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 2 --num_attention_heads 3
+    --intermediate_size 40 --max_position_embeddings 64 --qk_rank 5 --ov_rank 6 --ffn_rank 7 --embedding_rank 11
+"""
+QUIET = "--use_cpu --report_to none --disable_tqdm true --logging_steps 1 --save_strategy no"
+SQUAD = "--max_seq_length 64 --doc_stride 16"
+
+
+def pretrain(folder, *more: str) -> dict:
+    phases = "--phases 16:3 24:2:1e-3 --learning_rate 0.01 --per_device_train_batch_size 4"
+    return pretrain_bert.main(
+        [*TINY_MODEL.split(), *QUIET.split(), *phases.split(), "--output_dir", str(folder), *more]
+    )
+
+
+def finetune(model, folder, *more: str) -> dict:
+    data = "--max_train_questions 12 --max_eval_questions 8 --max_query_length 16 --max_steps 2"
+    flags = f"--model {model} --output_dir {folder} --per_device_train_batch_size 4 {SQUAD} {data} {QUIET}"
+    return finetune_squad.main([*flags.split(), *more])
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    pretrain(folder, "--diagnostics_steps", "1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def squad(pretrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("squad")
+    return folder, finetune(pretrained, folder)
+
+
+def test_pretraining_writes_a_model_its_tokenizer_metrics_and_settings(pretrained):
+    model = AutoModelForPreTraining.from_pretrained(pretrained)
+    assert isinstance(model, FactorizedBertForPreTraining)
+    assert (model.config.qk_rank, model.config.ov_rank, model.config.embedding_rank) == (5, 6, 11)
+    assert len(AutoTokenizer.from_pretrained(pretrained)) == model.config.vocab_size
+    metrics = json.loads((pretrained / "metrics.json").read_text())
+    assert metrics["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert {"phase-1", "phase-2"} < metrics.keys()
+    assert (pretrained / "phase-1" / "diagnostics.jsonl").read_text().count("\n") == 4
+
+
+def test_settings_written_beside_a_model_repeat_the_run(pretrained, tmp_path):
+    settings = json.loads((pretrained / "run_config.json").read_text())
+    assert settings["phases"] == ["16:3", "24:2:1e-3"]
+    assert settings["optim"] == "flambe"
+    settings["output_dir"] = str(tmp_path / "again")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    pretrain_bert.main([str(tmp_path / "config.yaml")])
+    first, second = (AutoModelForPreTraining.from_pretrained(path) for path in (pretrained, tmp_path / "again"))
+    for (name, weight), other in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+def test_mlm_alone_on_the_stock_class_with_adamw_while_streaming(tmp_path):
+    flags = f"""
+        --vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 1 --num_attention_heads 3
+        --max_position_embeddings 64 --stock true --next_sentence false --streaming true --optim adamw_torch
+        --phases 16:2 --whole_word_mask true --output_dir {tmp_path} {QUIET}
+    """
+    assert "phase-1" in pretrain_bert.main(flags.split())
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+
+
+def test_evaluation_on_held_out_documents(tmp_path):
+    documents = ["One sentence here. Another one follows it. And a third one ends it."] * 6
+    (tmp_path / "held-out.json").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    held_out = ("--validation_dataset", str(tmp_path / "held-out.json"))
+    metrics = pretrain(tmp_path / "run", *held_out)["phase-2"]
+    assert metrics["eval_mlm_loss"] > 0
+    assert 0 <= metrics["eval_mlm_accuracy"] <= 1
+    assert 0 <= metrics["eval_next_sentence_accuracy"] <= 1
+
+
+def test_fine_tuning_writes_official_predictions(squad):
+    folder, metrics = squad
+    assert isinstance(AutoModelForQuestionAnswering.from_pretrained(folder), FactorizedBertForQuestionAnswering)
+    predictions = json.loads((folder / "predictions.json").read_text())
+    assert len(predictions) == 8
+    assert {"exact_match", "f1"} < metrics.keys()
+
+
+def test_evaluating_the_model_or_its_predictions_gives_what_fine_tuning_gave(squad, tmp_path):
+    folder, metrics = squad
+    common = ["--dataset", "embedded", "--max_questions", "8"]
+    model = [*common, *SQUAD.split(), "--max_query_length", "16", "--model", str(folder), "--output_dir", str(tmp_path)]
+    scored = [*common, "--predictions", str(folder / "predictions.json")]
+    for found in (evaluate_squad.main(model), evaluate_squad.main(scored)):
+        assert (found["exact_match"], found["f1"]) == (metrics["exact_match"], metrics["f1"])
+    assert json.loads((tmp_path / "predictions.json").read_text()) == json.loads(
+        (folder / "predictions.json").read_text()
+    )
+
+
+def test_version_2_questions_end_to_end(pretrained, tmp_path):
+    questions = embedded_squad("train")
+    for paragraph in questions["data"][0]["paragraphs"]:
+        for question in paragraph["qas"]:
+            question |= {"is_impossible": True, "answers": []}
+    (tmp_path / "v2.json").write_text(json.dumps(questions))
+    metrics = finetune(pretrained, tmp_path / "run", "--train_dataset", str(tmp_path / "v2.json"))
+    assert metrics["NoAns_total"] + metrics["HasAns_total"] == metrics["total"] == 8
+    assert (tmp_path / "run" / "null_odds.json").exists()
+
+
+def test_a_broken_off_run_is_not_overwritten_and_goes_on(tmp_path):
+    save = ("--save_strategy", "steps", "--save_steps", "1")
+    whole = pretrain(tmp_path / "whole", *save)
+    (tmp_path / "whole" / "metrics.json").unlink()
+    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: set resume_from_checkpoint=true"):
+        pretrain(tmp_path / "whole", *save)
+    again = pretrain(tmp_path / "whole", *save, "--resume_from_checkpoint", "true")
+    assert again["parameters"] == whole["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--qk_rank", "9"], r"qk_rank must be in \[1, 8\], got 9"),
+        (["--ffn_rank", "0"], "ffn_rank must be at least 1"),
+        (["--factor_init", "svd"], "factor_init must be one of spectral, spectral_ones, default, got 'svd'"),
+        (["--phases", "16:three"], r"phases: expected length\[:steps\[:learning_rate\]\], got '16:three'"),
+        (["--phases", "128:2"], "max_position_embeddings is 64"),
+        (["--stock", "true"], "stock=True takes no ranks, got qk_rank, ov_rank, ffn_rank, embedding_rank"),
+        (["--frobenius_decay", "conv"], "frobenius_decay must be none or any of linear, embedding, qk, ov, got conv"),
+        (["--dataset", "./nowhere.txt"], "no such file or folder: nowhere.txt"),
+    ],
+    ids=["rank too high", "rank too low", "init", "phase", "length", "stock", "kind", "data"],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pretrain(tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("qk_rank: 4\nqk_rnk: 4\n", "config.yaml: .*qk_rnk"),
+        ("a: [1", "cannot read the configuration file .*config.yaml"),
+    ],
+    ids=["unknown key", "broken"],
+)
+def test_a_bad_configuration_file_is_named(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([str(path)], pretrain_bert.ModelOptions)
+
+
+def test_a_missing_configuration_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such configuration file"):
+        parse_arguments([str(tmp_path / "config.yaml")], pretrain_bert.ModelOptions)
