@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-TRAINER_STATE = "trainer_state.json"
-DIAGNOSTICS = "diagnostics.jsonl"
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
+
 DIAGNOSTIC_PANELS = ("frobenius_norm", "nuclear_norm", "effective_rank", "effective_step_size")
 
 
@@ -21,7 +23,7 @@ def plot_loss(run: str | Path, target: str | Path) -> Path:
     Raises:
         FileNotFoundError: If the folder holds no ``trainer_state.json``.
     """
-    history = json.loads(_existing(Path(run) / TRAINER_STATE).read_text())["log_history"]
+    history = json.loads(_existing(Path(run) / TRAINER_STATE_NAME).read_text())["log_history"]
     figure, axes = _canvas(1)
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
@@ -42,7 +44,7 @@ def plot_diagnostics(run: str | Path, target: str | Path) -> Path:
     Raises:
         FileNotFoundError: If the folder holds no ``diagnostics.jsonl``.
     """
-    records = [json.loads(line) for line in _existing(Path(run) / DIAGNOSTICS).read_text().splitlines()]
+    records = [json.loads(line) for line in _existing(Path(run) / DIAGNOSTICS_FILE).read_text().splitlines()]
     figure, axes = _canvas(len(DIAGNOSTIC_PANELS))
     for axis, name in zip(axes, DIAGNOSTIC_PANELS, strict=True):
         for product in records[0]["products"]:

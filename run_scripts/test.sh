@@ -2,5 +2,5 @@
 # Runs the tests, in .venv, which is made if it is missing. Arguments go to pytest: ./run_scripts/test.sh -k flambe
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export TOKENIZERS_PARALLELISM=false
 exec python -m pytest --numprocesses "$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')" "$@"

@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 # Before any library reads it: a test that asks the Hub for something fails at once instead of waiting.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Threads of several test processes would wait for each other; the tensors of the tests are small.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

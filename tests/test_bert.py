@@ -15,6 +15,7 @@ from bert_cases import (
     LM_HEADS,
     LOW,
     MASKED_LM,
+    NO_DROPOUT,
     PRETRAINING,
     SIZES,
     Head,
@@ -259,3 +260,11 @@ def test_decoder_is_tied_to_the_embedding(head: Head) -> None:
     untied = head.build(LOW, tie_word_embeddings=False)
     assert untied.get_output_embeddings().U is not untied.get_input_embeddings().U
     assert torch.isfinite(untied.get_output_embeddings().composed()).all()
+
+
+@pytest.mark.parametrize("name", ["pretraining", "decoder", "question-answering"])
+def test_a_training_step_compiles_to_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    model, batch = HEADS[name].build(LOW, **NO_DROPOUT).train(), HEADS[name].batch()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # needs no compiler; a break would be an error
+    assert_close(compiled(**batch).loss, model(**batch).loss, rtol=0, atol=0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_fnl.functional import product
 from hf_fnl.spectral import check_method, check_rank, initial_factors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Factorized(nn.Module):
@@ -84,6 +87,10 @@ class Factorized(nn.Module):
         if self.U.is_meta:
             return
         self.set_factors_(self.fresh_factors())
+
+    def on_device_of(self, weight: Tensor) -> Self:
+        """This layer, made on the meta device, with memory that is not set yet where ``weight`` has its own."""
+        return self if weight.is_meta else self.to_empty(device=weight.device)
 
     @torch.no_grad()
     def set_factors_(self, values: tuple[Tensor, ...]) -> None:

@@ -49,8 +49,15 @@ class FactorizedEmbedding(Factorized):
 
     @torch.no_grad()
     def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
-        """New initial values, with the padding row zero."""
-        U, V = super().fresh_factors(draw)
+        """New initial values of a table whose padding row is zero."""
+        draw = draw or self.draw_
+
+        def draw_table(weight: Tensor) -> None:
+            draw(weight)
+            if self.padding_idx is not None and self.init != "default":
+                weight[self.padding_idx] = 0
+
+        U, V = super().fresh_factors(draw_table)
         if self.padding_idx is not None:
             U[self.padding_idx] = 0
         return U, V
@@ -86,16 +93,8 @@ class FactorizedEmbedding(Factorized):
         """
         if dense.max_norm is not None or dense.scale_grad_by_freq or dense.sparse:
             raise ValueError("an embedding with max_norm, scale_grad_by_freq or sparse gradients cannot be factorized")
-        layer = nn.utils.skip_init(
-            cls,
-            dense.num_embeddings,
-            dense.embedding_dim,
-            rank,
-            padding_idx=dense.padding_idx,
-            init=init,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
+        sizes = (dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx)
+        layer = cls(*sizes, init=init, device="meta", dtype=dense.weight.dtype).on_device_of(dense.weight)
         for factor in layer.factors():
             factor.requires_grad_(dense.weight.requires_grad)
         return layer.train(dense.training)

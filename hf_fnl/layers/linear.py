@@ -107,16 +107,9 @@ class FactorizedLinear(Factorized):
         Device, dtype, ``requires_grad`` and mode carry over.
         """
         out_features, in_features = dense.weight.mT.shape if isinstance(dense, Conv1D) else dense.weight.shape
-        layer = nn.utils.skip_init(
-            cls,
-            in_features,
-            out_features,
-            rank,
-            bias=dense.bias is not None,
-            init=init,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
+        bias = dense.bias is not None
+        layer = cls(in_features, out_features, rank, bias, init=init, device="meta", dtype=dense.weight.dtype)
+        layer = layer.on_device_of(dense.weight)
         for factor in layer.factors():
             factor.requires_grad_(dense.weight.requires_grad)
         if dense.bias is not None:

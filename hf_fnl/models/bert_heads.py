@@ -247,6 +247,7 @@ class FactorizedBertLMHeadModel(_WithLMHead, stock.BertLMHeadModel):
 
     def __init__(self, config: FactorizedBertConfig) -> None:
         PreTrainedModel.__init__(self, config)
+        self.loss_type = "ForCausalLM"  # Transformers looks for it in the class's name and warns, which breaks a graph
         self.bert = FactorizedBertModel(config, add_pooling_layer=False)
         self.cls = stock.BertOnlyMLMHead(config)
         self.post_init()
