@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_fnl.functional import decay_gradients, squared_frobenius_norm
+from hf_fnl.optim.groups import by_name, check_factors
 from hf_fnl.products import Factor, Product
 
 _Named = dict[str, tuple[Tensor, dict[str, Any]]]
@@ -72,12 +73,13 @@ class FrobeniusDecay:
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay of Frobenius decay must not be negative, got {weight_decay}")
         self.optimizer, self.products, self.weight_decay, self.mode = optimizer, tuple(products), weight_decay, mode
-        _check_products(self.products, optimizer)
+        check_factors(self.products, optimizer.param_groups)
+        _check_no_ordinary_decay(self.products, optimizer.param_groups)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def penalty(self) -> Tensor:
         """``weight_decay / 2 * sum ||W||_F^2`` of the products as they are now: a differentiable scalar."""
-        parameters = {name: parameter for name, (parameter, _) in _by_name(self.optimizer).items()}
+        parameters = {name: parameter for name, (parameter, _) in by_name(self.optimizer.param_groups).items()}
         return frobenius_penalty(self.products, parameters, self.weight_decay)
 
     def remove(self) -> None:
@@ -99,7 +101,7 @@ class FrobeniusDecay:
                 f"Frobenius decay with mode={self.mode!r} needs the gradients before the step, where a closure has not "
                 "computed them yet; use mode='penalty', or call step() without a closure"
             )
-        named = _by_name(optimizer)
+        named = by_name(optimizer.param_groups)
         for part, gradient in self._gradients(named):
             parameter, group = named[part.name]
             if parameter.grad is None:
@@ -119,32 +121,13 @@ class FrobeniusDecay:
         ]
 
 
-def _by_name(optimizer: Optimizer) -> _Named:
-    """Every parameter, and the group that it is in."""
-    return {
-        name: (parameter, group)
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    }
-
-
-def _check_products(products: Sequence[Product], optimizer: Optimizer) -> None:
-    if not products:
-        raise ValueError("Frobenius decay needs at least one product, got none; find_products(model) lists them")
-    if "param_names" not in optimizer.param_groups[0]:
-        raise ValueError(
-            f"Frobenius decay finds factors by name and {type(optimizer).__name__} got parameters without names: build "
-            "it with parameter_groups(model, ..., frobenius_decay=0.0), or with model.named_parameters()"
-        )
-    named = _by_name(optimizer)
+def _check_no_ordinary_decay(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:
+    named = by_name(groups)
     for product in products:
         for name in product.parameter_names:
-            parameter, group = named.get(name, (None, {}))
-            if parameter is None or not parameter.requires_grad:
-                state = "not among the parameters of the optimizer" if parameter is None else "frozen"
-                raise ValueError(f"product {product.name}: its factor {name} is {state}")
-            if group.get("weight_decay", 0) != 0:
+            ordinary = named[name][1].get("weight_decay", 0)
+            if ordinary != 0:
                 raise ValueError(
                     f"product {product.name}: its factor {name} is under Frobenius decay and in a group with "
-                    f"weight_decay={group['weight_decay']}; pass frobenius_decay=0.0 to parameter_groups"
+                    f"weight_decay={ordinary}; pass frobenius_decay=0.0 to parameter_groups"
                 )

@@ -39,6 +39,7 @@ class ModelOptions:
     num_attention_heads: int = field(default=12, metadata={"help": "Heads of each layer."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Default: four times hidden_size."})
     max_position_embeddings: int = field(default=512, metadata={"help": "Longest sequence of the model."})
+    dropout: float = field(default=0.1, metadata={"help": "Rate of dropout, of hidden states and attention weights."})
     qk_rank: int | None = field(default=None, metadata={"help": "Rank of each head's query-key product."})
     ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
     ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
@@ -108,6 +109,8 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
         "num_attention_heads": options.num_attention_heads,
         "intermediate_size": options.intermediate_size or 4 * options.hidden_size,
         "max_position_embeddings": options.max_position_embeddings,
+        "hidden_dropout_prob": options.dropout,
+        "attention_probs_dropout_prob": options.dropout,
     }
     ranks = {name: getattr(options, name) for name in ("qk_rank", "ov_rank", "ffn_rank", "embedding_rank")}
     if not options.stock:
@@ -169,6 +172,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with args.main_process_first(desc="training the tokenizer"):
             tokenizer = train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
     model = build_model(options, data.next_sentence, tokenizer)
+    longest = model.config.max_position_embeddings
+    if too_long := [phase.length for phase in phases if phase.length > longest]:
+        raise ValueError(
+            f"phases: length {too_long[0]} is above the model's limit, max_position_embeddings is {longest}"
+        )
     metrics: dict[str, Any] = {"parameters": parameter_count(model)}
     for number, phase in enumerate(phases, start=1):
         metrics[f"phase-{number}"] = train_phase(phase, number, model, tokenizer, data, args)

@@ -238,7 +238,7 @@ def test_a_closure_is_refused_where_gradients_are_needed_before_it():
     [
         ({"mode": "l2"}, "mode of Frobenius decay must be one of penalty, coupled, decoupled, got 'l2'"),
         ({"weight_decay": -0.1}, "weight_decay of Frobenius decay must not be negative, got -0.1"),
-        ({"products": []}, r"needs at least one product, got none; find_products\(model\) lists them"),
+        ({"products": []}, r"there are no products to decay; find_products\(model\) lists those"),
     ],
     ids=["mode", "weight_decay", "products"],
 )
@@ -256,7 +256,7 @@ def test_a_penalty_needs_products():
 
 def test_parameters_without_names():
     model, products = two_factors()
-    with pytest.raises(ValueError, match=r"SGD got parameters without names: build it with parameter_groups\(model, "):
+    with pytest.raises(ValueError, match=r"the parameters have none: build the optimizer from parameter_groups"):
         FrobeniusDecay(torch.optim.SGD(model.parameters()), products, WEIGHT_DECAY)
 
 
@@ -271,7 +271,7 @@ def test_a_factor_under_ordinary_decay():
 def test_a_missing_factor():
     model, products = two_factors()
     optimizer = torch.optim.SGD([(name, p) for name, p in model.named_parameters() if name != "1.V"])
-    with pytest.raises(ValueError, match=r"product 1: its factor 1\.V is not among the parameters of the optimizer"):
+    with pytest.raises(ValueError, match=r"product 1: its factor 1\.V is not among the optimizer's parameters"):
         FrobeniusDecay(optimizer, products, WEIGHT_DECAY)
 
 

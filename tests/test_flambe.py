@@ -237,20 +237,20 @@ VALUE = "bert.encoder.layer.1.attention.self.value.weight"
 
 
 def test_no_products():
-    with pytest.raises(ValueError, match=r"FLAMBe decays products and got none; find_products\(model\) lists them"):
+    with pytest.raises(ValueError, match=r"there are no products to decay; find_products\(model\) lists those"):
         FLAMBe(stock_bert().named_parameters(), products=[])
 
 
 def test_parameters_without_names():
     module, products = build("stock-bert", ["ov"])
-    with pytest.raises(ValueError, match=r"parameters without names: pass model.named_parameters\(\), or groups"):
+    with pytest.raises(ValueError, match=r"the parameters have none: build .* from model.named_parameters\(\), or"):
         FLAMBe(module.parameters(), products=products)
 
 
 def test_a_factor_left_out():
     module, products = build("stock-bert", ["ov"])
     others = [(name, parameter) for name, parameter in module.named_parameters() if name != VALUE]
-    with pytest.raises(ValueError, match=f"product {OV}: its factor {VALUE} is not among the parameters given"):
+    with pytest.raises(ValueError, match=f"product {OV}: its factor {VALUE} is not among the optimizer's parameters"):
         FLAMBe(others, products=products)
 
 

@@ -23,6 +23,7 @@ FLOORS = [
 # Files that may import a neighbour on their own floor.
 NEIGHBOURS = {
     ("config", "spectral"),
+    ("decay", "optim"),
     ("surgery", "products"),
     ("surgery", "ranks"),
     ("ranks", "products"),

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import evaluate_squad
 import finetune_squad
@@ -16,6 +21,7 @@ from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswer
 from hf_fnl.training.runs import parse_arguments
 from hf_fnl.training.tasks.embedded import embedded_squad
 
+ROOT = Path(__file__).parents[1]
 TINY_MODEL = """
     --vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 2 --num_attention_heads 3
     --intermediate_size 40 --max_position_embeddings 64 --qk_rank 5 --ov_rank 6 --ffn_rank 7 --embedding_rank 11
@@ -134,6 +140,30 @@ def test_a_broken_off_run_is_not_overwritten_and_goes_on(tmp_path):
     assert again["parameters"] == whole["parameters"]
 
 
+def launch(processes: str, folder: Path, batch_size: int) -> list[float]:
+    config = ROOT / "run_scripts" / "launch" / f"{processes}.yaml"
+    phases = "--phases 16:4 --learning_rate 0.01 --dropout 0"
+    flags = f"{TINY_MODEL} {QUIET} {phases} --per_device_train_batch_size {batch_size} --output_dir {folder}"
+    command = ["accelerate.commands.launch", "--config_file", str(config), str(ROOT / "run_scripts/pretrain_bert.py")]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *flags.split()], capture_output=True, text=True, timeout=500, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    history = json.loads((folder / "phase-1" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_the_launch_configurations_give_the_same_losses(tmp_path):
+    one = launch("one_process", tmp_path / "one", batch_size=8)
+    two = launch("two_cpu_processes", tmp_path / "two", batch_size=4)
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -141,7 +171,7 @@ def test_a_broken_off_run_is_not_overwritten_and_goes_on(tmp_path):
         (["--ffn_rank", "0"], "ffn_rank must be at least 1"),
         (["--factor_init", "svd"], "factor_init must be one of spectral, spectral_ones, default, got 'svd'"),
         (["--phases", "16:three"], r"phases: expected length\[:steps\[:learning_rate\]\], got '16:three'"),
-        (["--phases", "128:2"], "max_position_embeddings is 64"),
+        (["--phases", "128:2"], "max_position_embeddings is 64, got a length of 128"),
         (["--stock", "true"], "stock=True takes no ranks, got qk_rank, ov_rank, ffn_rank, embedding_rank"),
         (["--frobenius_decay", "conv"], "frobenius_decay must be none or any of linear, embedding, qk, ov, got conv"),
         (["--dataset", "./nowhere.txt"], "no such file or folder: nowhere.txt"),

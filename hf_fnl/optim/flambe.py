@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_fnl.functional import decay_multipliers
+from hf_fnl.optim.groups import by_name, check_factors
 from hf_fnl.optim.lamb import DecayTerm, Lamb
 from hf_fnl.products import Factor, Product
 
@@ -51,11 +51,12 @@ class FLAMBe(Lamb):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
         self.products = tuple(products)
-        _check_products(self.products, self.param_groups)
+        check_factors(self.products, self.param_groups)
+        _check_decays(self.products, self.param_groups)
 
     def _decay_term(self) -> DecayTerm:
         """``F_p`` for the factors of products, from what the products are now."""
-        named = _by_name(self.param_groups)
+        named = by_name(self.param_groups)
         parameters = {name: parameter for name, (parameter, _) in named.items()}
         multipliers = {}
         for product in self.products:
@@ -67,15 +68,6 @@ class FLAMBe(Lamb):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "products": self.products}
-
-
-def _by_name(groups: Iterable[dict[str, Any]]) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-    """Every parameter, and the group that it is in."""
-    return {
-        name: (parameter, group)
-        for group in groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    }
 
 
 def _frobenius_term(
@@ -90,24 +82,9 @@ def _frobenius_term(
     return term
 
 
-def _check_products(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:
-    if not products:
-        raise ValueError("FLAMBe decays products and got none; find_products(model) lists them, Lamb needs none")
-    if "param_names" not in groups[0]:
-        raise ValueError(
-            "FLAMBe finds factors by name and got parameters without names: pass model.named_parameters(), or groups "
-            'like {"params": [(name, parameter), ...], "weight_decay": 0.01} (see parameter_groups)'
-        )
-    named = _by_name(groups)
-    uses = Counter(name for product in products for name in product.parameter_names)
+def _check_decays(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:
+    named = by_name(groups)
     for product in products:
-        for name in product.parameter_names:
-            if name not in named:
-                raise ValueError(f"product {product.name}: its factor {name} is not among the parameters given")
-            if not named[name][0].requires_grad:
-                raise ValueError(f"product {product.name}: its factor {name} is frozen")
-            if uses[name] > 1:
-                raise ValueError(f"product {product.name}: its factor {name} belongs to more than one product")
         decays = {name: named[name][1]["weight_decay"] for name in product.parameter_names}
         if len(set(decays.values())) > 1:
             listed = ", ".join(f"{name}: {decay}" for name, decay in decays.items())

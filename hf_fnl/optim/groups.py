@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_fnl.products import Product
 
@@ -56,3 +57,33 @@ def parameter_groups(
         for names, decay in groups
         if names
     ]
+
+
+def by_name(groups: Iterable[dict[str, Any]]) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+    """Every parameter of named groups, and the group that it is in."""
+    return {
+        name: (parameter, group)
+        for group in groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+
+
+def check_factors(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:
+    """Raise a ``ValueError`` unless every factor of ``products`` is a trainable parameter of named groups, once."""
+    if not products:
+        raise ValueError("there are no products to decay; find_products(model) lists those of a model")
+    if "param_names" not in groups[0]:
+        raise ValueError(
+            "factors are found by name and the parameters have none: build the optimizer from parameter_groups(model, "
+            'products=...), from model.named_parameters(), or from groups {"params": [(name, parameter), ...]}'
+        )
+    named = by_name(groups)
+    uses = Counter(name for product in products for name in product.parameter_names)
+    for product in products:
+        for name in product.parameter_names:
+            if name not in named:
+                raise ValueError(f"product {product.name}: its factor {name} is not among the optimizer's parameters")
+            if not named[name][0].requires_grad:
+                raise ValueError(f"product {product.name}: its factor {name} is frozen")
+            if uses[name] > 1:
+                raise ValueError(f"product {product.name}: its factor {name} belongs to more than one product")

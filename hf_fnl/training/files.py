@@ -22,5 +22,5 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:
-    """Write a JSON file as :func:`write_text` does; what JSON does not know becomes its string."""
-    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+    """Write a JSON file as :func:`write_text` does."""
+    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

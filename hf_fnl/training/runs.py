@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -43,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None, *classes: type) -> tuple[Any, ..
     parse = parser.parse_json_file if path.suffix == ".json" else parser.parse_yaml_file
     try:
         return parse(str(path))
-    except (ValueError, json.JSONDecodeError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the configuration file {path}: {error}") from error
 
 
