@@ -174,9 +174,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = build_model(options, data.next_sentence, tokenizer)
     longest = model.config.max_position_embeddings
     if too_long := [phase.length for phase in phases if phase.length > longest]:
-        raise ValueError(
-            f"phases: length {too_long[0]} is above the model's limit, max_position_embeddings is {longest}"
-        )
+        raise ValueError(f"phases: the model's max_position_embeddings is {longest}, got a length of {too_long[0]}")
     metrics: dict[str, Any] = {"parameters": parameter_count(model)}
     for number, phase in enumerate(phases, start=1):
         metrics[f"phase-{number}"] = train_phase(phase, number, model, tokenizer, data, args)
