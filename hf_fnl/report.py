@@ -27,10 +27,10 @@ def plot_loss(run: str | Path, target: str | Path) -> Path:
     figure, axes = _canvas(1)
     for key, label in (("loss", "training"), ("eval_loss", "evaluation")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            axes[0].plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
+        _plot(axes[0], points, label)
     axes[0].set(xlabel="step", ylabel="loss", title=Path(run).name)
-    axes[0].legend()
+    if axes[0].lines:
+        axes[0].legend()
     return _save(figure, target)
 
 
@@ -49,8 +49,7 @@ def plot_diagnostics(run: str | Path, target: str | Path) -> Path:
     for axis, name in zip(axes, DIAGNOSTIC_PANELS, strict=True):
         for product in records[0]["products"]:
             points = [(r["step"], r["products"][product][name]) for r in records if name in r["products"][product]]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=product)
+            _plot(axis, points, product)
         axis.set(xlabel="step", title=name.replace("_", " "))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     return _save(figure, target)
@@ -69,6 +68,11 @@ def _canvas(panels: int) -> tuple[Any, list[Any]]:
     rows = -(-panels // columns)
     figure = Figure(figsize=(5 * columns, 3.2 * rows + (1 if panels > 1 else 0)), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _plot(axis: Any, points: list[tuple[int, float]], label: str) -> None:
+    if points:
+        axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
 
 
 def _save(figure: Any, target: str | Path) -> Path:

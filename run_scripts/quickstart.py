@@ -29,13 +29,13 @@ PRETRAINING = """
     --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4
     --qk_rank 16 --ov_rank 16 --ffn_rank 64 --embedding_rank 64
     --optim flambe --learning_rate 4e-3 --weight_decay 0.01 --warmup_steps 0.1
-    --per_device_train_batch_size 16 --logging_steps 20 --diagnostics_steps 50
+    --per_device_train_batch_size 16 --logging_steps 10 --diagnostics_steps 10
     --save_strategy no --report_to tensorboard --use_cpu --output_dir {folder}/pretrained
 """
 FINE_TUNING = """
     --model {folder}/pretrained --train_dataset embedded --max_seq_length 256 --doc_stride 64
     --optim flambe --learning_rate 2e-3 --num_train_epochs {epochs} --warmup_steps 0.1
-    --per_device_train_batch_size 16 --per_device_eval_batch_size 32 --logging_steps 20 --diagnostics_steps 50
+    --per_device_train_batch_size 16 --per_device_eval_batch_size 32 --logging_steps 10 --diagnostics_steps 10
     --save_strategy no --report_to tensorboard --use_cpu --output_dir {folder}/squad
 """
 RUNS = {"pretraining": "pretrained/phase-1", "pretraining-512": "pretrained/phase-2", "fine-tuning": "squad"}
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run everything, print a table, and return the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart_run"), help="where everything goes")
-    parser.add_argument("--steps", type=int, default=600, help="pretraining steps at length 128")
-    parser.add_argument("--long_steps", type=int, default=30, help="pretraining steps at length 512")
+    parser.add_argument("--steps", type=int, default=500, help="pretraining steps at length 128")
+    parser.add_argument("--long_steps", type=int, default=20, help="pretraining steps at length 512")
     parser.add_argument("--epochs", type=float, default=3, help="fine-tuning epochs")
     options = parser.parse_args(argv)
     folder = options.output_dir
