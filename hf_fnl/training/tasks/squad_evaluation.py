@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from hf_fnl.training.tasks.squad import (
     SquadOptions,
@@ -15,6 +17,16 @@ from hf_fnl.training.tasks.squad import (
     score_predictions,
     write_predictions,
 )
+
+
+@contextlib.contextmanager
+def _in_order(args: TrainingArguments) -> Iterator[None]:
+    """A strategy that groups training examples by length reorders what is predicted too: not while in here."""
+    strategy, args.train_sampling_strategy = args.train_sampling_strategy, "random"
+    try:
+        yield
+    finally:
+        args.train_sampling_strategy = strategy
 
 
 def answer_questions(
@@ -41,7 +53,8 @@ def answer_questions(
     """
     version_2 = is_version_2(examples)
     features = build_squad_features(examples, tokenizer, options, train=False, num_proc=num_proc)
-    start_logits, end_logits = trainer.predict(features).predictions[:2]
+    with _in_order(trainer.args):
+        start_logits, end_logits = trainer.predict(features).predictions[:2]
     predictions = decode_predictions(examples, features, start_logits, end_logits, options, version_2=version_2)
     if trainer.is_world_process_zero():
         write_predictions(folder, predictions)
