@@ -5,13 +5,9 @@ python -m benchmarks.bert [--device cpu|cuda] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForPreTraining, BertModel, PreTrainedModel
 
-from benchmarks.common import interleave, write
+from benchmarks.common import interleave, parse, write
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining, FactorizedBertModel
 
 BATCH, LENGTH, LABELLED = 8, 128, 0.15
@@ -225,16 +221,11 @@ def measure(workload: Workload, layers: int, rounds: int, device: str) -> list[d
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Parse, measure, write; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="two layers in place of twelve, three rounds")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and Markdown")
-    args = parser.parse_args(argv)
+    args = parse("bert", __doc__, "two layers in place of twelve, three rounds", argv)
     layers, rounds = (2, 3) if args.quick else (12, 7)
     check_full_rank(layers, args.device)
     rows = [row for workload in WORKLOADS for row in measure(workload, layers, rounds, args.device)]
-    arguments = sys.argv[1:] if argv is None else argv
-    write("bert", args.device, rows, shlex.join(["python", "-m", "benchmarks.bert", *arguments]), args.out)
+    write("bert", args.device, rows, args.command, args.out)
     return rows
 
 

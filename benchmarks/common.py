@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -13,7 +15,31 @@ from typing import Any
 
 import torch
 
+from hf_fnl.training.files import write_json, write_text
+
 REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "hf_fnl")
+
+
+def parse(theme: str, description: str | None, quick: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read ``--device``, ``--quick`` and ``--out``, the options of every theme.
+
+    Args:
+        theme: Name of the module.
+        description: Shown by ``--help``.
+        quick: What ``--quick`` leaves out.
+        argv: Arguments; those of the process unless given.
+
+    Returns:
+        The options, and as ``command`` the command line that gives them.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and Markdown")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(arguments)
+    options.command = shlex.join(["python", "-m", f"benchmarks.{theme}", *arguments])
+    return options
 
 
 def interleave(cases: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, list[float]]:
@@ -93,11 +119,10 @@ def write(theme: str, device: str, rows: Sequence[dict[str, Any]], command: str,
     Returns:
         The path of the JSON.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{theme}-{device}.json"
     report = {"command": command, "machine": machine(device), "rows": list(rows)}
-    _replace(path, json.dumps(report, indent=2) + "\n")
-    _replace(path.with_suffix(".md"), f"{markdown_table(rows)}\n\n`{command}`\n")
+    write_json(path, report)
+    write_text(path.with_suffix(".md"), f"{markdown_table(rows)}\n\n`{command}`\n")
     return path
 
 
@@ -112,10 +137,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    """A run that is broken off leaves the old file whole."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)

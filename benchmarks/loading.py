@@ -5,9 +5,6 @@ python -m benchmarks.loading [--device cpu|cuda] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +18,7 @@ import torch
 from transformers import BertConfig, BertForPreTraining, PreTrainedModel
 from transformers.utils import logging
 
-from benchmarks.common import interleave, write
+from benchmarks.common import interleave, parse, write
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining
 
 STOCK, OURS = "stock", "factorized"
@@ -105,17 +102,12 @@ def measure(folder: Path, layers: int, rounds: int, device: str) -> list[dict[st
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Parse, measure, write; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="two layers in place of twelve, five rounds")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and Markdown")
-    args = parser.parse_args(argv)
+    args = parse("loading", __doc__, "two layers in place of twelve, five rounds", argv)
     layers, rounds = (2, 5) if args.quick else (12, 21)
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), layers, rounds, args.device)
-    arguments = sys.argv[1:] if argv is None else argv
-    write("loading", args.device, rows, shlex.join(["python", "-m", "benchmarks.loading", *arguments]), args.out)
+    write("loading", args.device, rows, args.command, args.out)
     return rows
 
 

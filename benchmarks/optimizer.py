@@ -5,14 +5,10 @@ python -m benchmarks.optimizer [--device cpu|cuda] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
-import shlex
-import sys
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -20,7 +16,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForPreTraining
 
-from benchmarks.common import interleave, write
+from benchmarks.common import interleave, parse, write
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 from hf_fnl.products import Product, find_products
 from tests.reference.flambe import ReferenceFLAMBe
@@ -129,15 +125,10 @@ def ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Parse, check, measure, write; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="two layers and a small vocabulary, fewer rounds")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and Markdown")
-    args = parser.parse_args(argv)
+    args = parse("optimizer", __doc__, "two layers and a small vocabulary, fewer rounds", argv)
     check(args.quick, args.device)
     rows = measure(args.quick, args.device, rounds=5 if args.quick else 25)
-    arguments = sys.argv[1:] if argv is None else argv
-    write("optimizer", args.device, rows, shlex.join(["python", "-m", "benchmarks.optimizer", *arguments]), args.out)
+    write("optimizer", args.device, rows, args.command, args.out)
     return rows
 
 

@@ -5,19 +5,15 @@ python -m benchmarks.spectral [--device cpu|cuda] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import argparse
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import interleave, write
+from benchmarks.common import interleave, parse, write
 from hf_fnl.spectral import spectral_init
 
 INITIALIZER_RANGE = 0.02  # of BERT's normal initialization
@@ -110,15 +106,10 @@ def measure(workload: Workload, device: str, rounds: int) -> list[dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Parse, measure, write; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="two matrices and a small vocabulary, three rounds")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and Markdown")
-    args = parser.parse_args(argv)
+    args = parse("spectral", __doc__, "two matrices and a small vocabulary, three rounds", argv)
     rounds = 3 if args.quick else 5
     rows = [row for workload in workloads(args.quick) for row in measure(workload, args.device, rounds)]
-    arguments = sys.argv[1:] if argv is None else argv
-    write("spectral", args.device, rows, shlex.join(["python", "-m", "benchmarks.spectral", *arguments]), args.out)
+    write("spectral", args.device, rows, args.command, args.out)
     return rows
 
 

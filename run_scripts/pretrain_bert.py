@@ -120,6 +120,12 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     return model_class(BertConfig(**sizes))
 
 
+def training_documents(data: DataOptions, streaming: bool = False) -> Any:
+    """The documents to train on; all of them at once unless ``streaming``."""
+    source = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
+    return load_documents(data.dataset, split=data.split, streaming=streaming, **source)
+
+
 def train_phase(
     phase: Phase, number: int, model: PreTrainedModel, tokenizer: Any, data: DataOptions, args: FLAMBeTrainingArguments
 ) -> dict[str, Any]:
@@ -131,11 +137,10 @@ def train_phase(
         whole_word_mask=data.whole_word_mask,
         seed=args.seed,
     )
-    source: dict[str, Any] = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
-    documents = load_documents(data.dataset, split=data.split, streaming=data.streaming, **source)
+    documents = training_documents(data, streaming=data.streaming)
     validation = None
     if data.validation_dataset:
-        source |= {"name": None, "limit": data.max_validation_documents}
+        source = {"text_column": data.text_column, "limit": data.max_validation_documents}
         held_out = load_documents(data.validation_dataset, split=data.validation_split, **source)
         validation = build_pretraining_dataset(held_out, tokenizer, options, num_proc=data.num_proc)
     args = copy.copy(args)
@@ -167,8 +172,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if data.tokenizer or options.init_from:
         tokenizer = load_tokenizer(data.tokenizer or options.init_from)
     else:
-        source = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
-        documents = load_documents(data.dataset, split=data.split, **source)
+        documents = training_documents(data)
         with args.main_process_first(desc="training the tokenizer"):
             tokenizer = train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
     model = build_model(options, data.next_sentence, tokenizer)
