@@ -168,6 +168,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
     options, data, args = parse_arguments(argv, ModelOptions, DataOptions, FLAMBeTrainingArguments)
     phases = [Phase.parse(text) for text in data.phases]
+    if len(phases) > 1 and str(args.resume_from_checkpoint or "true").lower() != "true":
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint} belongs to one phase of {len(phases)}; with true, "
+            "each goes on from its own newest checkpoint"
+        )
     set_seed(args.seed)
     if data.tokenizer or options.init_from:
         tokenizer = load_tokenizer(data.tokenizer or options.init_from)

@@ -172,12 +172,16 @@ def test_the_launch_configurations_give_the_same_losses(tmp_path):
         (["--ffn_rank", "0"], "ffn_rank must be at least 1"),
         (["--factor_init", "svd"], "factor_init must be one of spectral, spectral_ones, default, got 'svd'"),
         (["--phases", "16:three"], r"phases: expected length\[:steps\[:learning_rate\]\], got '16:three'"),
+        (
+            ["--resume_from_checkpoint", "run/phase-1/checkpoint-3"],
+            "belongs to one phase of 2; with true",
+        ),
         (["--phases", "128:2"], "max_position_embeddings is 64, got a length of 128"),
         (["--stock", "true"], "stock=True takes no ranks, got qk_rank, ov_rank, ffn_rank, embedding_rank"),
         (["--frobenius_decay", "conv"], "frobenius_decay must be none or any of linear, embedding, qk, ov, got conv"),
         (["--dataset", "./nowhere.txt"], "no such file or folder: nowhere.txt"),
     ],
-    ids=["rank too high", "rank too low", "init", "phase", "length", "stock", "kind", "data"],
+    ids=["rank too high", "rank too low", "init", "phase", "checkpoint", "length", "stock", "kind", "data"],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
