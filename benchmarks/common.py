@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -77,6 +79,36 @@ def _timed(case: Callable[[], object]) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def run_once(command: list[str], done: Path) -> dict[str, Any]:
+    """Run a script unless it is done: its metrics, its command, and what its processes took.
+
+    Args:
+        command: Path of the script and its arguments, which have to let it go on where it was broken off.
+        done: The file of metrics that it writes at the end; its log is beside that file's folder.
+
+    Returns:
+        The metrics, ``command``, and ``seconds`` and ``peak_memory_bytes`` over all parts in which it ran.
+    """
+    usage_file = done.parent.with_suffix(".usage.json")
+    if not done.exists():
+        log = done.parent.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        with log.open("a") as file:
+            process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)
+        earlier = json.loads(usage_file.read_text()) if usage_file.exists() else {"seconds": 0, "peak_memory_bytes": 0}
+        spent = {
+            "seconds": earlier["seconds"] + time.time() - started,
+            "peak_memory_bytes": max(earlier["peak_memory_bytes"], usage.ru_maxrss * 1024),
+        }
+        write_json(usage_file, spent)
+        if status != 0:
+            raise RuntimeError(f"{shlex.join(command)} failed; its output is in {log}")
+    usage_found = json.loads(usage_file.read_text()) if usage_file.exists() else {}
+    return {"command": shlex.join(["python", *command]), **usage_found, **json.loads(done.read_text())}
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -12,13 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine
+from benchmarks.common import machine, run_once
 from hf_fnl.training.files import write_json
 
 HEAD_DIM = 64
@@ -51,18 +48,6 @@ def finetuning_command(data: Path, run: Path) -> list[str]:
         --train_sampling_strategy group_by_length --output_dir {run}/squad --resume_from_checkpoint true
     """
     return ["run_scripts/finetune_squad.py", *flags.split()]
-
-
-def run_once(command: list[str], done: Path) -> dict[str, Any]:
-    """Run a script unless it is done; its metrics, its command and, when it ran here, its seconds."""
-    if not done.exists():
-        log = done.parent.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        started = time.time()
-        with log.open("a") as file:
-            subprocess.run([sys.executable, *command], check=True, stdout=file, stderr=subprocess.STDOUT)
-        write_json(done.with_name("seconds.json"), {"last_run_seconds": time.time() - started})
-    return {"command": " ".join(["python", *command]), **json.loads(done.read_text())}
 
 
 def run_cell(name: str, data: Path, runs: Path, steps: int) -> dict[str, Any]:

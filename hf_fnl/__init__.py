@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_fnl.config import FactorizationConfig
+from hf_fnl.config import FactorizationConfig, RankRule
 from hf_fnl.decay import FrobeniusDecay
 from hf_fnl.diagnostics import diagnose
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
@@ -65,6 +65,7 @@ __all__ = [
     "FrobeniusDecay",
     "Lamb",
     "Product",
+    "RankRule",
     "diagnose",
     "find_products",
     "parameter_groups",

@@ -1,15 +1,120 @@
-"""Which matrices of a transformer are held as products, at which ranks, and how their factors start."""
+"""Options: how ranks are chosen, which layers of any model are factorized, and the ranks of our own model classes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from hf_fnl.spectral import check_method, check_rank
 
+LAYER_KINDS = ("linear", "embedding", "conv")
+CONV_SCHEMES = ("spatial", "channel")
+
 
 @dataclass(frozen=True, kw_only=True)
-class FactorizationConfig:
-    """Ranks of the products of a transformer; ``None`` leaves a matrix dense.
+class RankRule:
+    """How ranks are chosen; exactly one of the first five is given.
+
+    Where a rule other than ``rank`` and ``rank_scale`` asks for so high a rank that the factors would hold as many
+    parameters as the matrix, the matrix stays dense.
+
+    Args:
+        rank: The same rank everywhere.
+        rank_scale: Share of the largest rank: of ``min(m, n)``, or of the width of a head.
+        ratio: Parameters of the chosen matrices afterwards, as a share of those before; met by one scale for all.
+        energy: Every product gets the smallest rank that keeps this share of ``||W||_F^2``.
+        budget: As ``ratio``, but given to the products whose spectra need it.
+        multiple_of: Ranks are multiples of this, which hardware likes to be 8 or 64.
+
+    Raises:
+        ValueError: If none or several are given, or one is out of range.
+    """
+
+    rank: int | None = None
+    rank_scale: float | None = None
+    ratio: float | None = None
+    energy: float | None = None
+    budget: float | None = None
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        options = ("rank", "rank_scale", "ratio", "energy", "budget")
+        given = {name: value for name in options if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            listed = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
+            raise ValueError(f"give exactly one of {', '.join(options)}; got {listed}")
+        for name, value in given.items():
+            if name == "rank" and value < 1:
+                raise ValueError(f"rank must be at least 1, got {value}")
+            if name != "rank" and not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizationConfig(RankRule):
+    """Which layers of a model are held as products, at which ranks, and how their factors start.
+
+    Args:
+        kinds: Any of ``"linear"`` (``torch.nn.Linear`` and GPT-2's ``Conv1D``), ``"embedding"`` and ``"conv"``.
+        include: Patterns of module names, as for a shell: ``"*.mlp.*"``. One of them has to match.
+        exclude: Patterns of names that are left dense.
+        classes: Classes of layers to take, subclasses not included. Empty takes the stock classes of ``kinds``.
+        init: ``"spectral"``, ``"spectral_ones"`` or, for a model that has not been trained, ``"default"``.
+        conv_scheme: ``"spatial"``, a column of the kernel after a row (Khodak et al. 2021), or ``"channel"``, the
+            kernel into ``rank`` channels and then 1-by-1 (Kamalakara et al. 2022).
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+
+    kinds: Sequence[str] = ("linear",)
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    classes: Sequence[type] = ()
+    init: str = "spectral"
+    conv_scheme: str = "spatial"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_method(self.init)
+        for option in ("kinds", "include", "exclude"):
+            if isinstance(getattr(self, option), str):
+                raise ValueError(f"{option} must be a sequence of names, got the string {getattr(self, option)!r}")
+        if not self.kinds or (unknown := sorted(set(self.kinds) - set(LAYER_KINDS))):
+            raise ValueError(f"kinds must be any of {', '.join(LAYER_KINDS)}, got {', '.join(unknown or ['none'])}")
+        if self.conv_scheme not in CONV_SCHEMES:
+            raise ValueError(f"conv_scheme must be one of {', '.join(CONV_SCHEMES)}, got {self.conv_scheme!r}")
+
+    def names(self, name: str) -> bool:
+        """Whether a module of this name is meant."""
+        return _matches(name, self.include) and not _matches(name, self.exclude)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+LayerRank = int | list[int | None] | None  # one for all layers, or one for each
+
+
+class LayerRanks(NamedTuple):
+    """Ranks in one layer, and how its factors start."""
+
+    qk: int | None
+    ov: int | None
+    ffn: int | None
+    init: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerRanks:
+    """Ranks of the products of a transformer of ours; ``None`` leaves a matrix dense.
+
+    The first three are numbers, or lists with one entry for each layer.
 
     Args:
         qk_rank: Rank of every head's query-key product ``Q_h K_h^T``; at most the width of a dense head.
@@ -22,20 +127,32 @@ class FactorizationConfig:
         ValueError: If a rank is below 1 or ``init`` is unknown.
     """
 
-    qk_rank: int | None = None
-    ov_rank: int | None = None
-    ffn_rank: int | None = None
+    qk_rank: LayerRank = None
+    ov_rank: LayerRank = None
+    ffn_rank: LayerRank = None
     embedding_rank: int | None = None
     init: str = "spectral"
 
     def __post_init__(self) -> None:
         check_method(self.init)
-        for option in ("qk_rank", "ov_rank", "ffn_rank", "embedding_rank"):
-            rank = getattr(self, option)
-            if rank is not None and rank < 1:
-                raise ValueError(f"{option} must be at least 1 (or None for a dense matrix), got {rank}")
+        for option in _RANKS:
+            for rank in self._listed(option):
+                if rank is not None and rank < 1:
+                    raise ValueError(f"{option} must be at least 1 (or None for a dense matrix), got {rank}")
 
-    def check(self, *, hidden_size: int, num_heads: int, intermediate_size: int, vocab_size: int) -> None:
+    def _listed(self, option: str) -> list[int | None]:
+        ranks = getattr(self, option)
+        return ranks if isinstance(ranks, list) else [ranks]
+
+    def of_layer(self, number: int) -> LayerRanks:
+        """The ranks in one layer."""
+        ranks = (self.qk_rank, self.ov_rank, self.ffn_rank)
+        qk, ov, ffn = (rank[number] if isinstance(rank, list) else rank for rank in ranks)
+        return LayerRanks(qk, ov, ffn, self.init)
+
+    def check(
+        self, *, hidden_size: int, num_heads: int, intermediate_size: int, vocab_size: int, num_layers: int
+    ) -> None:
         """Raise a ``ValueError`` that names the option if a rank does not fit a model of these sizes."""
         if hidden_size % num_heads:
             raise ValueError(
@@ -48,6 +165,12 @@ class FactorizationConfig:
             "embedding_rank": min(hidden_size, vocab_size),
         }
         for option, limit in limits.items():
-            rank = getattr(self, option)
-            if rank is not None:
-                check_rank(rank, limit, option)
+            ranks = getattr(self, option)
+            if isinstance(ranks, list) and len(ranks) != num_layers:
+                raise ValueError(f"{option} needs a number or one for each of {num_layers} layers, got {len(ranks)}")
+            for rank in self._listed(option):
+                if rank is not None:
+                    check_rank(rank, limit, option)
+
+
+_RANKS = tuple(field.name for field in fields(TransformerRanks) if field.name != "init")

@@ -11,6 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers.base import Factorized
 from hf_fnl.spectral import spectral_init
+from hf_fnl.truncation import Moments, truncate_linear
+
+
+def dense_weight(layer: nn.Linear | Conv1D) -> Tensor:
+    """The weight as ``(out_features, in_features)``, which ``Conv1D`` holds transposed."""
+    return layer.weight.mT if isinstance(layer, Conv1D) else layer.weight
 
 
 class FactorizedLinear(Factorized):
@@ -54,11 +60,17 @@ class FactorizedLinear(Factorized):
             dtype=dtype,
         )
         self.in_features, self.out_features = in_features, out_features
+        self.dense_class: type[nn.Linear | Conv1D] = nn.Linear
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the dense layer, which ``Conv1D`` holds transposed, multiplied out at every access."""
+        return self.composed().mT if self.dense_class is Conv1D else self.composed()
 
     def draw_(self, weight: Tensor) -> None:
         """Draw as :class:`torch.nn.Linear` does."""
@@ -80,7 +92,10 @@ class FactorizedLinear(Factorized):
         return F.linear(x, self.U, self.bias)
 
     @classmethod
-    def from_dense(cls, dense: nn.Linear | Conv1D, rank: int, *, init: str = "spectral") -> FactorizedLinear:
+    @torch.no_grad()
+    def from_dense(
+        cls, dense: nn.Linear | Conv1D, rank: int, *, init: str = "spectral", moments: Moments | None = None
+    ) -> FactorizedLinear:
         """Split the weight of a linear layer (or GPT-2's ``Conv1D``), which is left as it is.
 
         Args:
@@ -88,16 +103,23 @@ class FactorizedLinear(Factorized):
                 the shapes do.
             rank: Singular triples kept, ``1 <= rank <= min(in_features, out_features)``.
             init: ``"spectral"`` or ``"spectral_ones"``.
+            moments: Of the layer's inputs: the product is then the one whose outputs are nearest to those of the layer
+                in mean square, and the bias takes over the mean of what is lost.
 
         Raises:
             ValueError: If ``rank`` or ``init`` is not allowed, or the weight is not finite.
         """
         layer = cls.empty_like(dense, rank, init=init)
-        if not layer.U.is_meta:
-            weight = dense.weight.mT if isinstance(dense, Conv1D) else dense.weight
-            layer.set_factors_(spectral_init(weight, rank, init))
-            if dense.bias is not None:
-                layer.bias.detach().copy_(dense.bias)
+        if layer.U.is_meta:
+            return layer
+        weight, bias = dense_weight(dense), dense.bias
+        if moments is None:
+            U, V = spectral_init(weight, rank, init)
+        else:
+            U, V, bias = truncate_linear(weight, bias, rank, moments)
+        layer.set_factors_((U, V))
+        if bias is not None:
+            layer.bias.detach().copy_(bias)
         return layer
 
     @classmethod
@@ -106,34 +128,20 @@ class FactorizedLinear(Factorized):
 
         Device, dtype, ``requires_grad`` and mode carry over.
         """
-        out_features, in_features = dense.weight.mT.shape if isinstance(dense, Conv1D) else dense.weight.shape
+        out_features, in_features = dense_weight(dense).shape
         bias = dense.bias is not None
         layer = cls(in_features, out_features, rank, bias, init=init, device="meta", dtype=dense.weight.dtype)
-        layer = layer.on_device_of(dense.weight)
-        for factor in layer.factors():
-            factor.requires_grad_(dense.weight.requires_grad)
-        if dense.bias is not None:
-            layer.bias.requires_grad_(dense.bias.requires_grad)
-        return layer.train(dense.training)
+        layer.dense_class = Conv1D if isinstance(dense, Conv1D) else nn.Linear
+        return layer.placed_like(dense)
 
-    def to_dense(self) -> nn.Linear:
-        """The plain layer with ``W`` multiplied out; this layer is left as it is."""
-        dense = nn.utils.skip_init(
-            nn.Linear,
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=self.U.device,
-            dtype=self.U.dtype,
-        )
-        if not self.U.is_meta:
-            dense.weight.detach().copy_(self.composed())
-            if self.bias is not None:
-                dense.bias.detach().copy_(self.bias)
-        dense.weight.requires_grad_(self.U.requires_grad)
-        if self.bias is not None:
-            dense.bias.requires_grad_(self.bias.requires_grad)
-        return dense.train(self.training)
+    def to_dense(self) -> nn.Linear | Conv1D:
+        """The plain layer with ``W`` multiplied out, of the class it was split from; this layer is left as it is."""
+        with torch.device("meta"):
+            if self.dense_class is Conv1D:
+                dense = Conv1D(self.out_features, self.in_features)
+            else:
+                dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        return self.fill_dense_(dense.to(self.U.dtype).to_empty(device=self.U.device))
 
     def extra_repr(self) -> str:
         """Sizes, as :class:`torch.nn.Linear` shows them, and the rank."""

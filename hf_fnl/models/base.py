@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,69 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from hf_fnl.config import FactorizationConfig
+from hf_fnl.config import LayerRank, RankRule
 from hf_fnl.layers import Factorized
-from hf_fnl.spectral import spectral_init_heads
+from hf_fnl.models.attention import FactorizedAttention, HeadProjection, draw_normal_, is_loaded
+from hf_fnl.models.conversion import Calibration, Shared, fill_, ranks_by_rule
 
-
-class HeadProjection(nn.Linear):
-    """A projection to or from attention heads, whose weight is drawn by the attention that holds its partner."""
-
-
-class FactorizedAttention(nn.Module):
-    """Mixin of an attention whose per-head products have ranks of their own.
-
-    A family's attention names its :class:`HeadProjection` layers in ``projections``; query, key and value weights are
-    ``(heads * rank, hidden)``, the output weight is ``(hidden, heads * rank)``. The softmax scale stays that of a dense
-    head, ``(hidden / heads) ** -0.5``: a product of lower rank approximates the dense one and keeps its scale.
-    """
-
-    num_heads: int
-    factorization: FactorizationConfig
-
-    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
-        """Query, key, value and output."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def init_heads_(self, std: float) -> None:
-        """Draw the four dense weights as the stock model would, and cut every head to its ranks.
-
-        Writes only what a checkpoint has not set; draws nothing if it has set everything.
-        """
-        weights = [projection.weight for projection in self.projections()]
-        if all(is_loaded(weight) or weight.is_meta for weight in weights):
-            return
-        query, key, value, output = weights
-        hidden = query.shape[1]
-        ranks, method = self.factorization, self.factorization.init
-        dense = [draw_normal_(query.new_empty(hidden, hidden), std) for _ in weights]
-        Q_h, K_h, V_h = (weight.unflatten(0, (self.num_heads, -1)).mT for weight in dense[:3])
-        O_h = dense[3].unflatten(1, (self.num_heads, -1)).transpose(0, 1)
-        Q_h, K_h = _cut_heads(Q_h, K_h, ranks.qk_rank, method, std)
-        V_h, O_h = _cut_heads(V_h, O_h, ranks.ov_rank, method, std)
-        for weight, factor in zip((query, key, value), (Q_h, K_h, V_h), strict=True):
-            init.copy_(weight, factor.mT.flatten(0, 1))
-        init.copy_(output, O_h.transpose(0, 1).flatten(1))
-
-
-def _cut_heads(left: Tensor, right: Tensor, rank: int | None, method: str, std: float) -> tuple[Tensor, Tensor]:
-    if rank is None:
-        return left, right
-    if method == "default":
-        left, right = (draw_normal_(factor.new_empty(*factor.shape[:2], rank), std) for factor in (left, right))
-        return left, right
-    return spectral_init_heads(left, right, rank, method)
-
-
-def draw_normal_(weight: Tensor, std: float) -> Tensor:
-    """Fill a weight as Transformers' own ``_init_weights`` does."""
-    return weight.normal_(0.0, std)
-
-
-def is_loaded(parameter: Tensor) -> bool:
-    """Whether ``from_pretrained`` has set this parameter, by the mark that Transformers leaves on it."""
-    return getattr(parameter, "_is_hf_initialized", False)
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FactorizedPreTrainedModel(PreTrainedModel):
@@ -86,6 +30,7 @@ class FactorizedPreTrainedModel(PreTrainedModel):
     """
 
     dense_class: ClassVar[type[PreTrainedModel]]
+    attention_class: ClassVar[type[FactorizedAttention]]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # Transformers skips modules without parameters of their own in classes that are not its own, to protect loaded
@@ -143,6 +88,80 @@ class FactorizedPreTrainedModel(PreTrainedModel):
                 "resize_token_embeddings needs a dense embedding; merge() the model first or set embedding_rank=None"
             )
         return super().resize_token_embeddings(*args, **kwargs)
+
+    @classmethod
+    def _shared_ranks(cls, dense: PreTrainedModel) -> Shared:
+        """For each rank of the configuration and each layer, the modules of ``dense`` that have it."""
+        raise NotImplementedError
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(
+        cls,
+        dense: PreTrainedModel | str | os.PathLike,
+        *,
+        qk_rank: LayerRank = None,
+        ov_rank: LayerRank = None,
+        ffn_rank: LayerRank = None,
+        embedding_rank: int | None = None,
+        rule: RankRule | None = None,
+        kinds: Sequence[str] = ("qk", "ov", "ffn"),
+        calibration: Calibration | None = None,
+    ) -> Self:
+        r"""Truncate a trained stock model.
+
+        Every product becomes its best approximation of the given rank in the Frobenius norm; with ``calibration``, the
+        one whose outputs are nearest, in mean square, for what these data are in front of it. Biases of heads are cut
+        with them. At full rank the outputs are those of the stock model.
+
+        Args:
+            dense: A model of ``dense_class``, or its Hub id or folder. It is left as it is.
+            qk_rank: Rank of every head's query-key product: a number, or a list with one for each layer.
+            ov_rank: Rank of every head's output-value product, likewise.
+            ffn_rank: Rank of both feed-forward matrices of a layer, likewise.
+            embedding_rank: Rank of the word embedding.
+            rule: Chooses the ranks instead.
+            kinds: What ``rule`` is applied to: any of ``"qk"``, ``"ov"``, ``"ffn"`` and ``"embedding"``.
+            calibration: Inputs of the model, one batch or several, with an ``attention_mask`` where they are padded.
+                All of it runs through the model at once. Some ten thousand tokens are enough.
+
+        Returns:
+            A model of this class on the same device, in the same dtype and mode.
+
+        Raises:
+            TypeError: If ``dense`` is not of ``dense_class``.
+            ValueError: If no rank is given, or both ranks and a rule, a rank does not fit, a rule cannot be met, or a
+                weight is not finite.
+        """
+        if not isinstance(dense, PreTrainedModel):
+            dense = cls.dense_class.from_pretrained(dense)
+        if type(dense) is not cls.dense_class:
+            raise TypeError(f"{cls.__name__} is made from a {cls.dense_class.__name__}, got a {type(dense).__name__}")
+        ranks = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
+        given = [name for name, rank in ranks.items() if rank is not None]
+        if (rule is None) == (not given):
+            raise ValueError(f"give ranks or a rule, one of them; got {', '.join(given) or 'neither'}")
+        if rule is not None:
+            shared = cls._shared_ranks(dense)
+            known = [name.removesuffix("_rank") for name in shared]
+            if not kinds or (unknown := sorted(set(kinds) - set(known))):
+                raise ValueError(f"kinds must be any of {', '.join(known)}, got {', '.join(unknown or ['none'])}")
+            ranks |= ranks_by_rule(
+                dense,
+                {f"{kind}_rank": shared[f"{kind}_rank"] for kind in kinds},
+                rule,
+                projections=cls.attention_class.projections,
+                num_heads=dense.config.num_attention_heads,
+                calibration=calibration,
+            )
+        config = cls.config_class.from_dense(dense.config, **ranks)
+        with init.no_init_weights():
+            model = cls._from_config(config, dtype=dense.dtype, attn_implementation=dense.config._attn_implementation)
+        model.to(dense.device).eval()
+        fill_(model, dense, calibration)
+        if model.can_generate():
+            model.generation_config = copy.deepcopy(dense.generation_config)
+        return model.train(dense.training)
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
@@ -215,11 +234,3 @@ def _init_factors(module: Factorized, std: float) -> None:
             init.copy_(factor, value)
     if getattr(module, "bias", None) is not None:
         init.zeros_(module.bias)
-
-
-def pad_heads(weight: Tensor, num_heads: int, head_dim: int, dim: int = 0) -> Tensor:
-    """Widen ``num_heads`` heads that lie side by side along ``dim`` to ``head_dim`` each, with zeros."""
-    heads = weight.unflatten(dim, (num_heads, -1))
-    missing = head_dim - heads.shape[dim + 1]
-    padding = [0, 0] * (heads.ndim - dim - 2) + [0, missing]
-    return nn.functional.pad(heads, padding).flatten(dim, dim + 1)

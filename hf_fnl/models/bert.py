@@ -7,20 +7,19 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import BertConfig
+from transformers import BertConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as stock
 
-from hf_fnl.config import FactorizationConfig
+from hf_fnl.config import LayerRank, LayerRanks, TransformerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
-from hf_fnl.models.base import (
-    FactorizedAttention,
-    FactorizedPreTrainedModel,
-    HeadProjection,
-    pad_heads,
-)
+from hf_fnl.models.attention import FactorizedAttention, HeadProjection, pad_heads
+from hf_fnl.models.base import FactorizedPreTrainedModel
+from hf_fnl.models.conversion import Shared
+
+_OF_A_CLASS = {"model_type", "architectures", "transformers_version"}  # what a configuration of another class has anew
 
 
 @strict
@@ -29,7 +28,7 @@ class FactorizedBertConfig(BertConfig):
 
     Args:
         qk_rank: Rank of every head's query-key product, up to ``hidden_size / num_attention_heads``; ``None`` leaves
-            the stock projections.
+            the stock projections. This and the next two are numbers, or lists with one entry for each layer.
         ov_rank: Rank of every head's output-value product, likewise. It may differ from ``qk_rank``.
         ffn_rank: Rank of both feed-forward matrices of a layer, up to ``hidden_size``; ``None`` leaves them dense.
         embedding_rank: Rank of the word embedding and of the MLM decoder tied to it; ``None`` leaves them dense.
@@ -42,26 +41,27 @@ class FactorizedBertConfig(BertConfig):
 
     model_type = "factorized_bert"
 
-    qk_rank: int | None = None
-    ov_rank: int | None = None
-    ffn_rank: int | None = None
+    qk_rank: LayerRank = None
+    ov_rank: LayerRank = None
+    ffn_rank: LayerRank = None
     embedding_rank: int | None = None
     factor_init: str = "spectral"
     sparse_prediction: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.factorization.check(
+        self.ranks.check(
             hidden_size=self.hidden_size,
             num_heads=self.num_attention_heads,
             intermediate_size=self.intermediate_size,
             vocab_size=self.vocab_size,
+            num_layers=self.num_hidden_layers,
         )
 
     @property
-    def factorization(self) -> FactorizationConfig:
+    def ranks(self) -> TransformerRanks:
         """The fields that concern products."""
-        return FactorizationConfig(
+        return TransformerRanks(
             qk_rank=self.qk_rank,
             ov_rank=self.ov_rank,
             ffn_rank=self.ffn_rank,
@@ -72,8 +72,12 @@ class FactorizedBertConfig(BertConfig):
     def to_dense(self) -> BertConfig:
         """The configuration of the stock model of the same sizes."""
         ours = {"qk_rank", "ov_rank", "ffn_rank", "embedding_rank", "factor_init", "sparse_prediction"}
-        ours |= {"model_type", "architectures", "transformers_version"}
-        return BertConfig(**{key: value for key, value in self.to_dict().items() if key not in ours})
+        return BertConfig(**{key: value for key, value in self.to_dict().items() if key not in ours | _OF_A_CLASS})
+
+    @classmethod
+    def from_dense(cls, dense: BertConfig, **ranks: Any) -> "FactorizedBertConfig":
+        """This configuration with the sizes of a stock one."""
+        return cls(**{key: value for key, value in dense.to_dict().items() if key not in _OF_A_CLASS}, **ranks)
 
 
 def _attend(
@@ -98,12 +102,12 @@ def _attend(
 class _Heads(nn.Module):
     """Projections whose heads are ``qk_rank`` and ``ov_rank`` wide in place of ``hidden_size / heads``."""
 
-    def __init__(self, config: FactorizedBertConfig, **kwargs: Any) -> None:
+    def __init__(self, config: FactorizedBertConfig, ranks: LayerRanks, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         heads, head_dim = config.num_attention_heads, self.attention_head_size
-        self.query = HeadProjection(config.hidden_size, heads * (config.qk_rank or head_dim))
-        self.key = HeadProjection(config.hidden_size, heads * (config.qk_rank or head_dim))
-        self.value = HeadProjection(config.hidden_size, heads * (config.ov_rank or head_dim))
+        self.query = HeadProjection(config.hidden_size, heads * (ranks.qk or head_dim))
+        self.key = HeadProjection(config.hidden_size, heads * (ranks.qk or head_dim))
+        self.value = HeadProjection(config.hidden_size, heads * (ranks.ov or head_dim))
 
     def split_heads(self, states: Tensor) -> Tensor:
         """``(batch, length, heads * rank)`` to ``(batch, heads, length, rank)``."""
@@ -159,14 +163,14 @@ class FactorizedBertCrossAttention(_Heads, stock.BertCrossAttention):
 class FactorizedBertAttention(FactorizedAttention, stock.BertAttention):
     """An attention block of BERT with factorized heads, in the place of a stock one whose other parts it keeps."""
 
-    def __init__(self, config: FactorizedBertConfig, dense: stock.BertAttention) -> None:
+    def __init__(self, config: FactorizedBertConfig, ranks: LayerRanks, dense: stock.BertAttention) -> None:
         nn.Module.__init__(self)
         self.is_cross_attention = dense.is_cross_attention
         inner = FactorizedBertCrossAttention if self.is_cross_attention else FactorizedBertSelfAttention
-        self.self: Any = inner(config, is_causal=dense.self.is_causal, layer_idx=dense.self.layer_idx)
+        self.self: Any = inner(config, ranks, is_causal=dense.self.is_causal, layer_idx=dense.self.layer_idx)
         self.output: Any = dense.output
         self.output.dense = HeadProjection(self.self.value.out_features, config.hidden_size)
-        self.num_heads, self.factorization = config.num_attention_heads, config.factorization
+        self.num_heads, self.ranks = config.num_attention_heads, ranks
 
     def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
         """Query, key, value and output."""
@@ -193,8 +197,22 @@ class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel, stock.BertPreTrai
 
     config: FactorizedBertConfig
     config_class = FactorizedBertConfig
+    attention_class = FactorizedBertAttention
     # Most stock heads return the mean over their own batch, whatever the number of items that the Trainer passes.
     accepts_loss_kwargs = False
+
+    @classmethod
+    def _shared_ranks(cls, dense: PreTrainedModel) -> Shared:
+        prefix = "" if isinstance(dense, stock.BertModel) else "bert."
+        layers = [f"{prefix}encoder.layer.{number}" for number in range(dense.config.num_hidden_layers)]
+        attentions = ("attention", "crossattention") if dense.config.add_cross_attention else ("attention",)
+        heads = [[f"{layer}.{attention}" for attention in attentions] for layer in layers]
+        return {
+            "qk_rank": heads,
+            "ov_rank": heads,
+            "ffn_rank": [[f"{layer}.intermediate.dense", f"{layer}.output.dense"] for layer in layers],
+            "embedding_rank": [[f"{prefix}embeddings.word_embeddings"]],
+        }
 
     def _dense_state_dict(self) -> dict[str, Tensor]:
         state = super()._dense_state_dict()
@@ -224,14 +242,15 @@ class FactorizedBertModel(FactorizedBertPreTrainedModel, stock.BertModel):
 
     def _replace_modules(self) -> None:
         config = self.config
-        for layer in self.encoder.layer:
-            if config.qk_rank is not None or config.ov_rank is not None:
-                layer.attention = FactorizedBertAttention(config, layer.attention)
+        for number, layer in enumerate(self.encoder.layer):
+            ranks = config.ranks.of_layer(number)
+            if ranks.qk is not None or ranks.ov is not None:
+                layer.attention = FactorizedBertAttention(config, ranks, layer.attention)
                 if config.add_cross_attention:
-                    layer.crossattention = FactorizedBertAttention(config, layer.crossattention)
-            if config.ffn_rank is not None:
+                    layer.crossattention = FactorizedBertAttention(config, ranks, layer.crossattention)
+            if ranks.ffn is not None:
                 for block in (layer.intermediate, layer.output):
-                    block.dense = FactorizedLinear.empty_like(block.dense, config.ffn_rank, init=config.factor_init)
+                    block.dense = FactorizedLinear.empty_like(block.dense, ranks.ffn, init=ranks.init)
         if config.embedding_rank is not None:
             self.embeddings.word_embeddings = FactorizedEmbedding.empty_like(
                 self.embeddings.word_embeddings, config.embedding_rank, init=config.factor_init

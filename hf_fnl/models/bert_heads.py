@@ -28,7 +28,7 @@ from transformers.models.bert import modeling_bert as stock
 from transformers.utils.generic import can_return_tuple
 
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.models.base import draw_normal_, is_loaded
+from hf_fnl.models.attention import draw_normal_, is_loaded
 from hf_fnl.models.bert import (
     FactorizedBertConfig,
     FactorizedBertLMPredictionHead,

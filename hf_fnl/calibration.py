@@ -1,0 +1,159 @@
+"""Truncation while data run through a model: every layer is replaced when the data reach it.
+
+One forward pass over one batch visits the layers in the order of execution. What a layer sees comes from layers that
+are replaced already, and only one layer's moments are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_fnl.truncation import HeadMoments, Moments
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class Call:
+    """A call of a module that is being visited.
+
+    Args:
+        module: The module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        valid: Positions ``(batch, length)`` that are no padding, where the batch has a mask.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    valid: Tensor | None
+    _forward: Callable[..., Any] = field(repr=False)
+
+    def input_moments(self) -> Moments:
+        """Moments of what the module is given, as :meth:`samples` takes them."""
+        given = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return Moments.of(self.samples(given))
+
+    def head_moments(self, query: nn.Module, key: nn.Module, output: nn.Module, num_heads: int) -> HeadMoments:
+        """Moments of what flows through the heads of an attention, which runs once more for it.
+
+        Args:
+            query: Projection inside the module whose outputs are the queries of all heads, side by side.
+            key: Likewise.
+            output: Projection inside the module that is given the contexts of all heads, side by side.
+            num_heads: Number of heads.
+        """
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            query.register_forward_hook(lambda module, args, result: seen.update(query=result)),
+            key.register_forward_hook(lambda module, args, result: seen.update(key=result)),
+            output.register_forward_pre_hook(lambda module, args: seen.update(context=args[0])),
+        ]
+        try:
+            self._forward(*self.args, **self.kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        by_head = {name: self.samples(x).unflatten(-1, (num_heads, -1)).transpose(0, 1) for name, x in seen.items()}
+        return HeadMoments(**{name: Moments.of(samples) for name, samples in by_head.items()})
+
+    def samples(self, x: Tensor) -> Tensor:
+        """Vectors of shape ``(..., n)`` as ``(count, n)``, without those at padded positions."""
+        if self.valid is not None and x.shape[:2] == self.valid.shape:
+            return x[self.valid]
+        return x.flatten(0, -2)
+
+
+# Gets a call before it happens and returns the module that is to answer it.
+Visitor = Callable[[Call], nn.Module]
+
+
+@torch.no_grad()
+def visit(model: nn.Module, batch: Batch | Sequence[Batch], visitors: Mapping[str, Visitor]) -> dict[str, nn.Module]:
+    """Run data through a model, with a visitor at every module that is named.
+
+    The model itself stays as it is: what a visitor returns answers in this pass only. Dropout is off.
+
+    Args:
+        model: Any model; called with the batch as keyword arguments.
+        batch: Inputs, or several that are joined into one: the whole of it runs at once, so memory is that of its
+            widest activation. An ``attention_mask`` tells padding apart.
+        visitors: A visitor for each name of a module.
+
+    Returns:
+        What the visitors returned, by name, in the order of execution.
+
+    Raises:
+        ValueError: If the data never reach a module that is named, or there are none.
+    """
+    batch = join_batches(batch)
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    config = getattr(model, "config", None)
+    options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    mask = inputs.get("attention_mask")
+    found: dict[str, nn.Module] = {}
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with _visited(model, visitors, None if mask is None else mask.bool(), found):
+            model(**inputs, **options)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if missed := [name for name in visitors if name not in found]:
+        raise ValueError(f"the calibration data never reach {', '.join(missed)}; leave them out, or add their inputs")
+    return found
+
+
+@contextmanager
+def _visited(
+    model: nn.Module, visitors: Mapping[str, Visitor], valid: Tensor | None, found: dict[str, nn.Module]
+) -> Iterator[None]:
+    modules = {name: model.get_submodule(name) for name in visitors}
+
+    def answer(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if name not in found:
+            found[name] = visitors[name](Call(modules[name], args, kwargs, valid, forward))
+        successor = found[name]
+        return forward(*args, **kwargs) if successor is modules[name] else successor(*args, **kwargs)
+
+    own = {module: module.__dict__.get("forward") for module in modules.values()}
+    for name, module in modules.items():
+        module.forward = functools.partial(answer, name, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in own.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def join_batches(batches: Batch | Sequence[Batch]) -> Batch:
+    """One batch from several, padded with zeros to the length of the longest.
+
+    Raises:
+        ValueError: If there is none, or their keys differ.
+    """
+    if isinstance(batches, Mapping):
+        return batches
+    batches = list(batches)
+    if not batches:
+        raise ValueError("there are no calibration batches")
+    if len({frozenset(batch) for batch in batches}) > 1:
+        raise ValueError("calibration batches have different keys: " + "; ".join(", ".join(batch) for batch in batches))
+    length = max(value.shape[1] for batch in batches for value in batch.values() if value.ndim == 2)
+
+    def padded(value: Tensor) -> Tensor:
+        return nn.functional.pad(value, (0, length - value.shape[1])) if value.ndim == 2 else value
+
+    return {name: torch.cat([padded(batch[name]) for batch in batches]) for name in batches[0]}

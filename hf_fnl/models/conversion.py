@@ -1,0 +1,213 @@
+"""From a trained stock model to a factorized one: ranks from the spectra of its products, and their truncation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_fnl.calibration import Batch, Call, visit
+from hf_fnl.config import LayerRank, RankRule
+from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
+from hf_fnl.layers.linear import dense_weight
+from hf_fnl.models.attention import FactorizedAttention
+from hf_fnl.ranks import Candidate, choose_ranks
+from hf_fnl.truncation import (
+    HeadMoments,
+    Projection,
+    linear_energies,
+    ov_energies,
+    qk_energies,
+    truncate_ov,
+    truncate_qk,
+)
+
+Calibration = Batch | Sequence[Batch]
+# For each option of a configuration, such as `ffn_rank`, and each layer the modules that share the rank.
+Shared = Mapping[str, Sequence[Sequence[str]]]
+Projections = Callable[[Any], tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]]
+
+
+def ranks_by_rule(
+    dense: nn.Module,
+    shared: Shared,
+    rule: RankRule,
+    *,
+    projections: Projections,
+    num_heads: int,
+    calibration: Calibration | None = None,
+) -> dict[str, LayerRank]:
+    """Ranks for a configuration, chosen by a rule from the products of a stock model.
+
+    Args:
+        dense: The stock model.
+        shared: The modules whose products share a rank.
+        rule: How ranks are chosen.
+        projections: Gives the query, key, value and output of an attention of the model.
+        num_heads: Heads of an attention.
+        calibration: Data in whose metric spectra are taken, where the rule needs spectra.
+
+    Returns:
+        For each option of ``shared`` one rank, or a list with one for each layer where they differ.
+    """
+
+    @functools.cache
+    def spectra() -> dict[tuple[str, str], Tensor]:
+        return _spectra(dense, shared, projections, num_heads, calibration)
+
+    candidates, places = [], []
+    for option, layers in shared.items():
+        for number, names in enumerate(layers):
+            modules = [dense.get_submodule(name) for name in names]
+            energies = functools.partial(_summed, spectra, option, names)
+            candidates.append(_candidate(f"{option}[{number}]", option, modules, projections, num_heads, energies))
+            places.append(option)
+    chosen = choose_ranks(candidates, rule)
+    ranks: dict[str, list[int | None]] = {option: [] for option in shared}
+    for option, candidate in zip(places, candidates, strict=True):
+        ranks[option].append(chosen[candidate.name])
+    return {option: values[0] if len(set(values)) == 1 else values for option, values in ranks.items()}
+
+
+def _candidate(
+    name: str,
+    option: str,
+    modules: Sequence[nn.Module],
+    projections: Projections,
+    num_heads: int,
+    energies: Callable[[], Tensor],
+) -> Candidate:
+    if option in ("qk_rank", "ov_rank"):
+        pairs = [projections(module)[:2] if option == "qk_rank" else projections(module)[2:] for module in modules]
+        dense = sum(side.weight.numel() for pair in pairs for side in pair)
+        limit = projections(modules[0])[0].weight.shape[0] // num_heads
+        return Candidate(name, limit, dense // limit, dense, energies)
+    shapes = [_matrix(module).shape for module in modules]
+    limit = min(min(shape) for shape in shapes)
+    return Candidate(name, limit, sum(m + n for m, n in shapes), sum(m * n for m, n in shapes), energies)
+
+
+def _summed(spectra: Callable[[], dict[tuple[str, str], Tensor]], option: str, names: Sequence[str]) -> Tensor:
+    """Energies of products that share a rank, each as shares of its own total."""
+    energies = [spectra()[option, name] for name in names]
+    return torch.stack([e / e.sum().clamp(min=torch.finfo(e.dtype).tiny) for e in energies]).sum(0)
+
+
+def _spectra(
+    dense: nn.Module, shared: Shared, projections: Projections, num_heads: int, calibration: Calibration | None
+) -> dict[tuple[str, str], Tensor]:
+    found: dict[tuple[str, str], Tensor] = {}
+    options: dict[str, list[str]] = {}
+    for option, layers in shared.items():
+        for name in (name for names in layers for name in names):
+            options.setdefault(name, []).append(option)
+
+    def measure(name: str, module: nn.Module, call: Call | None) -> None:
+        if {"qk_rank", "ov_rank"} & set(options[name]):
+            parts = projections(module)
+            query, key, value, output = head_projections(parts, num_heads)
+            heads = None if call is None else call.head_moments(parts[0], parts[1], parts[3], num_heads)
+            found["qk_rank", name] = qk_energies(query, key, heads)
+            found["ov_rank", name] = ov_energies(value, output, heads)
+        else:
+            inputs = None if call is None or isinstance(module, nn.Embedding) else call.input_moments()
+            bias = getattr(module, "bias", None)
+            found[options[name][0], name] = linear_energies(_matrix(module), bias, inputs)
+
+    if calibration is None:
+        for name in options:
+            measure(name, dense.get_submodule(name), None)
+        return found
+
+    def visitor(name: str, call: Call) -> nn.Module:
+        measure(name, call.module, call)
+        return call.module
+
+    visit(dense, calibration, {name: functools.partial(visitor, name) for name in options})
+    return found
+
+
+def _matrix(module: Any) -> Tensor:
+    return module.weight if isinstance(module, nn.Embedding) else dense_weight(module)
+
+
+def head_projections(
+    projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear], num_heads: int
+) -> tuple[Projection, Projection, Projection, Projection]:
+    """Query, key, value and output of an attention, head by head."""
+    output = projections[3]
+    sides = []
+    for projection in projections[:3]:
+        bias = None if projection.bias is None else projection.bias.unflatten(0, (num_heads, -1))
+        sides.append(Projection(projection.weight.unflatten(0, (num_heads, -1)).mT, bias))
+    weight = output.weight.unflatten(1, (num_heads, -1)).transpose(0, 1)
+    return sides[0], sides[1], sides[2], Projection(weight, output.bias)
+
+
+@torch.no_grad()
+def fill_(ours: nn.Module, dense: nn.Module, calibration: Calibration | None = None) -> None:
+    """Fill a factorized model from the stock model of the same sizes, in place.
+
+    Args:
+        ours: The factorized model; its modules have the stock model's names.
+        dense: The stock model, which is left as it is.
+        calibration: Truncates in the metric of what these data are in front of each layer, layer by layer in the order
+            of execution; see :mod:`hf_fnl.calibration`. In the Frobenius norm unless given.
+    """
+    state, theirs = ours.state_dict(), dense.state_dict()
+    for name, value in state.items():
+        if name in theirs and theirs[name].shape == value.shape:
+            value.copy_(theirs[name])
+    units = {
+        name: module
+        for name, module in ours.named_modules(remove_duplicate=False)
+        if isinstance(module, Factorized | FactorizedAttention)
+    }
+    if calibration is None:
+        for name, module in units.items():
+            _fill_unit_(module, dense.get_submodule(name), None)
+        return
+
+    def visitor(module: nn.Module, call: Call) -> nn.Module:
+        _fill_unit_(module, call.module, call)
+        return module
+
+    visit(dense, calibration, {name: functools.partial(visitor, module) for name, module in units.items()})
+
+
+def _fill_unit_(ours: nn.Module, dense: Any, call: Call | None) -> None:
+    if isinstance(ours, FactorizedAttention):
+        _fill_attention_(ours, dense, call)
+    elif isinstance(ours, FactorizedEmbedding):
+        ours.load_state_dict(FactorizedEmbedding.from_dense(dense, ours.rank).state_dict())
+    elif isinstance(ours, FactorizedLinear):
+        moments = None if call is None else call.input_moments()
+        layer = FactorizedLinear.from_dense(dense, ours.rank, moments=moments)
+        ours.set_factors_(layer.factors())
+        if ours.bias is not None:
+            ours.bias.copy_(layer.bias)
+
+
+def _fill_attention_(ours: FactorizedAttention, dense: nn.Module, call: Call | None) -> None:
+    theirs = type(ours).projections(dense)  # type: ignore[arg-type]
+    query, key, value, output = head_projections(theirs, ours.num_heads)
+    moments: HeadMoments | None = None
+    if call is not None:
+        moments = call.head_moments(theirs[0], theirs[1], theirs[3], ours.num_heads)
+    width = query.weight.shape[-1]
+    qk_rank, ov_rank = ours.ranks.qk or width, ours.ranks.ov or width
+    if qk_rank < width:
+        query, key = truncate_qk(query, key, qk_rank, moments)
+    if ov_rank < width:
+        value, output = truncate_ov(value, output, ov_rank, moments)
+    *inner, outer = ours.projections()
+    for projection, side in zip(inner, (query, key, value), strict=True):
+        projection.weight.copy_(side.weight.mT.flatten(0, 1))
+        if side.bias is not None:
+            projection.bias.copy_(side.bias.flatten())
+    outer.weight.copy_(output.weight.transpose(0, 1).flatten(1))
+    if output.bias is not None:
+        outer.bias.copy_(output.bias)

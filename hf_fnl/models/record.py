@@ -1,0 +1,82 @@
+"""What lies beside a model that was trained or factorized here: how it was made and how good it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.json"
+CONFIG_FILE = "run_config.json"
+FACTORIZATION_FILE = "factorization.json"
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a model was made; what is not known is empty.
+
+    Args:
+        metrics: Figures of the run by name, those of several phases under ``"phase-1 / eval_loss"``.
+        settings: Options of the run.
+        factorization: What ``hf-fnl factorize`` did: ``base_model``, ``command``, ``parameters_before``, ``layers``.
+        steps: Optimizer steps of the run, all phases together.
+    """
+
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    factorization: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Record:
+        """Read what is there of ``metrics.json``, ``run_config.json``, ``factorization.json`` and ``trainer_state.json``.
+
+        Args:
+            folder: Folder of a model or a run. That of a run in phases has their states in ``phase-*`` folders.
+
+        Raises:
+            ValueError: If one of the files is damaged.
+        """
+        folder = Path(folder)
+        states = [read_json(part / STATE_FILE) for part in (folder, *sorted(folder.glob("phase-*")))]
+        log = [entry for state in states for entry in state.get("log_history", [])]
+        return cls(
+            metrics=flatten(read_json(folder / METRICS_FILE)) or last_figures(log),
+            settings=read_json(folder / CONFIG_FILE),
+            factorization=read_json(folder / FACTORIZATION_FILE),
+            steps=sum(state.get("global_step", 0) for state in states) or None,
+        )
+
+
+def last_figures(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest value of each figure that a Trainer logged about evaluations and the whole of training."""
+    return {key: entry[key] for entry in log for key in entry if key.startswith(("eval_", "train_"))}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no file.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected an object, found {type(content).__name__}")
+    return content
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, under names such as ``"phase-1 / eval_loss"``."""
+    leaves: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        leaves |= flatten(value, f"{name} / ") if isinstance(value, Mapping) else {name: value}
+    return leaves
