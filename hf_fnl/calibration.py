@@ -28,13 +28,13 @@ class Call:
         module: The module.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        valid: Positions ``(batch, length)`` that are no padding, where the batch has a mask.
+        masks: Of the batch, each ``(sequences, length)`` and true at positions that are no padding.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    valid: Tensor | None
+    masks: tuple[Tensor, ...]
     _forward: Callable[..., Any] = field(repr=False)
 
     def input_moments(self) -> Moments:
@@ -66,10 +66,12 @@ class Call:
         return HeadMoments(**{name: Moments.of(samples) for name, samples in by_head.items()})
 
     def samples(self, x: Tensor) -> Tensor:
-        """Vectors of shape ``(..., n)`` as ``(count, n)``, without those at padded positions."""
-        if self.valid is not None and x.shape[:2] == self.valid.shape:
-            return x[self.valid]
-        return x.flatten(0, -2)
+        """Vectors of shape ``(..., n)`` as ``(count, n)``, without those at positions that a mask of their shape hides.
+
+        Masks of an encoder and a decoder may have the same shape; what one of them hides is left out.
+        """
+        valid = [mask for mask in self.masks if x.ndim == 3 and mask.shape == x.shape[:2]]
+        return x[torch.stack(valid).all(0)] if valid else x.flatten(0, -2)
 
 
 # Gets a call before it happens and returns the module that is to answer it.
@@ -85,26 +87,27 @@ def visit(model: nn.Module, batch: Batch | Sequence[Batch], visitors: Mapping[st
     Args:
         model: Any model; called with the batch as keyword arguments.
         batch: Inputs, or several that are joined into one: the whole of it runs at once, so memory is that of its
-            widest activation. An ``attention_mask`` tells padding apart.
-        visitors: A visitor for each name of a module.
+            widest activation. Masks, whose names end in ``attention_mask``, tell padding apart.
+        visitors: A visitor for each name of a module, called when the data first reach it.
 
     Returns:
         What the visitors returned, by name, in the order of execution.
 
     Raises:
-        ValueError: If the data never reach a module that is named, or there are none.
+        ValueError: If the data never reach a module that is named, or there are none, or they cannot be joined.
     """
     batch = join_batches(batch)
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items()}
     config = getattr(model, "config", None)
     options = {"use_cache": False} if hasattr(config, "use_cache") else {}
-    mask = inputs.get("attention_mask")
+    # Multiple choice runs its choices as sequences of their own.
+    masks = tuple(mask.bool().flatten(0, -2) for name, mask in inputs.items() if name.endswith("attention_mask"))
     found: dict[str, nn.Module] = {}
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with _visited(model, visitors, None if mask is None else mask.bool(), found):
+        with _visited(model, visitors, masks, found):
             model(**inputs, **options)
     finally:
         for module, mode in training.items():
@@ -116,13 +119,13 @@ def visit(model: nn.Module, batch: Batch | Sequence[Batch], visitors: Mapping[st
 
 @contextmanager
 def _visited(
-    model: nn.Module, visitors: Mapping[str, Visitor], valid: Tensor | None, found: dict[str, nn.Module]
+    model: nn.Module, visitors: Mapping[str, Visitor], masks: tuple[Tensor, ...], found: dict[str, nn.Module]
 ) -> Iterator[None]:
     modules = {name: model.get_submodule(name) for name in visitors}
 
     def answer(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name not in found:
-            found[name] = visitors[name](Call(modules[name], args, kwargs, valid, forward))
+            found[name] = visitors[name](Call(modules[name], args, kwargs, masks, forward))
         successor = found[name]
         return forward(*args, **kwargs) if successor is modules[name] else successor(*args, **kwargs)
 
@@ -139,10 +142,10 @@ def _visited(
 
 
 def join_batches(batches: Batch | Sequence[Batch]) -> Batch:
-    """One batch from several, padded with zeros to the length of the longest.
+    """One batch from several, padded with zeros at the end of each dimension to the size of the largest.
 
     Raises:
-        ValueError: If there is none, or their keys differ.
+        ValueError: If there is none, their keys differ, or there is padding and no mask to tell.
     """
     if isinstance(batches, Mapping):
         return batches
@@ -151,9 +154,18 @@ def join_batches(batches: Batch | Sequence[Batch]) -> Batch:
         raise ValueError("there are no calibration batches")
     if len({frozenset(batch) for batch in batches}) > 1:
         raise ValueError("calibration batches have different keys: " + "; ".join(", ".join(batch) for batch in batches))
-    length = max(value.shape[1] for batch in batches for value in batch.values() if value.ndim == 2)
+    joined = {name: _joined([batch[name] for batch in batches]) for name in batches[0]}
+    padded = [
+        name for name, whole in joined.items() if {batch[name].shape[1:] for batch in batches} != {whole.shape[1:]}
+    ]
+    if padded and not any(name.endswith("attention_mask") for name in padded):
+        raise ValueError(f"calibration batches differ in the length of {', '.join(padded)}: give an attention_mask")
+    return joined
 
-    def padded(value: Tensor) -> Tensor:
-        return nn.functional.pad(value, (0, length - value.shape[1])) if value.ndim == 2 else value
 
-    return {name: torch.cat([padded(batch[name]) for batch in batches]) for name in batches[0]}
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    joined = values[0].new_zeros(sum(len(value) for value in values), *shape)
+    for part, value in zip(joined.split([len(value) for value in values]), values, strict=True):
+        part[tuple(slice(size) for size in value.shape)] = value
+    return joined

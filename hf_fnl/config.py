@@ -23,9 +23,10 @@ class RankRule:
     Args:
         rank: The same rank everywhere.
         rank_scale: Share of the largest rank: of ``min(m, n)``, or of the width of a head.
-        ratio: Parameters of the chosen matrices afterwards, as a share of those before; met by one scale for all.
+        ratio: Parameters of the chosen matrices afterwards, as a share of those before; met within 1 % of it by one
+            scale for all.
         energy: Every product gets the smallest rank that keeps this share of ``||W||_F^2``.
-        budget: As ``ratio``, but given to the products whose spectra need it.
+        budget: As ``ratio``, but at most this, and given to the products whose spectra need it.
         multiple_of: Ranks are multiples of this, which hardware likes to be 8 or 64.
 
     Raises:
@@ -84,8 +85,9 @@ class FactorizationConfig(RankRule):
         for option in ("kinds", "include", "exclude"):
             if isinstance(getattr(self, option), str):
                 raise ValueError(f"{option} must be a sequence of names, got the string {getattr(self, option)!r}")
-        if not self.kinds or (unknown := sorted(set(self.kinds) - set(LAYER_KINDS))):
-            raise ValueError(f"kinds must be any of {', '.join(LAYER_KINDS)}, got {', '.join(unknown or ['none'])}")
+        unknown = sorted(set(self.kinds) - set(LAYER_KINDS))
+        if unknown or not self.kinds:
+            raise ValueError(f"kinds must be any of {', '.join(LAYER_KINDS)}, got {', '.join(unknown) or 'none'}")
         if self.conv_scheme not in CONV_SCHEMES:
             raise ValueError(f"conv_scheme must be one of {', '.join(CONV_SCHEMES)}, got {self.conv_scheme!r}")
 
@@ -114,7 +116,7 @@ class LayerRanks(NamedTuple):
 class TransformerRanks:
     """Ranks of the products of a transformer of ours; ``None`` leaves a matrix dense.
 
-    The first three are numbers, or lists with one entry for each layer.
+    The first three are numbers, or lists with one entry for each layer; :meth:`check` knows whether they fit a model.
 
     Args:
         qk_rank: Rank of every head's query-key product ``Q_h K_h^T``; at most the width of a dense head.
@@ -164,6 +166,8 @@ class TransformerRanks:
             "ffn_rank": min(hidden_size, intermediate_size),
             "embedding_rank": min(hidden_size, vocab_size),
         }
+        if isinstance(self.embedding_rank, list):
+            raise ValueError(f"embedding_rank must be a number, got {self.embedding_rank}")
         for option, limit in limits.items():
             ranks = getattr(self, option)
             if isinstance(ranks, list) and len(ranks) != num_layers:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from hf_fnl.functional import decay_gradients, squared_frobenius_norm
 from hf_fnl.optim.groups import by_name, check_factors
-from hf_fnl.products import Factor, Product
+from hf_fnl.products import Factor, Product, beside_factors
 
 _Named = dict[str, tuple[Tensor, dict[str, Any]]]
 
@@ -22,6 +22,8 @@ def frobenius_penalty(
     products: Sequence[Product], source: nn.Module | Mapping[str, Tensor], weight_decay: float
 ) -> Tensor:
     r"""``weight_decay / 2 * sum ||W||_F^2`` over products and heads (Khodak et al. 2021, Def. 3.2).
+
+    What a parameter holds beside factors is penalized as a matrix of its own, so that no part of it goes undecayed.
 
     Args:
         products: The products.
@@ -36,22 +38,24 @@ def frobenius_penalty(
     """
     if not products:
         raise ValueError("a Frobenius penalty needs at least one product, got none")
-    norms = [squared_frobenius_norm(*product.factors(source)).sum() for product in products]
-    return weight_decay / 2 * torch.stack(norms).sum()
+    squares = [squared_frobenius_norm(*product.factors(source)).sum() for product in products]
+    squares += [rest.square().sum() for rest in beside_factors(products, source).values()]
+    return weight_decay / 2 * torch.stack(squares).sum()
 
 
 class FrobeniusDecay:
     r"""Decay of products in the steps of an optimizer, in place of ordinary decay of their factors.
 
-    With ``F_p`` the gradient of ``||W||_F^2 / 2`` with respect to a factor ``p``:
+    With ``F_p`` the gradient of ``||W||_F^2 / 2`` with respect to a factor ``p``, summed over the heads that share it:
 
     - ``"coupled"``: ``p.grad += weight_decay * F_p`` before the step, as ``weight_decay`` in :class:`torch.optim.SGD`;
     - ``"decoupled"``: ``p -= lr * weight_decay * F_p`` before the step, as in :class:`torch.optim.AdamW`, with the
       ``lr`` of the group of ``p``;
     - ``"penalty"``: the steps are left alone, :meth:`penalty` is to be added to the loss.
 
-    Factors without gradient are passed over, as optimizers do. The decay lasts until :meth:`remove`, or to the end of
-    a ``with`` block. Factors are found by name at each step, so that a wrapper may replace the parameters.
+    What a parameter holds beside factors gets ordinary decay by the same coefficient: ``p`` in the place of ``F_p``.
+    Parameters without gradient are passed over, as optimizers do. The decay lasts until :meth:`remove`, or to the end
+    of a ``with`` block. Factors are found by name at each step, so that a wrapper may replace the parameters.
 
     Args:
         optimizer: Any optimizer over named parameters.
@@ -62,7 +66,7 @@ class FrobeniusDecay:
 
     Raises:
         ValueError: If ``mode`` is unknown, ``weight_decay`` negative, there is no product, the parameters have no
-            names, or a factor is missing, frozen or under ordinary decay.
+            names, or a factor is missing, frozen, in two products or under ordinary decay.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class FrobeniusDecay:
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def penalty(self) -> Tensor:
-        """``weight_decay / 2 * sum ||W||_F^2`` of the products as they are now: a differentiable scalar."""
+        """:func:`frobenius_penalty` of the products as they are now: a differentiable scalar."""
         parameters = {name: parameter for name, (parameter, _) in by_name(self.optimizer.param_groups).items()}
         return frobenius_penalty(self.products, parameters, self.weight_decay)
 
@@ -112,13 +116,14 @@ class FrobeniusDecay:
                 part.view(parameter).sub_(gradient * (group["lr"] * self.weight_decay))
 
     def _gradients(self, named: _Named) -> list[tuple[Factor, Tensor]]:
-        """``F_p`` of every factor, all of them before one moves."""
+        """``F_p`` of every factor and what lies beside factors, all of them before one moves."""
         parameters = {name: parameter for name, (parameter, _) in named.items()}
-        return [
-            (part, gradient)
+        gradients = [
+            pair
             for product in self.products
-            for part, gradient in zip(product.parts, decay_gradients(*product.factors(parameters)), strict=True)
+            for pair in zip(product.parts, decay_gradients(*product.factors(parameters)), strict=True)
         ]
+        return gradients + [(Factor(name), rest) for name, rest in beside_factors(self.products, parameters).items()]
 
 
 def _check_no_ordinary_decay(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:

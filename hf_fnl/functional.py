@@ -1,7 +1,8 @@
 r"""Pure functions of the factors of a product ``W = U V^T`` or ``W = U M V^T``.
 
 Shapes, here and everywhere: ``U`` is ``(..., m, r)``, ``M`` is ``(..., r, r)`` and ``V`` is ``(..., n, r)``; leading
-dimensions are a batch (the heads of an attention). Factors are passed in the order in which they are multiplied.
+dimensions are a batch (the heads of an attention). A factor that several products of the batch share has a 1 there.
+Factors are passed in the order in which they are multiplied.
 Nothing here forms ``W`` except :func:`product`: the Gram matrices ``(r, r)`` of the factors hold all that is needed.
 """
 
@@ -21,15 +22,18 @@ def product(*factors: Tensor) -> Tensor:
 
 def squared_frobenius_norm(*factors: Tensor) -> Tensor:
     """``||W||_F^2 = <U^T U, M V^T V M^T>``, one value for each product of the batch."""
-    U = factors[0]
-    _, right = decay_multipliers(*factors)[0]
-    return ((U.mT @ U) * right).sum((-2, -1))
+    U, *middle, V = factors
+    gram = V.mT @ V
+    for M in middle:
+        gram = M @ gram @ M.mT
+    return ((U.mT @ U) * gram).sum((-2, -1))
 
 
 def decay_multipliers(*factors: Tensor) -> tuple[tuple[Tensor | None, Tensor], ...]:
     r"""Small matrices ``(L, R)`` that turn each factor ``p`` into its Frobenius-decay gradient ``L p R``.
 
     An optimizer takes these once for a product, before any of its factors moves, and applies them factor by factor.
+    Those of a shared factor are summed over the products that share it; a middle factor is never shared.
 
     Returns:
         For each factor a pair of ``(..., r, r)`` matrices; ``L`` is ``None`` where it is the identity.
@@ -37,9 +41,15 @@ def decay_multipliers(*factors: Tensor) -> tuple[tuple[Tensor | None, Tensor], .
     U, *middle, V = factors
     gram_u, gram_v = U.mT @ U, V.mT @ V
     if not middle:
-        return (None, gram_v), (None, gram_u)
+        return (None, _sum_over_shares(gram_v, U)), (None, _sum_over_shares(gram_u, V))
     (M,) = middle
-    return (None, M @ gram_v @ M.mT), (gram_u, gram_v), (None, M.mT @ gram_u @ M)
+    right_u, right_v = M @ gram_v @ M.mT, M.mT @ gram_u @ M
+    return (None, _sum_over_shares(right_u, U)), (gram_u, gram_v), (None, _sum_over_shares(right_v, V))
+
+
+def _sum_over_shares(matrix: Tensor, p: Tensor) -> Tensor:
+    shared = [d for d in range(p.ndim - 2) if p.shape[d] == 1 and matrix.shape[d] > 1]
+    return matrix.sum(shared, keepdim=True) if shared else matrix
 
 
 def decay_gradients(*factors: Tensor) -> tuple[Tensor, ...]:
@@ -55,11 +65,11 @@ def decay_gradients(*factors: Tensor) -> tuple[Tensor, ...]:
 def nuclear_norm_bound(*factors: Tensor) -> Tensor:
     """``(||U||_F^2 + ||V||_F^2) / 2``, which is at least ``||U V^T||_*`` (Khodak et al. 2021, Eq. 2).
 
-    This is what ordinary weight decay on the factors penalizes. With a middle factor its square is added, as there; the
-    sum bounds nothing then.
+    This is what ordinary weight decay on the factors penalizes, except that it counts a shared factor once. With a
+    middle factor its square is added, as there; the sum bounds nothing then.
     """
     squares = [p.square().sum((-2, -1)) for p in factors]
-    return torch.stack(squares).sum(0) / 2
+    return torch.stack(torch.broadcast_tensors(*squares)).sum(0) / 2
 
 
 def singular_values(*factors: Tensor) -> Tensor:
@@ -79,8 +89,8 @@ def non_orthogonality(*factors: Tensor) -> Tensor:
 
     Zero right after spectral initialization, whose factors have orthogonal columns; one when all columns are parallel.
     """
-    outer = (factors[0], factors[-1])
-    return torch.stack([_rms_cosine(p) for p in outer]).mean(0)
+    cosines = [_rms_cosine(p) for p in (factors[0], factors[-1])]
+    return torch.stack(torch.broadcast_tensors(*cosines)).mean(0)
 
 
 def _rms_cosine(p: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from hf_fnl.spectral import check_rank
 
 Ranks = dict[str, int | None]
 
-RATIO_TOLERANCE = 0.01
+TOLERANCE = 0.01  # of a ratio that is asked for
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Candidate:
     """A product whose rank is to be chosen, or several that share one rank, as the heads of an attention do.
 
     Args:
-        name: What it is called in errors and in the result.
+        name: What it is called in errors and in the result; unique.
         limit: Its largest rank.
         unit: Parameters per unit of rank: ``m + n`` for a matrix of shape ``(m, n)``.
         dense: Parameters of what it replaces: ``m * n``.
@@ -39,9 +40,20 @@ class Candidate:
         """Parameters at this rank; factors that would hold more than the matrix are not made."""
         return min(rank * self.unit, self.dense)
 
+    def raised(self, rank: int, multiple_of: int) -> int:
+        """The next rank that is allowed: a multiple, or the limit."""
+        return min(rank + multiple_of, self.limit)
+
     def round(self, rank: float, multiple_of: int) -> int:
-        """The nearest multiple that is allowed; the limit itself where it is no multiple."""
-        return max(min(round(rank / multiple_of) * multiple_of, self.limit), min(multiple_of, self.limit))
+        """The nearest rank that is a multiple, or the limit; a rank in the middle goes up."""
+        below = int(rank // multiple_of) * multiple_of
+        above = self.raised(below, multiple_of)
+        return below if below > 0 and rank - below < above - rank else above
+
+    def shares(self) -> Tensor:
+        """Shares of ``||W||_F^2`` that the first 1, 2, ... singular values hold ``(limit,)``; ones if it is zero."""
+        cumulated = self.energies().double().cumsum(0)
+        return cumulated / cumulated[-1] if cumulated[-1] > 0 else torch.ones_like(cumulated)
 
     def kept(self, rank: int) -> int | None:
         """``None`` where the factors would hold as many parameters as the matrix."""
@@ -59,8 +71,8 @@ def choose_ranks(candidates: Sequence[Candidate], rule: RankRule) -> Ranks:
         The rank of each candidate by name, ``None`` where it is to stay dense.
 
     Raises:
-        ValueError: If ``rule.rank`` is above the largest rank of a candidate, a share of parameters cannot be met
-            within 1 %, or every candidate would stay dense.
+        ValueError: If ``rule.rank`` is above the largest rank of a candidate, a ratio cannot be met within 1 % of it
+            or a budget not be kept, or every candidate would stay dense.
     """
     if rule.rank is not None:
         for candidate in candidates:
@@ -69,7 +81,7 @@ def choose_ranks(candidates: Sequence[Candidate], rule: RankRule) -> Ranks:
     if rule.rank_scale is not None:
         return {c.name: c.round(rule.rank_scale * c.limit, rule.multiple_of) for c in candidates}
     if rule.energy is not None:
-        chosen = {c.name: c.round(_rank_for_energy(c, rule.energy, rule.multiple_of), 1) for c in candidates}
+        chosen = {c.name: _rank_for_energy(c, rule.energy, rule.multiple_of) for c in candidates}
     elif rule.ratio is not None:
         chosen = _ranks_for_ratio(candidates, rule.ratio, rule.multiple_of)
     else:
@@ -81,22 +93,15 @@ def choose_ranks(candidates: Sequence[Candidate], rule: RankRule) -> Ranks:
     return ranks
 
 
-def kept_energy(energies: Tensor, rank: int | None) -> float:
-    """Share of ``||W||_F^2`` that the leading ``rank`` squared singular values hold; 1 where ``rank`` is ``None``."""
-    return 1.0 if rank is None else float(energies[:rank].sum() / energies.sum().clamp(min=torch.finfo().tiny))
-
-
 def _rank_for_energy(candidate: Candidate, share: float, multiple_of: int) -> int:
-    energies = candidate.energies().double()
-    cumulated = energies.cumsum(0) / energies.sum().clamp(min=torch.finfo(torch.float64).tiny)
-    # The last sums may lie a rounding error below one.
-    needed = int((cumulated < share * (1 - 1e-12)).sum()) + 1
-    return min(-(-needed // multiple_of) * multiple_of, candidate.limit)
+    """The smallest rank that keeps a share of the energy, rounded up."""
+    needed = int((candidate.shares() < share).sum()) + 1
+    return min(math.ceil(needed / multiple_of) * multiple_of, candidate.limit)
 
 
 def _ranks_for_ratio(candidates: Sequence[Candidate], ratio: float, multiple_of: int) -> dict[str, int]:
-    """The largest scale that stays below the target, by bisection; what rounding left is then given out."""
-    target = ratio * sum(candidate.dense for candidate in candidates)
+    """The ranks of the largest scale that does not exceed the ratio; what rounding left over is then given out."""
+    target = ratio * _dense(candidates)
 
     def at(scale: float) -> dict[str, int]:
         return {c.name: c.round(scale * c.limit, multiple_of) for c in candidates}
@@ -105,57 +110,63 @@ def _ranks_for_ratio(candidates: Sequence[Candidate], ratio: float, multiple_of:
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if _total(candidates, at(middle)) <= target else (low, middle)
-    ranks = at(high if _total(candidates, at(high)) <= target else low)
-    return _fill(candidates, ranks, target, multiple_of, lambda candidate, rank: rank / candidate.limit)
+    ranks = _fill(candidates, at(low), ratio, multiple_of, lambda candidate, rank: rank / candidate.limit)
+    reached = _total(candidates, ranks) / _dense(candidates)
+    if abs(reached - ratio) > TOLERANCE * ratio:
+        raise ValueError(
+            f"a ratio of {ratio:.4g} cannot be met within {TOLERANCE:.0%} by ranks that are multiples of "
+            f"{multiple_of}, which come to {reached:.4g}; lower multiple_of or change the ratio"
+        )
+    return ranks
 
 
 def _ranks_for_budget(candidates: Sequence[Candidate], budget: float, multiple_of: int) -> dict[str, int]:
     """Give every next unit of rank to the product where it keeps the largest share of energy per parameter."""
-    target = budget * sum(candidate.dense for candidate in candidates)
-    shares = {}
-    for candidate in candidates:
-        energies = candidate.energies().double()
-        shares[candidate.name] = (energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny)).cumsum(0)
+    shares = {candidate.name: candidate.shares().tolist() for candidate in candidates}
 
-    def gain(candidate: Candidate, rank: int) -> float:
-        step = min(rank + multiple_of, candidate.limit)
-        cumulated = shares[candidate.name]
-        return -float(cumulated[step - 1] - cumulated[rank - 1]) / ((step - rank) * candidate.unit)
+    def negative_gain(candidate: Candidate, rank: int) -> float:
+        raised, kept = candidate.raised(rank, multiple_of), shares[candidate.name]
+        return (kept[rank - 1] - kept[raised - 1]) / ((raised - rank) * candidate.unit)
 
-    smallest = {candidate.name: candidate.round(1, multiple_of) for candidate in candidates}
-    return _fill(candidates, smallest, target, multiple_of, gain)
+    smallest = {candidate.name: candidate.raised(0, multiple_of) for candidate in candidates}
+    least = _total(candidates, smallest) / _dense(candidates)
+    if least > budget:
+        raise ValueError(
+            f"the smallest ranks that are multiples of {multiple_of} need {least:.4g} of the parameters, and the "
+            f"budget is {budget:.4g}; lower multiple_of or raise the budget"
+        )
+    return _fill(candidates, smallest, budget, multiple_of, negative_gain)
 
 
 def _fill(
     candidates: Sequence[Candidate],
     ranks: Mapping[str, int],
-    target: float,
+    share: float,
     multiple_of: int,
     priority: Callable[[Candidate, int], float],
 ) -> dict[str, int]:
-    """Raise ranks by ``multiple_of``, lowest priority value first, as long as the target allows it."""
-    chosen, total = dict(ranks), _total(candidates, ranks)
-    queue = [(priority(c, chosen[c.name]), i) for i, c in enumerate(candidates) if chosen[c.name] < c.limit]
+    """Raise ranks step by step, lowest priority value first, as far as a share of the parameters allows."""
+    chosen, total, target = dict(ranks), _total(candidates, ranks), share * _dense(candidates)
+    by_name = {candidate.name: candidate for candidate in candidates}
+    # Names decide between equals, so that the order of the candidates does not.
+    queue = [(priority(c, chosen[c.name]), c.name) for c in candidates if chosen[c.name] < c.limit]
     heapq.heapify(queue)
     while queue:
-        _, number = heapq.heappop(queue)
-        candidate = candidates[number]
-        rank = chosen[candidate.name]
-        raised = min(rank + multiple_of, candidate.limit)
+        _, name = heapq.heappop(queue)
+        candidate, rank = by_name[name], chosen[name]
+        raised = candidate.raised(rank, multiple_of)
         more = candidate.cost(raised) - candidate.cost(rank)
         if total + more > target:
             continue
-        chosen[candidate.name], total = raised, total + more
+        chosen[name], total = raised, total + more
         if raised < candidate.limit:
-            heapq.heappush(queue, (priority(candidate, raised), number))
-    dense = sum(candidate.dense for candidate in candidates)
-    if abs(total - target) > RATIO_TOLERANCE * dense:
-        raise ValueError(
-            f"{target / dense:.3f} of the parameters cannot be met within {RATIO_TOLERANCE:.0%} by ranks that are "
-            f"multiples of {multiple_of}: the nearest is {total / dense:.3f}; lower multiple_of or change the share"
-        )
+            heapq.heappush(queue, (priority(candidate, raised), name))
     return chosen
 
 
 def _total(candidates: Sequence[Candidate], ranks: Mapping[str, int]) -> int:
     return sum(candidate.cost(ranks[candidate.name]) for candidate in candidates)
+
+
+def _dense(candidates: Sequence[Candidate]) -> int:
+    return sum(candidate.dense for candidate in candidates)

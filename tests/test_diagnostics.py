@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from attention_cases import CASES
 from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
@@ -38,8 +39,14 @@ def expected_figures(factors: tuple[torch.Tensor, ...], matrices: torch.Tensor, 
     }
 
 
+def llama() -> nn.Module:
+    return CASES["llama"].build().double()
+
+
 @pytest.mark.parametrize(
-    ("make", "kinds"), [(stack, ("embedding", "linear")), (bert, ("qk", "ov"))], ids=["layers", "heads"]
+    ("make", "kinds"),
+    [(stack, ("embedding", "linear")), (bert, ("qk", "ov")), (llama, ("qk", "ov"))],
+    ids=["layers", "heads", "groups-of-heads"],
 )
 def test_figures_are_those_of_the_formed_matrices(make, kinds):
     model = make()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from typing import Any
 
 import pytest
 import torch
+from attention_cases import CASES as STOCK
 from reference.flambe import ReferenceFLAMBe
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
-from transformers import BertConfig, BertForPreTraining
+from transformers import BertConfig, BertForPreTraining, LlamaForCausalLM
 
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.optim import FLAMBe, Lamb, lamb, parameter_groups
@@ -53,10 +55,17 @@ def factorized() -> nn.Module:
     )
 
 
-MODELS = {"stock-bert": stock_bert, "factorized": factorized}
+MODELS = {"stock-bert": stock_bert, "factorized": factorized, **{name: case.build for name, case in STOCK.items()}}
 CASES = [
     pytest.param("stock-bert", ["ov"], id="stock-bert-ov"),
     pytest.param("stock-bert", ["ov", "qk"], id="stock-bert-ov-qk"),
+    pytest.param("roberta", ["ov"], id="roberta-ov"),
+    pytest.param("llama", ["ov"], id="llama-ov-of-groups"),
+    pytest.param("llama", ["ov", "qk"], id="llama-ov-qk-of-groups"),
+    pytest.param("gpt2", ["ov"], id="gpt2-ov-in-a-part"),
+    pytest.param("gpt2", ["qk"], id="gpt2-qk-in-a-part"),
+    pytest.param("gpt2", ["ov", "qk"], id="gpt2-ov-qk-in-all"),
+    pytest.param("phi3", ["ov"], id="phi3-ov-of-groups-in-a-part"),
     pytest.param("factorized", ["linear", "embedding"], id="factorized"),
 ]
 
@@ -222,9 +231,45 @@ def test_bfloat16_stays_close():
         assert_close(parameter.detach().double(), oracle.parameters[name], rtol=3e-2, atol=3e-2, msg=name)
 
 
-def test_a_step_on_a_gpu_never_waits_for_it():
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_is_no_factor_moves_as_in_lamb(name):
+    """Also where it shares a parameter with a factor, but for the trust ratio, which is the whole parameter's."""
+    module, products = build(name, ["ov"])
+    plain = copy.deepcopy(module)
+    before = copy.deepcopy(module)
+    train(FLAMBe(module.named_parameters(), products=products, weight_decay=0.3), module, range(1))
+    train(Lamb(plain.named_parameters(), weight_decay=0.3), plain, range(1))
+    factors = {name for product in products for name in product.parameter_names}
+    for name, parameter in module.named_parameters():
+        theirs, start = plain.get_parameter(name), before.get_parameter(name)
+        if name not in factors:
+            assert torch.equal(parameter, theirs), name
+        elif "c_attn" in name:
+            moved, expected = (p.detach()[:, :30] - start.detach()[:, :30] for p in (parameter, theirs))
+            ratio = (moved.norm() / expected.norm()).item()
+            assert ratio != pytest.approx(1)
+            assert_close(moved, ratio * expected, rtol=1e-9, atol=1e-12)
+
+
+def test_it_trains_a_stock_llama():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(STOCK["llama"].config())
+    optimizer = FLAMBe(model.named_parameters(), products=find_products(model, ["ov", "qk"]), lr=0.05)
+    tokens = torch.randint(3, 13, (5, 7))
+    losses = []
+    for _ in range(30):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("model", ["stock-bert", "llama", "gpt2"])
+def test_a_step_on_a_gpu_never_waits_for_it(model):
     """Fake tensors have no values, so reading one, by ``.item()`` or by a branch, is an error."""
-    module, products = build("stock-bert", ["ov"])
+    module, products = build(model, ["ov"])
     with FakeTensorMode():
         named = {name: nn.Parameter(torch.empty(p.shape, device="cuda")) for name, p in module.named_parameters()}
         for parameter in named.values():
@@ -273,6 +318,14 @@ def test_a_factor_of_two_products():
     module, products = build("stock-bert", ["ov"])
     with pytest.raises(ValueError, match=f"product {OV}: its factor {VALUE} belongs to more than one product"):
         FLAMBe(module.named_parameters(), products=[products[1], products[1]])
+
+
+def test_a_section_of_two_products():
+    module, products = build("gpt2", ["ov", "qk"])
+    again = dataclasses.replace(products[1], name="again", parts=(products[0].parts[0],))
+    message = r"product again: its factor h.0.attn.c_attn.weight belongs to more than one product"
+    with pytest.raises(ValueError, match=message):
+        FLAMBe(module.named_parameters(), products=[*products, again])
 
 
 def test_options_are_checked_as_in_lamb():

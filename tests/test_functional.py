@@ -14,6 +14,10 @@ CASES = {
     "deep-heads": [(2, 5, 3), (2, 3, 3), (2, 7, 3)],
     "overcomplete": [(3, 7), (5, 7)],
     "rank-one": [(5, 1), (7, 1)],
+    "shared-right": [(2, 4, 5, 3), (2, 1, 7, 3)],
+    "shared-left": [(2, 1, 5, 3), (2, 4, 7, 3)],
+    "shared-by-all": [(1, 4, 5, 3), (1, 1, 7, 3)],
+    "shared-deep": [(2, 1, 5, 3), (2, 4, 3, 3), (2, 4, 7, 3)],
 }
 
 
@@ -75,7 +79,7 @@ def test_singular_values_of_half_precision_factors_are_taken_in_float32(dtype):
     torch.testing.assert_close(values, F.singular_values(U.float(), V.float()))
 
 
-@pytest.mark.parametrize("name", ["two", "heads", "overcomplete", "rank-one"])
+@pytest.mark.parametrize("name", ["two", "heads", "overcomplete", "rank-one", "shared-right", "shared-left"])
 def test_half_the_squared_factors_bound_the_nuclear_norm(name):
     U, V = (torch.randn(shape, dtype=torch.float64) for shape in CASES[name])
     assert (F.nuclear_norm_bound(U, V) >= torch.linalg.matrix_norm(F.product(U, V), "nuc")).all()
@@ -86,7 +90,9 @@ def test_the_bound_is_tight_at_spectral_initialization():
     torch.testing.assert_close(F.nuclear_norm_bound(U, V), torch.linalg.matrix_norm(U @ V.mT, "nuc"))
 
 
-def test_the_bound_is_the_penalty_of_ordinary_decay(factors):
+@pytest.mark.parametrize("name", ["two", "deep", "heads", "deep-heads", "overcomplete"])
+def test_the_bound_is_the_penalty_of_ordinary_decay(name):
+    factors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in CASES[name]]
     penalty = F.nuclear_norm_bound(*factors).sum()
     torch.testing.assert_close(torch.autograd.grad(penalty, factors), tuple(p.detach() for p in factors))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import CASES
 from torch import nn
 
 from hf_fnl.layers import FactorizedLinear
@@ -86,6 +87,14 @@ def test_torch_and_flambe_take_them():
         assert len(group["param_names"]) == len(group["params"])
     flambe = FLAMBe(parameter_groups(model, weight_decay=0.1, products=products), products=products)
     assert len(flambe.param_groups) == 3
+
+
+@pytest.mark.parametrize("kinds", [["ov"], ["qk", "ov"]], ids=["one-section", "all-sections"])
+def test_a_parameter_of_several_factors_is_in_one_group_once(kinds):
+    model = CASES["gpt2"].build()
+    groups = parameter_groups(model, weight_decay=0.1, products=find_products(model, kinds), frobenius_decay=0.3)
+    names = [f"h.{layer}.attn.{name}.weight" for layer in (0, 1) for name in ("c_attn", "c_proj")]
+    assert shown(groups)[-1] == (names, 0.3)
 
 
 def test_a_product_with_a_frozen_factor_is_refused():

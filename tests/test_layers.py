@@ -1,4 +1,4 @@
-"""Factorized layers against the dense layers in whose place they stand, and the options that choose their ranks."""
+"""Factorized layers against the dense layers in whose place they stand."""
 
 import copy
 import math
@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.config import TransformerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.spectral import spectral_init
 
@@ -256,24 +255,3 @@ def test_layers_refuse_what_they_cannot_hold(make, message):
 
 def poison(module: nn.Module) -> None:
     nn.init.constant_(module.weight, torch.nan)
-
-
-SIZES = {"hidden_size": 35, "num_heads": 5, "intermediate_size": 22, "vocab_size": 30, "num_layers": 2}
-
-
-@pytest.mark.parametrize(
-    ("option", "limit"), [("qk_rank", 7), ("ov_rank", 7), ("ffn_rank", 22), ("embedding_rank", 30)]
-)
-def test_config_names_the_rank_that_does_not_fit(option, limit):
-    TransformerRanks(**{option: limit}).check(**SIZES)
-    with pytest.raises(ValueError, match=rf"{option} must be in \[1, {limit}\], got {limit + 1}"):
-        TransformerRanks(**{option: limit + 1}).check(**SIZES)
-    with pytest.raises(ValueError, match=f"{option} must be at least 1 .* got 0"):
-        TransformerRanks(**{option: 0})
-
-
-def test_config_refuses_an_unknown_init_and_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match="factor_init must be one of spectral, spectral_ones, default, got 'random'"):
-        TransformerRanks(init="random")
-    with pytest.raises(ValueError, match="hidden_size must be a multiple of num_attention_heads, got 35 and 4 heads"):
-        TransformerRanks().check(**{**SIZES, "num_heads": 4})

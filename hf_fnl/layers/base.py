@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_fnl.functional import product
+from hf_fnl.layers.weight import DenseWeight
 from hf_fnl.spectral import check_method, check_rank, initial_factors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+Dense = TypeVar("Dense", bound=nn.Module)
 
 
 class Factorized(nn.Module):
@@ -65,6 +69,22 @@ class Factorized(nn.Module):
         """The dense matrix, shape ``(m, n)``."""
         return product(*self.factors())
 
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight."""
+        return self.shape
+
+    def dense_weight(self) -> Tensor:
+        """The dense layer's weight: ``W`` in the layout that this layer has."""
+        return self.composed()
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense layer's weight, for code that reads it; multiplied out when its values are used."""
+        if torch.compiler.is_compiling():  # the compiler drops by itself what is not used
+            return self.dense_weight()
+        return DenseWeight.of(self.dense_shape, self.U, self.dense_weight)
+
     def draw_(self, weight: Tensor) -> None:
         """Fill a dense weight as the dense layer's own initialization would."""
         raise NotImplementedError
@@ -76,10 +96,12 @@ class Factorized(nn.Module):
         Args:
             draw: Fills a dense weight in place; :meth:`draw_` unless given.
         """
-        U, V = initial_factors(
-            self.shape, self.rank, draw or self.draw_, method=self.init, dtype=self.U.dtype, device=self.U.device
-        )
+        U, V = self.outer_factors(draw or self.draw_)
         return (U, V) if self.M is None else (U, torch.eye(self.rank, dtype=U.dtype, device=U.device), V)
+
+    def outer_factors(self, draw: Callable[[Tensor], object]) -> tuple[Tensor, Tensor]:
+        """New initial values of ``U`` and ``V``; ``draw`` fills a dense weight in place."""
+        return initial_factors(self.shape, self.rank, draw, method=self.init, dtype=self.U.dtype, device=self.U.device)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -88,9 +110,35 @@ class Factorized(nn.Module):
             return
         self.set_factors_(self.fresh_factors())
 
-    def on_device_of(self, weight: Tensor) -> Self:
-        """This layer, made on the meta device, with memory that is not set yet where ``weight`` has its own."""
-        return self if weight.is_meta else self.to_empty(device=weight.device)
+    def placed_like(self, dense: nn.Module) -> Self:
+        """This layer, made on the meta device, on that of ``dense``, with its mode and what is trained of it.
+
+        Parameters are not set yet.
+        """
+        weight = dense.get_parameter("weight")
+        layer = self if weight.is_meta else self.to_empty(device=weight.device)
+        for factor in layer.factors():
+            factor.requires_grad_(weight.requires_grad)
+        if getattr(dense, "bias", None) is not None:
+            layer.get_parameter("bias").requires_grad_(dense.get_parameter("bias").requires_grad)
+        return layer.train(dense.training)
+
+    def to_dense(self) -> nn.Module:
+        """The plain layer with ``W`` multiplied out; this layer is left as it is."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fill_dense_(self, dense: Dense) -> Dense:
+        """Give a dense layer the product of the factors, the bias, the mode and what is trained; returns it."""
+        weight, bias = dense.get_parameter("weight"), getattr(self, "bias", None)
+        if not self.U.is_meta:
+            weight.copy_(self.dense_weight())
+        weight.requires_grad_(self.U.requires_grad)
+        if bias is not None:
+            if not bias.is_meta:
+                dense.get_parameter("bias").copy_(bias)
+            dense.get_parameter("bias").requires_grad_(bias.requires_grad)
+        return dense.train(self.training)
 
     @torch.no_grad()
     def set_factors_(self, values: tuple[Tensor, ...]) -> None:

@@ -94,10 +94,7 @@ class FactorizedEmbedding(Factorized):
         if dense.max_norm is not None or dense.scale_grad_by_freq or dense.sparse:
             raise ValueError("an embedding with max_norm, scale_grad_by_freq or sparse gradients cannot be factorized")
         sizes = (dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx)
-        layer = cls(*sizes, init=init, device="meta", dtype=dense.weight.dtype).on_device_of(dense.weight)
-        for factor in layer.factors():
-            factor.requires_grad_(dense.weight.requires_grad)
-        return layer.train(dense.training)
+        return cls(*sizes, init=init, device="meta", dtype=dense.weight.dtype).placed_like(dense)
 
     def to_dense(self) -> nn.Embedding:
         """The plain embedding with ``W`` multiplied out; this layer is left as it is."""
@@ -109,10 +106,7 @@ class FactorizedEmbedding(Factorized):
             device=self.U.device,
             dtype=self.U.dtype,
         )
-        if not self.U.is_meta:
-            dense.weight.detach().copy_(self.composed())
-        dense.weight.requires_grad_(self.U.requires_grad)
-        return dense.train(self.training)
+        return self.fill_dense_(dense)
 
     def extra_repr(self) -> str:
         """Sizes, as :class:`torch.nn.Embedding` shows them, and the rank."""

@@ -68,8 +68,12 @@ class FactorizedLinear(Factorized):
         self.reset_parameters()
 
     @property
-    def weight(self) -> Tensor:
-        """The weight of the dense layer, which ``Conv1D`` holds transposed, multiplied out at every access."""
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight, which ``Conv1D`` holds transposed."""
+        return self.shape[::-1] if self.dense_class is Conv1D else self.shape
+
+    def dense_weight(self) -> Tensor:
+        """The dense layer's weight, which ``Conv1D`` holds transposed."""
         return self.composed().mT if self.dense_class is Conv1D else self.composed()
 
     def draw_(self, weight: Tensor) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -17,7 +15,9 @@ from transformers import initialization as init
 from hf_fnl.config import LayerRank, RankRule
 from hf_fnl.layers import Factorized
 from hf_fnl.models.attention import FactorizedAttention, HeadProjection, draw_normal_, is_loaded
+from hf_fnl.models.cards import write_upload_card
 from hf_fnl.models.conversion import Calibration, Shared, fill_, ranks_by_rule
+from hf_fnl.models.loading import load_checked
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -41,7 +41,7 @@ class FactorizedPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, Factorized):
-            _init_factors(module, std)
+            init_factors(module, std)
         elif isinstance(module, FactorizedAttention):
             module.init_heads_(std)
         elif isinstance(module, HeadProjection):
@@ -51,14 +51,7 @@ class FactorizedPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *args: Any,
-        ignore_mismatched_sizes: bool = False,
-        output_loading_info: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, which however draws a product anew, with a log entry only, if its form has changed.
 
         Raises:
@@ -66,16 +59,12 @@ class FactorizedPreTrainedModel(PreTrainedModel):
             ValueError: If the checkpoint holds a parameter in another shape, or a product in another form, than the
                 configuration says, unless ``ignore_mismatched_sizes``.
         """
-        source = pretrained_model_name_or_path
-        options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        try:
-            model, info = super().from_pretrained(source, *args, **options, **kwargs)
-        except SafetensorError as error:
-            folder = Path(source or "", kwargs.get("subfolder") or "")
-            raise OSError(f"the weights in {_unreadable_file(folder)} are truncated or corrupt: {error}") from error
-        if not ignore_mismatched_sizes:
-            _check_loaded(model, source, info)
-        return (model, info) if output_loading_info else model
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Here `push_to_hub` and `save_pretrained(push_to_hub=True)` meet, with their card already in the folder.
+        write_upload_card(working_dir, self, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As in Transformers, for a dense embedding.
@@ -142,18 +131,7 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         if (rule is None) == (not given):
             raise ValueError(f"give ranks or a rule, one of them; got {', '.join(given) or 'neither'}")
         if rule is not None:
-            shared = cls._shared_ranks(dense)
-            known = [name.removesuffix("_rank") for name in shared]
-            if not kinds or (unknown := sorted(set(kinds) - set(known))):
-                raise ValueError(f"kinds must be any of {', '.join(known)}, got {', '.join(unknown or ['none'])}")
-            ranks |= ranks_by_rule(
-                dense,
-                {f"{kind}_rank": shared[f"{kind}_rank"] for kind in kinds},
-                rule,
-                projections=cls.attention_class.projections,
-                num_heads=dense.config.num_attention_heads,
-                calibration=calibration,
-            )
+            ranks |= cls._ranks_by_rule(dense, rule, kinds, calibration)
         config = cls.config_class.from_dense(dense.config, **ranks)
         with init.no_init_weights():
             model = cls._from_config(config, dtype=dense.dtype, attn_implementation=dense.config._attn_implementation)
@@ -162,6 +140,22 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         if model.can_generate():
             model.generation_config = copy.deepcopy(dense.generation_config)
         return model.train(dense.training)
+
+    @classmethod
+    def _ranks_by_rule(
+        cls, dense: PreTrainedModel, rule: RankRule, kinds: Sequence[str], calibration: Calibration | None
+    ) -> dict[str, LayerRank]:
+        shared = {option.removesuffix("_rank"): layers for option, layers in cls._shared_ranks(dense).items()}
+        if not kinds or (unknown := sorted(set(kinds) - set(shared))):
+            raise ValueError(f"kinds must be any of {', '.join(shared)}, got {', '.join(unknown or ['none'])}")
+        return ranks_by_rule(
+            dense,
+            {f"{kind}_rank": shared[kind] for kind in kinds},
+            rule,
+            projections=cls.attention_class.projections,
+            num_heads=dense.config.num_attention_heads,
+            calibration=calibration,
+        )
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
@@ -193,40 +187,7 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         return state
 
 
-def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` if a checkpoint's parameters are not those of the model that was to hold them."""
-    faults = [
-        f"{name} has shape {tuple(theirs)} in the checkpoint and {tuple(ours)} in the model"
-        for name, theirs, ours in info["mismatched_keys"]
-    ]
-
-    def holder(name: str) -> str:  # the module, whose name in the checkpoint of a backbone has no prefix
-        return name.removeprefix(f"{model.base_model_prefix}.").rpartition(".")[0]
-
-    unexpected = {holder(name): name for name in sorted(info["unexpected_keys"])}
-    for missing in info["missing_keys"]:
-        if (found := unexpected.get(holder(missing))) is not None:
-            faults.append(f"the checkpoint holds {found} where the model holds {missing}")
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ValueError(
-            f"{source} does not fit {type(model).__name__}: {min(faults)}{more}. Leave the ranks as its "
-            "config.json has them, or pass ignore_mismatched_sizes=True to start what does not fit anew"
-        )
-
-
-def _unreadable_file(folder: Path) -> Path:
-    """The first weight file in a folder that cannot be opened; the folder itself if it is not one on this disk."""
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError:
-            return file
-    return folder
-
-
-def _init_factors(module: Factorized, std: float) -> None:
+def init_factors(module: Factorized, std: float) -> None:
     """Guarded initialization of a factorized layer: nothing is drawn or decomposed if a checkpoint set all of it."""
     if not all(is_loaded(factor) or factor.is_meta for factor in module.factors()):
         values = module.fresh_factors(lambda weight: draw_normal_(weight, std))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_fnl.calibration import Batch, Call, visit
 from hf_fnl.config import LayerRank, RankRule
@@ -15,12 +16,15 @@ from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.models.attention import FactorizedAttention
 from hf_fnl.ranks import Candidate, choose_ranks
+from hf_fnl.spectral import spectral_init
 from hf_fnl.truncation import (
     HeadMoments,
+    Moments,
     Projection,
     linear_energies,
     ov_energies,
     qk_energies,
+    truncate_linear,
     truncate_ov,
     truncate_qk,
 )
@@ -58,17 +62,15 @@ def ranks_by_rule(
     def spectra() -> dict[tuple[str, str], Tensor]:
         return _spectra(dense, shared, projections, num_heads, calibration)
 
-    candidates, places = [], []
+    candidates: dict[str, list[Candidate]] = {option: [] for option in shared}
     for option, layers in shared.items():
         for number, names in enumerate(layers):
             modules = [dense.get_submodule(name) for name in names]
             energies = functools.partial(_summed, spectra, option, names)
-            candidates.append(_candidate(f"{option}[{number}]", option, modules, projections, num_heads, energies))
-            places.append(option)
-    chosen = choose_ranks(candidates, rule)
-    ranks: dict[str, list[int | None]] = {option: [] for option in shared}
-    for option, candidate in zip(places, candidates, strict=True):
-        ranks[option].append(chosen[candidate.name])
+            name = option.removesuffix("_rank") + (f" in layer {number}" if len(layers) > 1 else "")
+            candidates[option].append(_candidate(name, option, modules, projections, num_heads, energies))
+    chosen = choose_ranks([candidate for layers in candidates.values() for candidate in layers], rule)
+    ranks = {option: [chosen[candidate.name] for candidate in layers] for option, layers in candidates.items()}
     return {option: values[0] if len(set(values)) == 1 else values for option, values in ranks.items()}
 
 
@@ -148,24 +150,26 @@ def head_projections(
 
 
 @torch.no_grad()
-def fill_(ours: nn.Module, dense: nn.Module, calibration: Calibration | None = None) -> None:
+def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | None = None) -> None:
     """Fill a factorized model from the stock model of the same sizes, in place.
 
     Args:
         ours: The factorized model; its modules have the stock model's names.
         dense: The stock model, which is left as it is.
         calibration: Truncates in the metric of what these data are in front of each layer, layer by layer in the order
-            of execution; see :mod:`hf_fnl.calibration`. In the Frobenius norm unless given.
+            of execution; see :mod:`hf_fnl.calibration`. In the Frobenius norm unless given. An embedding, and the
+            output matrix that is tied to it, always are.
     """
+    ours.tie_weights()  # which a construction that initializes nothing leaves out
     state, theirs = ours.state_dict(), dense.state_dict()
     for name, value in state.items():
         if name in theirs and theirs[name].shape == value.shape:
             value.copy_(theirs[name])
-    units = {
-        name: module
-        for name, module in ours.named_modules(remove_duplicate=False)
-        if isinstance(module, Factorized | FactorizedAttention)
-    }
+    trained = {name: p.requires_grad for name, p in dense.named_parameters(remove_duplicate=False)}
+    for name, parameter in ours.named_parameters():
+        weight = name.rpartition(".")[0] + ".weight"  # what a factor stands for
+        parameter.requires_grad_(trained[name] if name in trained else trained[weight])
+    units = _units(ours)
     if calibration is None:
         for name, module in units.items():
             _fill_unit_(module, dense.get_submodule(name), None)
@@ -178,17 +182,35 @@ def fill_(ours: nn.Module, dense: nn.Module, calibration: Calibration | None = N
     visit(dense, calibration, {name: functools.partial(visitor, module) for name, module in units.items()})
 
 
+def _units(ours: nn.Module) -> dict[str, nn.Module]:
+    """What is filled at once, by name: attentions and factorized layers, of those that are tied the first."""
+    units: dict[str, nn.Module] = {}
+    filled: set[Tensor] = set()
+    for name, module in ours.named_modules():
+        if isinstance(module, FactorizedAttention) or (isinstance(module, Factorized) and module.U not in filled):
+            units[name] = module
+            filled.update(module.factors() if isinstance(module, Factorized) else ())
+    return units
+
+
 def _fill_unit_(ours: nn.Module, dense: Any, call: Call | None) -> None:
     if isinstance(ours, FactorizedAttention):
         _fill_attention_(ours, dense, call)
     elif isinstance(ours, FactorizedEmbedding):
         ours.load_state_dict(FactorizedEmbedding.from_dense(dense, ours.rank).state_dict())
     elif isinstance(ours, FactorizedLinear):
-        moments = None if call is None else call.input_moments()
-        layer = FactorizedLinear.from_dense(dense, ours.rank, moments=moments)
-        ours.set_factors_(layer.factors())
-        if ours.bias is not None:
-            ours.bias.copy_(layer.bias)
+        _fill_linear_(ours, dense_weight(dense), None if call is None else call.input_moments())
+
+
+def _fill_linear_(ours: FactorizedLinear, weight: Tensor, moments: Moments | None) -> None:
+    if moments is None:
+        ours.set_factors_(spectral_init(weight, ours.rank))
+        return
+    # The bias that ours holds already: a decoder's is not its own but its head's, and takes nothing over.
+    U, V, bias = truncate_linear(weight, ours.bias, ours.rank, moments)
+    ours.set_factors_((U, V))
+    if bias is not None:
+        ours.bias.copy_(bias)
 
 
 def _fill_attention_(ours: FactorizedAttention, dense: nn.Module, call: Call | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ class FLAMBe(Lamb):
     r"""LAMB with Frobenius decay of products (Khodak et al. 2021, Sec. 6).
 
     In the update of a factor ``p`` of a product ``W``, ``weight_decay * p`` becomes ``weight_decay * F_p``, where
-    ``F_p`` is the gradient of ``||W||_F^2 / 2``; the trust ratio is that of the whole update. All other parameters are
-    updated as by :class:`Lamb`. All products are taken as they are before the step.
+    ``F_p`` is the gradient of ``||W||_F^2 / 2``, summed over the heads that share ``p``; the trust ratio is that of the
+    whole parameter. All other parameters, and what a parameter holds beside factors, are updated as by :class:`Lamb`.
+    All products are taken as they are before the step.
 
     Args:
         params: Named parameters, ``model.named_parameters()``, or groups of them; see
@@ -58,12 +60,13 @@ class FLAMBe(Lamb):
         """``F_p`` for the factors of products, from what the products are now."""
         named = by_name(self.param_groups)
         parameters = {name: parameter for name, (parameter, _) in named.items()}
-        multipliers = {}
+        multipliers = defaultdict(list)
         for product in self.products:
             _, group = named[product.parts[0].name]
             if group["weight_decay"] != 0:
                 pairs = zip(product.parts, decay_multipliers(*product.factors(parameters)), strict=True)
-                multipliers.update({parameters[part.name]: (part, left, right) for part, (left, right) in pairs})
+                for part, (left, right) in pairs:
+                    multipliers[parameters[part.name]].append((part, left, right))
         return functools.partial(_frobenius_term, multipliers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -71,14 +74,17 @@ class FLAMBe(Lamb):
 
 
 def _frobenius_term(
-    multipliers: Mapping[Tensor, tuple[Factor, Tensor | None, Tensor]], parameter: Tensor, buffer: Tensor | None
+    multipliers: Mapping[Tensor, list[tuple[Factor, Tensor | None, Tensor]]], parameter: Tensor, buffer: Tensor | None
 ) -> Tensor:
     if parameter not in multipliers:
         return parameter
-    part, left, right = multipliers[parameter]
-    term = torch.empty_like(parameter) if buffer is None else buffer
-    factor = part.view(parameter)
-    torch.matmul(factor if left is None else left @ factor, right, out=part.view(term))
+    factors = [part.view(parameter) for part, _, _ in multipliers[parameter]]
+    if sum(factor.numel() for factor in factors) == parameter.numel():
+        term = torch.empty_like(parameter) if buffer is None else buffer
+    else:  # the rest gets ordinary decay
+        term = parameter.clone() if buffer is None else buffer.copy_(parameter)
+    for factor, (part, left, right) in zip(factors, multipliers[parameter], strict=True):
+        torch.matmul(factor if left is None else left @ factor, right, out=part.view(term))
     return term
 
 

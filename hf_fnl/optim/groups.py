@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_fnl.products import Product
+from hf_fnl.products import Factor, Product
 
 
 def parameter_groups(
@@ -21,7 +21,7 @@ def parameter_groups(
     """Split the trainable parameters of a model into named groups, as torch's optimizers take them.
 
     Matrices, and tensors of more dimensions, are decayed; vectors (biases, scales) are not. Factors of products are a
-    group of their own.
+    group of their own, together with what their parameters hold beside them.
 
     Args:
         model: Unwrapped, so that the names are those of its ``named_parameters``.
@@ -69,7 +69,7 @@ def by_name(groups: Iterable[dict[str, Any]]) -> dict[str, tuple[Tensor, dict[st
 
 
 def check_factors(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:
-    """Raise a ``ValueError`` unless every factor of ``products`` is a trainable parameter of named groups, once."""
+    """Raise a ``ValueError`` unless every factor of ``products`` is in a trainable parameter of named groups, once."""
     if not products:
         raise ValueError("there are no products to decay; find_products(model) lists those of a model")
     if "param_names" not in groups[0]:
@@ -78,12 +78,15 @@ def check_factors(products: Sequence[Product], groups: list[dict[str, Any]]) -> 
             'products=...), from model.named_parameters(), or from groups {"params": [(name, parameter), ...]}'
         )
     named = by_name(groups)
-    uses = Counter(name for product in products for name in product.parameter_names)
     for product in products:
         for name in product.parameter_names:
             if name not in named:
                 raise ValueError(f"product {product.name}: its factor {name} is not among the optimizer's parameters")
             if not named[name][0].requires_grad:
                 raise ValueError(f"product {product.name}: its factor {name} is frozen")
-            if uses[name] > 1:
-                raise ValueError(f"product {product.name}: its factor {name} belongs to more than one product")
+    by_parameter: dict[str, list[Factor]] = defaultdict(list)
+    for product in products:
+        for part in product.parts:
+            if any(part.overlaps(other) for other in by_parameter[part.name]):
+                raise ValueError(f"product {product.name}: its factor {part.name} belongs to more than one product")
+            by_parameter[part.name].append(part)

@@ -19,6 +19,7 @@ from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 from hf_fnl.products import Product, find_products
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback
+from hf_fnl.training.card import write_trainer_card
 
 
 def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments) -> torch.optim.Optimizer:
@@ -105,6 +106,11 @@ class FLAMBeTrainer(Trainer):
             if self.is_world_process_zero():
                 shutil.rmtree(partial, ignore_errors=True)
             raise RuntimeError(f"could not write {partial}: {error}; earlier checkpoints are as they were") from error
+
+    def create_model_card(self, **stated: Any) -> None:
+        """Write the card of the run, with what :func:`~hf_fnl.training.card.write_trainer_card` lets you state."""
+        if self.is_world_process_zero():
+            write_trainer_card(self, **stated)
 
     def compute_loss(
         self,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_fnl.products import Product
 
 from .lamb import ReferenceLamb
+from .products import decay_gradients
 
 
 class ReferenceFLAMBe(ReferenceLamb):
@@ -22,10 +22,4 @@ class ReferenceFLAMBe(ReferenceLamb):
 
     def decay_terms(self) -> dict[str, Tensor]:
         """The parameters, and in the place of factors the gradients of their products."""
-        terms = super().decay_terms()
-        for product in self.products:
-            with torch.enable_grad():
-                factors = {name: self.parameters[name].clone().requires_grad_() for name in product.parameter_names}
-                (product.matrix(factors).square().sum() / 2).backward()
-            terms.update({name: factor.grad for name, factor in factors.items()})
-        return terms
+        return {**super().decay_terms(), **decay_gradients(self.products, self.parameters)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,24 +32,36 @@ class Record:
     steps: int | None = None
 
     @classmethod
-    def read(cls, folder: str | Path) -> Record:
-        """Read what is there of ``metrics.json``, ``run_config.json``, ``factorization.json`` and ``trainer_state.json``.
+    def read(cls, folder: str | os.PathLike[str]) -> Record:
+        """Read what is there of the four files above.
 
         Args:
             folder: Folder of a model or a run. That of a run in phases has their states in ``phase-*`` folders.
 
         Raises:
+            FileNotFoundError: If there is no such folder.
             ValueError: If one of the files is damaged.
         """
         folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"record must be the folder of a run or of a model; there is none at {folder}")
+        factorization = read_json(folder / FACTORIZATION_FILE)
+        if not all({"kind", "shape", "rank"} <= set(layer) for layer in factorization.get("layers", [])):
+            raise ValueError(f"{folder / FACTORIZATION_FILE} is damaged: a layer lacks its kind, shape or rank")
         states = [read_json(part / STATE_FILE) for part in (folder, *sorted(folder.glob("phase-*")))]
         log = [entry for state in states for entry in state.get("log_history", [])]
         return cls(
             metrics=flatten(read_json(folder / METRICS_FILE)) or last_figures(log),
             settings=read_json(folder / CONFIG_FILE),
-            factorization=read_json(folder / FACTORIZATION_FILE),
+            factorization=factorization,
             steps=sum(state.get("global_step", 0) for state in states) or None,
         )
+
+    @property
+    def origins(self) -> list[str]:
+        """Names or paths of the model that this one was made from."""
+        named = (self.factorization.get("base_model"), self.settings.get("model"), self.settings.get("init_from"))
+        return [name for name in named if name]
 
 
 def last_figures(log: list[dict[str, Any]]) -> dict[str, Any]:

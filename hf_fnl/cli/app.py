@@ -1,0 +1,245 @@
+"""The commands of ``hf-fnl`` and their options; what they do is imported when they run, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, size_change, sort_rows
+from hf_fnl.cli.terminal import session
+
+app = typer.Typer(
+    name="hf-fnl",
+    help="Factorized neural layers: make a trained model smaller, look into it, and turn it back into a stock model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model, or its id on the Hub.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It appears whole, or not at all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that holds files.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+_RULE, _RANKS, _WHERE, _DATA = "How far (one of these)", "Ranks by kind instead", "What", "Calibration"
+
+
+def _share(text: str) -> Any:
+    return typer.Option(metavar="SHARE", help=text, rich_help_panel=_RULE)
+
+
+def _rank(text: str, panel: str = _RANKS) -> Any:
+    return typer.Option(metavar="N", help=text, rich_help_panel=panel)
+
+
+@app.command(epilog="Example: `hf-fnl factorize bert-base-uncased --ratio 0.5 --calibrate texts.jsonl --out bert-half`")
+def factorize(
+    context: typer.Context,
+    model: Model,
+    out: Out,
+    ratio: Annotated[float | None, _share("Parameters that stay, one scale of ranks for all.")] = None,
+    budget: Annotated[float | None, _share("Parameters that stay, where the spectra need them.")] = None,
+    energy: Annotated[float | None, _share("Smallest ranks that keep this share of every product's energy.")] = None,
+    rank_scale: Annotated[float | None, _share("Ranks as a share of the largest rank.")] = None,
+    rank: Annotated[int | None, _rank("The same rank everywhere.", _RULE)] = None,
+    multiple_of: Annotated[int, _rank("Make ranks multiples of N; GPUs like 8 or 64.", _RULE)] = 1,
+    qk_rank: Annotated[int | None, _rank("Rank of each head's query-key product.")] = None,
+    ov_rank: Annotated[int | None, _rank("Rank of each head's output-value product.")] = None,
+    ffn_rank: Annotated[int | None, _rank("Rank of the feed-forward matrices.")] = None,
+    embedding_rank: Annotated[int | None, _rank("Rank of the word embedding.")] = None,
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help="Kinds, with commas between: qk, ov, ffn, embedding for BERT (the first three unless given); "
+            "linear, embedding, conv for other models (linear unless given).",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "",
+    surgery: Annotated[
+        bool,
+        typer.Option(
+            "--surgery",
+            help="Factorize layer by layer, as models without a factorized class of ours always are.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only layers with such names, as '*.mlp.*'.", rich_help_panel=_WHERE),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="No layers with such names, as 'lm_head'.", rich_help_panel=_WHERE),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTS",
+            help="Keep what matters for these texts: a .txt, .json(l) or .parquet file, a folder of them, or a data "
+            "set on the Hub.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the texts.", rich_help_panel=_DATA)] = "text",
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Texts to take.", rich_help_panel=_DATA)] = 256,
+    calibration_length: Annotated[int, typer.Option(min=1, help="Tokens of each.", rich_help_panel=_DATA)] = 128,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a trained model smaller: hold its matrices as products of low rank.
+
+    The folder that is written holds the model, its tokenizer, a model card, and factorization.json with the rank of
+    every layer. Say how far with one rule, or give ranks. A calibrated model keeps more of what the dense one knows.
+    """
+    rules = {"ratio": ratio, "budget": budget, "energy": energy, "rank_scale": rank_scale, "rank": rank}
+    by_kind = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
+    ranks = {name: value for name, value in by_kind.items() if value is not None}
+    _check_rules(rules, ranks, multiple_of)
+    with session(as_json=as_json, debug=debug) as terminal:
+        from hf_fnl.cli import factorize as work
+        from hf_fnl.cli.sources import Texts
+        from hf_fnl.config import RankRule
+
+        rule = None if ranks else _usage(RankRule, **rules, multiple_of=multiple_of)
+        texts = calibrate and Texts(
+            source=calibrate, column=text_column, samples=calibration_samples, length=calibration_length
+        )
+        order = work.Order(
+            source=model,
+            target=out,
+            rule=rule,
+            ranks=ranks,
+            kinds=tuple(filter(None, kinds.replace(" ", "").split(","))),
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            surgery=surgery,
+            texts=texts or None,
+            overwrite=overwrite,
+            command=_command_line(context),
+        )
+        record = work.factorize(order, terminal)
+        sizes = size_change(record["parameters_before"], record["parameters_after"])
+        terminal.show(record | {"out": str(out)}, layers_table(record["layers"]), f"\n{sizes}\n{out}")
+
+
+@app.command(epilog="Example: `hf-fnl merge bert-half --out bert-half-stock`")
+def merge(
+    model: Model,
+    out: Out,
+    check: Annotated[bool, typer.Option(help="Compare outputs on random inputs before anything is written.")] = True,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a factorized model into a stock one with the same outputs, which needs no hf_fnl to run.
+
+    Products are multiplied out, so the model has the size of the dense one again.
+    """
+    with session(as_json=as_json, debug=debug) as terminal:
+        from hf_fnl.cli import merge as work
+
+        result = work.merge(model, out, check=check, overwrite=overwrite, terminal=terminal)
+        difference = result["largest_difference"]
+        checked = "outputs were not compared" if difference is None else f"outputs differ by at most {difference:.2g}"
+        sizes = size_change(result["parameters_before"], result["parameters_after"])
+        classes = f"{result['factorized_class']} -> {result['class']}"
+        terminal.show(result | {"out": str(out)}, f"{classes}: {sizes}\n{checked}\n{out}")
+
+
+@app.command(epilog="Example: `hf-fnl inspect bert-half --sort effective-rank`")
+def inspect(
+    model: Model,
+    sort: Annotated[SortKey | None, typer.Option(help="Largest first; in the order of the model unless given.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show every matrix of a model: shape, rank, parameters, FLOPs, norms, effective rank, energy kept.
+
+    For the heads of an attention norms are means over the heads. The effective rank is the nuclear norm divided by the
+    largest singular value. The energy is the share of the squared Frobenius norm that factorizing kept.
+    """
+    with session(as_json=as_json, debug=debug) as terminal:
+        from hf_fnl.cli.sources import load_model
+        from hf_fnl.diagnostics import parameter_count
+        from hf_fnl.report import inspect_model, read_energies
+
+        loaded = load_model(model, terminal)
+        with terminal.step("decomposing") as advance:
+            found = inspect_model(loaded, energies=read_energies(model), progress=advance)
+        rows = sort_rows([asdict(row) for row in found], sort)
+        total = int(parameter_count(loaded)["total"])
+        result = {"model": model, "class": type(loaded).__name__, "parameters": total, "matrices": rows}
+        terminal.show(result, matrices_table(rows), f"\n{type(loaded).__name__}: {total:,} parameters in all")
+
+
+@app.command(epilog="Example: `hf-fnl report runs/flambe --compare runs/lamb bert-half --out report.html`")
+def report(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run or a model, or a model's id on the Hub."),
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="A B", help="Two runs or models, side by side.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a run or a model: losses, norms, spectra, effective ranks and step sizes."""
+    sources = [*([source] if source else []), *(compare or ())]
+    if not sources:
+        raise typer.BadParameter("name a run or a model, or two with --compare A B")
+    with session(as_json=as_json, debug=debug) as terminal:
+        from hf_fnl.report import write_report
+
+        with terminal.step("decomposing") as advance:
+            written = write_report(sources, out, progress=advance)
+        terminal.show({"sources": sources, "out": str(written)}, str(written))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``hf-fnl``; ends with ``SystemExit``."""
+    app(arguments, prog_name="hf-fnl")
+
+
+def _check_rules(rules: dict[str, Any], ranks: dict[str, int], multiple_of: int) -> None:
+    given = [name for name, value in rules.items() if value is not None]
+    if len(given) + bool(ranks) != 1:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in rules)
+        found = ", ".join(f"--{name.replace('_', '-')}" for name in (*given, *ranks)) or "none"
+        raise typer.BadParameter(
+            f"say how far with exactly one of {options}; or with ranks: any of --qk-rank, --ov-rank, --ffn-rank, "
+            f"--embedding-rank; got {found}"
+        )
+    if ranks and multiple_of != 1:
+        raise typer.BadParameter("--multiple-of belongs to a rule; ranks are taken as they are")
+
+
+def _usage(make: Any, **options: Any) -> Any:
+    """Make something from options; what it refuses is an error of usage."""
+    try:
+        return make(**options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _command_line(context: typer.Context) -> str:
+    """The command with the options that were given."""
+    words = ["hf-fnl", str(context.info_name)]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        option = [] if parameter.param_type_name == "argument" else [parameter.opts[0]]
+        for each in value if isinstance(value, list | tuple) else [value]:
+            words += option if each is True else [*option, str(each)]
+    return shlex.join(words)

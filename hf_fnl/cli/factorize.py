@@ -1,0 +1,189 @@
+"""``hf-fnl factorize``: a folder with a factorized model from one with a dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_fnl.cli.folders import carry_files, local_files, new_folder
+from hf_fnl.cli.sources import Texts, calibration_batch, factorized_classes, load_model
+from hf_fnl.cli.terminal import Terminal
+from hf_fnl.config import FactorizationConfig, RankRule
+from hf_fnl.diagnostics import parameter_count
+from hf_fnl.functional import squared_frobenius_norm
+from hf_fnl.models.base import FactorizedPreTrainedModel
+from hf_fnl.models.cards import CARD_FILE, write_card
+from hf_fnl.models.cards.record import FACTORIZATION_FILE
+from hf_fnl.products import find_products
+from hf_fnl.surgery import factorize_
+from hf_fnl.training.files import write_json
+
+Calibration = Mapping[str, Tensor] | None
+Layer = dict[str, Any]
+Factors = tuple[Tensor, ...]
+
+_COLUMNS = ("name", "kind", "shape", "rank", "parameters_before", "parameters_after", "energy")
+_INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What ``hf-fnl factorize`` is asked for.
+
+    Args:
+        source: Folder or Hub id of the dense model.
+        target: Folder to write.
+        rule: How ranks are chosen; ``None`` where ``ranks`` says them.
+        ranks: Ranks by the options of our classes, such as ``ffn_rank``.
+        kinds: Kinds of products or layers; empty for the usual ones.
+        include: Patterns of layer names, for surgery.
+        exclude: Likewise.
+        surgery: Factorize in place even where there is a class of ours.
+        texts: Text to calibrate with.
+        overwrite: Replace a target that holds files.
+        command: The command as it was typed.
+    """
+
+    source: str
+    target: Path
+    rule: RankRule | None
+    ranks: Mapping[str, int]
+    kinds: tuple[str, ...]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    surgery: bool
+    texts: Texts | None
+    overwrite: bool
+    command: str
+
+
+def factorize(order: Order, terminal: Terminal) -> dict[str, Any]:
+    """Load, factorize and write a model.
+
+    Returns:
+        What ``factorization.json`` holds.
+
+    Raises:
+        OSError: If files are missing, damaged or cannot be written.
+        ValueError: If the order does not fit the model.
+    """
+    with new_folder(order.target, source=order.source, overwrite=order.overwrite) as folder:
+        dense = load_model(order.source, terminal)
+        ours = _class_for(dense, order)
+        before = parameter_count(dense)["total"]
+        batch = None
+        if order.texts is not None:
+            with terminal.step("reading texts"):
+                batch = calibration_batch(dense, order.source, order.texts)
+        with terminal.step("factorizing"):
+            model, layers = _convert(dense, ours, order, batch) if ours else _operate(dense, order, batch, terminal)
+        record = _record(order, before, parameter_count(model)["total"], layers)
+        with terminal.step("writing"):
+            model.save_pretrained(folder)
+            carry_files(order.source, folder)
+            write_json(folder / FACTORIZATION_FILE, record)
+            known = {"record": folder, "metadata": inherited_metadata(order.source)}
+            write_card(folder / CARD_FILE, model, name=order.target.resolve().name, **known)
+    return record
+
+
+def _class_for(dense: PreTrainedModel, order: Order) -> type[FactorizedPreTrainedModel] | None:
+    """Our class to make from a model, or ``None`` for surgery; an order that does not fit the model is refused."""
+    name = type(dense).__name__
+    if isinstance(dense, FactorizedPreTrainedModel):
+        raise ValueError(f"{order.source} is factorized already, a {name}; hf-fnl merge makes it dense")
+    ours = None if order.surgery else factorized_classes().get(type(dense))
+    if ours is None and order.ranks:
+        options = ", ".join(f"--{option.replace('_', '-')}" for option in order.ranks)
+        raise ValueError(f"{options}: a {name} is factorized layer by layer; use --rank, --ratio or another rule")
+    if ours is not None and (order.include or order.exclude):
+        raise ValueError(f"--include and --exclude need --surgery for a {name}; --kinds does not")
+    return ours
+
+
+def _convert(
+    dense: PreTrainedModel, ours: type[FactorizedPreTrainedModel], order: Order, calibration: Calibration
+) -> tuple[PreTrainedModel, list[Layer]]:
+    """A model of our class, and what became of the products of the dense one."""
+    options: dict[str, Any] = {**order.ranks, "rule": order.rule, "calibration": calibration}
+    if order.kinds:
+        options["kinds"] = order.kinds
+    model = ours.from_dense(dense, **options)
+    return model, list(_layers(dense, model))
+
+
+def _operate(
+    dense: PreTrainedModel, order: Order, calibration: Calibration, terminal: Terminal
+) -> tuple[PreTrainedModel, list[Layer]]:
+    """The model itself after surgery, and what became of its layers."""
+    patterns = {"kinds": order.kinds, "include": order.include, "exclude": order.exclude}
+    options: dict[str, Any] = {name: value for name, value in patterns.items() if value} | vars(order.rule)
+    done = factorize_(dense, FactorizationConfig(**options), calibration=calibration)
+    for name, reason in done.skipped.items():
+        terminal.note(f"note: {name} stays dense: {reason}")
+    return dense, [{column: getattr(layer, column) for column in _COLUMNS} for layer in done.replacements]
+
+
+@torch.no_grad()
+def _layers(dense: PreTrainedModel, ours: PreTrainedModel) -> Iterator[Layer]:
+    """The products of our model that are not as in the dense one."""
+    attentions = {product.name: product for product in find_products(dense)}
+    for product in find_products(ours):
+        U, V = product.factors(ours)
+        if product.name in attentions:
+            matrix = attentions[product.name].factors(dense)
+            if matrix[0].shape == U.shape:
+                continue
+        else:
+            matrix = (dense.get_parameter(f"{product.name}.weight"),)
+        yield {
+            "name": product.name,
+            "kind": product.kind,
+            "shape": (U.shape[-2], V.shape[-2]),
+            "rank": U.shape[-1],
+            "parameters_before": sum(factor.numel() for factor in matrix),
+            "parameters_after": U.numel() + V.numel(),
+            "energy": kept_energy(matrix, U, V),
+        }
+
+
+def kept_energy(matrix: Factors, U: Tensor, V: Tensor) -> float:
+    """``1 - ||W - U V^T||_F^2 / ||W||_F^2``, over all heads, without forming ``U V^T``.
+
+    Args:
+        matrix: ``W``, or the two factors of it that the heads of a dense attention are.
+        U: ``(..., m, r)``.
+        V: ``(..., n, r)``.
+    """
+    U, V, *W = (tensor.double() for tensor in (U, V, *matrix))
+    inner = ((W[0] @ V) * U).sum() if len(W) == 1 else ((W[0].mT @ U) * (W[1].mT @ V)).sum()
+    total = W[0].square().sum() if len(W) == 1 else squared_frobenius_norm(*W).sum()
+    return float((2 * inner - squared_frobenius_norm(U, V).sum()) / total) if total > 0 else 1.0
+
+
+def _record(order: Order, before: float, after: float, layers: list[Layer]) -> dict[str, Any]:
+    return {
+        "base_model": order.source,
+        "command": order.command,
+        "calibration": None if order.texts is None else asdict(order.texts),
+        "parameters_before": int(before),
+        "parameters_after": int(after),
+        "ratio": after / before,
+        "layers": layers,
+    }
+
+
+def inherited_metadata(source: str) -> ModelCardData:
+    """What holds of a model made from another as well: licence, language and task, from the card of that one."""
+    path = local_files(source, [CARD_FILE]) / CARD_FILE
+    if not path.is_file():
+        return ModelCardData()
+    stated = vars(ModelCard.load(path, ignore_metadata_errors=True).data)
+    return ModelCardData(**{key: stated[key] for key in _INHERITED if stated.get(key)})

@@ -1,0 +1,103 @@
+"""What a person sees of a command's result."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+ABSENT = "-"
+
+
+class SortKey(str, enum.Enum):
+    """Columns by which ``hf-fnl inspect`` sorts; the largest comes first."""
+
+    RANK = "rank"
+    PARAMETERS = "parameters"
+    FLOPS = "flops"
+    FROBENIUS = "frobenius"
+    NUCLEAR = "nuclear"
+    EFFECTIVE_RANK = "effective-rank"
+    ENERGY = "energy"
+
+    @property
+    def field(self) -> str:
+        """Name of the figure in a row."""
+        return _FIELDS.get(self.value, self.value)
+
+
+_FIELDS = {"frobenius": "frobenius_norm", "nuclear": "nuclear_norm", "effective-rank": "effective_rank"}
+_COLUMNS = {
+    "product": "name",
+    "kind": "kind",
+    "shape": "shape",
+    "rank": "rank",
+    "parameters": "parameters",
+    "FLOPs/token": "flops",
+    "Frobenius": "frobenius_norm",
+    "nuclear": "nuclear_norm",
+    "eff. rank": "effective_rank",
+    "energy": "energy",
+}
+_LEFT = ("product", "kind", "layers", "shape")
+
+
+def sort_rows(rows: Sequence[Mapping[str, Any]], key: SortKey | None) -> list[Mapping[str, Any]]:
+    """Rows by a figure, largest first and those without it last; as they are where there is no key."""
+    if key is None:
+        return list(rows)
+    return sorted(rows, key=lambda row: (row[key.field] is None, -(row[key.field] or 0)))
+
+
+def matrices_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line for every matrix of a model, and the totals."""
+    table = _table(list(_COLUMNS), footer=True)
+    for row in rows:
+        table.add_row(*(_cell(row[field]) for field in _COLUMNS.values()))
+    totals = {"name": f"{len(rows)} matrices"} | {
+        field: f"{sum(row[field] for row in rows):,}" for field in ("parameters", "flops")
+    }
+    for column, field in zip(table.columns, _COLUMNS.values(), strict=True):
+        column.footer = totals.get(field, "")
+    return table
+
+
+def layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """One line for the factorized layers of each kind and shape."""
+    table = _table(["kind", "shape", "layers", "rank", "parameters", "before", "left", "energy"])
+    groups: dict[tuple[str, tuple[int, ...]], list[Mapping[str, Any]]] = {}
+    for layer in layers:
+        groups.setdefault((layer["kind"], tuple(layer["shape"])), []).append(layer)
+    for (kind, shape), members in groups.items():
+        before, after = (sum(layer[f"parameters_{when}"] for layer in members) for when in ("before", "after"))
+        ranks = [layer["rank"] for layer in members]
+        rank = str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+        kept = [layer["energy"] for layer in members if layer["energy"] is not None]
+        energy = sum(kept) / len(kept) if kept else None
+        sizes = (f"{after:,}", f"{before:,}", f"{after / before:.1%}")
+        table.add_row(kind, _cell(shape), str(len(members)), rank, *sizes, _cell(energy))
+    return table
+
+
+def size_change(before: int, after: int) -> str:
+    """Two numbers of parameters and their ratio."""
+    return f"{before:,} -> {after:,} parameters ({after / before:.1%})"
+
+
+def _table(names: Sequence[str], *, footer: bool = False) -> Table:
+    table = Table(box=None, show_footer=footer, pad_edge=False, header_style="bold", footer_style="bold")
+    for name in names:
+        table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ABSENT
+    if isinstance(value, list | tuple):
+        return " x ".join(map(str, value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,6 @@
+"""Model cards for the Hub, written from a model and from what lies beside it."""
+
+from hf_fnl.models.cards.card import CARD_FILE, is_automatic, model_card, write_card, write_upload_card
+from hf_fnl.models.cards.record import Record
+
+__all__ = ["CARD_FILE", "Record", "is_automatic", "model_card", "write_card", "write_upload_card"]

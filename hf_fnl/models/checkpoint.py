@@ -1,0 +1,116 @@
+"""Checkpoints of models that went through surgery.
+
+Transformers builds a model, lets a *quantization method* change it, and then loads the weights. Surgery is registered
+as such a method under the name ``hf_fnl``: the factorized layers are put in their places before the weights arrive.
+What comes back is no quantized model but an ordinary one, which trains, casts and saves as any other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import hf_fnl.models
+from hf_fnl.layers import Factorized
+from hf_fnl.models.base import init_factors
+from hf_fnl.models.loading import load_checked
+from hf_fnl.surgery import QUANT_METHOD, restore_
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class SurgeryConfig(QuantizationConfigMixin):
+    """The record of surgery as it stands in ``config.json``.
+
+    Args:
+        layers: Rank, and scheme of a convolution, by the name of the layer.
+        quant_method: Name of the method, ``"hf_fnl"``.
+    """
+
+    def __init__(self, layers: Mapping[str, Mapping[str, Any]], quant_method: str = QUANT_METHOD) -> None:
+        self.layers, self.quant_method = layers, quant_method
+
+
+class SurgeryLoader(HfQuantizer):
+    """Puts factorized layers into a model before its weights are loaded."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        restore_(model, self.quantization_config.to_dict())
+
+    @torch.no_grad()
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Draw what the checkpoint lacks, and leave a model that does not count as quantized."""
+        for layer in model.modules():
+            if isinstance(layer, Factorized):
+                init_factors(layer, getattr(model.config, "initializer_range", 0.02))
+        record = getattr(model.config, "quantization_config", None)
+        self.remove_quantization_config(model)
+        if record is not None:
+            model.config.quantization_config = record
+
+    def is_serializable(self) -> bool:
+        """Whether the model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained."""
+        return True
+
+
+# A second import, as in a notebook, finds the method registered.
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(SurgeryLoader)
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(SurgeryConfig)
+
+
+def load(path_or_id: str | os.PathLike, auto_class: Any = None, **kwargs: Any) -> Any:
+    """Load a model of Transformers: stock, factorized by its class, or factorized by surgery.
+
+    Args:
+        path_or_id: Folder or Hub id.
+        auto_class: A model class, or an Auto class. The one that the checkpoint was saved from unless given.
+        **kwargs: For its ``from_pretrained``.
+
+    Returns:
+        The model in evaluation mode; nothing is decomposed on the way.
+
+    Raises:
+        OSError: If there is no such folder or file, or a weight file is truncated or corrupt.
+        ValueError: If the checkpoint's parameters are not those that its configuration says, unless
+            ``ignore_mismatched_sizes``, or the configuration names no known class.
+    """
+    folder = Path(path_or_id, kwargs.get("subfolder") or "")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise OSError(f"{folder} holds no config.json, which a model's folder needs")
+    if auto_class is None:
+        options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
+        auto_class = _saved_class(path_or_id, AutoConfig.from_pretrained(path_or_id, **options))
+    return load_checked(auto_class.from_pretrained, path_or_id, **kwargs)
+
+
+def _saved_class(path_or_id: str | os.PathLike, config: PreTrainedConfig) -> Any:
+    names = config.architectures or []
+    for name in names:
+        for library in (hf_fnl.models, transformers):
+            if hasattr(library, name):
+                return getattr(library, name)
+    raise ValueError(
+        f"the config.json of {path_or_id} names no model class of transformers or hf_fnl in architectures, but "
+        f"{', '.join(names) or 'nothing'}; pass the class as auto_class"
+    )

@@ -1,0 +1,73 @@
+"""Loading with errors where Transformers has a log entry."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+
+def load_checked(
+    from_pretrained: Callable[..., Any],
+    source: str | os.PathLike | None,
+    *args: Any,
+    ignore_mismatched_sizes: bool = False,
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Call a ``from_pretrained`` of Transformers and refuse a checkpoint that is not that of the model.
+
+    Returns:
+        What ``from_pretrained`` returns.
+
+    Raises:
+        OSError: If a weight file is truncated or corrupt.
+        ValueError: If the checkpoint holds a parameter in another shape, or a product in another form, than the
+            configuration says, unless ``ignore_mismatched_sizes``.
+    """
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, info = from_pretrained(source, *args, **options, **kwargs)
+    except SafetensorError as error:
+        folder = Path(source or "", kwargs.get("subfolder") or "")
+        raise OSError(f"the weights in {_unreadable_file(folder)} are truncated or corrupt: {error}") from error
+    if not ignore_mismatched_sizes:
+        _check_loaded(model, source, info)
+    return (model, info) if output_loading_info else model
+
+
+def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if a checkpoint's parameters are not those of the model that was to hold them."""
+    faults = [
+        f"{name} has shape {tuple(theirs)} in the checkpoint and {tuple(ours)} in the model"
+        for name, theirs, ours in info["mismatched_keys"]
+    ]
+
+    def holder(name: str) -> str:  # the module, whose name in the checkpoint of a backbone has no prefix
+        return name.removeprefix(f"{model.base_model_prefix}.").rpartition(".")[0]
+
+    unexpected = {holder(name): name for name in sorted(info["unexpected_keys"])}
+    for missing in info["missing_keys"]:
+        if (found := unexpected.get(holder(missing))) is not None:
+            faults.append(f"the checkpoint holds {found} where the model holds {missing}")
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(
+            f"{source} does not fit {type(model).__name__}: {min(faults)}{more}. Leave the ranks as its "
+            "config.json has them, or pass ignore_mismatched_sizes=True to start what does not fit anew"
+        )
+
+
+def _unreadable_file(folder: Path) -> Path:
+    """The first weight file in a folder that cannot be opened; the folder itself if it is not one on this disk."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return file
+    return folder

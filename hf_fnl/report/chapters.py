@@ -1,0 +1,158 @@
+"""The chapters of a report: which quantities they show, with formula and source, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_fnl.report.panels import INK, Key, Line, Panel, Quantity, legend_of, make_panels, source_colours
+from hf_fnl.report.series import history_of, layers_of, spectra_of
+from hf_fnl.report.sources import Source
+from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
+
+MAX_PANELS = 12
+
+
+@dataclass(frozen=True)
+class Section:
+    """A quantity, its plots and their legend."""
+
+    heading: str
+    meaning: str
+    panels: list[Panel]
+    legend: list[Key]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Sections that need the same files, and which sources lack these."""
+
+    heading: str
+    sections: list[Section]
+    missing: list[str]
+
+
+IN_TRAINING = (
+    Quantity(
+        heading="Nuclear norm and its bound",
+        meaning="‖W‖<sub>*</sub> = Σσ ≤ ½(‖U‖<sub>F</sub>² + ‖V‖<sub>F</sub>²) for W = UVᵀ (K21, Eq. 2 and Fig. 1). "
+        "Ordinary weight decay of the factors holds down the bound; where the two lines meet, it penalizes the nuclear "
+        "norm.",
+        xlabel="step",
+        ylabel="norm",
+        series_of=history_of("nuclear_norm"),
+        dashed=history_of("nuclear_norm_bound"),
+        line_styles=("nuclear norm", "bound"),
+    ),
+    Quantity(
+        heading="Frobenius norm",
+        meaning="‖W‖<sub>F</sub> = √Σσ², which Frobenius decay holds down (K21, Def. 3.2).",
+        xlabel="step",
+        ylabel="Frobenius norm",
+        series_of=history_of("frobenius_norm"),
+    ),
+    Quantity(
+        heading="Effective rank",
+        meaning="‖W‖<sub>*</sub> / ‖W‖<sub>op</sub> (K22, Sec. 3.3). It falls when the largest singular value outgrows "
+        "the others.",
+        xlabel="step",
+        ylabel="effective rank",
+        series_of=history_of("effective_rank"),
+    ),
+    Quantity(
+        heading="Effective step size",
+        meaning="η / ‖W‖<sub>F</sub>², η the learning rate (K21, Sec. 3.3): how far a step turns a matrix whose scale "
+        "does not matter.",
+        xlabel="step",
+        ylabel="effective step size",
+        series_of=history_of("effective_step_size"),
+    ),
+)
+OF_THE_MODEL = (
+    Quantity(
+        heading="Spectra",
+        meaning="Singular values in descending order, divided by the largest; of an attention the mean over its heads. "
+        "The steeper a line, the less is lost when its end is cut off.",
+        xlabel="index i",
+        ylabel="singular value / largest",
+        series_of=spectra_of,
+        log=True,
+    ),
+    Quantity(
+        heading="Effective rank by layer",
+        meaning="‖W‖<sub>*</sub> / ‖W‖<sub>op</sub> (K22, Sec. 3.3), beside the rank that W can have.",
+        xlabel="layer",
+        ylabel="rank",
+        series_of=layers_of(lambda row: row.effective_rank),
+        dashed=layers_of(lambda row: row.rank),
+        line_styles=("effective rank", "rank"),
+    ),
+    Quantity(
+        heading="Norms by layer",
+        meaning="‖W‖<sub>F</sub> = √Σσ² and ‖W‖<sub>*</sub> = Σσ. The further apart, the more singular "
+        "values share the weight.",
+        xlabel="layer",
+        ylabel="norm",
+        series_of=layers_of(lambda row: row.frobenius_norm),
+        dashed=layers_of(lambda row: row.nuclear_norm),
+        line_styles=("Frobenius norm", "nuclear norm"),
+        log=True,
+    ),
+)
+
+
+def make_chapters(sources: Sequence[Source]) -> list[Chapter]:
+    """All chapters of a report, in its order."""
+    return [
+        Chapter(
+            "Loss",
+            [loss_section(sources)],
+            [f"{s.name} logged no loss: it has no {TRAINER_STATE_NAME}." for s in sources if not s.losses],
+        ),
+        Chapter(
+            "Products in training",
+            [make_section(sources, quantity) for quantity in IN_TRAINING],
+            [
+                f"{s.name} has no {DIAGNOSTICS_FILE}: train with --diagnostics_steps N to have one."
+                for s in sources
+                if not s.history
+            ],
+        ),
+        Chapter(
+            "Matrices of the model",
+            [make_section(sources, quantity) for quantity in OF_THE_MODEL],
+            [f"{s.name} has no weights: no config.json with *.safetensors." for s in sources if not s.spectra],
+        ),
+    ]
+
+
+def make_section(sources: Sequence[Source], quantity: Quantity) -> Section:
+    """The plots of a quantity, of no more than ``MAX_PANELS`` roles."""
+    panels = make_panels(sources, quantity)
+    meaning = quantity.meaning
+    if len(panels) > MAX_PANELS:
+        meaning += f" Shown are the first {MAX_PANELS} of {len(panels)} roles; the tables below have all."
+    return Section(
+        quantity.heading,
+        meaning,
+        panels[:MAX_PANELS],
+        legend_of(sources, panels) + _line_styles(quantity.line_styles),
+    )
+
+
+def loss_section(sources: Sequence[Source]) -> Section:
+    """Training and evaluation loss."""
+    lines = [
+        Line(f"{source.name}, {kind}", points, colour, dashed=kind == "evaluation")
+        for source, colour in zip(sources, source_colours(sources), strict=True)
+        for kind, points in source.losses.items()
+    ]
+    panels = [Panel("Loss", "step", "loss", lines, [])] if lines else []
+    legend = legend_of(sources, panels) + _line_styles(("training", "evaluation"))
+    return Section("Loss", "Mean over the steps since the last log, and over the evaluation data.", panels, legend)
+
+
+def _line_styles(names: tuple[str, str] | None) -> list[Key]:
+    return [] if names is None else [Key(names[0], INK), Key(names[1], INK, dashed=True)]

@@ -1,0 +1,52 @@
+"""Pictures of a training run, from what the Trainer and the diagnostics wrote into its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_fnl.report.chapters import IN_TRAINING, loss_section, make_section
+from hf_fnl.report.drawing import draw_png
+from hf_fnl.report.sources import Source, read_run
+from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
+
+
+def plot_loss(run: str | Path, target: str | Path) -> Path:
+    """Draw training and evaluation loss against steps.
+
+    Args:
+        run: Output folder of a Trainer that saved its state.
+        target: PNG file to write.
+
+    Raises:
+        FileNotFoundError: If the folder holds no ``trainer_state.json`` with losses.
+    """
+    source = _source(run)
+    if not source.losses:
+        raise FileNotFoundError(f"{run} holds no {TRAINER_STATE_NAME} with losses; was the run logged and finished?")
+    section = loss_section([source])
+    return draw_png(section.panels, section.legend, target, columns=1)
+
+
+def plot_diagnostics(run: str | Path, target: str | Path) -> Path:
+    """Draw norms, effective rank and effective step size of the products against steps, a column for each role.
+
+    Args:
+        run: Folder of a run with ``diagnostics_steps`` set.
+        target: PNG file to write.
+
+    Raises:
+        FileNotFoundError: If the folder holds no ``diagnostics.jsonl``.
+    """
+    source = _source(run)
+    if not source.history:
+        raise FileNotFoundError(f"{run} holds no {DIAGNOSTICS_FILE}; was the run started with --diagnostics_steps?")
+    sections = [make_section([source], quantity) for quantity in IN_TRAINING]
+    panels = [panel for section in sections for panel in section.panels]
+    return draw_png(panels, sections[0].legend, target, columns=len(sections[0].panels))
+
+
+def _source(run: str | Path) -> Source:
+    losses, history = read_run(run)
+    return Source(Path(run).name, str(run), losses=losses, history=history)

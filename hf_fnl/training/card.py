@@ -1,0 +1,74 @@
+"""The model card of a run, written by its Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import Trainer
+
+from hf_fnl.models.cards import CARD_FILE, Record, is_automatic, write_card
+from hf_fnl.models.cards.record import last_figures
+from hf_fnl.training.runs import run_settings
+
+
+def write_trainer_card(
+    trainer: Trainer,
+    *,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | None = None,
+) -> None:
+    """Write the card of a run into its ``output_dir``, with all that the folder and the Trainer know of the run.
+
+    A card that a person wrote is left as it is: the one in the folder, or else the one on the Hub, which is fetched.
+
+    Args:
+        trainer: The Trainer of the run.
+        language: Language of the data.
+        license: Licence of the model.
+        tags: Added to ours.
+        model_name: Name of the model, where it has no id on the Hub yet. Default: the name of the folder.
+        finetuned_from: Id of the base model on the Hub.
+        tasks: The Hub's name for the task.
+        dataset_tags: Ids of the data sets on the Hub.
+        dataset: What the model was trained on, in words.
+    """
+    folder = Path(trainer.args.output_dir)
+    if trainer.hub_model_id is not None:
+        _fetch_card(trainer, folder / CARD_FILE)
+    found = Record.read(folder) if folder.is_dir() else Record()
+    record = dataclasses.replace(
+        found,
+        metrics={**found.metrics, **last_figures(trainer.state.log_history)},
+        settings={**found.settings, **run_settings(trainer.args)},
+        steps=trainer.state.global_step or found.steps,
+    )
+    metadata = ModelCardData(
+        language=language,
+        license=license,
+        tags=[tags] if isinstance(tags, str) else tags,
+        base_model=finetuned_from,
+        pipeline_tag=tasks,
+        datasets=[dataset_tags] if isinstance(dataset_tags, str) else dataset_tags,
+    )
+    name = trainer.hub_model_id or model_name or folder.resolve().name
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    write_card(folder / CARD_FILE, model, name=name, record=record, data=dataset, metadata=metadata)
+
+
+def _fetch_card(trainer: Trainer, path: Path) -> None:
+    """Bring the card on the Hub here, where the upload of the folder would replace it, unless a person wrote ours."""
+    if path.is_file() and not is_automatic(path):
+        return
+    with contextlib.suppress(EntryNotFoundError):
+        shutil.copyfile(hf_hub_download(trainer.hub_model_id, CARD_FILE, token=trainer.args.hub_token), path)

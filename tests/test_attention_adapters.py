@@ -1,0 +1,346 @@
+"""Attention products of stock models: against slices multiplied by hand, and against what the attentions compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import CASES, CROSS, HEADS, HIDDEN, LAYERS, VOCABULARY, Case
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import AutoModel, BertConfig, BertModel, DebertaConfig, GPTNeoXConfig
+from transformers.pytorch_utils import Conv1D
+
+from hf_fnl.layers import FactorizedLinear
+from hf_fnl.products import AttentionProjections, Section, find_products, register_attention
+
+
+@pytest.fixture(params=CASES, scope="module")
+def stock(request) -> tuple[Case, nn.Module]:
+    case = CASES[request.param]
+    return case, case.build()
+
+
+def expected_matrices(case: Case, attention: nn.Module) -> dict[str, Tensor]:
+    """``qk`` and ``ov``, ``(heads, d, d)``, one head after the other."""
+    Q, K, V, O = case.projections(attention)  # noqa: E741
+    r, group = Q.shape[1] // case.heads, case.heads // case.kv_heads
+    own = [slice(head * r, (head + 1) * r) for head in range(case.heads)]
+    shared = [slice(head // group * r, (head // group + 1) * r) for head in range(case.heads)]
+    return {
+        "qk": torch.stack([Q[:, h] @ K[:, s].T for h, s in zip(own, shared, strict=True)]),
+        "ov": torch.stack([V[:, s] @ O[h] for h, s in zip(own, shared, strict=True)]),
+    }
+
+
+def test_every_attention_has_a_qk_and_an_ov_product(stock):
+    case, model = stock
+    names = {f"{name}.{kind}": kind for name in case.names() for kind in ("qk", "ov")}
+    assert {product.name: product.kind for product in find_products(model, ["qk", "ov"])} == names
+
+
+def test_products_are_slices_multiplied_by_hand(stock):
+    case, model = stock
+    for product in find_products(model):
+        expected = expected_matrices(case, model.get_submodule(product.name.rpartition(".")[0]))[product.kind]
+        assert_close(product.matrix(model).flatten(0, -3), expected)
+        assert_close(product.frobenius_norm(model).flatten(), torch.linalg.matrix_norm(expected))
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_groups_are_a_dimension_of_their_own(name):
+    case = CASES[name]
+    model = case.build()
+    group = case.heads // case.kv_heads
+    shapes = {p.kind: [tuple(factor.shape[:2]) for factor in p.factors(model)] for p in find_products(model)}
+    assert shapes == {
+        "qk": [(case.kv_heads, group), (case.kv_heads, 1)],
+        "ov": [(case.kv_heads, 1), (case.kv_heads, group)],
+    }
+
+
+def test_factors_are_views_of_their_parameters(stock):
+    """Ones written to all factors of a layer are ones in all its projections, and nothing else is touched."""
+    case, model = stock
+    name = case.names()[0]
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    with torch.no_grad():
+        for product in find_products(model):
+            if product.name.rpartition(".")[0] == name:
+                for factor in product.factors(model):
+                    factor.fill_(1)
+        assert all((matrix == 1).all() for matrix in case.projections(model.get_submodule(name)))
+        changed = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+        assert all(key.startswith(name) for key in changed)
+        for key, parameter in model.named_parameters():
+            parameter.copy_(before[key])
+
+
+def test_cross_attention_of_gpt2():
+    model = CROSS.build()
+    products = [p for p in find_products(model) if "crossattention" in p.name]
+    assert len(products) == 2 * LAYERS
+    for product in products:
+        attention = model.get_submodule(product.name.rpartition(".")[0])
+        assert_close(product.matrix(model), expected_matrices(CROSS, attention)[product.kind])
+
+
+def run_bert(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    attention = model.encoder.layer[0].attention
+    context, weights = attention.self(x)
+    return attention.output.dense(context), weights
+
+
+def run_gpt2(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    return model.h[0].attn(x)
+
+
+def run_llama(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    unrotated = torch.ones(1, x.shape[1], 4), torch.zeros(1, x.shape[1], 4)
+    return model.layers[0].self_attn(x, position_embeddings=unrotated, attention_mask=None)
+
+
+def run_t5(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    output, _, weights = model.decoder.block[0].layer[1].EncDecAttention(x, key_value_states=x)
+    return output, weights
+
+
+@pytest.mark.parametrize(
+    ("name", "run", "product_name", "scale"),
+    [
+        pytest.param("bert", run_bert, "encoder.layer.0.attention", 5**-0.5, id="bert"),
+        pytest.param("gpt2", run_gpt2, "h.0.attn", 5**-0.5, id="gpt2"),
+        pytest.param("llama", run_llama, "layers.0.self_attn", 4**-0.5, id="llama"),
+        pytest.param("phi3", run_llama, "layers.0.self_attn", 4**-0.5, id="phi3"),
+        pytest.param("t5", run_t5, "decoder.block.0.layer.1.EncDecAttention", 1.0, id="t5"),
+    ],
+)
+def test_products_are_what_an_attention_computes(name, run, product_name, scale):
+    """Scores are ``x Q_h K_h^T x^T`` and the output is a weighted sum of ``x V_h O_h^T``, head by head."""
+    model = CASES[name].build().double()
+    qk, ov = (p.matrix(model).flatten(0, -3) for p in find_products(model) if p.name.startswith(product_name + "."))
+    x = torch.randn(1, 7, qk.shape[-1]).double() / 4
+    with torch.no_grad():
+        output, weights = run(model, x)
+    assert_close(weights[0], torch.softmax(x @ qk @ x.mT * scale, -1), check_dtype=False)
+    assert_close(output[0], (weights[0] @ x @ ov).sum(0))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 7, "vdim": 5}], ids=["one-size", "three-sizes"])
+def test_torchs_attention(sizes):
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(HIDDEN, HEADS, batch_first=True, **sizes)
+    qk, ov = (product.matrix(attention) for product in find_products(attention, ["qk", "ov"]))
+    x, k, v = (torch.randn(1, 4, size) for size in (HIDDEN, sizes.get("kdim", HIDDEN), sizes.get("vdim", HIDDEN)))
+    output, weights = attention(x, k, v, average_attn_weights=False)  # the biases of a fresh one are zero
+    assert_close(weights[0], torch.softmax(x @ qk @ k.mT / 5**0.5, -1))
+    assert_close(output[0], (weights[0] @ v @ ov).sum(0))
+
+
+def factorize(model: nn.Module, *names: str) -> None:
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        dense = model.get_submodule(name)
+        setattr(model.get_submodule(parent), child, FactorizedLinear.from_dense(dense, 3))
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        pytest.param(("self.query", "self.key", "self.value", "output.dense"), [], id="all"),
+        pytest.param(("output.dense",), ["qk"], id="output"),
+        pytest.param(("self.query",), ["ov"], id="query"),
+    ],
+)
+def test_factorized_projections_are_products_of_their_own(names, left):
+    model = BertModel(CASES["bert"].config())
+    attention = model.encoder.layer[0].attention
+    factorize(attention, *names)
+    assert [p.name for p in find_products(attention)] == sorted(
+        [*names, *left], key=["qk", "ov", "self.query", "self.key", "self.value", "output.dense"].index
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "left"), [(("c_attn",), []), (("c_proj",), ["qk"])], ids=["fused-inputs", "fused-output"]
+)
+def test_factorized_projections_of_gpt2(names, left):
+    attention = CASES["gpt2"].build().h[0].attn
+    factorize(attention, *names)
+    assert [p.name for p in find_products(attention)] == [*left, *names]
+
+
+def test_a_feed_forward_as_wide_as_the_heads_is_no_output_of_an_attention():
+    class AlbertAttention(nn.Module):
+        num_heads = HEADS
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("query", "key", "value", "dense"):
+                setattr(self, name, nn.Linear(HIDDEN, HIDDEN))
+
+    layer = nn.ModuleDict({"attention": AlbertAttention(), "output": nn.ModuleDict({"dense": nn.Linear(15, 15)})})
+    assert [p.name for p in find_products(layer)] == ["attention.qk", "attention.ov"]
+
+
+class OwnAttention(nn.Module):
+    """A layout that no built-in adapter knows: keys and values in one matrix, one pair for all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq, self.wkv, self.wo = nn.Linear(HIDDEN, 12), nn.Linear(HIDDEN, 8), nn.Linear(12, HIDDEN)
+
+
+def own_layout(module: nn.Module) -> AttentionProjections | None:
+    if not isinstance(module, OwnAttention):
+        return None
+    key, value = Section(module.wkv.weight, 0, 4), Section(module.wkv.weight, 4, 4)
+    return AttentionProjections(module.wq, key, value, module.wo, num_heads=3)
+
+
+def interleaved() -> nn.Module:
+    config = GPTNeoXConfig(
+        hidden_size=12, num_attention_heads=3, num_hidden_layers=LAYERS, intermediate_size=7, vocab_size=VOCABULARY
+    )
+    return AutoModel.from_config(config)
+
+
+def split_by_head() -> nn.Module:
+    config = DebertaConfig(
+        hidden_size=12, num_attention_heads=3, num_hidden_layers=LAYERS, intermediate_size=7, vocab_size=VOCABULARY
+    )
+    return AutoModel.from_config(config)
+
+
+class GatedAttention(nn.Module):
+    """Queries are twice as wide as the heads, for half of them are gates: like Llama's by its names alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 5
+        self.q_proj, self.k_proj = nn.Linear(HIDDEN, 30), nn.Linear(HIDDEN, 15)
+        self.v_proj, self.o_proj = nn.Linear(HIDDEN, 15), nn.Linear(15, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("build", "listed"),
+    [
+        pytest.param(
+            interleaved, r"GPTNeoXAttention \(layers.0.attention, layers.1.attention\)", id="gpt-neox-interleaved"
+        ),
+        pytest.param(
+            split_by_head, r"DebertaAttention \(encoder.layer.0.attention, encoder.layer.1.attention\)", id="deberta"
+        ),
+        pytest.param(lambda: nn.Sequential(GatedAttention()), r"GatedAttention \(0\)", id="sizes-do-not-fit"),
+        pytest.param(lambda: nn.Sequential(OwnAttention()), r"OwnAttention \(0\)", id="own"),
+    ],
+)
+@pytest.mark.parametrize("kinds", [["ov"], ["qk", "ov"], None], ids=["ov", "both", "any"])
+def test_unknown_attentions_are_named_where_there_is_no_other(build, listed, kinds):
+    with pytest.raises(ValueError, match=f"it has: none.*unknown layout.*{listed}; .*register_attention"):
+        find_products(build(), kinds)
+
+
+@pytest.mark.parametrize("kinds", [["ov"], None], ids=["ov", "any"])
+def test_unknown_attentions_among_others_are_a_warning(kinds):
+    model = nn.ModuleList([BertModel(CASES["bert"].config()).encoder.layer[0], OwnAttention(), OwnAttention()])
+    with pytest.warns(UserWarning, match=r"ModuleList has attentions of unknown layout.*OwnAttention \(1, 2\)") as seen:
+        products = find_products(model, kinds)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    assert {p.name.rpartition(".")[0] for p in products} == {"0.attention"}
+
+
+def test_nobody_asks_for_attentions_where_other_kinds_are_wanted():
+    model = nn.ModuleList([FactorizedLinear(5, 7, 3), OwnAttention()])
+    assert [p.name for p in find_products(model, ["linear"])] == ["0"]
+
+
+def test_a_registered_adapter_is_asked_until_it_is_removed():
+    model = nn.Sequential(OwnAttention())
+    handle = register_attention(own_layout)
+    try:
+        qk, ov = find_products(model)
+        queries, pairs, output = model[0].wq.weight, model[0].wkv.weight, model[0].wo.weight
+        for head in range(3):
+            own = slice(4 * head, 4 * head + 4)
+            assert_close(qk.matrix(model)[0, head], queries[own].T @ pairs[:4])
+            assert_close(ov.matrix(model)[0, head], pairs[4:].T @ output[:, own].T)
+    finally:
+        handle.remove()
+    with pytest.raises(ValueError, match="unknown layout"):
+        find_products(model)
+
+
+def test_layers_that_store_their_weights_the_other_way_round():
+    linear = OwnAttention()
+    transposed = OwnAttention()
+    for name, layer in linear.named_children():
+        other = Conv1D(layer.out_features, layer.in_features)
+        other.weight = nn.Parameter(layer.weight.detach().T.clone())
+        setattr(transposed, name, other)
+
+    def transposed_layout(module: nn.Module) -> AttentionProjections | None:
+        if module is not transposed:
+            return None
+        key, value = (Section(module.wkv.weight, start, 4, dim=1) for start in (0, 4))
+        return AttentionProjections(module.wq, key, value, module.wo, num_heads=3)
+
+    with register_attention(own_layout), register_attention(transposed_layout):
+        for theirs, ours in zip(find_products(linear), find_products(transposed), strict=True):
+            assert torch.equal(theirs.matrix(linear), ours.matrix(transposed))
+
+
+def test_the_newest_adapter_comes_first_and_built_in_ones_last():
+    attention = BertModel(CASES["bert"].config()).encoder.layer[0].attention
+
+    def heads(count: int):
+        def adapter(module: nn.Module) -> AttentionProjections | None:
+            if module is not attention:
+                return None
+            layers = (module.self.query, module.self.key, module.self.value, module.output.dense)
+            return AttentionProjections(*layers, num_heads=count)
+
+        return adapter
+
+    def found() -> int:
+        return len(find_products(attention)[0].matrix(attention))
+
+    assert found() == HEADS
+    with register_attention(heads(5)):
+        assert found() == 5
+        with register_attention(heads(1)):
+            assert found() == 1
+        assert found() == 5
+    assert found() == HEADS
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads"),
+    [
+        pytest.param((12, 12, 12, 12), 5, id="heads-do-not-divide"),
+        pytest.param((12, 12, 12, 12), 0, id="no-heads"),
+        pytest.param((12, 8, 8, 12), 3, id="groups-do-not-divide"),
+        pytest.param((12, 6, 6, 12), 3, id="half-a-head"),
+        pytest.param((12, 4, 12, 12), 3, id="keys-and-values-differ"),
+    ],
+)
+def test_projections_whose_sizes_do_not_fit(sizes, heads):
+    query, key, value, output = sizes
+    layers = nn.Linear(7, query), nn.Linear(7, key), nn.Linear(7, value), nn.Linear(output, 7)
+    message = f"query {query}, key {key}, value {value}, output {output} do not make up {heads} heads"
+    with pytest.raises(ValueError, match=message):
+        AttentionProjections(*layers, num_heads=heads)
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 3), (5, 3), (2, 0)], ids=["before", "beyond", "empty"])
+def test_a_section_that_its_parameter_does_not_have(start, length):
+    message = rf"no section of length {length} begins at {start} in dimension 0 of a parameter of shape \(7, 5\)"
+    with pytest.raises(ValueError, match=message):
+        Section(nn.Linear(5, 7).weight, start, length)
+
+
+def test_tied_attentions_appear_once():
+    layers = BertModel(BertConfig(**{**CASES["bert"].config().to_dict(), "num_hidden_layers": 2})).encoder.layer
+    for name in ("self.query", "self.key"):
+        layers[1].get_submodule(f"attention.{name}").weight = layers[0].get_submodule(f"attention.{name}").weight
+    assert [p.name for p in find_products(layers)] == ["0.attention.qk", "0.attention.ov", "1.attention.ov"]

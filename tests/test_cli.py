@@ -1,0 +1,419 @@
+"""The command line as a user types it, on tiny models: results equal the library's, and errors leave nothing behind."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bert_cases import BACKBONE, MASKED_LM, SIZES
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertModel,
+    BertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from typer.testing import CliRunner
+
+import hf_fnl
+from hf_fnl import FactorizationConfig, FactorizedBertForMaskedLM, FactorizedBertModel, RankRule
+from hf_fnl.cli import app
+from hf_fnl.models.checkpoint import load
+from hf_fnl.products import find_products
+from hf_fnl.report import inspect_model
+from hf_fnl.surgery import factorize_
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = [f"word{chr(97 + n // 8)}{chr(97 + n % 8)}" for n in range(SIZES["vocab_size"] - len(SPECIAL))]
+
+
+def cli(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def save(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    BertTokenizer(vocab={word: number for number, word in enumerate([*SPECIAL, *WORDS])}).save_pretrained(folder)
+    return folder
+
+
+def assert_same_weights(ours, theirs) -> None:
+    # Matrices that lie elsewhere in memory may be multiplied in another order.
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    return save(BACKBONE.build_stock(), tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def half(bert, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "half"
+    cli("factorize", bert, "--out", folder, "--ratio", "0.5")
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    torch.manual_seed(0)
+    rows = (" ".join(WORDS[n] for n in torch.randint(len(WORDS), (length,))) for length in (9, 4, 50, 12, 1, 8))
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ("", *rows)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param("--ratio 0.5", {"rule": RankRule(ratio=0.5)}, id="ratio"),
+        pytest.param("--budget 0.6 --multiple-of 2", {"rule": RankRule(budget=0.6, multiple_of=2)}, id="budget"),
+        pytest.param("--rank-scale 0.4", {"rule": RankRule(rank_scale=0.4)}, id="rank scale"),
+        pytest.param("--rank 3 --kinds ov,ffn", {"rule": RankRule(rank=3), "kinds": ("ov", "ffn")}, id="rank, kinds"),
+        pytest.param("--energy 0.7 --kinds ffn", {"rule": RankRule(energy=0.7), "kinds": ("ffn",)}, id="energy"),
+        pytest.param("--qk-rank 5 --embedding-rank 8", {"qk_rank": 5, "embedding_rank": 8}, id="ranks"),
+    ],
+)
+def test_factorizing_a_bert_is_from_dense(bert, tmp_path, options, expected):
+    cli("factorize", bert, "--out", tmp_path / "out", *options.split())
+    assert_same_weights(
+        FactorizedBertModel.from_pretrained(tmp_path / "out"), FactorizedBertModel.from_dense(bert, **expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param("--rank 4", {"rank": 4}, id="rank"),
+        pytest.param("--rank 4 --include *.h.1.*", {"rank": 4, "include": ("*.h.1.*",)}, id="include"),
+        pytest.param("--rank 2 --exclude *attn*", {"rank": 2, "exclude": ("*attn*",)}, id="exclude"),
+        pytest.param("--rank 3 --kinds embedding", {"rank": 3, "kinds": ("embedding",)}, id="kinds"),
+    ],
+)
+def test_other_models_are_factorized_by_surgery(tmp_path, options, expected):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=SIZES["vocab_size"], n_embd=20, n_layer=2, n_head=4, n_positions=32)
+    dense = GPT2LMHeadModel(config)
+    dense.save_pretrained(tmp_path / "dense")
+    cli("factorize", tmp_path / "dense", "--out", tmp_path / "out", *options.split())
+    factorize_(dense, FactorizationConfig(**expected))
+    assert_same_weights(load(tmp_path / "out"), dense)
+
+
+def test_surgery_on_a_bert_leaves_its_class(bert, tmp_path):
+    cli("factorize", bert, "--out", tmp_path / "out", "--surgery", "--rank", 3, "--include", "*.output.dense")
+    assert type(load(tmp_path / "out")) is BertModel
+
+
+def batch_of(model_folder: Path, texts: Path, samples: int, length: int) -> dict:
+    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+    batch = tokenizer([row for row in rows if row][:samples], **options)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "length"),
+    [
+        pytest.param("--calibration-samples 4 --calibration-length 10", 4, 10, id="as asked for"),
+        pytest.param("", 6, SIZES["max_position_embeddings"], id="as long as the model reads"),
+    ],
+)
+def test_calibration_takes_the_first_texts_masked_and_cut(bert, texts, tmp_path, options, samples, length):
+    given = ("--calibrate", texts, *options.split())
+    cli("factorize", bert, "--out", tmp_path / "out", "--ratio", "0.5", *given)
+    batch = batch_of(bert, texts, samples, length)
+    assert batch["input_ids"].shape == (samples, length)
+    expected = FactorizedBertModel.from_dense(bert, rule=RankRule(ratio=0.5), calibration=batch)
+    assert_same_weights(FactorizedBertModel.from_pretrained(tmp_path / "out"), expected)
+
+
+def test_an_encoder_with_a_decoder_reads_the_text_on_both_sides(texts, tmp_path):
+    sizes = {"d_model": 20, "d_kv": 5, "d_ff": 24, "num_layers": 1, "num_heads": 4}
+    save(T5ForConditionalGeneration(T5Config(vocab_size=SIZES["vocab_size"], **sizes)), tmp_path / "t5")
+    cli("factorize", tmp_path / "t5", "--out", tmp_path / "out", "--rank", 3, "--calibrate", texts)
+    kinds = {layer["name"].split(".")[0] for layer in record(tmp_path / "out")["layers"]}
+    assert kinds == {"encoder", "decoder"}
+    cli("merge", tmp_path / "out", "--out", tmp_path / "merged")
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "factorization.json").read_text())
+
+
+@pytest.mark.parametrize("ranks", ["--ratio 0.5", "--qk-rank 5 --ov-rank 2 --ffn-rank 8 --embedding-rank 13"])
+def test_the_record_holds_sizes_and_energies_of_the_matrices_themselves(tmp_path, ranks):
+    dense = MASKED_LM.build_stock()
+    folder = save(dense, tmp_path / "dense")
+    cli("factorize", folder, "--out", tmp_path / "out", *ranks.split())
+    found, ours = record(tmp_path / "out"), FactorizedBertForMaskedLM.from_pretrained(tmp_path / "out")
+    assert found["parameters_before"] == sum(p.numel() for p in dense.parameters())
+    assert found["parameters_after"] == sum(p.numel() for p in ours.parameters())
+    assert found["ratio"] == found["parameters_after"] / found["parameters_before"]
+    attentions = {product.name: product for product in find_products(dense)}
+    products = {product.name: product for product in find_products(ours)}
+    assert [layer["name"] for layer in found["layers"]] == list(products)
+    for layer in found["layers"]:
+        name, matrix = layer["name"], products[layer["name"]].matrix(ours)
+        exact = attentions[name].matrix(dense) if name in attentions else dense.get_submodule(name).weight
+        energy = 1 - ((exact - matrix).square().sum() / exact.square().sum()).item()
+        assert layer["energy"] == pytest.approx(energy, abs=1e-5)
+        assert layer["shape"] == list(matrix.shape[-2:])
+
+
+def test_the_recorded_command_makes_the_same_model_again(bert, tmp_path):
+    options = ("--rank", 3, "--kinds", "ov,ffn", "--multiple-of", 3)
+    cli("factorize", bert, "-o", tmp_path / "a b", *options)
+    words = shlex.split(record(tmp_path / "a b")["command"])
+    assert words[:2] == ["hf-fnl", "factorize"]
+    cli(*words[1:], "--overwrite")
+    assert record(tmp_path / "a b")["command"] == shlex.join([*words, "--overwrite"])
+
+
+def test_what_makes_a_model_usable_comes_along_and_traces_of_its_training_do_not(bert, tmp_path):
+    source = shutil.copytree(bert, tmp_path / "source")
+    modules = [{"idx": 0, "path": "", "type": "Transformer"}, {"idx": 1, "path": "1_Dense", "type": "Dense"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Dense").mkdir()
+    save_file({"weight": torch.ones(2)}, source / "1_Dense" / "model.safetensors")
+    for name in ("LICENSE", "metrics.json", "optimizer.pt", "pytorch_model.bin"):
+        (source / name).write_text("{}")
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: de\n---\nA model.\n")
+    cli("factorize", source, "--out", tmp_path / "out", "--rank-scale", "0.5")
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    expected = {"config.json", "model.safetensors", "README.md", "factorization.json", "modules.json"}
+    assert written == expected | {"tokenizer.json", "tokenizer_config.json", "1_Dense/model.safetensors"}
+    assert (tmp_path / "out" / "LICENSE").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "language: de" in card
+    text = " ".join(WORDS[:5])
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == AutoTokenizer.from_pretrained(bert)(text)
+
+
+def test_merging_a_bert_gives_the_stock_class_with_the_same_outputs(half, tmp_path):
+    result = json.loads(cli("merge", half, "--out", tmp_path / "merged", "--json").stdout)
+    ours, merged = FactorizedBertModel.from_pretrained(half), AutoModel.from_pretrained(tmp_path / "merged")
+    assert type(merged) is BertModel
+    assert_same_weights(merged, ours.merge())
+    assert (result["factorized_class"], result["class"]) == ("FactorizedBertModel", "BertModel")
+    assert 0 < result["largest_difference"] < 1e-4
+    assert record(tmp_path / "merged") == record(half)
+    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (half / "tokenizer.json").read_bytes()
+
+
+def test_merging_after_surgery_on_a_model_of_images(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=12, patch_size=4)).save_pretrained(tmp_path / "vit")
+    cli("factorize", tmp_path / "vit", "--out", tmp_path / "out", "--rank", 2, "--kinds", "linear, conv")
+    cli("merge", tmp_path / "out", "--out", tmp_path / "merged")
+    pixels = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(load(tmp_path / "merged")(pixels).logits, load(tmp_path / "out")(pixels).logits)
+
+
+def test_a_merge_that_changes_outputs_is_not_written(half, tmp_path, monkeypatch):
+    honest = FactorizedBertModel.merge
+
+    def changed(model):
+        dense = honest(model)
+        dense.pooler.dense.bias.data += 0.1
+        return dense
+
+    monkeypatch.setattr(FactorizedBertModel, "merge", changed)
+    result = cli("merge", half, "--out", tmp_path / "merged", code=1)
+    assert "merging changed pooler_output by" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    unchecked = json.loads(cli("merge", half, "--out", tmp_path / "merged", "--no-check", "--json").stdout)
+    assert unchecked["largest_difference"] is None
+
+
+def test_inspect_lists_what_the_library_says_and_energies_that_were_recorded(half):
+    result = json.loads(cli("inspect", half, "--json").stdout)
+    rows = inspect_model(FactorizedBertModel.from_pretrained(half))
+    assert [row["name"] for row in result["matrices"]] == [row.name for row in rows]
+    assert [row["nuclear_norm"] for row in result["matrices"]] == [row.nuclear_norm for row in rows]
+    energies = {row["name"]: row["energy"] for row in result["matrices"] if row["energy"] is not None}
+    assert energies == {layer["name"]: layer["energy"] for layer in record(half)["layers"]}
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [("rank", "rank"), ("parameters", "parameters"), ("effective-rank", "effective_rank"), ("energy", "energy")],
+)
+def test_inspect_sorts_with_the_largest_first_and_the_unknown_last(half, key, field):
+    rows = json.loads(cli("inspect", half, "--json", "--sort", key).stdout)["matrices"]
+    values = [-1 if row[field] is None else row[field] for row in rows]
+    assert values == sorted(values, reverse=True)
+
+
+def test_inspect_shows_whole_names_and_totals_in_a_table(half):
+    lines = cli("inspect", half).stdout.splitlines()
+    model = FactorizedBertModel.from_pretrained(half)
+    assert lines[0].split()[:5] == ["product", "kind", "shape", "rank", "parameters"]
+    assert any(line.startswith("encoder.layer.1.intermediate.dense ") for line in lines)
+    assert f"{sum(row.parameters for row in inspect_model(model)):,}" in lines[-3]
+    assert lines[-1].endswith(f"{sum(p.numel() for p in model.parameters()):,} parameters in all")
+
+
+def test_report_writes_one_page(bert, half, tmp_path):
+    pytest.importorskip("matplotlib")
+    cli("report", half, "--out", tmp_path / "one.html")
+    result = json.loads(cli("report", "--compare", bert, half, "--out", tmp_path / "two.html", "--json").stdout)
+    assert result == {"sources": [str(bert), str(half)], "out": str(tmp_path / "two.html")}
+    assert "Comparison" in (tmp_path / "two.html").read_text()
+    assert "Comparison" not in (tmp_path / "one.html").read_text()
+
+
+def test_json_is_all_that_a_machine_hears(bert, tmp_path, capfd):
+    result = cli("factorize", bert, "--out", tmp_path / "out", "--ratio", "0.5", "--json")
+    expected = {**record(tmp_path / "out"), "out": str(tmp_path / "out")}
+    assert (json.loads(result.stdout), result.stderr) == (expected, "")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_that_a_checkpoint_lacks_are_named(bert, tmp_path):
+    source = shutil.copytree(bert, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("pooler")}
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    result = cli("factorize", source, "--out", tmp_path / "out", "--rank-scale", "0.5")
+    assert "does not hold pooler.dense.bias, pooler.dense.weight, drawn at random here" in result.stderr
+
+
+def truncate(source: Path) -> None:
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"][3, 2] = float("nan")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def hide_tokenizer(source: Path) -> None:
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        pytest.param(truncate, "--ratio 0.5", "source/model.safetensors are truncated or corrupt", id="truncated"),
+        pytest.param(spoil, "--ratio 0.5", "NaN or Inf", id="nan"),
+        pytest.param(spoil, "--ratio 0.5 --surgery", "encoder.layer.1.output.dense holds NaN", id="nan, surgery"),
+        pytest.param(lambda s: (s / "model.safetensors").unlink(), "--rank 3", "model.safetensors", id="no weights"),
+        pytest.param(lambda s: (s / "config.json").unlink(), "--rank 3", "holds no config.json", id="no config"),
+        pytest.param(lambda s: shutil.rmtree(s), "--rank 3", "no such folder", id="no folder"),
+        pytest.param(None, "--rank 9", "must be in [1, 7], got 9", id="rank"),
+        pytest.param(None, "--ffn-rank 22", "ffn_rank must be in [1, 21], got 22", id="ffn rank"),
+        pytest.param(None, "--rank 3 --kinds qk,conv", "kinds must be any of qk, ov, ffn, embedding", id="kinds"),
+        pytest.param(None, "--rank 3 --include x", "--include and --exclude need --surgery", id="include"),
+        pytest.param(None, "--surgery --qk-rank 3", "--qk-rank: a BertModel is factorized layer by", id="qk, surgery"),
+        pytest.param(None, "--surgery --rank 3 --include x", "no layer of BertModel matches", id="no match"),
+        pytest.param(None, "--rank 3 --calibrate gone.txt", "no such file or folder: gone.txt", id="no texts"),
+        pytest.param(None, "--rank 3 --calibrate texts --text-column t", "no column 't'", id="column"),
+        pytest.param(hide_tokenizer, "--rank 3 --calibrate texts", "no tokenizer.json", id="no tokenizer"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(bert, texts, tmp_path, damage, options, message):
+    source = shutil.copytree(bert, tmp_path / "source")
+    if damage is not None:
+        damage(source)
+    given = options.replace("--calibrate texts", f"--calibrate {texts}").split()
+    result = cli("factorize", source, "--out", tmp_path / "new" / "out", *given, code=1)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--ratio 0.5 --rank 3", "--ratio 0.5 --qk-rank 3", "--ratio 2", "--qk-rank 3 --multiple-of 8", "--ratio half"],
+)
+def test_wrong_use_is_told_from_bad_input(bert, tmp_path, options):
+    result = cli("factorize", bert, "--out", tmp_path / "out", *options.split(), code=2)
+    assert "--help" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_files_stays_until_the_new_one_is_whole(bert, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert "--overwrite" in cli("factorize", bert, "--out", out, "--rank", 3, code=1).stderr
+
+    def full(self, folder, **kwargs):
+        (Path(folder) / "model.safetensors").write_text("half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FactorizedBertModel, "save_pretrained", full)
+        result = cli("factorize", bert, "--out", out, "--rank", 3, "--overwrite", code=1)
+    assert "No space left" in result.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes.txt"]
+    cli("factorize", bert, "--out", out, "--rank", 3, "--overwrite")
+    assert not (out / "notes.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("command", ["factorize", "merge"])
+def test_the_model_itself_is_not_overwritten(half, command):
+    rule = ("--rank", 3) if command == "factorize" else ()
+    assert "another folder" in cli(command, half, "--out", half, "--overwrite", *rule, code=1).stderr
+
+
+def test_what_is_factorized_is_not_factorized_again_nor_what_is_dense_merged(bert, half, tmp_path):
+    assert "factorized already" in cli("factorize", half, "--out", tmp_path / "x", "--rank", 2, code=1).stderr
+    assert "no factorized layer" in cli("merge", bert, "--out", tmp_path / "x", code=1).stderr
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    result = cli("inspect", tmp_path / "gone", "--debug", code=1)
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_a_model_of_the_hub_in_a_process_of_its_own(bert, tmp_path):
+    cache = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(bert, cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = ["factorize", "someone/tiny", "--out", "out", "--ratio", "0.5", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_fnl", *command], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["base_model"] == "someone/tiny"
+    assert "base_model: someone/tiny" in (tmp_path / "out" / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == SIZES["vocab_size"]
+
+
+def test_help_waits_for_no_library():
+    package = Path(hf_fnl.__file__).parent / "cli"
+    heads = [ast.parse((package / name).read_text()).body for name in ("app.py", "tables.py", "terminal.py")]
+    froms = {node.module for body in heads for node in body if isinstance(node, ast.ImportFrom)}
+    plain = {alias.name for body in heads for node in body if isinstance(node, ast.Import) for alias in node.names}
+    allowed = {"typer", "rich", "hf_fnl.cli.tables", "hf_fnl.cli.terminal", *sys.stdlib_module_names}
+    assert {n for n in froms | plain if n not in allowed and n.split(".")[0] not in allowed - {"hf_fnl"}} == set()

@@ -1,0 +1,331 @@
+"""Model cards say what is known of a model, no more, and in a form that the Hub takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bert_cases import HEADS, LOW, MASKED_LM
+from hub_cards import card_problems
+from huggingface_hub import ModelCard, ModelCardData
+from training_cases import tiny_trainer
+
+from hf_fnl.diagnostics import parameter_count
+from hf_fnl.layers import FactorizedLinear
+from hf_fnl.models.cards import Record, is_automatic, model_card, write_card, write_upload_card
+from hf_fnl.models.cards.card import MARK
+
+HEAD = "---\nlicense: mit\ntags: [mine]\n---\n"
+SQUAD = HEADS["question-answering"]
+QA_SETTINGS = {"model": "org/bert", "train_dataset": "rajpurkar/squad", "eval_split": "validation", "optim": "flambe"}
+QA_METRICS = {"parameters / total": 9, "train_samples_per_second": 4.0, "exact_match": 80.5, "f1": 88.25}
+FACTORIZATION = {
+    "base_model": "org/bert",
+    "command": "hf-fnl factorize org/bert --ratio 0.5 --out small",
+    "parameters_before": 10_000,
+    "parameters_after": 5_000,
+    "layers": [
+        {"name": "a", "kind": "linear", "shape": [32, 21], "rank": 8, "energy": 0.9},
+        {"name": "b", "kind": "linear", "shape": [32, 21], "rank": 5, "energy": 0.8},
+        {"name": "c", "kind": "embedding", "shape": [53, 21], "rank": 13, "energy": None},
+    ],
+}
+
+
+def facts(card: ModelCard) -> dict[str, str]:
+    """The rows of all tables with two columns."""
+    rows = [[cell.strip(" `") for cell in line.strip("|").split(" | ")] for line in card.text.splitlines()]
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("stated", [{}, {"license": "mit", "language": "en", "tags": ["tiny"]}], ids=["bare", "stated"])
+def test_every_card_is_one_that_the_hub_takes(head, stated):
+    card = model_card(head.build(LOW), name="me/tiny", metadata=ModelCardData(**stated))
+    assert card_problems(str(card)) == []
+    assert str(ModelCard(str(card))) == str(card)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("masked-lm", "fill-mask"),
+        ("question-answering", "question-answering"),
+        ("sequence", "text-classification"),
+        ("tokens", "token-classification"),
+        ("decoder", "text-generation"),
+        ("backbone", None),
+        ("pretraining", None),
+    ],
+)
+def test_the_task_is_named_where_the_head_has_one(name, task):
+    model = HEADS[name].build(LOW)
+    assert model_card(model).data.pipeline_tag == task
+    assert model_card(model.merge()).data.pipeline_tag == task
+
+
+@pytest.mark.parametrize("ranks", [LOW, {"qk_rank": [5, None], "ov_rank": [2, 3]}], ids=["low", "by-layer"])
+def test_parameters_before_are_those_of_the_stock_model(ranks):
+    model, stock = MASKED_LM.build(ranks), MASKED_LM.build_stock()
+    before, after = (int(parameter_count(each)["total"]) for each in (stock, model))
+    rows = facts(model_card(model))
+    assert rows["parameters"] == f"{after:,}"
+    assert rows["parameters of the dense model"] == f"{before:,}, of which {after / before:.1%} are left"
+
+
+def test_ranks_are_given_for_heads_and_layers():
+    card = model_card(MASKED_LM.build({**LOW, "qk_rank": [5, None], "ov_rank": [2, 3]}))
+    assert "`qk_rank` 5, dense in 1 of 2 layers, `ov_rank` 2 to 3, `ffn_rank` 8" in card.text
+    assert "| embedding | 53 x 21 | 1 | 13 |  |" in card.text
+    assert "| linear | 32 x 21 | 2 | 8 |  |" in card.text
+
+
+def test_a_merged_model_is_dense_and_says_where_it_comes_from():
+    merged = MASKED_LM.build(LOW).merge()
+    plain = model_card(merged)
+    assert plain.data.tags == ["hf_fnl"]
+    assert "Factorized layers" not in plain.text
+    card = model_card(merged, record=Record(factorization=FACTORIZATION))
+    assert facts(card)["parameters when factorized"] == "5,000"
+    assert facts(card)["parameters of the dense model"] == "10,000, of which 50.0% are left"
+    assert "hf_fnl" not in card.text.partition("## Use")[2]
+
+
+def test_a_model_factorized_in_place_is_loaded_with_hf_fnl():
+    model = MASKED_LM.build_stock()
+    layer = model.bert.encoder.layer[0].intermediate
+    layer.dense = FactorizedLinear.from_dense(layer.dense, 8)
+    card = model_card(model, name="me/tiny")
+    assert "low-rank" in card.data.tags
+    assert "import hf_fnl  # makes Transformers know factorized layers\nfrom transformers import Bert" in card.text
+    assert facts(card)["parameters"] == f"{int(parameter_count(model)['total']):,}"
+
+
+def test_the_record_of_a_factorization_is_shown():
+    card = model_card(MASKED_LM.build(LOW), record=Record(factorization=FACTORIZATION))
+    assert card.data.base_model == "org/bert"
+    assert f"```bash\n{FACTORIZATION['command']}\n```" in card.text
+    assert "| linear | 32 x 21 | 2 | 5 to 8 | 85.0% |" in card.text
+    assert "| embedding | 53 x 21 | 1 | 13 |  |" in card.text
+
+
+def test_results_on_a_data_set_of_the_hub_stand_in_its_model_index():
+    record = Record(metrics=QA_METRICS, settings=QA_SETTINGS, steps=1234)
+    card = model_card(SQUAD.build(LOW), name="me/squad", record=record)
+    assert card_problems(str(card)) == []
+    assert card.data.base_model == "org/bert"
+    assert card.data.datasets == ["rajpurkar/squad"]
+    assert card.data.metrics == ["exact_match", "f1"]
+    assert card.data.tags == ["hf_fnl", "low-rank", "flambe"]
+    read_back = ModelCard(str(card)).data
+    assert read_back.model_name == "squad"
+    assert read_back.eval_results == card.data.eval_results
+    for result, metric, value in zip(card.data.eval_results, ("exact_match", "f1"), (80.5, 88.25), strict=True):
+        assert (result.task_type, result.dataset_type) == ("question-answering", "rajpurkar/squad")
+        assert (result.dataset_split, result.metric_type, result.metric_value) == ("validation", metric, value)
+    rows = facts(card)
+    assert (rows["exact_match"], rows["f1"], rows["optimizer steps"]) == ("80.5", "88.25", "1,234")
+    assert not {"parameters / total", "train_samples_per_second"} & rows.keys()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eval_dataset": "data/dev-v1.1.json"},
+        {"eval_dataset": "../somewhere"},
+        {"eval_dataset": "embedded"},
+        {"max_eval_questions": 100},
+        {"eval_dataset": str(Path(__file__).parent)},
+    ],
+    ids=["file", "path", "embedded", "part", "folder"],
+)
+def test_other_results_are_shown_but_not_claimed(settings):
+    card = model_card(SQUAD.build(LOW), record=Record(metrics=QA_METRICS, settings={**QA_SETTINGS, **settings}))
+    assert card.data.eval_results is None
+    assert card.data.metrics == ["exact_match", "f1"]
+    assert facts(card)["f1"] == "88.25"
+    assert "/somewhere" not in card.text
+
+
+def test_a_result_that_is_no_number_is_not_claimed():
+    record = Record(metrics={"f1": float("nan")}, settings=QA_SETTINGS)
+    card = model_card(SQUAD.build(LOW), record=record)
+    assert card_problems(str(card)) == []
+    assert card.data.eval_results is None
+
+
+def test_the_last_of_several_phases_counts():
+    metrics = {"phase-1 / eval_mlm_accuracy": 0.1, "phase-2 / eval_mlm_accuracy": 0.2}
+    card = model_card(MASKED_LM.build(LOW), record=Record(metrics, {"validation_dataset": "org/texts"}))
+    assert [(r.task_type, r.metric_value) for r in card.data.eval_results] == [("fill-mask", 0.2)]
+
+
+def test_a_licence_is_not_invented():
+    unknown = model_card(MASKED_LM.build(LOW))
+    assert "license" not in unknown.data.to_dict()
+    assert "The licence is unknown" in unknown.text
+    stated = model_card(MASKED_LM.build(LOW), metadata=ModelCardData(license="apache-2.0"))
+    assert "Licence: apache-2.0." in stated.text
+
+
+def test_what_is_stated_comes_before_what_is_read_off():
+    stated = ModelCardData(base_model="org/other", datasets=["org/texts"], pipeline_tag="feature-extraction")
+    record = Record(settings=QA_SETTINGS)
+    card = model_card(SQUAD.build(LOW), record=record, command="make model", data="many texts", metadata=stated)
+    assert card.data.base_model == facts(card)["made from"] == "org/other"
+    assert card.data.datasets == ["org/texts"]
+    assert card.data.pipeline_tag == "feature-extraction"
+    assert facts(card)["trained on"] == "many texts"
+    assert "```bash\nmake model\n```" in card.text
+
+
+@pytest.mark.parametrize(
+    ("existing", "kept"),
+    [
+        ("# By hand\n", True),
+        ("---\nlicense: mit\n---\n\nNot [quite: YAML\n", True),
+        ("---\nlicense: mit\ntags: [mine]\n---\n<!-- This model card has been generated automatically -->\n", False),
+        ("---\nlicense: mit\ntags: [mine]\n---\nThis model card has been automatically generated.\n", False),
+    ],
+    ids=["by-hand", "by-hand-with-head", "trainer", "push"],
+)
+def test_only_a_card_that_no_person_wrote_is_replaced(tmp_path, existing, kept):
+    path = tmp_path / "README.md"
+    path.write_text(existing)
+    assert write_card(path, MASKED_LM.build(LOW)) != kept
+    assert (path.read_text() == existing) == kept
+    if not kept:
+        assert is_automatic(path)
+        data = ModelCard.load(path).data
+        assert (data.license, data.tags) == ("mit", ["hf_fnl", "low-rank", "mine"])
+
+
+def test_our_card_is_written_anew_until_its_mark_is_removed(tmp_path):
+    path, model = tmp_path / "README.md", MASKED_LM.build(LOW)
+    assert write_card(path, model)
+    first = path.read_text()
+    assert write_card(path, model, data="more")
+    assert path.read_text() != first
+    path.write_text("\n".join(line for line in first.splitlines() if not line.startswith("<!--")))
+    assert not write_card(path, model)
+
+
+def write_run(folder: Path, **files: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_record_is_what_lies_in_the_folder(tmp_path):
+    assert Record.read(tmp_path) == Record()
+    write_run(tmp_path, metrics={"phase-1": {"eval_loss": 2.0}}, run_config={"seed": 1}, factorization=FACTORIZATION)
+    for number, steps in ((1, 30), (2, 4)):
+        write_run(tmp_path / f"phase-{number}", trainer_state={"global_step": steps, "log_history": []})
+    assert Record.read(tmp_path) == Record({"phase-1 / eval_loss": 2.0}, {"seed": 1}, FACTORIZATION, 34)
+
+
+def test_without_metrics_the_log_is_asked(tmp_path):
+    log = [{"loss": 3.0, "step": 1}, {"eval_loss": 2.0}, {"eval_loss": 1.0}, {"train_loss": 2.5}]
+    write_run(tmp_path, trainer_state={"global_step": 2, "log_history": log})
+    assert Record.read(tmp_path).metrics == {"eval_loss": 1.0, "train_loss": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.json", '{"f1": ', "metrics.json is damaged: Expecting value"),
+        ("run_config.json", "[]", "run_config.json is damaged: expected an object, found list"),
+        ("factorization.json", '{"layers": [{"name": "a"}]}', "factorization.json is damaged: a layer lacks"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        model_card(MASKED_LM.build(LOW), record=tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"record must be the folder of a run .* none at .*nothing"):
+        model_card(MASKED_LM.build(LOW), record=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("found", "kept"), [(f"{HEAD}{MARK}\n", False), (HEAD, True)], ids=["automatic", "by-hand"])
+def test_an_upload_takes_along_what_lies_where_the_model_was_loaded(tmp_path, found, kept):
+    home, upload = tmp_path / "home", tmp_path / "upload"
+    MASKED_LM.build(LOW).save_pretrained(home)
+    write_run(home, metrics={"eval_loss": 2.0})
+    (home / "README.md").write_text(found)
+    model = MASKED_LM.ours.from_pretrained(home)
+    model.save_pretrained(upload)
+    (upload / "README.md").write_text("---\ntags: [pushed]\n---\nThis model card has been automatically generated.\n")
+    write_upload_card(upload, model, "me/tiny")
+    written = (upload / "README.md").read_text()
+    assert (written == found) == kept
+    if not kept:
+        card = ModelCard(written)
+        assert (card.data.license, card.data.tags) == ("mit", ["hf_fnl", "low-rank", "mine", "pushed"])
+        assert facts(card)["eval_loss"] == "2"
+
+
+def test_a_record_belongs_to_a_model_of_the_class_beside_it(tmp_path):
+    home, upload = tmp_path / "home", tmp_path / "upload"
+    MASKED_LM.build_stock().save_pretrained(home)
+    write_run(home, metrics={"eval_loss": 2.0})
+    model = MASKED_LM.ours.from_dense(MASKED_LM.stock.from_pretrained(home), **LOW)
+    assert model.name_or_path == str(home)
+    model.save_pretrained(upload)
+    (upload / "README.md").write_text(MARK)
+    write_upload_card(upload, model, "me/tiny")
+    assert "eval_loss" not in (upload / "README.md").read_text()
+
+
+def test_a_trainer_writes_what_it_knows_and_keeps_a_card_by_hand(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.create_model_card(license="mit", tags="tiny", finetuned_from="org/bert", dataset_tags="org/texts")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card_problems(str(card)) == []
+    assert card.data.tags == ["hf_fnl", "low-rank", "flambe", "tiny"]
+    assert (card.data.license, card.data.base_model, card.data.datasets) == ("mit", "org/bert", ["org/texts"])
+    assert (facts(card)["optimizer steps"], facts(card)["learning_rate"]) == ("1", "0.02")
+    assert "train_loss" in facts(card)
+    (tmp_path / "README.md").write_text("# By hand\n")
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text() == "# By hand\n"
+
+
+def test_secrets_and_paths_of_a_run_are_not_in_its_card(tmp_path):
+    settings = {**QA_SETTINGS, "hub_token": "hf_secret", "output_dir": "/home/me/run", "model": "/home/me/base"}
+    card = model_card(SQUAD.build(LOW), record=Record(settings=settings))
+    assert not {word for word in ("hf_secret", "/home/me") if word in str(card)}
+    assert facts(card)["made from"] == "base"
+    assert card.data.base_model is None
+
+
+@pytest.mark.parametrize(
+    ("head", "problem"),
+    [
+        ("license: ours", '"license" must be one of'),
+        ("license:", '"license" must not be empty'),
+        ("tags: low-rank", '"tags" must be an array of strings'),
+        ("language: english", '"language" must be an ISO 639 code'),
+        ("base_model: ../there", '"base_model" must hold ids'),
+        ("pipeline_tag: bert", '"pipeline_tag" must be one of'),
+        ("model-index: [{name: x, results: [{task: {type: y}}]}]", "\"model-index\" lacks 'dataset'"),
+        ("[1, 2]", "must be an object"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_the_check_of_cards_can_fail(head, problem):
+    (found,) = card_problems(f"---\n{head}\n---\n")
+    assert problem in found
+
+
+def test_a_card_draws_no_random_numbers():
+    model = MASKED_LM.build(LOW)
+    state = torch.get_rng_state()
+    model_card(model)
+    assert torch.equal(torch.get_rng_state(), state)

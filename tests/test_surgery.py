@@ -1,0 +1,495 @@
+"""What surgery selects, what it refuses, and that it leaves a model alone when it fails."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_model, save_model
+from surgery_cases import ALL_KINDS, ARCHITECTURES, TiedToy
+from torch import nn
+from torch.testing import assert_close
+from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_fnl.config import FactorizationConfig
+from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
+from hf_fnl.surgery import factorize_, merge_, restore_
+
+EXACT = {"rtol": 0, "atol": 0}
+BERT, GPT2, T5 = ARCHITECTURES["bert"], ARCHITECTURES["gpt2"], ARCHITECTURES["t5"]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+class Named(nn.Linear):
+    """A subclass, which is taken only when it is asked for."""
+
+
+class Net(nn.Module):
+    """A net whose inputs have a name, and data for it that do not span all directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 35), nn.Tanh(), nn.Linear(35, 23))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    @staticmethod
+    def data() -> dict[str, torch.Tensor]:
+        return {"x": torch.randn(400, 4) @ torch.randn(4, 20) + 1}
+
+
+def mixed() -> nn.Sequential:
+    """One layer of everything, good and bad."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Linear(5, 7),
+        Named(5, 7),
+        Conv1D(7, 5),
+        nn.Embedding(11, 7),
+        nn.Embedding(11, 7, max_norm=1.0),
+        FactorizedLinear(5, 7, 2),
+        nn.LayerNorm(7),
+    )
+
+
+def factorized(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, Factorized)]
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """Everything that surgery may change."""
+    return {
+        "modules": [(name, id(module)) for name, module in model.named_modules(remove_duplicate=False)],
+        "parameters": [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)],
+        "values": {name: value.clone() for name, value in model.state_dict().items()},
+        "training": [module.training for module in model.modules()],
+        "config": model.config.to_dict() if hasattr(model, "config") else None,
+        "ties": copy.deepcopy(getattr(model, "_tied_weights_keys", None)),
+        "all_ties": copy.deepcopy(getattr(model, "all_tied_weights_keys", None)),
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
+    after = state(model)
+    values, expected = after.pop("values"), before.pop("values")
+    assert after == before
+    assert_close(values, expected, **EXACT, equal_nan=True)
+
+
+# Selection
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param({}, ["2", "4"], id="linear"),
+        pytest.param({"kinds": ("conv",)}, ["0"], id="conv-without-depthwise"),
+        pytest.param({"kinds": ("embedding",)}, ["5"], id="embedding-without-max-norm"),
+        pytest.param({"kinds": ALL_KINDS}, ["0", "2", "4", "5"], id="all"),
+        pytest.param({"include": ("4", "[13]")}, ["4"], id="include"),
+        pytest.param({"exclude": ("4",)}, ["2"], id="exclude"),
+        pytest.param({"classes": (Named,)}, ["3"], id="a-subclass"),
+        pytest.param({"classes": (nn.Linear, nn.Conv2d)}, ["0", "2"], id="classes"),
+    ],
+)
+def test_layers_are_chosen_by_kind_name_and_class(options, expected):
+    model = mixed()
+    done = factorize_(model, FactorizationConfig(rank=2, **options))
+    assert [name for name in factorized(model) if name != "7"] == expected
+    assert [replacement.name for replacement in done.replacements] == expected
+
+
+def test_what_is_passed_over_is_told_with_the_reason():
+    done = factorize_(mixed(), FactorizationConfig(rank=2, kinds=ALL_KINDS))
+    assert list(done.skipped) == ["1", "6"]
+    assert "depthwise" in done.skipped["1"]
+    assert "max_norm" in done.skipped["6"]
+    assert "6: dense, an embedding with max_norm" in str(done)
+
+
+@pytest.mark.parametrize(("scheme", "rows"), [("spatial", 24), ("channel", 8)])
+def test_the_scheme_of_convolutions_is_that_of_the_configuration(scheme, rows):
+    model = mixed()
+    factorize_(model, FactorizationConfig(rank=2, kinds=("conv",), conv_scheme=scheme))
+    assert isinstance(model[0], FactorizedConv2d)
+    assert model[0].U.shape == (rows, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "heads"),
+    [
+        pytest.param({"kinds": ("linear",)}, False, id="linear"),
+        pytest.param({"kinds": ("linear",), "include": ("*", "cls.predictions.decoder")}, True, id="named"),
+        pytest.param({"kinds": ("embedding",), "exclude": ("*token_type*",)}, True, id="embedding"),
+        pytest.param({"kinds": ("linear", "embedding"), "exclude": ("*token_type*",)}, True, id="both"),
+        pytest.param({"kinds": ("linear", "embedding"), "exclude": ("cls.predictions.*",)}, False, id="excluded"),
+    ],
+)
+def test_the_output_embedding_counts_as_an_embedding(options, heads):
+    model = BERT.build()
+    factorize_(model, FactorizationConfig(rank_scale=0.3, **options))
+    assert isinstance(model.get_output_embeddings(), FactorizedLinear) == heads
+    assert isinstance(model.get_input_embeddings(), FactorizedEmbedding) == heads
+
+
+@pytest.mark.parametrize(("kinds", "factorized"), [(("linear",), False), (("linear", "embedding"), True)])
+def test_so_does_an_untied_one(kinds, factorized):
+    model = ARCHITECTURES["llama"].build()
+    factorize_(model, FactorizationConfig(rank_scale=0.3, kinds=kinds))
+    assert isinstance(model.lm_head, FactorizedLinear) == factorized
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        pytest.param(
+            mixed, {"include": ("8",)}, "no layer of Sequential matches kinds=linear, include=8", id="nothing"
+        ),
+        pytest.param(
+            mixed,
+            {"include": ("x",)},
+            r"It has conv \(Conv2d\): 0, 1; linear \(Linear\): 2; linear \(Named\): 3; linear \(Conv1D\): 4; "
+            r"embedding \(Embedding\): 5, 6; factorized already: 7",
+            id="what-there-is",
+        ),
+        pytest.param(nn.LayerNorm, {"classes": (nn.LayerNorm,)}, "classes must be .*, got LayerNorm", id="class"),
+        pytest.param(mixed, {"kinds": ("conv",), "include": ("1",)}, "^1 cannot be .* depthwise", id="depthwise"),
+        pytest.param(mixed, {"kinds": ("embedding",), "include": ("6",)}, "^6 cannot be .* max_norm", id="max-norm"),
+        pytest.param(mixed, {"rank": 6}, r"rank .*2.* must be in \[1, 5\], got 6", id="rank"),
+        pytest.param(
+            BERT.build,
+            {"kinds": ("embedding",), "include": ("bert.*word*",), "exclude": ("cls.*",)},
+            "its weight is also that of cls.predictions.decoder, which is excluded",
+            id="half-a-tie",
+        ),
+        pytest.param(
+            lambda: nn.Linear(5, 7), {}, "it is the model itself; use the from_dense of its factorized class", id="root"
+        ),
+        pytest.param(
+            lambda: nn.Sequential(FactorizedLinear(5, 7, 2)), {}, "It has factorized already: 0", id="factorized"
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_and_changes_nothing(model, options, message):
+    model = model() if model is not nn.LayerNorm else model(3)
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        factorize_(model, FactorizationConfig(**{"rank": 2, **options} if "rank" not in options else options))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(bad, calibrated):
+    model = BERT.build()
+    name = "bert.encoder.layer.1.output.dense"
+    with torch.no_grad():
+        model.get_submodule(name).weight[2, 3] = bad
+    before = state(model)
+    calibration = {"input_ids": torch.randint(53, (4, 9))} if calibrated else None
+    with pytest.raises(ValueError, match=f"the weight of {name} holds NaN or Inf"):
+        factorize_(model, FactorizationConfig(rank=2), calibration=calibration)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("calibration", [None, Net.data()], ids=["plain", "calibrated"])
+def test_an_error_while_layers_are_cut_changes_nothing(monkeypatch, calibration):
+    model = Net()
+    before, original, calls = state(model), FactorizedLinear.from_dense.__func__, iter(range(2))
+
+    def failing(cls, *args, **kwargs):
+        if next(calls, None) is None:
+            raise RuntimeError("out of memory")
+        return original(cls, *args, **kwargs)
+
+    monkeypatch.setattr(FactorizedLinear, "from_dense", classmethod(failing))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        factorize_(model, FactorizationConfig(rank=2), calibration=calibration)
+    assert_untouched(model, before)
+
+
+# Ranks
+
+
+@pytest.mark.parametrize("rule", [{"ratio": 0.5}, {"budget": 0.5}], ids=["ratio", "budget"])
+def test_a_share_of_parameters_is_met(rule):
+    model = nn.Sequential(nn.Linear(90, 110), nn.Linear(110, 70), nn.Conv2d(20, 30, 3))
+    done = factorize_(model, FactorizationConfig(**rule, kinds=("linear", "conv")))
+    assert done.parameters_before == 90 * 110 + 110 * 70 + 20 * 30 * 9
+    assert sum(layer.U.numel() + layer.V.numel() for layer in model if isinstance(layer, Factorized)) == (
+        done.parameters_after
+    )
+    dense = sum(p.numel() for layer in model if not isinstance(layer, Factorized) for p in layer.parameters())
+    assert not dense
+    assert done.parameters_after == pytest.approx(0.5 * done.parameters_before, rel=0.02)
+
+
+def test_a_share_of_energy_is_kept_and_what_would_not_shrink_stays_dense():
+    low_rank = nn.Linear(40, 30)
+    with torch.no_grad():
+        low_rank.weight.copy_(torch.randn(30, 3) @ torch.randn(3, 40))
+    model = nn.Sequential(low_rank, nn.Linear(30, 20))
+    done = factorize_(model, FactorizationConfig(energy=0.999))
+    assert model[0].rank == 3
+    assert done.replacements[0].energy == pytest.approx(1, abs=1e-5)
+    assert type(model[1]) is nn.Linear
+    assert done.skipped == {"1": "its factors would hold as many parameters"}
+
+
+@pytest.mark.parametrize("rule", [{"energy": 0.9}, {"budget": 0.5}], ids=["energy", "budget"])
+def test_on_meta_ranks_cannot_depend_on_spectra(rule):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(300, 400))
+    with pytest.raises(ValueError, match="0 is on the meta device"):
+        factorize_(model, FactorizationConfig(**rule))
+    factorize_(model, FactorizationConfig(ratio=0.5))
+    assert model[0].U.is_meta
+
+
+# Initialization and calibration
+
+
+@pytest.mark.parametrize("init", ["spectral_ones", "default"])
+def test_factors_start_by_the_method_of_the_configuration(init):
+    model = nn.Sequential(nn.Linear(31, 41), nn.Embedding(31, 41), nn.Conv2d(11, 13, 3))
+    before = [layer.weight.detach().clone() for layer in model]
+    bias = model[0].bias.detach().clone()
+    done = factorize_(model, FactorizationConfig(rank=3, kinds=ALL_KINDS, init=init))
+    assert [layer.init for layer in model] == [init] * 3
+    assert [replacement.energy for replacement in done.replacements] == [None] * 3
+    assert torch.equal(model[0].bias, bias)
+    for layer, weight in zip(model, before, strict=True):
+        assert layer.weight.shape == weight.shape
+        if init == "spectral_ones":
+            singular_values = torch.linalg.svdvals(layer.composed())[:3]
+            assert_close(singular_values, torch.ones(3))
+
+
+def test_calibration_lowers_the_error_of_the_outputs_and_the_biases_stay_the_same_parameters():
+    dense, data = Net(), Net.data()
+    errors = []
+    for calibration in (None, data):
+        model = copy.deepcopy(dense)
+        biases = [layer.bias for layer in model.layers[::2]]
+        factorize_(model, FactorizationConfig(rank=4), calibration=calibration)
+        assert all(layer.bias is bias for layer, bias in zip(model.layers[::2], biases, strict=True))
+        errors.append((model(**data) - dense(**data)).square().mean().item())
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_calibration_chooses_ranks_in_its_metric_and_needs_the_spectral_init():
+    model, data = Net(), Net.data()
+    config = FactorizationConfig(energy=0.9)
+    with pytest.raises(ValueError, match="leaves every matrix dense"):
+        factorize_(model, config)
+    done = factorize_(copy.deepcopy(model), config, calibration=data)
+    assert done.replacements[0].rank <= 4  # the data span four directions
+    with pytest.raises(ValueError, match="needs init='spectral', got 'default'"):
+        factorize_(model, FactorizationConfig(rank=2, init="default"), calibration=data)
+
+
+# Ties and modules with several names
+
+
+def test_a_plain_model_keeps_its_ties_and_its_aliases():
+    model = TiedToy()
+    ids = torch.randint(11, (2, 3))
+    expected = model(ids)
+    done = factorize_(model, FactorizationConfig(rank_scale=1.0, kinds=ALL_KINDS))
+    assert [(r.name, r.tied) for r in done.replacements] == [
+        ("embedding", ("head",)),
+        ("layers.0", ()),
+        ("layers.1", ()),
+    ]
+    assert model.again is model.layers[0]
+    assert (model.head.U is model.embedding.U, model.head.V is model.embedding.V) == (True, True)
+    assert_close(model(ids), expected)
+    assert merge_(model) == ["embedding", "layers.0", "layers.1", "head"]
+    assert model.again is model.layers[0]
+    assert model.head.weight is model.embedding.weight
+    assert_close(model(ids), expected)
+
+
+def test_a_weight_with_an_unknown_holder_stays():
+    model = TiedToy()
+    model.scores = model.embedding.weight
+    done = factorize_(model, FactorizationConfig(rank=2, kinds=ALL_KINDS))
+    assert "its weight is also scores" in done.skipped["embedding"]
+
+
+def test_a_bias_that_is_tied_stays_tied():
+    model = BERT.build()
+    factorize_(model, FactorizationConfig(rank_scale=0.3, kinds=ALL_KINDS))
+    head = model.cls.predictions
+    assert head.decoder.bias is head.bias
+    merge_(model)
+    assert head.decoder.bias is head.bias
+
+
+# Twice, and back
+
+
+def test_surgery_twice_records_both_and_merging_removes_the_record():
+    model = BERT.build()
+    factorize_(model, FactorizationConfig(rank=3, include=("*.intermediate.dense",)))
+    factorize_(model, FactorizationConfig(rank=5, include=("*.output.dense",)))
+    layers = model.config.quantization_config["layers"]
+    assert {name: entry["rank"] for name, entry in layers.items()} == {
+        name: model.get_submodule(name).rank for name in factorized(model)
+    }
+    assert {entry["rank"] for entry in layers.values()} == {3, 5}
+    assert json.loads(json.dumps(layers)) == layers
+    merge_(model)
+    assert "quantization_config" not in model.config.to_dict()
+    with pytest.raises(ValueError, match="BertForPreTraining holds no factorized layer"):
+        merge_(model)
+
+
+def test_conv1d_comes_back_as_conv1d():
+    model = GPT2.build()
+    dense = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, Conv1D)}
+    factorize_(model, FactorizationConfig(rank_scale=0.5))
+    assert {n: model.get_submodule(n).weight.shape for n in dense} == dense
+    merge_(model)
+    assert {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, Conv1D)} == dense
+    stock = GPT2LMHeadModel(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    batch = GPT2.batch()
+    assert_close(stock(**batch).logits, model(**batch).logits, **EXACT)
+
+
+def test_device_dtype_mode_and_what_is_trained_are_kept():
+    model = BERT.build(torch.bfloat16).train()
+    model.bert.encoder.layer[0].eval().requires_grad_(False)
+    before = {n: (m.training, m.bias.requires_grad) for n, m in model.named_modules() if type(m) is nn.Linear}
+    factorize_(model, FactorizationConfig(rank_scale=0.3))
+    for name in factorized(model):
+        layer = model.get_submodule(name)
+        assert (layer.training, layer.U.requires_grad) == before[name]
+        assert (layer.U.dtype, layer.weight.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_the_model_compiles_without_graph_breaks_before_and_after():
+    model = BERT.build()
+    batch = BERT.batch()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(**batch)
+    done = factorize_(compiled, FactorizationConfig(rank_scale=0.3, kinds=ALL_KINDS))
+    assert not any("_orig_mod" in replacement.name for replacement in done.replacements)
+    with torch.no_grad():
+        assert_close(compiled(**batch)[0], model(**batch)[0])
+        merge_(compiled)
+        assert_close(compiled(**batch)[0], model(**batch)[0])
+
+
+def test_a_model_of_another_quantization_is_left_alone():
+    model = BERT.build()
+    model.config.quantization_config = {"quant_method": "torchao"}
+    with pytest.raises(ValueError, match="quantized with torchao"):
+        factorize_(model, FactorizationConfig(rank=2))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        pytest.param(lambda: FactorizedLinear(5, 7, 2), "use its to_dense", id="a-layer"),
+        pytest.param(lambda: nn.Linear(5, 7), "holds no factorized layer", id="dense"),
+    ],
+)
+def test_nothing_to_merge(model, message):
+    with pytest.raises(ValueError, match=message):
+        merge_(model())
+
+
+def test_a_model_of_ours_has_its_own_way_back():
+    from hf_fnl import FactorizedBertConfig, FactorizedBertModel
+
+    model = FactorizedBertModel(FactorizedBertConfig(**BERT.config, ffn_rank=3))
+    with pytest.raises(ValueError, match=r"merge\(\) returns the stock model"):
+        merge_(model)
+
+
+# The weight that other code reads
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [nn.Linear(5, 7), Conv1D(7, 5), nn.Embedding(7, 5), nn.Conv2d(5, 7, 3)],
+    ids=["linear", "conv1d", "embedding", "conv"],
+)
+def test_a_glance_at_the_weight_costs_no_product_and_its_values_carry_gradients(dense, monkeypatch):
+    model = nn.Sequential(copy.deepcopy(dense))
+    factorize_(model, FactorizationConfig(rank=3, kinds=ALL_KINDS))
+    layer = model[0]
+    assert "0.weight" not in model.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer), "composed", lambda self: pytest.fail("multiplied out"))
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        assert (weight.shape, weight.dtype, weight.device) == (dense.weight.shape, torch.float32, torch.device("cpu"))
+    assert_close(layer.weight + 0, layer.dense_weight())
+    (layer.weight * 2).sum().backward()
+    assert layer.U.grad.any()
+    assert layer.V.grad.any()
+    with pytest.raises(KeyError, match="'weight' already exists"):
+        layer.weight = nn.Parameter(torch.zeros(2))
+
+
+def test_t5_which_looks_at_weights_compiles_without_graph_breaks():
+    model, batch = T5.build(), T5.batch()
+    factorize_(model, FactorizationConfig(rank_scale=0.3))
+    model.config.use_cache = False
+    compiled = torch.compile(model.encoder, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        inputs = {"input_ids": batch["input_ids"]}
+        assert_close(compiled(**inputs)[0], model.encoder(**inputs)[0])
+
+
+# Restoring without Transformers
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_plain_model_is_restored_from_the_record(device):
+    model, ids = TiedToy(), torch.randint(11, (2, 3))
+    record = json.loads(json.dumps(factorize_(model, FactorizationConfig(rank=3, kinds=ALL_KINDS)).to_dict()))
+    with torch.device(device):
+        other = TiedToy()
+    restore_(other, record)
+    assert other.head.U is other.embedding.U
+    other.load_state_dict(model.state_dict(), assign=device == "meta")
+    assert_close(other(ids), model(ids), **EXACT)
+
+
+def test_a_plain_model_comes_back_from_a_file(tmp_path):
+    model, ids = TiedToy(), torch.randint(11, (2, 3))
+    record = factorize_(model, FactorizationConfig(rank=3, kinds=ALL_KINDS)).to_dict()
+    save_model(model, tmp_path / "model.safetensors")
+    other = TiedToy()
+    restore_(other, record)
+    load_model(other, tmp_path / "model.safetensors")
+    assert_close(dict(other.state_dict()), dict(model.state_dict()), **EXACT)
+    assert_close(other(ids), model(ids), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        pytest.param({"layers.0": {"rank": 9}}, r"record of layers.0 .* rank must be in \[1, 5\], got 9", id="rank"),
+        pytest.param({"layers.0": {"rank": "two"}}, "record of layers.0 .* does not fit", id="no-number"),
+        pytest.param({"layers.0": {}}, "record of layers.0 .* does not fit", id="no-rank"),
+        pytest.param({"layers": {"rank": 2}}, "record of layers .* the model has a ModuleList", id="no-layer"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_an_error_and_changes_nothing(layers, message):
+    model = TiedToy()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        restore_(model, {"layers": layers})
+    assert_untouched(model, before)
