@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_fnl.config import FactorizationConfig, RankRule
 from hf_fnl.decay import FrobeniusDecay
 from hf_fnl.diagnostics import diagnose
-from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
+from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.models import (
     FactorizedBertConfig,
     FactorizedBertForMaskedLM,
@@ -25,9 +25,12 @@ from hf_fnl.models import (
     FactorizedBertLMHeadModel,
     FactorizedBertModel,
 )
+from hf_fnl.models.cards import model_card
+from hf_fnl.models.checkpoint import load
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
-from hf_fnl.products import Product, find_products
+from hf_fnl.products import AttentionProjections, Product, Section, find_products, register_attention
 from hf_fnl.spectral import spectral_init
+from hf_fnl.surgery import Factorization, factorize_, merge_, restore_
 
 if TYPE_CHECKING:
     from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
@@ -45,9 +48,11 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AttentionProjections",
     "FLAMBe",
     "FLAMBeTrainer",
     "FLAMBeTrainingArguments",
+    "Factorization",
     "FactorizationConfig",
     "Factorized",
     "FactorizedBertConfig",
@@ -60,14 +65,22 @@ __all__ = [
     "FactorizedBertForTokenClassification",
     "FactorizedBertLMHeadModel",
     "FactorizedBertModel",
+    "FactorizedConv2d",
     "FactorizedEmbedding",
     "FactorizedLinear",
     "FrobeniusDecay",
     "Lamb",
     "Product",
     "RankRule",
+    "Section",
     "diagnose",
+    "factorize_",
     "find_products",
+    "load",
+    "merge_",
+    "model_card",
     "parameter_groups",
+    "register_attention",
+    "restore_",
     "spectral_init",
 ]

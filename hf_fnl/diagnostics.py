@@ -115,7 +115,7 @@ def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
 
     ``2 * tokens * parameters`` for each linear layer and each of its factors, a multiplication and an addition per
     entry; a factorized embedding multiplies by ``V`` only, for ``U`` is looked up. Every layer counts as if it saw all
-    tokens. Attention scores, normalizations and biases are not counted.
+    tokens. Convolutions, attention scores, normalizations and biases are not counted.
 
     Args:
         model: The model, ours or stock.
@@ -129,7 +129,7 @@ def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
     for module in model.modules():
         if isinstance(module, Factorized) and module.kind == "embedding":
             ours += module.V.numel()
-        elif isinstance(module, Factorized):
+        elif isinstance(module, Factorized) and module.kind == "linear":
             ours += _factor_count(module)
             dense += _dense_count(module)
         elif isinstance(module, nn.Linear | Conv1D):

@@ -59,9 +59,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
     metrics |= answer_questions(trainer, examples, tokenizer, options, folder=args.output_dir)
     if args.should_save:
+        finish_run(
+            args.output_dir, metrics, data, args
+        )  # first: saving the model may push it, with a card made of this
         trainer.save_model()
         trainer.save_state()
-        finish_run(args.output_dir, metrics, data, args)
     return metrics
 
 

@@ -12,21 +12,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_fnl"
 FLOORS = [
-    {"functional", "spectral", "config"},
+    {"functional", "spectral", "truncation", "config"},
     {"layers"},
-    {"products", "surgery", "ranks"},
+    {"products", "calibration", "surgery", "ranks"},
     {"decay", "diagnostics", "optim"},
     {"models", "vision"},
     {"training"},
     {"cli", "report"},
+    {"__main__"},
 ]
 # Files that may import a neighbour on their own floor.
 NEIGHBOURS = {
     ("config", "spectral"),
     ("decay", "optim"),
-    ("surgery", "products"),
+    ("truncation", "spectral"),
+    ("surgery", "calibration"),
     ("surgery", "ranks"),
-    ("ranks", "products"),
+    ("cli", "report"),
 }
 HEAVY = {"datasets", "evaluate", "deepspeed", "matplotlib", "typer"}
 

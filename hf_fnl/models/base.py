@@ -118,12 +118,13 @@ class FactorizedPreTrainedModel(PreTrainedModel):
             A model of this class on the same device, in the same dtype and mode.
 
         Raises:
+            OSError: If a weight file is truncated or corrupt.
             TypeError: If ``dense`` is not of ``dense_class``.
             ValueError: If no rank is given, or both ranks and a rule, a rank does not fit, a rule cannot be met, or a
                 weight is not finite.
         """
         if not isinstance(dense, PreTrainedModel):
-            dense = cls.dense_class.from_pretrained(dense)
+            dense = load_checked(cls.dense_class.from_pretrained, dense)
         if type(dense) is not cls.dense_class:
             raise TypeError(f"{cls.__name__} is made from a {cls.dense_class.__name__}, got a {type(dense).__name__}")
         ranks = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
@@ -146,8 +147,9 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         cls, dense: PreTrainedModel, rule: RankRule, kinds: Sequence[str], calibration: Calibration | None
     ) -> dict[str, LayerRank]:
         shared = {option.removesuffix("_rank"): layers for option, layers in cls._shared_ranks(dense).items()}
-        if not kinds or (unknown := sorted(set(kinds) - set(shared))):
-            raise ValueError(f"kinds must be any of {', '.join(shared)}, got {', '.join(unknown or ['none'])}")
+        unknown = sorted(set(kinds) - set(shared))
+        if unknown or not kinds:
+            raise ValueError(f"kinds must be any of {', '.join(shared)}, got {', '.join(unknown) or 'none'}")
         return ranks_by_rule(
             dense,
             {f"{kind}_rank": shared[kind] for kind in kinds},

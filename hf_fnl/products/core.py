@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_fnl.functional import product, squared_frobenius_norm
 
-KINDS = ("linear", "embedding", "qk", "ov")
+KINDS = ("linear", "embedding", "conv", "qk", "ov")
 
 Source: TypeAlias = nn.Module | Mapping[str, Tensor]  # a model, or its parameters by name
 
@@ -55,7 +55,7 @@ class Product:
 
     Args:
         name: Name of the module that holds it, followed by the kind for the products of an attention.
-        kind: ``"linear"``, ``"embedding"``, ``"qk"`` (per head ``Q_h K_h^T``) or ``"ov"`` (per head ``V_h O_h^T``).
+        kind: ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"`` (per head ``Q_h K_h^T``) or ``"ov"`` (per head ``V_h O_h^T``).
             These are products of the weights: where an attention rotates or normalizes queries and keys, its scores
             are no longer ``x Q_h K_h^T x^T``.
         parts: The factors in the order in which they are multiplied.

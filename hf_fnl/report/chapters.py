@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers.trainer import TRAINER_STATE_NAME
-
+from hf_fnl.models.cards.record import STATE_FILE
 from hf_fnl.report.panels import INK, Key, Line, Panel, Quantity, legend_of, make_panels, source_colours
 from hf_fnl.report.series import history_of, layers_of, spectra_of
 from hf_fnl.report.sources import Source
@@ -88,6 +87,7 @@ OF_THE_MODEL = (
         series_of=layers_of(lambda row: row.effective_rank),
         dashed=layers_of(lambda row: row.rank),
         line_styles=("effective rank", "rank"),
+        from_zero=True,
     ),
     Quantity(
         heading="Norms by layer",
@@ -109,7 +109,7 @@ def make_chapters(sources: Sequence[Source]) -> list[Chapter]:
         Chapter(
             "Loss",
             [loss_section(sources)],
-            [f"{s.name} logged no loss: it has no {TRAINER_STATE_NAME}." for s in sources if not s.losses],
+            [f"{s.name} logged no loss: it has no {STATE_FILE}." for s in sources if not s.losses],
         ),
         Chapter(
             "Products in training",

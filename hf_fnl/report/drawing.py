@@ -78,7 +78,7 @@ def draw_png(panels: Sequence[Panel], legend: Sequence[Key], target: str | Path,
             axis.set_axis_off()
         handles = [Line2D([], [], color=k.colour, linestyle="--" if k.dashed else "-", label=k.label) for k in legend]
         if handles:
-            figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+            figure.legend(handles=handles, loc="outside lower center", ncols=3 * columns, frameon=False)
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, format="png", dpi=120)
     return target
@@ -118,10 +118,12 @@ def _draw(axis: Any, panel: Panel) -> None:
         alpha = 1 if line.bold else 0.75
         axis.plot(*zip(*line.points, strict=True), color=line.colour, marker=marker, markersize=3, alpha=alpha, **style)
     axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     if panel.log:
         axis.set_yscale("log")
         low, high = axis.get_ylim()
         axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
         axis.yaxis.set_minor_locator(NullLocator())
+    if panel.from_zero:
+        axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter("{x:g}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.functional import singular_values
 from hf_fnl.layers import Factorized
+from hf_fnl.models.cards.record import FACTORIZATION_FILE, read_json
 from hf_fnl.products import Product, find_products
 
-FACTORIZATION_FILE = "factorization.json"
 DENSE = "dense"
 
 Progress = Callable[[int, int], None]
@@ -30,10 +30,11 @@ class Spectrum:
     Args:
         name: Name of the product, or of the layer that holds a plain matrix.
         kind: Kind of the product, or ``"dense"``.
-        shape: ``(m, n)`` of the matrix that is multiplied with, of one head for the products of an attention.
+        shape: ``(m, n)``, of one head for the products of an attention; a kernel is ``(out, in * height * width)``.
         rank: Columns of the factors; ``min(m, n)`` for a plain matrix.
         parameters: Entries of the factors, or of the plain matrix, all heads together.
-        flops: Operations a token: two for each entry that is multiplied with, none for what is looked up.
+        flops: Operations a token, or a position of an image: two for each entry that is multiplied with, none for
+            what is looked up.
         values: Singular values, descending, ``(heads, k)``; one row for what has no heads.
     """
 
@@ -78,8 +79,8 @@ def inspect_model(
     """Describe every product and every other matrix of a model, in the order of its modules.
 
     Each weight is counted once: the projections of an attention under their ``qk`` and ``ov`` products, a tied table
-    under the first layer that holds it. So the parameters add up, and the operations are those of
-    :func:`~hf_fnl.diagnostics.forward_flops` for one token.
+    under the first layer that holds it. So the parameters add up, and so do the operations: without plain convolutions
+    to those of :func:`~hf_fnl.diagnostics.forward_flops`.
 
     Args:
         model: Any model, factorized or not, with its weights in memory.
@@ -94,15 +95,17 @@ def inspect_model(
 
 
 def read_energies(folder: str | Path) -> dict[str, float]:
-    """Energy kept by product, from the ``factorization.json`` of a model folder; empty where there is none."""
+    """Energy that products kept, by name, from the ``factorization.json`` of a model folder; empty where there is none.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     path = Path(folder) / FACTORIZATION_FILE
-    if not path.is_file():
-        return {}
     try:
-        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+        layers = read_json(path).get("layers", [])
         return {layer["name"]: layer["energy"] for layer in layers if layer.get("energy") is not None}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a record of a factorization: {error!r}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: a layer lacks its name") from error
 
 
 @torch.no_grad()
@@ -139,56 +142,71 @@ def describe(spectrum: Spectrum, energy: float | None = None) -> Row:
     )
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, str, tuple[Tensor, ...], int | None]]:
+def _matrices(model: nn.Module) -> Iterator[tuple[str, str, tuple[Tensor, ...], int]]:
     """Name, kind, factors and operations of every matrix; a plain one is its own only factor."""
+    attentions = _attention_products(model)
+    held = {id(model.get_parameter(name)) for found in attentions.values() for p in found for name in p.parameter_names}
+    flops = _flops_by_weight(model)
+    for path, module in model.named_modules():
+        for product in attentions.get(path, ()):
+            factors = product.factors(model)
+            yield product.name, product.kind, factors, 2 * sum(factor.numel() for factor in factors)
+        if (first := _first_weight(module)) is None or id(first) in held:
+            continue
+        held.add(id(first))
+        if isinstance(module, Factorized):
+            yield path, module.kind, module.factors(), flops[id(first)]
+        else:
+            weight = first.mT if isinstance(module, Conv1D) else first.flatten(1)
+            yield path, DENSE, (weight,), flops[id(first)]
+
+
+def _flops_by_weight(model: nn.Module) -> Counter[int]:
+    """Operations of all layers that multiply with a weight, by its ``id``: a tied table may be looked up as well."""
     flops: Counter[int] = Counter()
     for module in model.modules():
-        if isinstance(module, Factorized):
-            flops[id(module.U)] += 2 * sum(
-                f.numel() for f in module.factors()[-1 if module.kind == "embedding" else 0 :]
-            )
-        elif isinstance(module, nn.Linear | Conv1D):
-            flops[id(module.weight)] += 2 * module.weight.numel()
-    products = _products_by_module(model)
-    held = {id(model.get_parameter(name)) for found in products.values() for p in found for name in p.parameter_names}
-    for path, module in model.named_modules():
-        for product in products.get(path, ()):
-            factors = product.factors(model)
-            heads = factors[0].ndim == 3
-            yield product.name, product.kind, factors, None if heads else flops[id(module.U)]
-        if isinstance(module, nn.Linear | Conv1D | nn.Embedding) and id(module.weight) not in held:
-            held.add(id(module.weight))
-            weight = module.weight.mT if isinstance(module, Conv1D) else module.weight
-            yield path, DENSE, (weight,), flops[id(module.weight)]
+        first = _first_weight(module)
+        if first is None or isinstance(module, nn.Embedding):
+            continue
+        factors = module.factors() if isinstance(module, Factorized) else (first,)
+        if isinstance(module, Factorized) and module.kind == "embedding":
+            factors = factors[-1:]
+        flops[id(first)] += 2 * sum(factor.numel() for factor in factors)
+    return flops
 
 
-def _products_by_module(model: nn.Module) -> dict[str, list[Product]]:
-    try:
-        products = find_products(model)
-    except ValueError:  # there are none: everything is a plain matrix
-        return {}
-    paths = {path for path, _ in model.named_modules()}
+def _first_weight(module: nn.Module) -> Tensor | None:
+    if isinstance(module, Factorized):
+        return module.U
+    return module.weight if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.Conv2d) else None
+
+
+def _attention_products(model: nn.Module) -> dict[str, list[Product]]:
+    """The products of attentions, by the name of the attention."""
     found: dict[str, list[Product]] = {}
-    for product in products:
-        found.setdefault(product.name if product.name in paths else product.name.rpartition(".")[0], []).append(product)
+    with warnings.catch_warnings():
+        # An attention of unknown layout is not left out here: its projections are plain matrices.
+        warnings.simplefilter("ignore", UserWarning)
+        with contextlib.suppress(ValueError):  # there are none
+            for product in find_products(model):
+                if product.kind in ("qk", "ov"):
+                    found.setdefault(product.name.rpartition(".")[0], []).append(product)
     return found
 
 
-def _spectrum(name: str, kind: str, factors: tuple[Tensor, ...], flops: int | None) -> Spectrum:
+def _spectrum(name: str, kind: str, factors: tuple[Tensor, ...], flops: int) -> Spectrum:
     if any(factor.is_meta for factor in factors):
         raise ValueError(f"{name} is on the meta device: load the weights of the model before it is inspected")
     if not all(torch.stack(factor.aminmax()).isfinite().all() for factor in factors):
         raise ValueError(f"the weights of {name} hold NaN or Inf")
     if len(factors) == 1:
-        shape, values = tuple(factors[0].shape), _singular_values(factors[0])
-        rank = min(shape)
+        m, n = factors[0].shape
+        rank, values = min(m, n), _singular_values(factors[0])
     else:
-        shape, values = (factors[0].shape[-2], factors[-1].shape[-2]), singular_values(*factors)
-        rank = factors[0].shape[-1]
-    parameters = sum(map(_distinct_entries, factors))
-    m, n = shape
-    flops = 2 * parameters if flops is None else flops
-    return Spectrum(name, kind, (m, n), rank, parameters, flops, torch.atleast_2d(values).double().cpu())
+        m, n = (factor.shape[-2] for factor in (factors[0], factors[-1]))
+        rank, values = factors[0].shape[-1], singular_values(*factors)
+    parameters = sum(factor.numel() for factor in factors)
+    return Spectrum(name, kind, (m, n), rank, parameters, flops, values.double().cpu().reshape(-1, values.shape[-1]))
 
 
 def _singular_values(weight: Tensor) -> Tensor:
@@ -196,8 +214,3 @@ def _singular_values(weight: Tensor) -> Tensor:
     weight = weight.double()
     gram = weight @ weight.mT if weight.shape[0] <= weight.shape[1] else weight.mT @ weight
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(-1)
-
-
-def _distinct_entries(factor: Tensor) -> int:
-    """Entries in memory: heads may share a key and a value, which then are a view that repeats."""
-    return math.prod(size for size, stride in zip(factor.shape, factor.stride(), strict=True) if stride != 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -29,10 +30,10 @@ _COLUMNS = {
     "rank": "rank",
     "parameters": "parameters",
     "FLOPs per token": "flops",
-    "‖W‖_F": "frobenius_norm",
-    "‖W‖_*": "nuclear_norm",
+    "‖W‖<sub>F</sub>": "frobenius_norm",
+    "‖W‖<sub>*</sub>": "nuclear_norm",
     "effective rank": "effective_rank",
-    "rank for 90 % of ‖W‖_F²": "rank_90",
+    "rank for 90 % of ‖W‖<sub>F</sub>²": "rank_90",
     "energy kept": "energy",
 }
 
@@ -86,10 +87,9 @@ def _places(sources: Sequence[Source]) -> str:
 
 def _figures_chapter(sources: Sequence[Source]) -> Iterator[str]:
     names = dict.fromkeys(name for source in sources for name in source.figures)
-    rows = ([escape(name), *(_number(source.figures.get(name)) for source in sources)] for name in names)
-    yield "<section><h2>Figures</h2>"
-    yield _table(["", *(escape(source.name) for source in sources)], rows)
-    yield "</section>"
+    if names:
+        rows = ([name.replace("_", " "), *(source.figures.get(name) for source in sources)] for name in names)
+        yield f"<section><h2>Figures</h2>{_table(_header(sources), rows)}</section>"
 
 
 def _chapter(chapter: Chapter, numbers: Iterator[int]) -> Iterator[str]:
@@ -124,7 +124,7 @@ def _tables_chapter(sources: Sequence[Source]) -> Iterator[str]:
     yield "<p>Figures of an attention are means over its heads. Every weight is counted once.</p>"
     for source in models:
         rows = [describe(spectrum, source.energies.get(spectrum.name)) for spectrum in source.spectra]
-        table = _table(list(_COLUMNS), ([_number(getattr(row, key)) for key in _COLUMNS.values()] for row in rows))
+        table = _table(list(_COLUMNS), ([getattr(row, key) for key in _COLUMNS.values()] for row in rows))
         yield f"<details><summary>{escape(source.name)}: {len(rows)} matrices</summary>{table}</details>"
     yield "</section>"
 
@@ -132,32 +132,39 @@ def _tables_chapter(sources: Sequence[Source]) -> Iterator[str]:
 def _settings_chapter(sources: Sequence[Source]) -> Iterator[str]:
     names = dict.fromkeys(name for source in sources for name in source.settings)
     values = {name: [_setting(source, name) for source in sources] for name in names}
-    header = ["", *(escape(source.name) for source in sources)]
-    if len(sources) == 1:
-        table = _table(header, ([escape(name), *row] for name, row in values.items()))
+    if len(sources) > 1:
+        values = {name: row for name, row in values.items() if len(set(row)) > 1}
+        table = _table(_header(sources), ([name, *row] for name, row in values.items()))
+        yield f"<section><h2>Settings that differ</h2>{table if values else '<p>None.</p>'}</section>"
+    elif values:
+        table = _table(_header(sources), ([name, *row] for name, row in values.items()))
         yield f"<section><h2>Settings</h2><details><summary>{len(values)} settings</summary>{table}</details></section>"
-        return
-    differing = [[escape(name), *row] for name, row in values.items() if len(set(row)) > 1]
-    yield "<section><h2>Settings that differ</h2>"
-    yield _table(header, differing) if differing else "<p>None.</p>"
-    yield "</section>"
 
 
-def _setting(source: Source, name: str) -> str:
-    if name not in source.settings:
-        return _ABSENT
-    return escape(json.dumps(source.settings[name], ensure_ascii=False, default=str))
+def _setting(source: Source, name: str) -> str | None:
+    return json.dumps(source.settings[name], ensure_ascii=False, default=str) if name in source.settings else None
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _header(sources: Sequence[Source]) -> list[str]:
+    return ["", *(_name(source.name) for source in sources)]
+
+
+def _name(text: str) -> str:
+    """A name that may be broken where it has a dot, a slash or an underscore."""
+    return re.sub(r"[./_]", r"\g<0><wbr>", escape(text))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table whose first column holds names; ``header`` is HTML."""
     head = "".join(f"<th scope=col>{name}</th>" for name in header)
     lines = (
-        f"<tr><th scope=row>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for name, *cells in rows
+        f"<tr><th scope=row>{_name(name)}</th>{''.join(f'<td>{_cell(cell)}</td>' for cell in cells)}</tr>"
+        for name, *cells in rows
     )
     return f"<div class=table><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
-def _number(value: Any) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return _ABSENT
     if isinstance(value, tuple):

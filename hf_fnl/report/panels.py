@@ -43,6 +43,7 @@ class Panel:
     lines: list[Line]
     bands: list[Band]
     log: bool = False
+    from_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Quantity:
         dashed: Points of a second quantity beside it.
         line_styles: What solid and dashed lines are.
         log: Whether its axis is logarithmic.
+        from_zero: Whether its axis starts at zero.
     """
 
     heading: str
@@ -78,6 +80,7 @@ class Quantity:
     dashed: Callable[[Source], Series] | None = None
     line_styles: tuple[str, str] | None = None
     log: bool = False
+    from_zero: bool = False
 
 
 def make_panels(sources: Sequence[Source], quantity: Quantity) -> list[Panel]:
@@ -100,7 +103,7 @@ def make_panels(sources: Sequence[Source], quantity: Quantity) -> list[Panel]:
                 bands.append(Band([(x, min(ys), max(ys)) for x, ys in _by_x(matrices)], colour))
             lines += _mean(source.name, matrices, colour)
             lines += _mean(source.name, second.get(role, {}), colour, dashed=True)
-        panels.append(Panel(role, quantity.xlabel, quantity.ylabel, lines, bands, quantity.log))
+        panels.append(Panel(role, quantity.xlabel, quantity.ylabel, lines, bands, quantity.log, quantity.from_zero))
     return panels
 
 

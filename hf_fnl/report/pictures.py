@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
-
+from hf_fnl.models.cards.record import STATE_FILE
 from hf_fnl.report.chapters import IN_TRAINING, loss_section, make_section
 from hf_fnl.report.drawing import draw_png
 from hf_fnl.report.sources import Source, read_run
@@ -24,7 +23,7 @@ def plot_loss(run: str | Path, target: str | Path) -> Path:
     """
     source = _source(run)
     if not source.losses:
-        raise FileNotFoundError(f"{run} holds no {TRAINER_STATE_NAME} with losses; was the run logged and finished?")
+        raise FileNotFoundError(f"{run} holds no {STATE_FILE} with losses; was the run logged and finished?")
     section = loss_section([source])
     return draw_png(section.panels, section.legend, target, columns=1)
 
@@ -44,7 +43,7 @@ def plot_diagnostics(run: str | Path, target: str | Path) -> Path:
         raise FileNotFoundError(f"{run} holds no {DIAGNOSTICS_FILE}; was the run started with --diagnostics_steps?")
     sections = [make_section([source], quantity) for quantity in IN_TRAINING]
     panels = [panel for section in sections for panel in section.panels]
-    return draw_png(panels, sections[0].legend, target, columns=len(sections[0].panels))
+    return draw_png(panels, sections[0].legend, target, columns=max(len(sections[0].panels), 2))
 
 
 def _source(run: str | Path) -> Source:

@@ -8,25 +8,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import AutoConfig, PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
-import hf_fnl.models
 from hf_fnl.diagnostics import Figures, forward_flops, parameter_count
+from hf_fnl.models.cards.record import CONFIG_FILE, METRICS_FILE, STATE_FILE, flatten, read_json
+from hf_fnl.models.checkpoint import load
 from hf_fnl.report.inspection import Progress, Spectrum, measure_spectra, read_energies
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
-from hf_fnl.training.runs import CONFIG_FILE, METRICS_FILE
 
 History = list[tuple[int, dict[str, Figures]]]
 Points = list[tuple[int, float]]
 
 LOSSES = {"training": "loss", "evaluation": "eval_loss"}
 
-# Where a run writes and what it was written with: two runs that differ in nothing else are the same.
-_NOT_SETTINGS = {"output_dir", "logging_dir", "run_name", "transformers_version", "_name_or_path"}
+# Where a run writes, what wrote it, and ranks layer by layer, which the tables of matrices have.
+_NOT_SETTINGS = {
+    "output_dir",
+    "logging_dir",
+    "run_name",
+    "transformers_version",
+    "_name_or_path",
+    "quantization_config",
+}
 
 
 @dataclass(frozen=True)
@@ -92,33 +97,24 @@ def read_run(folder: str | Path) -> tuple[dict[str, Points], History]:
     return losses, history
 
 
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings, under names such as ``"phase-1 / eval_loss"``."""
-    leaves: dict[str, Any] = {}
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        leaves |= flatten(value, f"{name} / ") if isinstance(value, Mapping) else {name: value}
-    return leaves
-
-
 def _read(source: str | Path, name: str, progress: Progress | None) -> Source:
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        return Source(name, str(source), **_model(_load_from_hub(source), progress))
+        return Source(name, str(source), **_model(_load_from_hub(str(source)), progress))
     losses, history = read_run(folder)
     home = _model_folder(folder)
     if not (home or losses or history):
         raise FileNotFoundError(
-            f"{folder} holds neither a run ({TRAINER_STATE_NAME} or {DIAGNOSTICS_FILE}, in it or in its phase-* and "
+            f"{folder} holds neither a run ({STATE_FILE} or {DIAGNOSTICS_FILE}, in it or in its phase-* and "
             f"checkpoint-* folders) nor a model ({CONFIG_NAME} and *.safetensors)"
         )
-    model = _model(_load(home), progress) if home else {"figures": {}, "settings": {}}
+    model = _model(load(home, use_safetensors=True), progress) if home else {"figures": {}, "settings": {}}
     figures = {
         **{f"last {key} loss": points[-1][1] for key, points in losses.items()},
-        **flatten(_read_json(folder / METRICS_FILE)),
+        **flatten(read_json(folder / METRICS_FILE)),
     }
     model["figures"] |= {key: value for key, value in figures.items() if isinstance(value, int | float)}
-    model["settings"] |= _settings(_read_json(folder / CONFIG_FILE))
+    model["settings"] |= _settings(read_json(folder / CONFIG_FILE))
     energies = read_energies(home) if home else {}
     return Source(name, str(folder), losses=losses, history=history, energies=energies, **model)
 
@@ -132,17 +128,13 @@ def _model(model: PreTrainedModel, progress: Progress | None) -> dict[str, Any]:
     }
 
 
-def _load(path: str | Path) -> PreTrainedModel:
-    name = (AutoConfig.from_pretrained(path).architectures or ["AutoModel"])[0]
-    model_class = getattr(hf_fnl.models, name, None) or getattr(transformers, name)
-    return model_class.from_pretrained(path)
-
-
-def _load_from_hub(name: str | Path) -> PreTrainedModel:
+def _load_from_hub(name: str) -> PreTrainedModel:
     try:
-        return _load(str(name))
+        return load(name, use_safetensors=True)
     except OSError as error:
-        raise FileNotFoundError(f"{name} is no folder here and cannot be read from the Hub: {error}") from error
+        raise FileNotFoundError(
+            f"{name} is no folder here, and no model that can be read from the Hub: {error}"
+        ) from error
 
 
 def _model_folder(folder: Path) -> Path | None:
@@ -152,7 +144,7 @@ def _model_folder(folder: Path) -> Path | None:
 
 def _losses(part: Path) -> dict[str, Points]:
     candidates = (part, Path(get_last_checkpoint(part) or part))
-    states = (_read_json(c / TRAINER_STATE_NAME) for c in candidates)
+    states = (read_json(c / STATE_FILE) for c in candidates)
     log: list[dict[str, Any]] = next((state["log_history"] for state in states if "log_history" in state), [])
     points = {name: [(entry["step"], entry[key]) for entry in log if key in entry] for name, key in LOSSES.items()}
     return {name: values for name, values in points.items() if values}
@@ -170,20 +162,8 @@ def _history(path: Path) -> History:
         raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected an object, found {type(content).__name__}")
-    return content
-
-
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flatten(options).items() if key not in _NOT_SETTINGS}
+    return flatten({key: value for key, value in options.items() if key not in _NOT_SETTINGS})
 
 
 def _phase_number(folder: Path) -> tuple[int, str]:
@@ -196,7 +176,7 @@ def _names(sources: Sequence[str | Path]) -> list[str]:
     if not sources:
         raise ValueError("a report needs a run or a model")
     paths = [Path(source).expanduser() for source in sources]
-    parts = [(path.resolve() if path.is_dir() else path).parts for path in paths]
+    parts = [path.resolve().parts if path.is_dir() else (str(path),) for path in paths]
     if twice := {str(path) for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1}:
         raise ValueError(f"given more than once: {', '.join(sorted(twice))}")
     lengths = range(1, max(map(len, parts)) + 1)

@@ -139,6 +139,7 @@ def factorize_(
     successors = _cut(model, chosen, config, calibration)
     replacements = tuple(_replacement(target, successors, config.init) for target, _ in chosen)
     for dense, layer in successors.items():
+        layer.train(dense.training)  # calibration made it while the model was in evaluation mode
         if calibration is not None and getattr(dense, "bias", None) is not None:
             dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
     swap_(model, successors)

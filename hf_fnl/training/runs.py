@@ -13,10 +13,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_fnl.models.cards.record import CONFIG_FILE, METRICS_FILE
 from hf_fnl.training.files import write_json
-
-METRICS_FILE = "metrics.json"
-CONFIG_FILE = "run_config.json"
 
 # Written by the Trainer for itself, or secret: not settings of a run.
 _NOT_SETTINGS = {"hub_token", "deepspeed_plugin", "distributed_state"}
