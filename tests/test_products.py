@@ -120,7 +120,9 @@ def test_products_follow_parameters_that_are_replaced():
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
-        pytest.param(["ov", "vo"], "unknown kind of product vo; known are linear, embedding, conv, qk, ov", id="unknown"),
+        pytest.param(
+            ["ov", "vo"], "unknown kind of product vo; known are linear, embedding, conv, qk, ov", id="unknown"
+        ),
         pytest.param(["ov", "linear"], "BertForPreTraining has no product of kind linear; it has: ov, qk", id="absent"),
         pytest.param(KINDS, "no product of kind linear, embedding", id="two-absent"),
     ],

@@ -20,9 +20,10 @@ from hf_fnl.diagnostics import diagnose, parameter_count
 from hf_fnl.products import find_products
 from hf_fnl.report import plot_diagnostics, plot_loss, write_report
 from hf_fnl.report.chapters import IN_TRAINING, OF_THE_MODEL, loss_section, make_section
+from hf_fnl.report.inspection import Spectrum
 from hf_fnl.report.panels import PALETTE
 from hf_fnl.report.series import role_of
-from hf_fnl.report.sources import read_sources
+from hf_fnl.report.sources import Source, read_sources
 from hf_fnl.training.runs import finish_run
 
 pytest.importorskip("matplotlib")
@@ -301,3 +302,17 @@ def test_without_matplotlib_the_extra_is_named_and_tables_still_work():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'hf_fnl[plots]'" in done.stdout
+
+
+def test_a_mean_over_different_ranks_is_one_over_all_matrices():
+    spectra = [
+        Spectrum(f"layer.{layer}.dense", "linear", (900, 900), rank, 1, 1, torch.linspace(1, 0.5, 900)[None, :rank])
+        for layer, rank in enumerate((650, 651, 900))
+    ]
+    sources = [Source(name, name, spectra=spectra) for name in ("a", "b")]
+    for panel in make_section(sources, OF_THE_MODEL[0]).panels:
+        for line, band in zip(panel.lines, panel.bands, strict=True):
+            assert len(line.points) <= 200
+            assert (line.points[0][0], line.points[-1][0]) == (1, 650)
+            for (i, value), (_, low, high) in zip(line.points, band.points, strict=True):
+                assert value == low == high == pytest.approx(1 - 0.5 * (i - 1) / 899)

@@ -23,7 +23,8 @@ def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[
 
     Args:
         model: Any module; unwrapped, so that names are those of its own ``named_parameters``.
-        kinds: Any of ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"``, ``"ov"``; all that the model has unless given.
+        kinds: Any of ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"`` and ``"ov"``; all that the model has unless
+            given.
 
     Raises:
         ValueError: If a kind is unknown, or the model has no product of a kind that was asked for, or none at all.

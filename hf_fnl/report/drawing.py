@@ -114,7 +114,7 @@ def _draw(axis: Any, panel: Panel) -> None:
         axis.fill_between(x, low, high, color=band.colour, alpha=0.18, linewidth=0)
     for line in panel.lines:
         style = {"linestyle": (0, (4, 2)) if line.dashed else "-", "linewidth": 1.7 if line.bold else 0.8}
-        marker = "o" if line.bold and len(line.points) < 15 else None
+        marker = "o" if line.bold and len(line.points) < 12 else None
         alpha = 1 if line.bold else 0.75
         axis.plot(*zip(*line.points, strict=True), color=line.colour, marker=marker, markersize=3, alpha=alpha, **style)
     axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)

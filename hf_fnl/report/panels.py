@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hf_fnl.report.series import Series, role_of
 from hf_fnl.report.sources import Points, Source
 
+Point = TypeVar("Point")
+
 # Legible on white and on black alike, and told apart with any kind of colour vision (after Okabe and Ito).
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#c5699b", "#7f7f7f")
 INK = "#1c1e21"  # of text, axes and means; a page puts its own text colour in its place
+_MAX_POINTS = 200  # of a line: more cannot be told apart at the width of a plot
 _RAMP = ((42, 120, 214), (150, 92, 150), (214, 98, 20))
 
 
@@ -99,11 +103,13 @@ def make_panels(sources: Sequence[Source], quantity: Quantity) -> list[Panel]:
             matrices = first.get(role, {})
             if len(matrices) > 1 and len(sources) == 1:
                 lines += _thin_lines(matrices)
-            elif len(matrices) > 1:
-                bands.append(Band([(x, min(ys), max(ys)) for x, ys in _by_x(matrices)], colour))
+            elif len(matrices) > 1 and (shared := _shared(matrices)):
+                bands.append(Band(_thinned([(x, min(ys), max(ys)) for x, ys in shared]), colour))
             lines += _mean(source.name, matrices, colour)
             lines += _mean(source.name, second.get(role, {}), colour, dashed=True)
-        panels.append(Panel(role, quantity.xlabel, quantity.ylabel, lines, bands, quantity.log, quantity.from_zero))
+        if lines:
+            axes = (quantity.log, quantity.from_zero)
+            panels.append(Panel(role, quantity.xlabel, quantity.ylabel, lines, bands, *axes))
     return panels
 
 
@@ -129,22 +135,29 @@ def _thin_lines(matrices: dict[str, Points]) -> list[Line]:
     layers = [role_of(name)[1] for name in matrices]
     low, span = min(layers), max(max(layers) - min(layers), 1)
     return [
-        Line(name, points, _ramp((layer - low) / span), bold=False)
+        Line(name, _thinned(points), _ramp((layer - low) / span), bold=False)
         for (name, points), layer in zip(matrices.items(), layers, strict=True)
     ]
 
 
 def _mean(label: str, matrices: dict[str, Points], colour: str, dashed: bool = False) -> list[Line]:
-    points = [(x, sum(ys) / len(ys)) for x, ys in _by_x(matrices)]
-    return [Line(label, points, colour, dashed=dashed)] if points else []
+    points = [(x, sum(ys) / len(ys)) for x, ys in _shared(matrices)]
+    return [Line(label, _thinned(points), colour, dashed=dashed)] if points else []
 
 
-def _by_x(matrices: dict[str, Points]) -> list[tuple[int, list[float]]]:
+def _thinned(points: list[Point]) -> list[Point]:
+    """Evenly chosen points, the first and the last among them."""
+    count = min(len(points), _MAX_POINTS)
+    return [points[i * (len(points) - 1) // max(count - 1, 1)] for i in range(count)]
+
+
+def _shared(matrices: dict[str, Points]) -> list[tuple[int, list[float]]]:
+    """The values of all matrices, where all have one: a mean over fewer would jump where a smaller rank ends."""
     values: dict[int, list[float]] = {}
     for points in matrices.values():
         for x, y in points:
             values.setdefault(x, []).append(y)
-    return sorted(values.items())
+    return sorted((x, ys) for x, ys in values.items() if len(ys) == len(matrices))
 
 
 def _ramp(position: float) -> str:

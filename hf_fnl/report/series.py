@@ -14,7 +14,6 @@ from hf_fnl.report.sources import Points, Source
 
 Series = dict[str, dict[str, Points]]
 
-_MAX_POINTS = 100  # of a spectrum: more cannot be told apart at the width of a plot
 _SMALLEST = 1e-7  # share of the largest singular value below which there is rounding only
 
 
@@ -70,5 +69,4 @@ def layers_of(figure: Callable[[Row], float]) -> Callable[[Source], Series]:
 def _normalized(spectrum: Spectrum) -> Points:
     largest = spectrum.values[:, :1]
     values = torch.where(largest > 0, spectrum.values / largest, 0).mean(0)
-    indices = torch.linspace(0, len(values) - 1, min(len(values), _MAX_POINTS)).round().int().tolist()
-    return [(i + 1, float(values[i])) for i in indices if values[i] > _SMALLEST]
+    return [(i, value) for i, value in enumerate(values.tolist(), start=1) if value > _SMALLEST]
