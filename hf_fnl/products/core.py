@@ -56,8 +56,8 @@ class Product:
     Args:
         name: Name of the module that holds it, followed by the kind for the products of an attention.
         kind: ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"`` (per head ``Q_h K_h^T``) or ``"ov"`` (per head
-            ``V_h O_h^T``). The last two are products of the weights: where an attention rotates or normalizes queries and keys, its scores
-            are no longer ``x Q_h K_h^T x^T``.
+            ``V_h O_h^T``). The last two are products of the weights: where an attention rotates or normalizes queries
+            and keys, its scores are no longer ``x Q_h K_h^T x^T``.
         parts: The factors in the order in which they are multiplied.
     """
 
