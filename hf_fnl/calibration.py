@@ -7,7 +7,7 @@ are replaced already, and only one layer's moments are in memory at a time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hf_fnl.truncation import HeadMoments, Moments
 
 Batch = Mapping[str, Tensor]
+Calibration = Batch | Sequence[Batch]
 
 
 @dataclass
@@ -74,12 +75,33 @@ class Call:
         return x[torch.stack(valid).all(0)] if valid else x.flatten(0, -2)
 
 
-# Gets a call before it happens and returns the module that is to answer it.
-Visitor = Callable[[Call], nn.Module]
+# Gets a call before it happens and returns the module that is to answer it, ``None`` for the one that was called.
+Visitor = Callable[[Call], nn.Module | None]
+
+
+def for_each(
+    model: nn.Module,
+    names: Iterable[str],
+    handle: Callable[[str, Call | None], nn.Module | None],
+    calibration: Calibration | None,
+) -> None:
+    """Handle modules of a model by name: one after the other, or, given data, each when these reach it.
+
+    Args:
+        model: Any model.
+        names: Names of modules.
+        handle: Gets a name and, where there are data, the call; returns as a visitor of :func:`visit` does.
+        calibration: Inputs of the model, one batch or several.
+    """
+    if calibration is None:
+        for name in names:
+            handle(name, None)
+    else:
+        visit(model, calibration, {name: functools.partial(handle, name) for name in names})
 
 
 @torch.no_grad()
-def visit(model: nn.Module, batch: Batch | Sequence[Batch], visitors: Mapping[str, Visitor]) -> dict[str, nn.Module]:
+def visit(model: nn.Module, batch: Calibration, visitors: Mapping[str, Visitor]) -> dict[str, nn.Module]:
     """Run data through a model, with a visitor at every module that is named.
 
     The model itself stays as it is: what a visitor returns answers in this pass only. Dropout is off.
@@ -91,7 +113,7 @@ def visit(model: nn.Module, batch: Batch | Sequence[Batch], visitors: Mapping[st
         visitors: A visitor for each name of a module, called when the data first reach it.
 
     Returns:
-        What the visitors returned, by name, in the order of execution.
+        The modules that answered, by name, in the order of execution.
 
     Raises:
         ValueError: If the data never reach a module that is named, or there are none, or they cannot be joined.
@@ -125,7 +147,8 @@ def _visited(
 
     def answer(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name not in found:
-            found[name] = visitors[name](Call(modules[name], args, kwargs, masks, forward))
+            answering = visitors[name](Call(modules[name], args, kwargs, masks, forward))
+            found[name] = modules[name] if answering is None else answering
         successor = found[name]
         return forward(*args, **kwargs) if successor is modules[name] else successor(*args, **kwargs)
 
@@ -141,7 +164,7 @@ def _visited(
                 module.forward = forward
 
 
-def join_batches(batches: Batch | Sequence[Batch]) -> Batch:
+def join_batches(batches: Calibration) -> Batch:
     """One batch from several, padded with zeros at the end of each dimension to the size of the largest.
 
     Raises:

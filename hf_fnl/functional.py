@@ -29,6 +29,20 @@ def squared_frobenius_norm(*factors: Tensor) -> Tensor:
     return ((U.mT @ U) * gram).sum((-2, -1))
 
 
+def kept_energy(dense: tuple[Tensor, ...], U: Tensor, V: Tensor) -> float:
+    """``1 - ||W - U V^T||_F^2 / ||W||_F^2`` over a whole batch, without forming ``U V^T``; 1 for a zero ``W``.
+
+    Args:
+        dense: ``W``, or the two factors of it that the heads of a dense attention are.
+        U: ``(..., m, r)``.
+        V: ``(..., n, r)``.
+    """
+    U, V, *W = (tensor.double() for tensor in (U, V, *dense))
+    inner = ((W[0] @ V) * U).sum() if len(W) == 1 else ((W[0].mT @ U) * (W[1].mT @ V)).sum()
+    total = W[0].square().sum() if len(W) == 1 else squared_frobenius_norm(*W).sum()
+    return float((2 * inner - squared_frobenius_norm(U, V).sum()) / total) if total > 0 else 1.0
+
+
 def decay_multipliers(*factors: Tensor) -> tuple[tuple[Tensor | None, Tensor], ...]:
     r"""Small matrices ``(L, R)`` that turn each factor ``p`` into its Frobenius-decay gradient ``L p R``.
 

@@ -17,7 +17,7 @@ from hf_fnl.cli.sources import Texts, calibration_batch, factorized_classes, loa
 from hf_fnl.cli.terminal import Terminal
 from hf_fnl.config import FactorizationConfig, RankRule
 from hf_fnl.diagnostics import parameter_count
-from hf_fnl.functional import squared_frobenius_norm
+from hf_fnl.functional import kept_energy
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards import CARD_FILE, write_card
 from hf_fnl.models.cards.record import FACTORIZATION_FILE
@@ -27,7 +27,6 @@ from hf_fnl.training.files import write_json
 
 Calibration = Mapping[str, Tensor] | None
 Layer = dict[str, Any]
-Factors = tuple[Tensor, ...]
 
 _COLUMNS = ("name", "kind", "shape", "rank", "parameters_before", "parameters_after", "energy")
 _INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
@@ -152,20 +151,6 @@ def _layers(dense: PreTrainedModel, ours: PreTrainedModel) -> Iterator[Layer]:
             "parameters_after": U.numel() + V.numel(),
             "energy": kept_energy(matrix, U, V),
         }
-
-
-def kept_energy(matrix: Factors, U: Tensor, V: Tensor) -> float:
-    """``1 - ||W - U V^T||_F^2 / ||W||_F^2``, over all heads, without forming ``U V^T``.
-
-    Args:
-        matrix: ``W``, or the two factors of it that the heads of a dense attention are.
-        U: ``(..., m, r)``.
-        V: ``(..., n, r)``.
-    """
-    U, V, *W = (tensor.double() for tensor in (U, V, *matrix))
-    inner = ((W[0] @ V) * U).sum() if len(W) == 1 else ((W[0].mT @ U) * (W[1].mT @ V)).sum()
-    total = W[0].square().sum() if len(W) == 1 else squared_frobenius_norm(*W).sum()
-    return float((2 * inner - squared_frobenius_norm(U, V).sum()) / total) if total > 0 else 1.0
 
 
 def _record(order: Order, before: float, after: float, layers: list[Layer]) -> dict[str, Any]:

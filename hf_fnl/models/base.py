@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from hf_fnl.calibration import Calibration
 from hf_fnl.config import LayerRank, RankRule
 from hf_fnl.layers import Factorized
 from hf_fnl.models.attention import FactorizedAttention, HeadProjection, draw_normal_, is_loaded
 from hf_fnl.models.cards import write_upload_card
-from hf_fnl.models.conversion import Calibration, Shared, fill_, ranks_by_rule
+from hf_fnl.models.conversion import Shared, fill_, ranks_by_rule
 from hf_fnl.models.loading import load_checked
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fnl.calibration import Batch, Call, visit
+from hf_fnl.calibration import Calibration, Call, for_each
 from hf_fnl.config import LayerRank, RankRule
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.linear import dense_weight
@@ -29,7 +29,6 @@ from hf_fnl.truncation import (
     truncate_qk,
 )
 
-Calibration = Batch | Sequence[Batch]
 # For each option of a configuration, such as `ffn_rank`, and each layer the modules that share the rank.
 Shared = Mapping[str, Sequence[Sequence[str]]]
 Projections = Callable[[Any], tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]]
@@ -107,7 +106,8 @@ def _spectra(
         for name in (name for names in layers for name in names):
             options.setdefault(name, []).append(option)
 
-    def measure(name: str, module: nn.Module, call: Call | None) -> None:
+    def measure(name: str, call: Call | None) -> None:
+        module = dense.get_submodule(name)
         if {"qk_rank", "ov_rank"} & set(options[name]):
             parts = projections(module)
             query, key, value, output = head_projections(parts, num_heads)
@@ -119,16 +119,7 @@ def _spectra(
             bias = getattr(module, "bias", None)
             found[options[name][0], name] = linear_energies(_matrix(module), bias, inputs)
 
-    if calibration is None:
-        for name in options:
-            measure(name, dense.get_submodule(name), None)
-        return found
-
-    def visitor(name: str, call: Call) -> nn.Module:
-        measure(name, call.module, call)
-        return call.module
-
-    visit(dense, calibration, {name: functools.partial(visitor, name) for name in options})
+    for_each(dense, options, measure, calibration)
     return found
 
 
@@ -170,16 +161,12 @@ def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | No
         weight = name.rpartition(".")[0] + ".weight"  # what a factor stands for
         parameter.requires_grad_(trained[name] if name in trained else trained[weight])
     units = _units(ours)
-    if calibration is None:
-        for name, module in units.items():
-            _fill_unit_(module, dense.get_submodule(name), None)
-        return
 
-    def visitor(module: nn.Module, call: Call) -> nn.Module:
-        _fill_unit_(module, call.module, call)
-        return module
+    def fill(name: str, call: Call | None) -> nn.Module:
+        _fill_unit_(units[name], dense.get_submodule(name), call)
+        return units[name]
 
-    visit(dense, calibration, {name: functools.partial(visitor, module) for name, module in units.items()})
+    for_each(dense, units, fill, calibration)
 
 
 def _units(ours: nn.Module) -> dict[str, nn.Module]:

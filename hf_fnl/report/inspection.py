@@ -24,8 +24,8 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """A matrix of a model and its singular values.
+class Matrix:
+    """A matrix of a model.
 
     Args:
         name: Name of the product, or of the layer that holds a plain matrix.
@@ -35,7 +35,6 @@ class Spectrum:
         parameters: Entries of the factors, or of the plain matrix, all heads together.
         flops: Operations a token, or a position of an image: two for each entry that is multiplied with, none for
             what is looked up.
-        values: Singular values, descending, ``(heads, k)``; one row for what has no heads.
     """
 
     name: str
@@ -44,15 +43,24 @@ class Spectrum:
     rank: int
     parameters: int
     flops: int
+
+
+@dataclass(frozen=True)
+class Spectrum(Matrix):
+    """A matrix and its singular values.
+
+    Args:
+        values: Singular values, descending, ``(heads, k)``; one row for what has no heads.
+    """
+
     values: Tensor
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Matrix):
     """What ``hf-fnl inspect`` shows of a matrix. The figures of an attention product are means over its heads.
 
     Args:
-        name: As in :class:`Spectrum`, as are ``kind``, ``shape``, ``rank``, ``parameters`` and ``flops``.
         frobenius_norm: ``||W||_F``.
         nuclear_norm: ``||W||_*``, the sum of the singular values.
         effective_rank: ``||W||_* / ||W||_op`` (Kamalakara et al. 2022, Sec. 3.3), 0 for a zero matrix.
@@ -60,12 +68,6 @@ class Row:
         energy: Share of ``||W||_F^2`` that was kept at factorization, where that was recorded.
     """
 
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    rank: int
-    parameters: int
-    flops: int
     frobenius_norm: float
     nuclear_norm: float
     effective_rank: float

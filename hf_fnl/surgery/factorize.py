@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fnl.calibration import Batch, Call, visit
+from hf_fnl.calibration import Calibration, Call, for_each
 from hf_fnl.config import FactorizationConfig
-from hf_fnl.functional import squared_frobenius_norm
+from hf_fnl.functional import kept_energy
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.ranks import Candidate, choose_ranks
 from hf_fnl.surgery.select import Target, empty_successor, select, split, successor_of
@@ -95,7 +95,7 @@ class Factorization:
 
 @torch.no_grad()
 def factorize_(
-    model: nn.Module, config: FactorizationConfig, *, calibration: Batch | Sequence[Batch] | None = None
+    model: nn.Module, config: FactorizationConfig, *, calibration: Calibration | None = None
 ) -> Factorization:
     """Replace layers of a model, in place, by products of factors.
 
@@ -155,9 +155,7 @@ def _check_values(targets: Sequence[Target], calibrated: bool) -> None:
             raise ValueError(f"{target.name} is on the meta device, where there is nothing to calibrate")
 
 
-def _candidates(
-    model: nn.Module, targets: Sequence[Target], calibration: Batch | Sequence[Batch] | None
-) -> list[Candidate]:
+def _candidates(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> list[Candidate]:
     spectra = functools.cache(lambda: _spectra(model, targets, calibration))
     candidates = []
     for target in targets:
@@ -167,27 +165,19 @@ def _candidates(
     return candidates
 
 
-def _spectra(
-    model: nn.Module, targets: Sequence[Target], calibration: Batch | Sequence[Batch] | None
-) -> dict[str, Tensor]:
+def _spectra(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> dict[str, Tensor]:
     """Squared singular values of every target, in the metric of its inputs where there are data."""
+    by_name = {target.name: target for target in targets}
     found = {}
 
-    def measure(target: Target, call: Call | None) -> None:
+    def measure(name: str, call: Call | None) -> None:
+        target = by_name[name]
         if target.matrix.is_meta:
-            raise ValueError(f"{target.name} is on the meta device, where ranks cannot depend on spectra")
+            raise ValueError(f"{name} is on the meta device, where ranks cannot depend on spectra")
         moments = call.input_moments() if call is not None and _in_metric(target) else None
-        found[target.name] = linear_energies(target.matrix, getattr(target.first, "bias", None), moments)
+        found[name] = linear_energies(target.matrix, getattr(target.first, "bias", None), moments)
 
-    def visitor(target: Target, call: Call) -> nn.Module:
-        measure(target, call)
-        return call.module
-
-    if calibration is None:
-        for target in targets:
-            measure(target, None)
-    else:
-        visit(model, calibration, {target.name: functools.partial(visitor, target) for target in targets})
+    for_each(model, by_name, measure, calibration)
     return found
 
 
@@ -200,12 +190,14 @@ def _cut(
     model: nn.Module,
     chosen: Sequence[tuple[Target, int]],
     config: FactorizationConfig,
-    calibration: Batch | Sequence[Batch] | None,
+    calibration: Calibration | None,
 ) -> dict[nn.Module, Factorized]:
     """The factorized layers by the dense ones in whose places they belong; the model stays as it is."""
+    by_name = {target.name: (target, rank) for target, rank in chosen}
     successors: dict[nn.Module, Factorized] = {}
 
-    def cut(target: Target, rank: int, call: Call | None) -> nn.Module:
+    def cut(name: str, call: Call | None) -> nn.Module:
+        target, rank = by_name[name]
         if call is not None and _in_metric(target):
             layer: Factorized = FactorizedLinear.from_dense(target.first, rank, moments=call.input_moments())
         else:
@@ -216,24 +208,12 @@ def _cut(
             successors[dense] = share_factors_(partner, layer)
         return layer
 
-    if calibration is None:
-        for target, rank in chosen:
-            cut(target, rank, None)
-    else:
-        visit(model, calibration, {target.name: functools.partial(cut, target, rank) for target, rank in chosen})
+    for_each(model, by_name, cut, calibration)
     return successors
 
 
 def _replacement(target: Target, successors: Mapping[nn.Module, Factorized], init: str) -> Replacement:
     layer = successors[target.first]
-    energy = None if layer.U.is_meta or init != "spectral" else _kept_energy(target.matrix, layer)
+    energy = None if layer.U.is_meta or init != "spectral" else kept_energy((target.matrix,), layer.U, layer.V)
     name, *tied = target.layers
     return Replacement(name, layer.kind, layer.shape, layer.rank, energy, tuple(tied), layer_record(layer))
-
-
-def _kept_energy(matrix: Tensor, layer: Factorized) -> float:
-    """``(2 <W, U V^T> - ||U V^T||^2) / ||W||^2``, without forming the product."""
-    W, U, V = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (matrix, layer.U, layer.V))
-    kept = 2 * ((W @ V) * U).sum() - squared_frobenius_norm(U, V)
-    total = W.square().sum()
-    return float(kept / total) if total > 0 else 1.0
