@@ -24,6 +24,13 @@ from hf_fnl.models import (
     FactorizedBertForTokenClassification,
     FactorizedBertLMHeadModel,
     FactorizedBertModel,
+    FactorizedGPT2Config,
+    FactorizedGPT2DoubleHeadsModel,
+    FactorizedGPT2ForQuestionAnswering,
+    FactorizedGPT2ForSequenceClassification,
+    FactorizedGPT2ForTokenClassification,
+    FactorizedGPT2LMHeadModel,
+    FactorizedGPT2Model,
 )
 from hf_fnl.models.cards import model_card
 from hf_fnl.models.checkpoint import load
@@ -67,6 +74,13 @@ __all__ = [
     "FactorizedBertModel",
     "FactorizedConv2d",
     "FactorizedEmbedding",
+    "FactorizedGPT2Config",
+    "FactorizedGPT2DoubleHeadsModel",
+    "FactorizedGPT2ForQuestionAnswering",
+    "FactorizedGPT2ForSequenceClassification",
+    "FactorizedGPT2ForTokenClassification",
+    "FactorizedGPT2LMHeadModel",
+    "FactorizedGPT2Model",
     "FactorizedLinear",
     "FrobeniusDecay",
     "Lamb",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_fnl.layers.span import Span
 from hf_fnl.truncation import HeadMoments, Moments
 
 Batch = Mapping[str, Tensor]
@@ -43,19 +44,19 @@ class Call:
         given = self.args[0] if self.args else next(iter(self.kwargs.values()))
         return Moments.of(self.samples(given))
 
-    def head_moments(self, query: nn.Module, key: nn.Module, output: nn.Module, num_heads: int) -> HeadMoments:
+    def head_moments(self, query: Span, key: Span, output: nn.Module, num_heads: int) -> HeadMoments:
         """Moments of what flows through the heads of an attention, which runs once more for it.
 
         Args:
-            query: Projection inside the module whose outputs are the queries of all heads, side by side.
+            query: Outputs of a layer inside the module that are the queries of all heads, side by side.
             key: Likewise.
-            output: Projection inside the module that is given the contexts of all heads, side by side.
+            output: Layer inside the module that is given the contexts of all heads, side by side.
             num_heads: Number of heads.
         """
         seen: dict[str, Tensor] = {}
         hooks = [
-            query.register_forward_hook(lambda module, args, result: seen.update(query=result)),
-            key.register_forward_hook(lambda module, args, result: seen.update(key=result)),
+            query.layer.register_forward_hook(lambda module, args, result: seen.update(query=query.of(result))),
+            key.layer.register_forward_hook(lambda module, args, result: seen.update(key=key.of(result))),
             output.register_forward_pre_hook(lambda module, args: seen.update(context=args[0])),
         ]
         try:

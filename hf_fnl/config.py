@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from hf_fnl.selectors import Selector
 from hf_fnl.spectral import check_method, check_rank
 
 LAYER_KINDS = ("linear", "embedding", "conv")
@@ -104,53 +105,79 @@ LayerRank = int | list[int | None] | None  # one for all layers, or one for each
 
 
 class LayerRanks(NamedTuple):
-    """Ranks in one layer, and how its factors start."""
+    """Ranks in one layer, and how the factors of each kind of product start."""
 
     qk: int | None
     ov: int | None
     ffn: int | None
-    init: str
+    qkv: int | None
+    init: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerRanks:
     """Ranks of the products of a transformer of ours; ``None`` leaves a matrix dense.
 
-    The first three are numbers, or lists with one entry for each layer; :meth:`check` knows whether they fit a model.
+    All but ``embedding_rank`` are numbers, or lists with one entry for each layer; :meth:`check` knows whether they fit
+    a model.
 
     Args:
         qk_rank: Rank of every head's query-key product ``Q_h K_h^T``; at most the width of a dense head.
         ov_rank: Rank of every head's output-value product ``V_h O_h^T``; at most the width of a dense head.
         ffn_rank: Rank of both feed-forward matrices of a layer.
+        qkv_rank: Rank of the one matrix that gives queries, keys and values, where a model has it.
         embedding_rank: Rank of the word embedding, and of the output matrix that is tied to it.
-        init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022) or ``"default"``.
+        init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022) or ``"default"``; or one
+            of them for each of some selectors, as in ``{"linear": "spectral", "ov:encoder": "spectral"}``, and
+            ``"default"`` for what none of them names. A selector with a part goes before one without.
 
     Raises:
-        ValueError: If a rank is below 1 or ``init`` is unknown.
+        ValueError: If a rank is below 1, ``init`` is unknown, or a matrix is to be factorized in two ways.
     """
 
     qk_rank: LayerRank = None
     ov_rank: LayerRank = None
     ffn_rank: LayerRank = None
+    qkv_rank: LayerRank = None
     embedding_rank: int | None = None
-    init: str = "spectral"
+    init: str | Mapping[str, str] = "spectral"
 
     def __post_init__(self) -> None:
-        check_method(self.init)
-        for option in _RANKS:
+        for selector in () if isinstance(self.init, str) else self.init:
+            Selector.parse(selector)
+        for method in [self.init] if isinstance(self.init, str) else self.init.values():
+            check_method(method)
+        for option in RANK_OPTIONS:
             for rank in self._listed(option):
                 if rank is not None and rank < 1:
                     raise ValueError(f"{option} must be at least 1 (or None for a dense matrix), got {rank}")
+        heads = [option for option in ("qk_rank", "ov_rank") if getattr(self, option) is not None]
+        if self.qkv_rank is not None and heads:
+            raise ValueError(
+                f"qkv_rank factorizes the queries', keys' and values' matrix as a whole and {heads[0]} cuts its heads: "
+                "give one of them"
+            )
 
     def _listed(self, option: str) -> list[int | None]:
         ranks = getattr(self, option)
         return ranks if isinstance(ranks, list) else [ranks]
 
-    def of_layer(self, number: int) -> LayerRanks:
-        """The ranks in one layer."""
-        ranks = (self.qk_rank, self.ov_rank, self.ffn_rank)
-        qk, ov, ffn = (rank[number] if isinstance(rank, list) else rank for rank in ranks)
-        return LayerRanks(qk, ov, ffn, self.init)
+    def method(self, kind: str, part: str | None = None) -> str:
+        """How factors of a kind of product start, in a part of the model."""
+        if isinstance(self.init, str):
+            return self.init
+        return self.init.get(f"{kind}:{part}", self.init.get(kind, "default"))
+
+    def of_layer(self, number: int, part: str | None = None) -> LayerRanks:
+        """The ranks in one layer, and how its factors start.
+
+        Args:
+            number: Of the layer, from 0.
+            part: One of :data:`~hf_fnl.selectors.PARTS` in which the products lie, if any.
+        """
+        ranks = (self.qk_rank, self.ov_rank, self.ffn_rank, self.qkv_rank)
+        qk, ov, ffn, qkv = (rank[number] if isinstance(rank, list) else rank for rank in ranks)
+        return LayerRanks(qk, ov, ffn, qkv, {kind: self.method(kind, part) for kind in ("qk", "ov", "linear")})
 
     def check(
         self, *, hidden_size: int, num_heads: int, intermediate_size: int, vocab_size: int, num_layers: int
@@ -164,6 +191,7 @@ class TransformerRanks:
             "qk_rank": hidden_size // num_heads,
             "ov_rank": hidden_size // num_heads,
             "ffn_rank": min(hidden_size, intermediate_size),
+            "qkv_rank": hidden_size,
             "embedding_rank": min(hidden_size, vocab_size),
         }
         if isinstance(self.embedding_rank, list):
@@ -177,4 +205,4 @@ class TransformerRanks:
                     check_rank(rank, limit, option)
 
 
-_RANKS = tuple(field.name for field in fields(TransformerRanks) if field.name != "init")
+RANK_OPTIONS = tuple(field.name for field in fields(TransformerRanks) if field.name != "init")

@@ -135,7 +135,7 @@ def test_spectral_ones_and_default_start_from_other_factors() -> None:
 
 def reference_attention(block: FactorizedBertAttention, x: Tensor, mask: Tensor) -> Tensor:
     """An attention block of BERT, head by head, as the paper writes it."""
-    query, key, value, output = block.projections()
+    query, key, value, output = block.projections(block)
     heads = block.num_heads
     scale = 1 / math.sqrt(x.shape[-1] // heads)
     result = output.bias.expand_as(x)
@@ -153,7 +153,7 @@ def reference_attention(block: FactorizedBertAttention, x: Tensor, mask: Tensor)
 @pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"qk_rank": 1, "ov_rank": 6}, {"ov_rank": 3}], ids=str)
 def test_heads_of_unequal_ranks_against_a_reference(ranks: dict[str, int], attention: str) -> None:
     model = BACKBONE.build(ranks, attention=attention)
-    for projection in model.encoder.layer[0].attention.projections():
+    for projection in model.encoder.layer[0].attention.projections(model.encoder.layer[0].attention):
         torch.nn.init.normal_(projection.bias)
     batch = tokens_of_seed_one()
     states = run(model, batch, output_hidden_states=True)["hidden_states"]

@@ -430,10 +430,19 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     assert isinstance(error.value, ValueError) or type(error.value).__name__.startswith("StrictDataclass")
 
 
-@pytest.mark.parametrize("source", [SEQUENCE.build_stock, lambda: BACKBONE.build(LOW)], ids=["another-head", "ours"])
-def test_only_the_stock_class_is_truncated(source: Any) -> None:
+def test_only_the_stock_class_is_truncated() -> None:
     with pytest.raises(TypeError, match="FactorizedBertModel is made from a BertModel, got a "):
-        FactorizedBertModel.from_dense(source(), **LOW)
+        FactorizedBertModel.from_dense(SEQUENCE.build_stock(), **LOW)
+
+
+def test_a_factorized_model_is_not_truncated_again() -> None:
+    with pytest.raises(ValueError, match="factorized already, with qk_rank, ov_rank, ffn_rank, embedding_rank; merge"):
+        FactorizedBertModel.from_dense(BACKBONE.build(LOW), **LOW)
+
+
+def test_unknown_ranks_are_refused() -> None:
+    with pytest.raises(TypeError, match="FactorizedBertModel has the ranks .*, got qkv_rank"):
+        FactorizedBertModel.from_dense(BACKBONE.build_stock(), qkv_rank=3)
 
 
 @pytest.mark.parametrize(

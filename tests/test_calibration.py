@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_fnl.calibration import Call, join_batches, visit
+from hf_fnl.layers.span import Span
 from hf_fnl.truncation import Moments
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -149,7 +150,7 @@ def test_an_exception_in_an_attention_leaves_no_hooks() -> None:
     def fail(call: Call) -> nn.Module:
         attention = call.module
         attention.output.dense.weight.data = attention.output.dense.weight.data[:, :1]  # its forward fails
-        call.head_moments(attention.self.query, attention.self.key, attention.output.dense, 3)
+        call.head_moments(Span(attention.self.query), Span(attention.self.key), attention.output.dense, 3)
         return call.module
 
     with pytest.raises(RuntimeError, match="shapes"):
@@ -256,7 +257,7 @@ def test_an_encoders_mask_is_that_of_cross_attention() -> None:
 
     def visitor(call: Call) -> nn.Module:
         inner = call.module.self
-        seen["moments"] = call.head_moments(inner.query, inner.key, call.module.output.dense, 3)
+        seen["moments"] = call.head_moments(Span(inner.query), Span(inner.key), call.module.output.dense, 3)
         return call.module
 
     visit(model, batch, {"bert.encoder.layer.0.crossattention": visitor})

@@ -103,10 +103,11 @@ def test_a_list_has_one_rank_for_each_layer(option: str) -> None:
 
 def test_numbers_hold_for_every_layer() -> None:
     ranks = TransformerRanks(qk_rank=3, ffn_rank=[5, 6, None], init="default")
+    methods = {"qk": "default", "ov": "default", "linear": "default"}
     assert [ranks.of_layer(number) for number in range(3)] == [
-        LayerRanks(3, None, 5, "default"),
-        LayerRanks(3, None, 6, "default"),
-        LayerRanks(3, None, None, "default"),
+        LayerRanks(3, None, 5, None, methods),
+        LayerRanks(3, None, 6, None, methods),
+        LayerRanks(3, None, None, None, methods),
     ]
 
 

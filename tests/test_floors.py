@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_fnl"
 FLOORS = [
-    {"functional", "spectral", "truncation", "config"},
+    {"functional", "spectral", "truncation", "selectors", "config", "vocabulary_loss"},
     {"layers"},
     {"products", "calibration", "surgery", "ranks"},
     {"decay", "diagnostics", "optim"},
@@ -23,6 +23,7 @@ FLOORS = [
 ]
 # Files that may import a neighbour on their own floor.
 NEIGHBOURS = {
+    ("config", "selectors"),
     ("config", "spectral"),
     ("decay", "optim"),
     ("truncation", "spectral"),

@@ -11,6 +11,14 @@ from hf_fnl.models.bert_heads import (
     FactorizedBertForTokenClassification,
     FactorizedBertLMHeadModel,
 )
+from hf_fnl.models.gpt2 import FactorizedGPT2Config, FactorizedGPT2Model
+from hf_fnl.models.gpt2_heads import (
+    FactorizedGPT2DoubleHeadsModel,
+    FactorizedGPT2ForQuestionAnswering,
+    FactorizedGPT2ForSequenceClassification,
+    FactorizedGPT2ForTokenClassification,
+    FactorizedGPT2LMHeadModel,
+)
 
 __all__ = [
     "FactorizedBertConfig",
@@ -23,4 +31,11 @@ __all__ = [
     "FactorizedBertForTokenClassification",
     "FactorizedBertLMHeadModel",
     "FactorizedBertModel",
+    "FactorizedGPT2Config",
+    "FactorizedGPT2DoubleHeadsModel",
+    "FactorizedGPT2ForQuestionAnswering",
+    "FactorizedGPT2ForSequenceClassification",
+    "FactorizedGPT2ForTokenClassification",
+    "FactorizedGPT2LMHeadModel",
+    "FactorizedGPT2Model",
 ]

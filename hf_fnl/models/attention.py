@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.config import LayerRanks
+from hf_fnl.layers.span import Span
 from hf_fnl.spectral import spectral_init_heads
+
+Spans = tuple[Span, Span, Span, Span]
 
 
 class HeadProjection(nn.Linear):
     """A projection to or from attention heads, whose weight is drawn by the attention that holds its partner."""
 
 
+class HeadConv1D(Conv1D):
+    """The same for GPT-2's layout."""
+
+
 class FactorizedAttention(nn.Module):
     """Mixin of an attention whose per-head products have ranks of their own.
 
-    A family's attention names its :class:`HeadProjection` layers in ``projections``; query, key and value weights are
-    ``(heads * rank, hidden)``, the output weight is ``(hidden, heads * rank)``. The softmax scale stays that of a dense
-    head, ``(hidden / heads) ** -0.5``: a product of lower rank approximates the dense one and keeps its scale.
+    Query, key and value weights are ``(heads * rank, hidden)``, the output weight is ``(hidden, heads * rank)``. The
+    softmax scale stays that of a dense head, ``(hidden / heads) ** -0.5``: a product of lower rank approximates the
+    dense one and keeps its scale.
     """
 
     num_heads: int
     ranks: LayerRanks
 
-    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
-        """Query, key, value and output."""
+    @staticmethod
+    def projections(attention: Any) -> Spans:
+        """Query, key, value and output of an attention of the family, ours or a stock one."""
         raise NotImplementedError
+
+    def draw_heads(self, hidden: int, std: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four dense weights ``(hidden, hidden)``, drawn in the order in which the stock model draws them."""
+        weight = self.projections(self)[0].weight
+        query, key, value, output = (draw_normal_(weight.new_empty(hidden, hidden), std) for _ in range(4))
+        return query, key, value, output
 
     @torch.no_grad()
     def init_heads_(self, std: float) -> None:
@@ -35,20 +51,19 @@ class FactorizedAttention(nn.Module):
 
         Writes only what a checkpoint has not set; draws nothing if it has set everything.
         """
-        weights = [projection.weight for projection in self.projections()]
-        if all(is_loaded(weight) or weight.is_meta for weight in weights):
+        spans = self.projections(self)
+        fresh = [span for span in spans if not (is_loaded(span.layer.weight) or span.layer.weight.is_meta)]
+        if not fresh:
             return
-        query, key, value, output = weights
-        hidden = query.shape[1]
-        ranks, method = self.ranks, self.ranks.init
-        dense = [draw_normal_(query.new_empty(hidden, hidden), std) for _ in weights]
-        Q_h, K_h, V_h = (weight.unflatten(0, (self.num_heads, -1)).mT for weight in dense[:3])
-        O_h = dense[3].unflatten(1, (self.num_heads, -1)).transpose(0, 1)
-        Q_h, K_h = _cut_heads(Q_h, K_h, ranks.qk, method, std)
-        V_h, O_h = _cut_heads(V_h, O_h, ranks.ov, method, std)
-        for weight, factor in zip((query, key, value), (Q_h, K_h, V_h), strict=True):
-            init.copy_(weight, factor.mT.flatten(0, 1))
-        init.copy_(output, O_h.transpose(0, 1).flatten(1))
+        query, key, value, output = self.draw_heads(spans[0].weight.shape[1], std)
+        Q_h, K_h, V_h = (weight.unflatten(0, (self.num_heads, -1)).mT for weight in (query, key, value))
+        O_h = output.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
+        Q_h, K_h = _cut_heads(Q_h, K_h, self.ranks.qk, self.ranks.init["qk"], std)
+        V_h, O_h = _cut_heads(V_h, O_h, self.ranks.ov, self.ranks.init["ov"], std)
+        drawn = [*(factor.mT.flatten(0, 1) for factor in (Q_h, K_h, V_h)), O_h.transpose(0, 1).flatten(1)]
+        for span, weight in zip(spans, drawn, strict=True):
+            if span in fresh:
+                span.weight.copy_(weight)
 
 
 def _cut_heads(left: Tensor, right: Tensor, rank: int | None, method: str, std: float) -> tuple[Tensor, Tensor]:
@@ -68,6 +83,30 @@ def draw_normal_(weight: Tensor, std: float) -> Tensor:
 def is_loaded(parameter: Tensor) -> bool:
     """Whether ``from_pretrained`` has set this parameter, by the mark that Transformers leaves on it."""
     return getattr(parameter, "_is_hf_initialized", False)
+
+
+def dense_heads(attention: FactorizedAttention, head_dim: int) -> dict[nn.Module, tuple[Tensor, Tensor | None]]:
+    """Weights and biases of the layers of an attention with heads of ``head_dim``, widened with zeros.
+
+    Returns:
+        For each layer its weight, in the layer's own layout, and its bias.
+    """
+    *inner, outer = attention.projections(attention)
+    heads = attention.num_heads
+    parts: dict[nn.Module, list[Span]] = {}
+    for span in inner:
+        parts.setdefault(span.layer, []).append(span)
+    widened: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+    for layer, spans in parts.items():
+        weight = torch.cat([pad_heads(span.weight, heads, head_dim) for span in spans])
+        biases = [pad_heads(span.bias, heads, head_dim) for span in spans if span.bias is not None]
+        widened[layer] = _in_layout(layer, weight), torch.cat(biases) if biases else None
+    widened[outer.layer] = _in_layout(outer.layer, pad_heads(outer.weight, heads, head_dim, dim=1)), outer.bias
+    return widened
+
+
+def _in_layout(layer: nn.Module, weight: Tensor) -> Tensor:
+    return weight.mT if isinstance(layer, Conv1D) else weight
 
 
 def pad_heads(weight: Tensor, num_heads: int, head_dim: int, dim: int = 0) -> Tensor:

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.calibration import Calibration
 from hf_fnl.config import LayerRank, RankRule
-from hf_fnl.layers import Factorized
-from hf_fnl.models.attention import FactorizedAttention, HeadProjection, draw_normal_, is_loaded
+from hf_fnl.layers import Factorized, FactorizedLinear
+from hf_fnl.models.attention import (
+    FactorizedAttention,
+    HeadConv1D,
+    HeadProjection,
+    dense_heads,
+    draw_normal_,
+    is_loaded,
+)
 from hf_fnl.models.cards import write_upload_card
 from hf_fnl.models.conversion import Shared, fill_, ranks_by_rule
 from hf_fnl.models.loading import load_checked
@@ -45,7 +53,7 @@ class FactorizedPreTrainedModel(PreTrainedModel):
             init_factors(module, std)
         elif isinstance(module, FactorizedAttention):
             module.init_heads_(std)
-        elif isinstance(module, HeadProjection):
+        elif isinstance(module, HeadProjection | HeadConv1D):
             if module.bias is not None:
                 init.zeros_(module.bias)
         else:
@@ -90,13 +98,10 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         cls,
         dense: PreTrainedModel | str | os.PathLike,
         *,
-        qk_rank: LayerRank = None,
-        ov_rank: LayerRank = None,
-        ffn_rank: LayerRank = None,
-        embedding_rank: int | None = None,
         rule: RankRule | None = None,
         kinds: Sequence[str] = ("qk", "ov", "ffn"),
         calibration: Calibration | None = None,
+        **ranks: LayerRank,
     ) -> Self:
         r"""Truncate a trained stock model.
 
@@ -105,30 +110,30 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         with them. At full rank the outputs are those of the stock model.
 
         Args:
-            dense: A model of ``dense_class``, or its Hub id or folder. It is left as it is.
-            qk_rank: Rank of every head's query-key product: a number, or a list with one for each layer.
-            ov_rank: Rank of every head's output-value product, likewise.
-            ffn_rank: Rank of both feed-forward matrices of a layer, likewise.
-            embedding_rank: Rank of the word embedding.
-            rule: Chooses the ranks instead.
-            kinds: What ``rule`` is applied to: any of ``"qk"``, ``"ov"``, ``"ffn"`` and ``"embedding"``.
+            dense: A model of ``dense_class``, or its Hub id or folder; or a model of this class that holds no factors.
+                It is left as it is.
+            rule: Chooses the ranks.
+            kinds: What ``rule`` is applied to: any of ``"qk"``, ``"ov"``, ``"ffn"``, ``"embedding"`` and, where the
+                configuration has it, ``"qkv"``.
             calibration: Inputs of the model, one batch or several, with an ``attention_mask`` where they are padded.
                 All of it runs through the model at once. Some ten thousand tokens are enough.
+            **ranks: In place of a rule, the fields of the configuration that are ranks, such as ``qk_rank=32``.
 
         Returns:
             A model of this class on the same device, in the same dtype and mode.
 
         Raises:
             OSError: If a weight file is truncated or corrupt.
-            TypeError: If ``dense`` is not of ``dense_class``.
+            TypeError: If ``dense`` is of another class, or a rank is no field of the configuration.
             ValueError: If no rank is given, or both ranks and a rule, a rank does not fit, a rule cannot be met, or a
                 weight is not finite.
         """
         if not isinstance(dense, PreTrainedModel):
             dense = load_checked(cls.dense_class.from_pretrained, dense)
-        if type(dense) is not cls.dense_class:
-            raise TypeError(f"{cls.__name__} is made from a {cls.dense_class.__name__}, got a {type(dense).__name__}")
-        ranks = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
+        cls._check_source(dense)
+        if unknown := sorted(set(ranks) - set(cls.config_class.rank_options())):
+            options = ", ".join(cls.config_class.rank_options())
+            raise TypeError(f"{cls.__name__} has the ranks {options}, got {', '.join(unknown)}")
         given = [name for name, rank in ranks.items() if rank is not None]
         if (rule is None) == (not given):
             raise ValueError(f"give ranks or a rule, one of them; got {', '.join(given) or 'neither'}")
@@ -142,6 +147,25 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         if model.can_generate():
             model.generation_config = copy.deepcopy(dense.generation_config)
         return model.train(dense.training)
+
+    @classmethod
+    def _check_source(cls, dense: PreTrainedModel) -> None:
+        if type(dense) is cls:
+            given = [option for option in dense.config.rank_options() if getattr(dense.config, option) is not None]
+            if given:
+                raise ValueError(f"the {cls.__name__} is factorized already, with {', '.join(given)}; merge() it first")
+        elif type(dense) is not cls.dense_class:
+            raise TypeError(f"{cls.__name__} is made from a {cls.dense_class.__name__}, got a {type(dense).__name__}")
+
+    def factorize_(self, **options: Any) -> None:
+        """Truncate this model, which holds no factors yet, in place; the options are those of :meth:`from_dense`.
+
+        Modules are replaced and parameters are new: an optimizer that holds the old ones has to be told. See
+        :class:`~hf_fnl.training.DenseThenLowRank`.
+        """
+        factorized = type(self).from_dense(self, **options)
+        for name in ("_modules", "config", "_tied_weights_keys", "all_tied_weights_keys"):
+            setattr(self, name, getattr(factorized, name))
 
     @classmethod
     def _ranks_by_rule(
@@ -182,19 +206,34 @@ class FactorizedPreTrainedModel(PreTrainedModel):
     def _dense_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names and in the shapes of the stock model."""
         state = dict(self.state_dict())
-        for name, module in self.named_modules():
+        names = {module: name for name, module in self.named_modules()}
+        for module, name in names.items():
             if isinstance(module, Factorized):
                 for factor in ("U", "M", "V"):
                     state.pop(f"{name}.{factor}", None)
-                state[f"{name}.weight"] = module.composed()
+                state[f"{name}.weight"] = module.dense_weight()
+            elif isinstance(module, FactorizedAttention):
+                head_dim = self.config.hidden_size // module.num_heads
+                for layer, (weight, bias) in dense_heads(module, head_dim).items():
+                    state[f"{names[layer]}.weight"] = weight
+                    if bias is not None:
+                        state[f"{names[layer]}.bias"] = bias
         return state
 
 
 def init_factors(module: Factorized, std: float) -> None:
     """Guarded initialization of a factorized layer: nothing is drawn or decomposed if a checkpoint set all of it."""
     if not all(is_loaded(factor) or factor.is_meta for factor in module.factors()):
-        values = module.fresh_factors(lambda weight: draw_normal_(weight, std))
+        values = module.fresh_factors(lambda weight: draw_as_stock_(module, weight, std))
         for factor, value in zip(module.factors(), values, strict=True):
             init.copy_(factor, value)
     if getattr(module, "bias", None) is not None:
         init.zeros_(module.bias)
+
+
+def draw_as_stock_(module: Factorized, weight: Tensor, std: float) -> None:
+    """Fill ``weight (out, in)`` with what the stock model draws, which ``Conv1D`` holds transposed."""
+    if isinstance(module, FactorizedLinear) and module.dense_class is Conv1D:
+        weight.copy_(draw_normal_(weight.new_empty(weight.shape[::-1]), std).mT)
+    else:
+        draw_normal_(weight, std)

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -13,26 +13,24 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as stock
 
-from hf_fnl.config import LayerRank, LayerRanks, TransformerRanks
+from hf_fnl.config import LayerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
-from hf_fnl.models.attention import FactorizedAttention, HeadProjection, pad_heads
+from hf_fnl.layers.span import Span
+from hf_fnl.models.attention import FactorizedAttention, HeadProjection, Spans
 from hf_fnl.models.base import FactorizedPreTrainedModel
+from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
-
-_OF_A_CLASS = {"model_type", "architectures", "transformers_version"}  # what a configuration of another class has anew
+from hf_fnl.models.vocabulary import vocabulary_layer
 
 
 @strict
-class FactorizedBertConfig(BertConfig):
-    """Configuration of a BERT whose matrices are held as products; every other field is :class:`BertConfig`'s.
+class FactorizedBertConfig(FactorizedConfig, BertConfig):
+    """Configuration of a BERT whose matrices are held as products.
+
+    The ranks and ``factor_init`` are those of :class:`~hf_fnl.models.configuration.FactorizedConfig`, every other field
+    is :class:`BertConfig`'s.
 
     Args:
-        qk_rank: Rank of every head's query-key product, up to ``hidden_size / num_attention_heads``; ``None`` leaves
-            the stock projections. This and the next two are numbers, or lists with one entry for each layer.
-        ov_rank: Rank of every head's output-value product, likewise. It may differ from ``qk_rank``.
-        ffn_rank: Rank of both feed-forward matrices of a layer, up to ``hidden_size``; ``None`` leaves them dense.
-        embedding_rank: Rank of the word embedding and of the MLM decoder tied to it; ``None`` leaves them dense.
-        factor_init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022) or ``"default"``.
         sparse_prediction: In training, compute the vocabulary logits at labelled positions only.
 
     Raises:
@@ -40,44 +38,18 @@ class FactorizedBertConfig(BertConfig):
     """
 
     model_type = "factorized_bert"
+    dense_class = BertConfig
 
-    qk_rank: LayerRank = None
-    ov_rank: LayerRank = None
-    ffn_rank: LayerRank = None
-    embedding_rank: int | None = None
-    factor_init: str = "spectral"
     sparse_prediction: bool = True
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.ranks.check(
-            hidden_size=self.hidden_size,
-            num_heads=self.num_attention_heads,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
-            num_layers=self.num_hidden_layers,
-        )
-
-    @property
-    def ranks(self) -> TransformerRanks:
-        """The fields that concern products."""
-        return TransformerRanks(
-            qk_rank=self.qk_rank,
-            ov_rank=self.ov_rank,
-            ffn_rank=self.ffn_rank,
-            embedding_rank=self.embedding_rank,
-            init=self.factor_init,
-        )
-
-    def to_dense(self) -> BertConfig:
-        """The configuration of the stock model of the same sizes."""
-        ours = {"qk_rank", "ov_rank", "ffn_rank", "embedding_rank", "factor_init", "sparse_prediction"}
-        return BertConfig(**{key: value for key, value in self.to_dict().items() if key not in ours | _OF_A_CLASS})
-
-    @classmethod
-    def from_dense(cls, dense: BertConfig, **ranks: Any) -> "FactorizedBertConfig":
-        """This configuration with the sizes of a stock one."""
-        return cls(**{key: value for key, value in dense.to_dict().items() if key not in _OF_A_CLASS}, **ranks)
+    def _sizes(self) -> Mapping[str, int]:
+        return {
+            "hidden_size": self.hidden_size,
+            "num_heads": self.num_attention_heads,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "num_layers": self.num_hidden_layers,
+        }
 
 
 def _attend(
@@ -172,9 +144,11 @@ class FactorizedBertAttention(FactorizedAttention, stock.BertAttention):
         self.output.dense = HeadProjection(self.self.value.out_features, config.hidden_size)
         self.num_heads, self.ranks = config.num_attention_heads, ranks
 
-    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    @staticmethod
+    def projections(attention: Any) -> Spans:
         """Query, key, value and output."""
-        return self.self.query, self.self.key, self.self.value, self.output.dense
+        inner = attention.self
+        return Span(inner.query), Span(inner.key), Span(inner.value), Span(attention.output.dense)
 
 
 class FactorizedBertLMPredictionHead(stock.BertLMPredictionHead):
@@ -183,8 +157,7 @@ class FactorizedBertLMPredictionHead(stock.BertLMPredictionHead):
     def __init__(self, config: FactorizedBertConfig) -> None:
         super().__init__(config)
         dense = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        rank, method = config.embedding_rank, config.factor_init
-        self.decoder = dense if rank is None else FactorizedLinear.empty_like(dense, rank, init=method)
+        self.decoder = vocabulary_layer(dense, config.embedding_rank, config.ranks.method("embedding"))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Vocabulary logits of hidden states of any leading shape."""
@@ -216,14 +189,6 @@ class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel, stock.BertPreTrai
 
     def _dense_state_dict(self) -> dict[str, Tensor]:
         state = super()._dense_state_dict()
-        for name, module in self.named_modules():
-            if isinstance(module, FactorizedBertAttention):
-                heads, head_dim = module.num_heads, module.self.attention_head_size
-                for projection in ("query", "key", "value"):
-                    for key in (f"{name}.self.{projection}.weight", f"{name}.self.{projection}.bias"):
-                        state[key] = pad_heads(state[key], heads, head_dim)
-                key = f"{name}.output.dense.weight"
-                state[key] = pad_heads(state[key], heads, head_dim, dim=1)
         if "cls.predictions.bias" in state:
             state["cls.predictions.decoder.bias"] = state["cls.predictions.bias"]
         return state
@@ -241,17 +206,18 @@ class FactorizedBertModel(FactorizedBertPreTrainedModel, stock.BertModel):
         super().post_init()
 
     def _replace_modules(self) -> None:
-        config = self.config
+        config, all_ranks = self.config, self.config.ranks
         for number, layer in enumerate(self.encoder.layer):
-            ranks = config.ranks.of_layer(number)
+            ranks = all_ranks.of_layer(number)
             if ranks.qk is not None or ranks.ov is not None:
                 layer.attention = FactorizedBertAttention(config, ranks, layer.attention)
                 if config.add_cross_attention:
-                    layer.crossattention = FactorizedBertAttention(config, ranks, layer.crossattention)
+                    cross = all_ranks.of_layer(number, "cross")
+                    layer.crossattention = FactorizedBertAttention(config, cross, layer.crossattention)
             if ranks.ffn is not None:
                 for block in (layer.intermediate, layer.output):
-                    block.dense = FactorizedLinear.empty_like(block.dense, ranks.ffn, init=ranks.init)
+                    block.dense = FactorizedLinear.empty_like(block.dense, ranks.ffn, init=ranks.init["linear"])
         if config.embedding_rank is not None:
             self.embeddings.word_embeddings = FactorizedEmbedding.empty_like(
-                self.embeddings.word_embeddings, config.embedding_rank, init=config.factor_init
+                self.embeddings.word_embeddings, config.embedding_rank, init=all_ranks.method("embedding")
             )

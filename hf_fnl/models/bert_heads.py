@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -27,40 +26,27 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert as stock
 from transformers.utils.generic import can_return_tuple
 
-from hf_fnl.layers import FactorizedLinear
-from hf_fnl.models.attention import draw_normal_, is_loaded
 from hf_fnl.models.bert import (
     FactorizedBertConfig,
     FactorizedBertLMPredictionHead,
     FactorizedBertModel,
     FactorizedBertPreTrainedModel,
 )
+from hf_fnl.models.vocabulary import TiedVocabulary, tied_factors
 
 IGNORE_INDEX = -100
 
 
-class _WithLMHead(FactorizedBertPreTrainedModel):
+class _WithLMHead(TiedVocabulary, FactorizedBertPreTrainedModel):
     """A head with vocabulary logits: its decoder is tied to the word embedding, factor by factor."""
 
     def post_init(self) -> None:
         """Put our prediction head in the place of the stock one, then initialize as every model does."""
         with init.no_init_weights():
             self.cls.predictions = FactorizedBertLMPredictionHead(self.config)
-        tied = ("weight",) if self.config.embedding_rank is None else ("U", "V")
-        self._tied_weights_keys = {
-            f"cls.predictions.decoder.{name}": f"bert.embeddings.word_embeddings.{name}" for name in tied
-        }
+        tied = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+        self._tied_weights_keys = tied_factors(tied, self.config.embedding_rank is not None)
         super().post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        tied = self.config.tie_word_embeddings and module is self.cls.predictions.decoder
-        if tied and isinstance(module, FactorizedLinear) and not is_loaded(module.U):
-            # Replaced by the embedding's factors right after this. The stock model draws its decoder all the same, and
-            # equal seeds are to give equal weights: draw it too, decompose nothing.
-            draw_normal_(module.U.new_empty(module.shape), self.config.initializer_range)
-        else:
-            super()._init_weights(module)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the decoder; the output bias stays with the prediction head."""

@@ -14,7 +14,7 @@ from hf_fnl.calibration import Calibration, Call, for_each
 from hf_fnl.config import LayerRank, RankRule
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.linear import dense_weight
-from hf_fnl.models.attention import FactorizedAttention
+from hf_fnl.models.attention import FactorizedAttention, Spans
 from hf_fnl.ranks import Candidate, choose_ranks
 from hf_fnl.spectral import spectral_init
 from hf_fnl.truncation import (
@@ -31,7 +31,7 @@ from hf_fnl.truncation import (
 
 # For each option of a configuration, such as `ffn_rank`, and each layer the modules that share the rank.
 Shared = Mapping[str, Sequence[Sequence[str]]]
-Projections = Callable[[Any], tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]]
+Projections = Callable[[Any], Spans]
 
 
 def ranks_by_rule(
@@ -111,7 +111,7 @@ def _spectra(
         if {"qk_rank", "ov_rank"} & set(options[name]):
             parts = projections(module)
             query, key, value, output = head_projections(parts, num_heads)
-            heads = None if call is None else call.head_moments(parts[0], parts[1], parts[3], num_heads)
+            heads = None if call is None else call.head_moments(parts[0], parts[1], parts[3].layer, num_heads)
             found["qk_rank", name] = qk_energies(query, key, heads)
             found["ov_rank", name] = ov_energies(value, output, heads)
         else:
@@ -127,9 +127,7 @@ def _matrix(module: Any) -> Tensor:
     return module.weight if isinstance(module, nn.Embedding) else dense_weight(module)
 
 
-def head_projections(
-    projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear], num_heads: int
-) -> tuple[Projection, Projection, Projection, Projection]:
+def head_projections(projections: Spans, num_heads: int) -> tuple[Projection, Projection, Projection, Projection]:
     """Query, key, value and output of an attention, head by head."""
     output = projections[3]
     sides = []
@@ -201,22 +199,18 @@ def _fill_linear_(ours: FactorizedLinear, weight: Tensor, moments: Moments | Non
 
 
 def _fill_attention_(ours: FactorizedAttention, dense: nn.Module, call: Call | None) -> None:
-    theirs = type(ours).projections(dense)  # type: ignore[arg-type]
+    theirs = ours.projections(dense)
     query, key, value, output = head_projections(theirs, ours.num_heads)
     moments: HeadMoments | None = None
     if call is not None:
-        moments = call.head_moments(theirs[0], theirs[1], theirs[3], ours.num_heads)
+        moments = call.head_moments(theirs[0], theirs[1], theirs[3].layer, ours.num_heads)
     width = query.weight.shape[-1]
     qk_rank, ov_rank = ours.ranks.qk or width, ours.ranks.ov or width
     if qk_rank < width:
         query, key = truncate_qk(query, key, qk_rank, moments)
     if ov_rank < width:
         value, output = truncate_ov(value, output, ov_rank, moments)
-    *inner, outer = ours.projections()
+    *inner, outer = ours.projections(ours)
     for projection, side in zip(inner, (query, key, value), strict=True):
-        projection.weight.copy_(side.weight.mT.flatten(0, 1))
-        if side.bias is not None:
-            projection.bias.copy_(side.bias.flatten())
-    outer.weight.copy_(output.weight.transpose(0, 1).flatten(1))
-    if output.bias is not None:
-        outer.bias.copy_(output.bias)
+        projection.set_(side.weight.mT.flatten(0, 1), None if side.bias is None else side.bias.flatten())
+    outer.set_(output.weight.transpose(0, 1).flatten(1), output.bias)

@@ -6,8 +6,9 @@ A product names its factors; it never keeps their tensors, so a wrapper may repl
 
 from hf_fnl.products.adapters import register_attention
 from hf_fnl.products.attention import AttentionProjections, Section
-from hf_fnl.products.core import KINDS, Factor, Product, beside_factors
+from hf_fnl.products.core import Factor, Product, beside_factors
 from hf_fnl.products.find import find_products
+from hf_fnl.selectors import KINDS
 
 __all__ = [
     "KINDS",

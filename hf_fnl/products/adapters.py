@@ -76,9 +76,11 @@ def _gpt2(module: nn.Module) -> AttentionProjections | None:
     fused, query, output = (_layer(module, name) for name in ("c_attn", "q_attn", "c_proj"))
     if not isinstance(fused, Conv1D) or output is None:
         return None
-    own = [] if query is None else [query]
-    parts = 3 - len(own)
-    return _fitted(module, [*own, *_split(fused.weight, *[fused.nf // parts] * parts, dim=1), output])
+    values = size(output, 1)
+    if query is None:
+        queries = (fused.nf - values) // 2
+        return _fitted(module, [*_split(fused.weight, queries, queries, values, dim=1), output])
+    return _fitted(module, [query, *_split(fused.weight, fused.nf - values, values, dim=1), output])
 
 
 def _torch(module: nn.Module) -> AttentionProjections | None:

@@ -79,12 +79,13 @@ class AttentionProjections:
         """Heads of key and value."""
         return self.num_heads * size(self.key, 0) // size(self.query, 0)
 
-    def products(self, path: str, names: Mapping[int, str]) -> Iterator[Product]:
+    def products(self, path: str, names: Mapping[int, str], part: str | None) -> Iterator[Product]:
         """The ``qk`` and the ``ov`` product, except where a projection is itself factorized.
 
         Args:
             path: Name of the module.
             names: Names of the model's parameters by ``id``.
+            part: The part of the model that the module belongs to.
         """
         group = self.num_heads // self.num_kv_heads
         grouped = group > 1
@@ -97,7 +98,7 @@ class AttentionProjections:
         for kind, pair in pairs.items():
             if not any(isinstance(projection, Factorized) for projection, _, _ in pair):
                 parts = tuple(_factor(projection, side, heads, names) for projection, side, heads in pair)
-                yield Product(f"{path}.{kind}" if path else kind, kind, parts)
+                yield Product(f"{path}.{kind}" if path else kind, kind, parts, part)
 
 
 _NAMES = ("query", "key", "value", "output")

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from hf_fnl.functional import product, squared_frobenius_norm
 
-KINDS = ("linear", "embedding", "conv", "qk", "ov")
-
 Source: TypeAlias = nn.Module | Mapping[str, Tensor]  # a model, or its parameters by name
 
 
@@ -59,11 +57,14 @@ class Product:
             ``V_h O_h^T``). The last two are products of the weights: where an attention rotates or normalizes queries
             and keys, its scores are no longer ``x Q_h K_h^T x^T``.
         parts: The factors in the order in which they are multiplied.
+        part: Where in the model it is: ``"encoder"``, ``"decoder"`` or ``"cross"`` for cross-attentions; ``None`` where
+            there are no such parts, or if several share it.
     """
 
     name: str
     kind: str
     parts: tuple[Factor, ...]
+    part: str | None = None
 
     @property
     def parameter_names(self) -> tuple[str, ...]:

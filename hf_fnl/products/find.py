@@ -5,13 +5,16 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from torch import nn
 
 from hf_fnl.layers import Factorized
 from hf_fnl.products.adapters import attention_of
 from hf_fnl.products.attention import AttentionProjections
-from hf_fnl.products.core import KINDS, Factor, Product
+from hf_fnl.products.core import Factor, Product
+from hf_fnl.products.parts import parts_of
+from hf_fnl.selectors import KINDS, Selector
 
 
 def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[Product]:
@@ -23,41 +26,49 @@ def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[
 
     Args:
         model: Any module; unwrapped, so that names are those of its own ``named_parameters``.
-        kinds: Any of ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"`` and ``"ov"``; all that the model has unless
-            given.
+        kinds: Any of ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"`` and ``"ov"``, each alone or in one part of the
+            model, as in ``"ov:encoder"``; see :class:`~hf_fnl.selectors.Selector`. All that the model has unless given.
 
     Raises:
-        ValueError: If a kind is unknown, or the model has no product of a kind that was asked for, or none at all.
+        ValueError: If a kind or part is unknown, or the model has no product that was asked for, or none at all.
 
     Warns:
         UserWarning: If ``"qk"`` or ``"ov"`` is wanted and the model has, besides, attentions of an unknown layout.
     """
-    wanted = KINDS if kinds is None else tuple(kinds)
-    if unknown := sorted(set(wanted) - set(KINDS)):
-        raise ValueError(f"unknown kind of product {', '.join(unknown)}; known are {', '.join(KINDS)}")
+    wanted = [Selector.parse(kind, "kind of product") for kind in (KINDS if kinds is None else kinds)]
     attentions = {path: known for path, module in model.named_modules() if (known := attention_of(module)) is not None}
-    products: dict[tuple[Factor, ...], Product] = {}
-    for found in _all_products(model, attentions):
-        products.setdefault(found.parts, found)
-    present = {p.kind for p in products.values()}
-    complaint = _complaint(model, attentions) if {"qk", "ov"} & set(wanted) else ""
-    if missing := [kind for kind in wanted if kind not in present and (kinds is not None or not present)]:
+    products = list(_distinct(_all_products(model, attentions)))
+    complaint = _complaint(model, attentions) if any(selector.kind in ("qk", "ov") for selector in wanted) else ""
+    found = {selector: [p for p in products if selector.matches(p.kind, p.part)] for selector in wanted}
+    if missing := [str(selector) for selector in wanted if not found[selector] and (kinds is not None or not products)]:
+        present = sorted({str(Selector(p.kind, p.part)) for p in products})
         raise ValueError(
             f"{type(model).__name__} has no product of kind {', '.join(missing)}; "
-            f"it has: {', '.join(sorted(present)) or 'none'}" + (f". {complaint}" if complaint else "")
+            f"it has: {', '.join(present) or 'none'}" + (f". {complaint}" if complaint else "")
         )
     if complaint:
         warnings.warn(complaint, stacklevel=2)
-    return [p for p in products.values() if p.kind in wanted]
+    return [p for p in products if any(p in chosen for chosen in found.values())]
+
+
+def _distinct(found: Iterable[Product]) -> Iterator[Product]:
+    """Each product once; one that several parts of the model hold belongs to none of them."""
+    places: dict[tuple[Factor, ...], list[Product]] = defaultdict(list)
+    for product in found:
+        places[product.parts].append(product)
+    for same in places.values():
+        parts = {product.part for product in same} - {None}
+        yield replace(same[0], part=parts.pop() if len(parts) == 1 else None)
 
 
 def _all_products(model: nn.Module, attentions: dict[str, AttentionProjections]) -> Iterator[Product]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parts = parts_of(model)
     for path, module in model.named_modules():
         if isinstance(module, Factorized):
-            yield Product(path, module.kind, tuple(Factor(names[id(p)]) for p in module.factors()))
+            yield Product(path, module.kind, tuple(Factor(names[id(p)]) for p in module.factors()), parts[path])
         if path in attentions:
-            yield from attentions[path].products(path, names)
+            yield from attentions[path].products(path, names, parts[path])
 
 
 def _complaint(model: nn.Module, known: Iterable[str]) -> str:

@@ -1,0 +1,72 @@
+"""What the configurations of the factorized families share: ranks, their check, and the way to stock ones and back."""
+
+# No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from hf_fnl.config import RANK_OPTIONS, LayerRank, TransformerRanks
+
+_OF_A_CLASS = {"model_type", "architectures", "transformers_version"}  # what a configuration of another class has anew
+
+
+@dataclass(kw_only=True)
+class FactorizedConfig:
+    """Mixin before a stock configuration: the fields that concern products.
+
+    Args:
+        qk_rank: Rank of every head's query-key product, up to the width of a dense head; ``None`` leaves the stock
+            projections. This and the next two are numbers, or lists with one entry for each layer.
+        ov_rank: Rank of every head's output-value product, likewise. It may differ from ``qk_rank``.
+        ffn_rank: Rank of both feed-forward matrices of a layer, up to the smaller of their sides; ``None`` leaves them
+            dense.
+        embedding_rank: Rank of the word embedding and of the output matrix tied to it; ``None`` leaves them dense.
+        factor_init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022) or ``"default"``;
+            or one of them for each selector, such as ``{"linear": "spectral"}``, and ``"default"`` for the rest.
+
+    Raises:
+        ValueError: If a rank does not fit the model or ``factor_init`` is unknown.
+    """
+
+    dense_class: ClassVar[type[PreTrainedConfig]]
+
+    qk_rank: LayerRank = None
+    ov_rank: LayerRank = None
+    ffn_rank: LayerRank = None
+    embedding_rank: int | None = None
+    factor_init: str | dict[str, str] = "spectral"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.ranks.check(**self._sizes())
+
+    def _sizes(self) -> Mapping[str, int]:
+        """The sizes by which :meth:`TransformerRanks.check` measures ranks."""
+        raise NotImplementedError
+
+    @property
+    def ranks(self) -> TransformerRanks:
+        """The fields that concern products."""
+        ranks = {option: getattr(self, option) for option in self.rank_options()}
+        return TransformerRanks(**ranks, init=self.factor_init)
+
+    @classmethod
+    def rank_options(cls) -> list[str]:
+        """Names of the fields that are ranks."""
+        ours = {field.name for field in fields(cls)}
+        return [option for option in RANK_OPTIONS if option in ours]
+
+    def to_dense(self) -> PreTrainedConfig:
+        """The configuration of the stock model of the same sizes."""
+        ours = {field.name for field in fields(self)} - {field.name for field in fields(self.dense_class)}
+        values: dict[str, Any] = self.to_dict()  # type: ignore[attr-defined]
+        return self.dense_class(**{key: value for key, value in values.items() if key not in ours | _OF_A_CLASS})
+
+    @classmethod
+    def from_dense(cls, dense: PreTrainedConfig, **ranks: Any) -> Any:
+        """This configuration with the sizes of a stock one, or of one of this class."""
+        values = {key: value for key, value in dense.to_dict().items() if key not in _OF_A_CLASS}
+        return cls(**{**values, **ranks})

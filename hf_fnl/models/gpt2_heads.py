@@ -1,0 +1,162 @@
+"""Every head that Transformers has for GPT-2, on the factorized backbone, and their registration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GPT2Tokenizer,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.models.gpt2 import modeling_gpt2 as stock
+from transformers.utils.generic import can_return_tuple
+
+from hf_fnl.models.gpt2 import FactorizedGPT2Config, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
+from hf_fnl.models.vocabulary import TiedVocabulary, head_loss, tied_factors, vocabulary_layer
+
+
+class _WithLMHead(TiedVocabulary, FactorizedGPT2PreTrainedModel):
+    """A head with vocabulary logits, whose matrix is tied to the word embedding, factor by factor."""
+
+    lm_head: Any
+
+    def post_init(self) -> None:
+        """Put our output matrix in the place of the stock one, then initialize as every model does."""
+        config = self.config
+        with init.no_init_weights():
+            self.lm_head = vocabulary_layer(self.lm_head, config.embedding_rank, config.ranks.method("embedding"))
+        tied = {"lm_head.weight": "transformer.wte.weight"}
+        self._tied_weights_keys = tied_factors(tied, config.embedding_rank is not None)
+        super().post_init()
+
+
+class FactorizedGPT2LMHeadModel(_WithLMHead, stock.GPT2LMHeadModel):
+    """Left-to-right language modelling."""
+
+    dense_class = stock.GPT2LMHeadModel
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: FactorizedGPT2Config) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.loss_type = "ForCausalLM"  # Transformers looks for it in the class's name and warns, which breaks a graph
+        self.transformer = FactorizedGPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """As the stock model, with a loss that can do without logits of ``(batch, length, vocab_size)``.
+
+        Args:
+            input_ids: ``(batch, length)``.
+            labels: ``(batch, length)``, not shifted, -100 where nothing is to be predicted.
+            num_items_in_batch: Labelled positions in the whole batch, as the Trainer passes it.
+            return_logits: Whether the output has logits. Default: unless there are labels and the model trains with
+                ``fused_loss``.
+            kwargs: All others of the stock model.
+        """
+        if return_logits is None:
+            return_logits = not (self.training and self.config.fused_loss)
+        if labels is None or return_logits:
+            return super().forward(
+                input_ids, labels=labels, num_items_in_batch=num_items_in_batch, return_dict=True, **kwargs
+            )
+        outputs = self.transformer(input_ids, return_dict=True, **kwargs)
+        shifted = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        return CausalLMOutputWithCrossAttentions(
+            loss=head_loss(self.lm_head, outputs.last_hidden_state, shifted, num_items_in_batch=num_items_in_batch),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+class FactorizedGPT2DoubleHeadsModel(_WithLMHead, stock.GPT2DoubleHeadsModel):
+    """Language modelling and multiple choice."""
+
+    dense_class = stock.GPT2DoubleHeadsModel
+
+    def __init__(self, config: FactorizedGPT2Config) -> None:
+        PreTrainedModel.__init__(self, config)
+        config.num_labels = 1
+        self.transformer = FactorizedGPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.multiple_choice_head = stock.GPT2SequenceSummary(config)
+        self.post_init()
+
+
+class FactorizedGPT2ForSequenceClassification(FactorizedGPT2PreTrainedModel, stock.GPT2ForSequenceClassification):
+    """Classification or regression of a sequence by its last token."""
+
+    dense_class = stock.GPT2ForSequenceClassification
+
+    def __init__(self, config: FactorizedGPT2Config) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = FactorizedGPT2Model(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+
+class FactorizedGPT2ForTokenClassification(FactorizedGPT2PreTrainedModel, stock.GPT2ForTokenClassification):
+    """Classification of every token."""
+
+    dense_class = stock.GPT2ForTokenClassification
+
+    def __init__(self, config: FactorizedGPT2Config) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = FactorizedGPT2Model(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.n_embd, config.num_labels)
+        self.post_init()
+
+
+class FactorizedGPT2ForQuestionAnswering(FactorizedGPT2PreTrainedModel, stock.GPT2ForQuestionAnswering):
+    """Extractive question answering."""
+
+    dense_class = stock.GPT2ForQuestionAnswering
+
+    def __init__(self, config: FactorizedGPT2Config) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = FactorizedGPT2Model(config)
+        self.qa_outputs = nn.Linear(config.n_embd, 2)
+        self.post_init()
+
+
+def _classifier_dropout(config: FactorizedGPT2Config) -> float:
+    """The rate that the stock model takes, from fields that a GPT-2 configuration need not have."""
+    rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+    return next((rate for rate in rates if rate is not None), 0.1)
+
+
+AutoConfig.register(FactorizedGPT2Config.model_type, FactorizedGPT2Config, exist_ok=True)
+AutoTokenizer.register(FactorizedGPT2Config, tokenizer_class=GPT2Tokenizer, exist_ok=True)
+for _auto, _model in (
+    (AutoModel, FactorizedGPT2Model),
+    (AutoModelForCausalLM, FactorizedGPT2LMHeadModel),
+    (AutoModelForSequenceClassification, FactorizedGPT2ForSequenceClassification),
+    (AutoModelForTokenClassification, FactorizedGPT2ForTokenClassification),
+    (AutoModelForQuestionAnswering, FactorizedGPT2ForQuestionAnswering),
+):
+    _auto.register(FactorizedGPT2Config, _model, exist_ok=True)

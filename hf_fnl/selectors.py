@@ -1,0 +1,58 @@
+"""Selectors: which kinds of products are meant, everywhere or in one part of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("linear", "embedding", "conv", "qk", "ov")
+PARTS = ("encoder", "decoder", "cross")
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A kind of product, everywhere or in one part of a model; written ``"ov"`` or ``"ov:encoder"``.
+
+    Args:
+        kind: One of ``KINDS``.
+        part: ``"cross"`` is what a cross-attention holds, ``"decoder"`` the rest of the decoder, ``"encoder"`` the
+            encoder; the last two are told apart in encoder-decoder models only. ``None`` means all products of the
+            kind, those that belong to no part, as an embedding that encoder and decoder share, included.
+
+    Raises:
+        ValueError: If the kind or the part is unknown.
+    """
+
+    kind: str
+    part: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.part is not None and self.part not in PARTS:
+            raise ValueError(f"part must be one of {', '.join(PARTS)}, got {self.part!r}")
+
+    @classmethod
+    def parse(cls, text: str, option: str = "a selector") -> Selector:
+        """The selector that ``text`` writes.
+
+        Args:
+            text: A kind, or a kind and a part with a colon between them.
+            option: What an error says is to be changed.
+
+        Raises:
+            ValueError: If the kind or the part is unknown.
+        """
+        kind, *parts = text.split(":")
+        if kind not in KINDS or len(parts) > 1 or not set(parts) <= set(PARTS):
+            raise ValueError(
+                f"{option} must be any of {', '.join(KINDS)}, each alone or with one of the parts {', '.join(PARTS)}, "
+                f"as in 'ov:encoder'; got {text!r}"
+            )
+        return cls(kind, *parts)
+
+    def matches(self, kind: str, part: str | None) -> bool:
+        """Whether a product of this kind in this part is meant."""
+        return self.kind == kind and self.part in (None, part)
+
+    def __str__(self) -> str:
+        return self.kind if self.part is None else f"{self.kind}:{self.part}"

@@ -1,0 +1,123 @@
+"""Cross-entropy over a vocabulary, whose logits are never in memory all at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def vocabulary_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    chunk_size: int = 512,
+) -> Tensor:
+    r"""Cross-entropy of ``hidden_states @ weight.T + bias`` against labels, a chunk of positions at a time.
+
+    A chunk's gradients are computed as soon as its logits are there, and kept until the backward pass asks for them. So
+    beside the gradients, which are needed anyway, memory for ``chunk_size * vocab_size`` logits suffices, and no logits
+    are computed twice. Nothing is shifted: position ``i`` is compared with ``labels[..., i]``. For a factorized
+    ``weight = U V^T`` give ``hidden_states @ V`` and ``U``.
+
+    Under autocast the logits are computed in its dtype and the loss in float32, as a linear layer followed by
+    :func:`torch.nn.functional.cross_entropy` does.
+
+    Args:
+        hidden_states: Shape ``(..., n)``.
+        weight: Shape ``(vocab_size, n)``.
+        labels: Class of every position, shape ``(...)``.
+        bias: Shape ``(vocab_size,)``.
+        num_items_in_batch: What the summed loss is divided by. Default: the number of labels here that are not
+            ignored, or 1 where all are.
+        label_smoothing: Share of the target that is spread evenly over the whole vocabulary.
+        ignore_index: Label of positions that do not count.
+        chunk_size: Positions whose logits are in memory together.
+
+    Returns:
+        The loss, a scalar, in float32 or better; it can be differentiated once.
+
+    Raises:
+        IndexError: If a label is neither in the vocabulary nor ``ignore_index``.
+        ValueError: If the shapes do not fit, or ``label_smoothing`` or ``chunk_size`` is out of range.
+    """
+    # torch's own linear_cross_entropy (2.12 and later) forms all logits where there is label smoothing.
+    if hidden_states.shape[:-1] != labels.shape or hidden_states.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            "hidden_states (..., n), weight (vocab_size, n) and labels (...) are needed, got shapes "
+            f"{tuple(hidden_states.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    options = {"reduction": "sum", "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    inputs = (hidden_states.flatten(0, -2), weight, bias)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    total = _SummedLoss.apply(*inputs, labels.flatten(), wanted, chunk_size, options)
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != ignore_index).sum().clamp(min=1)
+    return total / num_items_in_batch
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Sum of the losses of all rows; its gradients are ready when it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        wanted: list[bool],
+        chunk_size: int,
+        options: dict[str, Any],
+    ) -> Tensor:
+        device = rows.device.type
+        is_autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_autocast else torch.promote_types(rows.dtype, weight.dtype)
+        accurate = torch.promote_types(dtype, torch.float32)  # of sums, whatever the dtype of the matrix products
+        x, w, b = (tensor if tensor is None else tensor.to(dtype) for tensor in (rows, weight, bias))
+        total = torch.zeros((), dtype=accurate, device=rows.device)
+        d_rows = torch.empty_like(rows) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=accurate) if wanted[1] else None
+        d_bias = torch.zeros_like(bias, dtype=accurate) if wanted[2] else None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(rows), chunk_size):
+                chunk = slice(start, start + chunk_size)
+                logits = F.linear(x[chunk], w, b)
+                loss, d_logits = _loss_and_gradient(logits, labels[chunk], any(wanted), options)
+                total += loss
+                if d_rows is not None:
+                    d_rows[chunk] = d_logits @ w
+                if d_weight is not None:
+                    d_weight += d_logits.mT @ x[chunk]
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0, dtype=accurate)
+        ctx.save_for_backward(d_rows, d_weight, d_bias)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [None if gradient is None else gradient * d_total for gradient in ctx.saved_tensors]
+        return *gradients, None, None, None, None
+
+
+def _loss_and_gradient(
+    logits: Tensor, labels: Tensor, is_wanted: bool, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk and, if it is wanted, the gradient of its logits (otherwise the logits)."""
+    with torch.set_grad_enabled(is_wanted):
+        logits.requires_grad_(is_wanted)
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, **options)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0] if is_wanted else logits
