@@ -31,6 +31,10 @@ from hf_fnl.models import (
     FactorizedGPT2ForTokenClassification,
     FactorizedGPT2LMHeadModel,
     FactorizedGPT2Model,
+    FactorizedMarianConfig,
+    FactorizedMarianForCausalLM,
+    FactorizedMarianModel,
+    FactorizedMarianMTModel,
 )
 from hf_fnl.models.cards import model_card
 from hf_fnl.models.checkpoint import load
@@ -82,6 +86,10 @@ __all__ = [
     "FactorizedGPT2LMHeadModel",
     "FactorizedGPT2Model",
     "FactorizedLinear",
+    "FactorizedMarianConfig",
+    "FactorizedMarianForCausalLM",
+    "FactorizedMarianMTModel",
+    "FactorizedMarianModel",
     "FrobeniusDecay",
     "Lamb",
     "Product",

@@ -19,6 +19,8 @@ from hf_fnl.models.gpt2_heads import (
     FactorizedGPT2ForTokenClassification,
     FactorizedGPT2LMHeadModel,
 )
+from hf_fnl.models.marian import FactorizedMarianConfig, FactorizedMarianModel
+from hf_fnl.models.marian_heads import FactorizedMarianForCausalLM, FactorizedMarianMTModel
 
 __all__ = [
     "FactorizedBertConfig",
@@ -38,4 +40,8 @@ __all__ = [
     "FactorizedGPT2ForTokenClassification",
     "FactorizedGPT2LMHeadModel",
     "FactorizedGPT2Model",
+    "FactorizedMarianConfig",
+    "FactorizedMarianForCausalLM",
+    "FactorizedMarianMTModel",
+    "FactorizedMarianModel",
 ]

@@ -39,6 +39,10 @@ class FactorizedAttention(nn.Module):
         """Query, key, value and output of an attention of the family, ours or a stock one."""
         raise NotImplementedError
 
+    def output_std(self, std: float) -> float:
+        """Scale at which the output matrix is drawn, where the others are drawn at ``std``."""
+        return std
+
     def draw_heads(self, hidden: int, std: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four dense weights ``(hidden, hidden)``, drawn in the order in which the stock model draws them."""
         weight = self.projections(self)[0].weight
@@ -58,19 +62,22 @@ class FactorizedAttention(nn.Module):
         query, key, value, output = self.draw_heads(spans[0].weight.shape[1], std)
         Q_h, K_h, V_h = (weight.unflatten(0, (self.num_heads, -1)).mT for weight in (query, key, value))
         O_h = output.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
-        Q_h, K_h = _cut_heads(Q_h, K_h, self.ranks.qk, self.ranks.init["qk"], std)
-        V_h, O_h = _cut_heads(V_h, O_h, self.ranks.ov, self.ranks.init["ov"], std)
+        Q_h, K_h = _cut_heads(Q_h, K_h, self.ranks.qk, self.ranks.init["qk"], (std, std))
+        V_h, O_h = _cut_heads(V_h, O_h, self.ranks.ov, self.ranks.init["ov"], (std, self.output_std(std)))
         drawn = [*(factor.mT.flatten(0, 1) for factor in (Q_h, K_h, V_h)), O_h.transpose(0, 1).flatten(1)]
         for span, weight in zip(spans, drawn, strict=True):
             if span in fresh:
                 span.weight.copy_(weight)
 
 
-def _cut_heads(left: Tensor, right: Tensor, rank: int | None, method: str, std: float) -> tuple[Tensor, Tensor]:
+def _cut_heads(
+    left: Tensor, right: Tensor, rank: int | None, method: str, stds: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
     if rank is None:
         return left, right
     if method == "default":
-        left, right = (draw_normal_(factor.new_empty(*factor.shape[:2], rank), std) for factor in (left, right))
+        sides = zip((left, right), stds, strict=True)
+        left, right = (draw_normal_(factor.new_empty(*factor.shape[:2], rank), std) for factor, std in sides)
         return left, right
     return spectral_init_heads(left, right, rank, method)
 

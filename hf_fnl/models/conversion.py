@@ -167,12 +167,17 @@ def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | No
     for_each(dense, units, fill, calibration)
 
 
-def _units(ours: nn.Module) -> dict[str, nn.Module]:
-    """What is filled at once, by name: attentions and factorized layers, of those that are tied the first."""
+def _units(ours: PreTrainedModel) -> dict[str, nn.Module]:
+    """What is filled at once, by name: attentions and factorized layers, one of those that are tied.
+
+    That one is the input embedding or else the first: Marian's first is a table that is never called.
+    """
     units: dict[str, nn.Module] = {}
-    filled: set[Tensor] = set()
+    embedding = ours.get_input_embeddings()
+    filled = set(embedding.factors() if isinstance(embedding, Factorized) else ())
     for name, module in ours.named_modules():
-        if isinstance(module, FactorizedAttention) or (isinstance(module, Factorized) and module.U not in filled):
+        untied = isinstance(module, Factorized) and (module is embedding or module.U not in filled)
+        if untied or isinstance(module, FactorizedAttention):
             units[name] = module
             filled.update(module.factors() if isinstance(module, Factorized) else ())
     return units

@@ -102,12 +102,16 @@ class FactorizedGPT2Attention(FactorizedAttention, stock.GPT2Attention):
         qk = (fused.nf - ov) // 2
         return Span(fused, 0, qk), Span(fused, qk, qk), Span(fused, 2 * qk, ov), Span(output)
 
+    def output_std(self, std: float) -> float:
+        """That of the end of a residual branch."""
+        return residual_std(self.config)
+
     def draw_heads(self, hidden: int, std: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four dense weights, drawn in the layout and the order of the stock model."""
         widths = [2, 1] if self.is_cross_attention else [3]
         fused, *query = (draw_normal_(self.c_attn.weight.new_empty(hidden, n * hidden), std) for n in widths)
         draw_normal_(fused.new_empty(hidden, hidden), std)  # the stock model draws its output matrix twice
-        output = draw_normal_(fused.new_empty(hidden, hidden), residual_std(self.config))
+        output = draw_normal_(fused.new_empty(hidden, hidden), self.output_std(std))
         inputs = *query, *fused.chunk(widths[0], dim=1)
         return inputs[0].mT, inputs[1].mT, inputs[2].mT, output.mT
 

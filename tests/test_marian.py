@@ -1,0 +1,240 @@
+"""Factorized Marian, where it differs from the other families; what holds of all of them is in test_models.py."""
+
+import math
+import shutil
+import warnings
+
+import pytest
+import torch
+from family import Head, add, factorized_layers, gradients, loss_and_gradients, random_vectors_, run
+from marian_cases import BACKBONE, DECODER, HEADS, LOW, MT, NO_DROPOUT, PRE_NORM, SEPARATE, SIZES, UNTIED
+from torch import Tensor
+from torch.testing import assert_close
+
+from hf_fnl import FrobeniusDecay, find_products, parameter_groups
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # layers of float32, whose weights went through a decomposition
+EXACT = {"rtol": 0, "atol": 0}
+each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+LM_HEADS = {name: head for name, head in HEADS.items() if head.name != "Model"}
+each_lm_head = pytest.mark.parametrize("head", LM_HEADS.values(), ids=LM_HEADS)
+
+
+@pytest.mark.slow  # compiles a kernel
+def test_flex_attention_equals_sdpa_at_unequal_ranks() -> None:
+    if shutil.which("g++") is None and not torch.cuda.is_available():
+        pytest.skip("flex_attention compiles its kernel: it needs a C++ compiler or a GPU")
+    fields = {"qk_rank": 4, "ov_rank": 2, "d_model": 24}  # its kernel takes no odd widths
+    expected = run(BACKBONE.build(fields), BACKBONE.batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.compile and of the block mask, none of them ours
+        actual = run(BACKBONE.build(fields, attention="flex_attention"), BACKBONE.batch())
+    assert_close(actual, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("option", "rank", "kind", "count"),
+    [
+        ("qk_rank", 5, "qk", 8),
+        ("ov_rank", 2, "ov", 8),
+        ("ffn_rank", 8, "linear", 10),
+        ("embedding_rank", 13, "embedding", 1),
+    ],
+)
+@pytest.mark.parametrize("head", [MT, PRE_NORM], ids=["post-norm", "pre-norm"])
+def test_only_the_named_product_is_cut_and_to_its_best_approximation(
+    head: Head, option: str, rank: int, kind: str, count: int
+) -> None:
+    no_padding = {"pad_token_id": None}  # its row is zeroed after the table was cut
+    ours, stock = head.build({option: rank}, **no_padding), head.build_stock(**no_padding)
+    cut = find_products(ours, [kind])
+    assert len(cut) == count
+    heads = {p.name: p.matrix(stock) for p in find_products(stock)}
+    for product in cut:
+        dense = heads[product.name] if product.name in heads else stock.get_parameter(f"{product.name}.weight")
+        U, S, Vt = torch.linalg.svd(dense.detach())
+        assert_close(product.matrix(ours), (U[..., :rank] * S[..., None, :rank]) @ Vt[..., :rank, :], **CLOSE)
+        assert product.factors(ours)[0].shape[-1] == rank
+    touched = {name for product in cut for name in product.parameter_names}
+    stock_state = stock.state_dict()
+    for name, parameter in ours.named_parameters():
+        if name not in touched and parameter.shape == stock_state[name].shape:
+            assert_close(parameter.data, stock_state[name], **EXACT, msg=name)
+
+
+def test_ranks_by_layer_go_through_the_encoder_and_then_the_decoder() -> None:
+    model = MT.build({"qk_rank": [1, None, 3, 4, 5], "ffn_rank": [None, 2, 3, None, 5]})
+    widths = {p.name: p.factors(model)[0].shape[-1] for p in find_products(model, ["qk"])}
+    assert [widths[f"model.encoder.layers.{n}.self_attn.qk"] for n in range(2)] == [1, 7]
+    for attention in ("self_attn", "encoder_attn"):
+        assert [widths[f"model.decoder.layers.{n}.{attention}.qk"] for n in range(3)] == [3, 4, 5]
+    assert {name.partition(".")[2]: layer.rank for name, layer in factorized_layers(model).items()} == {
+        f"{name}.{ffn}": rank
+        for name, rank in {"encoder.layers.1": 2, "decoder.layers.0": 3, "decoder.layers.2": 5}.items()
+        for ffn in ("fc1", "fc2")
+    }
+
+
+@pytest.mark.parametrize(
+    ("head", "table"), [(MT, "embedding"), (SEPARATE, "embedding:encoder")], ids=["shared", "separate"]
+)
+def test_every_selector_can_have_an_initialization_of_its_own(head: Head, table: str) -> None:
+    ones = ["qk:encoder", "ov:cross", "linear:decoder", table]
+    model = head.build(LOW, factor_init=dict.fromkeys(ones, "spectral_ones"), pad_token_id=None)
+    chosen = find_products(model, ones)
+    for product in find_products(model):
+        factor = product.factors(model)[0].detach()
+        gram = factor.mT @ factor
+        if product in chosen:
+            assert_close(gram, torch.eye(gram.shape[-1]).expand_as(gram), **CLOSE)
+        else:
+            assert factor.std().item() == pytest.approx(SIZES["init_std"], rel=0.3)
+
+
+def reference_attention(block: torch.nn.Module, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+    """An attention of Marian, head by head, as the paper writes it."""
+    heads, result = block.num_heads, block.out_proj.bias
+    for h in range(heads):
+        W_q, W_k, W_v = (p.weight.chunk(heads)[h] for p in (block.q_proj, block.k_proj, block.v_proj))
+        b_q, b_k, b_v = (p.bias.chunk(heads)[h] for p in (block.q_proj, block.k_proj, block.v_proj))
+        scores = (x @ W_q.mT + b_q) @ (memory @ W_k.mT + b_k).mT / math.sqrt(x.shape[-1] // heads)
+        weights = scores.masked_fill(mask == 0, -math.inf).softmax(-1)
+        result = result + weights @ (memory @ W_v.mT + b_v) @ block.out_proj.weight.chunk(heads, dim=1)[h].mT
+    return result
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"qk_rank": 1, "ov_rank": 6}, {"ov_rank": 3}], ids=str)
+def test_heads_of_unequal_ranks_against_a_reference(ranks: dict[str, int], attention: str) -> None:
+    model, batch = random_vectors_(BACKBONE.build(ranks, attention=attention)), BACKBONE.batch()
+    found = run(model, batch, output_hidden_states=True)
+    x, memory, mask = found["decoder_hidden_states"][0], found["encoder_last_hidden_state"], batch["attention_mask"]
+    layer = model.decoder.layers[0]
+    with torch.no_grad():
+        causal = torch.ones(x.shape[1], x.shape[1]).tril()
+        x = layer.self_attn_layer_norm(x + reference_attention(layer.self_attn, x, x, causal))
+        x = layer.encoder_attn_layer_norm(x + reference_attention(layer.encoder_attn, x, memory, mask[:, None, :]))
+        x = layer.final_layer_norm(x + layer.fc2(layer.activation_fn(layer.fc1(x))))
+    assert_close(found["decoder_hidden_states"][1], x, **CLOSE)
+
+
+@pytest.mark.parametrize("head", [MT, PRE_NORM], ids=["post-norm", "pre-norm"])
+def test_attention_weights_and_hidden_states_of_narrow_heads(head: Head) -> None:
+    model = head.build(LOW, attention="eager")
+    found = run(model, head.batch(), output_attentions=True, output_hidden_states=True)
+    shapes = {key: [x.shape[1:] for x in found[key]] for key in found if key.endswith("attentions")}
+    assert shapes == {
+        "encoder_attentions": [(3, 9, 9)] * 2,
+        "decoder_attentions": [(3, 7, 7)] * 3,
+        "cross_attentions": [(3, 7, 9)] * 3,
+    }
+    assert (len(found["encoder_hidden_states"]), len(found["decoder_hidden_states"])) == (3, 4)
+
+
+def test_padding_of_the_source_changes_nothing() -> None:
+    model, batch = MT.build(LOW), MT.batch()
+    short = {
+        name: value[:1, :6] if name in ("input_ids", "attention_mask") else value[:1] for name, value in batch.items()
+    }
+    assert_close(run(model, batch)["logits"][:1], run(model, short)["logits"], **CLOSE)
+
+
+def test_embeddings_can_be_passed() -> None:
+    model, batch = MT.build(LOW), MT.batch()
+    expected = run(model, batch)
+    embedded = model.get_input_embeddings()(batch.pop("input_ids")) * math.sqrt(SIZES["d_model"])
+    assert_close(run(model, {**batch, "inputs_embeds": embedded}), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("head", [MT, PRE_NORM, DECODER], ids=["post-norm", "pre-norm", "decoder"])
+def test_gradient_checkpointing_changes_nothing(head: Head) -> None:
+    model, results = head.build(LOW, use_cache=False).train(), []  # keys in a cache lie in memory in another way
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(3)  # dropout is drawn again in the recomputation
+        results.append(loss_and_gradients(model, head.batch()))
+    assert_close(*results, **EXACT)
+
+
+@pytest.mark.parametrize("head", [MT, PRE_NORM, SEPARATE], ids=["post-norm", "pre-norm", "separate"])
+def test_a_training_step_compiles_to_one_graph(head: Head) -> None:
+    torch.compiler.reset()
+    model, batch = head.build(LOW, **NO_DROPOUT).train(), head.batch()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # needs no compiler; a break would be an error
+    assert_close(compiled(**batch).loss, model(**batch).loss, **EXACT)
+
+
+# Ties
+
+
+@each_lm_head
+def test_what_the_stock_model_ties_is_tied_factor_by_factor(head: Head) -> None:
+    ours, stock = head.build(LOW), head.build_stock()
+    names = [name for name, _ in stock.named_modules() if name.endswith(("shared", "embed_tokens", "lm_head"))]
+    for first in names:
+        for second in names:
+            tied = stock.get_submodule(first).weight is stock.get_submodule(second).weight
+            for factor in ("U", "V"):
+                a, b = (ours.get_parameter(f"{name}.{factor}") for name in (first, second))
+                assert (a is b) == tied, (first, second)
+
+
+# Losses
+
+
+@each_lm_head
+def test_parts_of_a_batch_add_up(head: Head) -> None:
+    model, batch = head.build(LOW, **NO_DROPOUT), head.batch()
+    whole = loss_and_gradients(model, batch)
+    items = (batch["labels"] != -100).sum()
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, None))]
+    total = add([loss_and_gradients(model, part, num_items_in_batch=items) for part in parts])
+    assert_close(total, whole, rtol=1e-4, atol=1e-5)
+    assert head.ours.accepts_loss_kwargs
+
+
+def test_labels_say_what_the_decoder_is_given() -> None:
+    model, batch = MT.build(LOW), MT.batch()
+    labels = batch.pop("labels")
+    given = model.prepare_decoder_input_ids_from_labels(labels)
+    assert given[:, 0].tolist() == [SIZES["decoder_start_token_id"]] * len(labels)
+    expected = run(model, {**batch, "decoder_input_ids": given})["logits"]
+    assert_close(run(model, {**batch, "labels": labels})["logits"], expected, **EXACT)
+    assert_close(run(model, {**batch, "labels": labels, "decoder_input_ids": given})["logits"], expected, **EXACT)
+
+
+# Products
+
+
+@each_head
+def test_products_have_their_parts(head: Head) -> None:
+    model = head.build({"qk_rank": 3, "ov_rank": 2})
+    parts = ["cross", None] if head.name == "ForCausalLM" else ["encoder", "decoder", "cross"]
+    for kind in ("qk", "ov"):
+        assert {p.part for p in find_products(model, [kind])} == set(parts)
+
+
+@pytest.mark.parametrize("kind", ["qk", "ov"])
+def test_decay_of_cross_attentions_is_the_gradient_of_their_norms(kind: str) -> None:
+    model = MT.build(LOW)
+    products = find_products(model, [f"{kind}:cross"])
+    assert len(products) == SIZES["decoder_layers"]
+    squares = [product.matrix(model).square().sum() for product in products]
+    expected = gradients(model, sum(squares) / 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    groups = parameter_groups(model, weight_decay=0.0, products=products, frobenius_decay=0.0)
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    with FrobeniusDecay(optimizer, products, 0.3, mode="decoupled"):
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.data, before[name] - 0.03 * expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert {name for name, g in expected.items() if g.any()} == {n for p in products for n in p.parameter_names}
+
+
+def test_untied_models_have_a_product_for_each_table() -> None:
+    found = {p.name: p.kind for p in find_products(UNTIED.build({"embedding_rank": 5}), ["embedding", "linear"])}
+    tables = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+    assert found == {**{f"model.{name}": "embedding" for name in tables}, "lm_head": "linear"}
