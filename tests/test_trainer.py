@@ -167,7 +167,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(tmp_path):
     ("options", "message"),
     [
         ({"optim": "flambee"}, "optim must be flambe, lamb or one of Transformers' optimizers, got 'flambee'"),
-        ({"frobenius_decay": ["vo"]}, "frobenius_decay must be none or any of linear, embedding, conv, qk, ov, got vo"),
+        ({"frobenius_decay": ["vo"]}, "frobenius_decay must be any of linear, embedding, conv, .* got 'vo'"),
         ({"frobenius_decay": ["none"]}, "set optim=lamb"),
         ({"frobenius_mode": "coupled"}, "frobenius_mode=coupled is for the other optimizers"),
         ({"optim": "sgd", "frobenius_mode": "hard"}, "frobenius_mode must be one of penalty, coupled, decoupled"),

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_fnl.decay import MODES
-from hf_fnl.products import KINDS
+from hf_fnl.selectors import KINDS, PARTS, Selector
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
 
@@ -20,6 +20,12 @@ class FLAMBeTrainingArguments(TrainingArguments):
 
     The defaults are those of Khodak et al. 2021, Sec. 6: FLAMBe decays the output-value products of the attention and
     applies ordinary decay elsewhere, none on biases and LayerNorm.
+
+    With ``dense_steps`` a model is trained as it is for some steps and then factorized (Kamalakara et al. 2022,
+    Sec. 3.4), by what ``FLAMBeTrainer(factorize=...)`` is given. Until then its layers are no products and get ordinary
+    decay; the products of attentions are decayed all along. Frobenius decay shrinks a singular value in proportion to
+    its own size, ordinary decay of factors all of them alike. Trained matrices have larger ones than drawn matrices, so
+    that a ``frobenius_coefficient`` that suits products trained from the start can be far too large after the switch.
 
     Raises:
         ValueError: If an option is unknown or two options contradict each other.
@@ -33,7 +39,8 @@ class FLAMBeTrainingArguments(TrainingArguments):
     frobenius_decay: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"Kinds of products under Frobenius decay ({', '.join(KINDS)}), or none. "
+            "help": f"Kinds of products under Frobenius decay ({', '.join(KINDS)}), each everywhere or in one part of "
+            f"the model ({', '.join(PARTS)}), as in qk ov:encoder; or none. "
             "Default: ov with flambe, none with other optimizers."
         },
     )
@@ -48,6 +55,11 @@ class FLAMBeTrainingArguments(TrainingArguments):
         default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
     )
 
+    dense_steps: int = field(default=0, metadata={"help": "Steps before the model is factorized; 0: none."})
+    low_rank_lr_scale: float = field(
+        default=1.0, metadata={"help": "Factor of the learning rate from then on (Kamalakara et al. 2022: 0.5)."}
+    )
+
     def __post_init__(self) -> None:
         chosen = str(getattr(self.optim, "value", self.optim))
         known = {*OUR_OPTIMIZERS, *(name.value for name in OptimizerNames)}
@@ -60,14 +72,15 @@ class FLAMBeTrainingArguments(TrainingArguments):
         if chosen in OUR_OPTIMIZERS:
             self.optim = chosen
         self._check_decay()
+        self._check_dense_steps()
 
     def _check_decay(self) -> None:
         if self.frobenius_decay is None:
             self.frobenius_decay = ["ov"] if self.optim == "flambe" else []
         if self.frobenius_decay == ["none"]:
             self.frobenius_decay = []
-        if unknown := sorted(set(self.frobenius_decay) - set(KINDS)):
-            raise ValueError(f"frobenius_decay must be none or any of {', '.join(KINDS)}, got {', '.join(unknown)}")
+        for selector in self.frobenius_decay:
+            Selector.parse(selector, "frobenius_decay")
         if self.optim == "flambe" and not self.frobenius_decay:
             raise ValueError("optim=flambe without frobenius_decay is LAMB: set optim=lamb, or name a kind of product")
         if self.frobenius_mode not in MODES:
@@ -81,6 +94,16 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"frobenius_coefficient must not be negative, got {self.frobenius_coefficient}")
         if self.diagnostics_steps < 0:
             raise ValueError(f"diagnostics_steps must not be negative, got {self.diagnostics_steps}")
+
+    def _check_dense_steps(self) -> None:
+        if self.dense_steps < 0:
+            raise ValueError(f"dense_steps must not be negative, got {self.dense_steps}")
+        if 0 < self.max_steps <= self.dense_steps:
+            raise ValueError(f"dense_steps must be below max_steps={self.max_steps}, got {self.dense_steps}")
+        if not self.low_rank_lr_scale > 0:
+            raise ValueError(f"low_rank_lr_scale must be positive, got {self.low_rank_lr_scale}")
+        if self.low_rank_lr_scale != 1 and not self.dense_steps:
+            raise ValueError(f"low_rank_lr_scale={self.low_rank_lr_scale} needs dense_steps, after which it begins")
 
     @property
     def product_decay(self) -> float:

@@ -23,7 +23,7 @@ class DiagnosticsCallback(TrainerCallback):
     in the output folder, one line a step.
 
     Args:
-        products: What to watch.
+        products: What to watch; the attribute may be set anew between steps. Nothing is logged while it is empty.
         every: Steps between two logs.
         log: The ``log`` method of a Trainer.
     """
@@ -53,7 +53,7 @@ class DiagnosticsCallback(TrainerCallback):
     def _record(
         self, args: TrainingArguments, state: TrainerState, *, model: nn.Module, lr_scheduler: Any, **_: Any
     ) -> None:
-        if not state.is_world_process_zero:
+        if not (state.is_world_process_zero and self.products):
             return
         figures = diagnose(model, self.products, learning_rate=lr_scheduler.get_last_lr()[0])
         path = Path(args.output_dir) / DIAGNOSTICS_FILE

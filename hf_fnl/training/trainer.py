@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from hf_fnl.config import LAYER_KINDS
 from hf_fnl.decay import FrobeniusDecay, frobenius_penalty
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
+from hf_fnl.optim.transfer import transfer_
 from hf_fnl.products import Product, find_products
-from hf_fnl.training.arguments import FLAMBeTrainingArguments
+from hf_fnl.selectors import Selector
+from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback
 from hf_fnl.training.card import write_trainer_card
+from hf_fnl.training.form import rewrap_, take_form_
+from hf_fnl.training.low_rank_phase import DenseThenLowRank
 
 
-def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool = False) -> torch.optim.Optimizer:
     """The optimizer that ``args`` describe, over named groups of the trainable parameters of ``model``.
+
+    Args:
+        model: Unwrapped.
+        args: The optimizer and the decay.
+        dense: Whether the model is in its dense phase; see :func:`decayed_products`. FLAMBe without a product is LAMB.
 
     Raises:
         ValueError: If ``args.frobenius_decay`` names a kind of product that the model does not have.
     """
-    products = decayed_products(model, args)
-    if args.optim == "flambe":
+    products = decayed_products(model, args, dense=dense)
+    if args.optim == "flambe" and products:
         groups = parameter_groups(
             model, weight_decay=args.weight_decay, products=products, frobenius_decay=args.product_decay
         )
         return FLAMBe(groups, products=products, **_lamb_arguments(args))
     groups = parameter_groups(model, weight_decay=args.weight_decay, products=products, frobenius_decay=0.0)
-    if args.optim == "lamb":
+    if args.optim in OUR_OPTIMIZERS:
         optimizer: torch.optim.Optimizer = Lamb(groups, **_lamb_arguments(args))
     else:
         optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -45,9 +56,18 @@ def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments) -> torch.op
     return optimizer
 
 
-def decayed_products(model: nn.Module, args: FLAMBeTrainingArguments) -> list[Product]:
-    """The products of ``model`` under Frobenius decay; none if ``args`` name no kind."""
-    return find_products(model, args.frobenius_decay) if args.frobenius_decay else []
+def decayed_products(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool = False) -> list[Product]:
+    """The products of ``model`` under Frobenius decay; none if ``args`` name no kind.
+
+    Args:
+        model: Unwrapped.
+        args: The kinds of products.
+        dense: Whether the layers of the model are still to become products; then only those of attentions are listed.
+    """
+    kinds = args.frobenius_decay or []
+    if dense:
+        kinds = [kind for kind in kinds if Selector.parse(kind).kind not in LAYER_KINDS]
+    return find_products(model, kinds) if kinds else []
 
 
 def _lamb_arguments(args: FLAMBeTrainingArguments) -> dict[str, Any]:
@@ -60,29 +80,121 @@ class FLAMBeTrainer(Trainer):
     Works with every model that has the products asked for, stock models included. Everything else, from callbacks to
     checkpoints, is the Trainer's.
 
+    Args:
+        model: The model to train.
+        args: How.
+        factorize: Changes the model that it is given, in place, after ``args.dense_steps`` steps; see
+            :class:`~hf_fnl.training.DenseThenLowRank`.
+        **kwargs: As in Transformers.
+
     Raises:
-        ValueError: If the model has no product of a kind in ``args.frobenius_decay``.
+        ValueError: If the model has no product of a kind in ``args.frobenius_decay``; only one of ``dense_steps`` and
+            ``factorize`` is given; or ``dense_steps`` meets what cannot follow it: an optimizer that was built before,
+            ``model_init``, DeepSpeed or FSDP.
     """
 
     args: FLAMBeTrainingArguments
 
     def __init__(
-        self, model: nn.Module | None = None, args: FLAMBeTrainingArguments | None = None, **kwargs: Any
+        self,
+        model: nn.Module | None = None,
+        args: FLAMBeTrainingArguments | None = None,
+        *,
+        factorize: Callable[[nn.Module], object] | None = None,
+        **kwargs: Any,
     ) -> None:
         args = args or FLAMBeTrainingArguments(output_dir="trainer_output")
         if kwargs.get("optimizers", (None, None))[0] is None and "optimizer_cls_and_kwargs" not in kwargs:
             # The one way to hand over an optimizer that no engine drops: called without arguments, then with the model.
-            kwargs["optimizer_cls_and_kwargs"] = (lambda: functools.partial(build_optimizer, args=args), {})
+            kwargs["optimizer_cls_and_kwargs"] = (lambda: self._build_optimizer, {})
         super().__init__(model, args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
         if _averages_over_its_own_batch(unwrapped):
             self.model_accepts_loss_kwargs = False
         self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters
-        products = decayed_products(unwrapped, args)
-        self._penalized = products if args.frobenius_mode == "penalty" else []
+        self._is_dense = args.dense_steps > 0
+        self._add_switch(factorize)
+        self._diagnostics = DiagnosticsCallback((), args.diagnostics_steps, self.log)
         if args.diagnostics_steps:
-            watched = products or find_products(unwrapped)
-            self.add_callback(DiagnosticsCallback(watched, args.diagnostics_steps, self.log))
+            self.add_callback(self._diagnostics)
+        self._watch_products()
+
+    def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(model, self.args, dense=self._is_dense)
+
+    def _watch_products(self) -> None:
+        """Find the products that are penalized and watched, in the form that the model has now."""
+        model = self.accelerator.unwrap_model(self.model)
+        products = decayed_products(model, self.args, dense=self._is_dense)
+        self._penalized = products if self.args.frobenius_mode == "penalty" else []
+        if self.args.diagnostics_steps:
+            self._diagnostics.products = products if products or self._is_dense else find_products(model)
+
+    def _add_switch(self, factorize: Callable[[nn.Module], object] | None) -> None:
+        """Let the model become low-rank after ``dense_steps``, if there are any."""
+        if factorize is None and not self.args.dense_steps:
+            return
+        if factorize is None or not self.args.dense_steps:
+            given = "factorize" if factorize is not None else f"dense_steps={self.args.dense_steps}"
+            raise ValueError(f"dense_steps and FLAMBeTrainer(factorize=...) need each other, got only {given}")
+        obstacles = {
+            "an optimizer of your own, which cannot be built again: pass optimizer_cls_and_kwargs": self.optimizer,
+            "model_init: pass a model": self.model_init,
+            "DeepSpeed, whose engine holds the dense parameters": self.is_deepspeed_enabled,
+            "FSDP, which shards the dense parameters": self.is_fsdp_enabled,
+        }
+        if met := [obstacle for obstacle, present in obstacles.items() if present]:
+            raise ValueError(f"dense_steps does not work with {'; '.join(met)}")
+
+        def factorize_and_check(model: nn.Module) -> None:
+            factorize(model)
+            build_optimizer(model, self.args)  # raises if products to be decayed are missing or frozen
+
+        self._switch = DenseThenLowRank(
+            self.args.dense_steps,
+            factorize_and_check,
+            lr_scale=self.args.low_rank_lr_scale,
+            follow=self._follow,
+        )
+        self.add_callback(self._switch)
+
+    def _follow(self, optimizer: Any, before: Mapping[str, Tensor], model: nn.Module) -> None:
+        """Renew all that holds the parameters of a model that just became low-rank."""
+        self._take_up(is_dense=False)
+        self.optimizer = None
+        built = self.create_optimizer()
+        transfer_(optimizer, before, model, target=built)
+        # The Trainer's loop, its scheduler and its callbacks hold accelerate's wrapper, which gets a new content.
+        optimizer.__setstate__({**optimizer.__getstate__(), "optimizer": built})
+        self.optimizer = optimizer
+
+    def _take_up(self, *, is_dense: bool) -> None:
+        """Wrap the model anew, and find its products."""
+        self._is_dense = is_dense
+        rewrap_(self.model_wrapped, self.accelerator.ddp_handler)
+        self._watch_products()
+
+    def _take_form(self, folder: str) -> None:
+        """Bring the model into the form that it has in a checkpoint."""
+        is_dense = self._switch.is_ahead(TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)))
+        take_form_(self.model, folder)
+        self._take_up(is_dense=is_dense)
+        self.optimizer = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; with ``dense_steps`` the model first takes the form that it has in the checkpoint."""
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder and self.args.dense_steps:
+            self._take_form(folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """As in Transformers; the best model may be that of the other phase."""
+        if self.args.dense_steps:
+            self._take_form(self.state.best_model_checkpoint)
+        super()._load_best_model()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

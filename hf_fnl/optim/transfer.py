@@ -1,0 +1,167 @@
+"""Optimizers that follow a model whose weights became products."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_fnl.layers import Factorized
+
+# State that is linear in the gradients, and state that is linear in their squares.
+_LINEAR = frozenset({"exp_avg", "momentum_buffer"})
+_SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+_UNDERSTOOD = _LINEAR | _SQUARED | {"step"}
+
+
+class _Origin(NamedTuple):
+    """A parameter of the model as it is, the one from which it comes, and the layer of which it is a factor."""
+
+    name: str
+    parameter: nn.Parameter
+    dense: Tensor | None
+    layer: Factorized | None
+
+
+@torch.no_grad()
+def transfer_(
+    optimizer: Optimizer, before: Mapping[str, Tensor], model: nn.Module, *, target: Optimizer | None = None
+) -> None:
+    r"""Let an optimizer go on with a model in which, in place, weights ``W`` became products ``U V^T``.
+
+    With ``G`` the gradient for ``W``, those for the factors are ``G V`` and ``G^T U``; see :func:`factor_states` for
+    what that makes of the state. Parameters that kept their name and shape keep their state. All others, as the weights
+    of heads that were cut, start with fresh state.
+
+    Args:
+        optimizer: Any torch optimizer over the parameters ``before``, or what accelerate made of it.
+        before: ``dict(model.named_parameters(remove_duplicate=False))`` from before the change.
+        model: The model as it is now.
+        target: Another optimizer, over the parameters as they are now, that takes the state over; it needs the state of
+            ``optimizer``'s class. By default ``optimizer`` itself goes on: in its groups, whose options stay, factors
+            take the place of their weight.
+
+    Raises:
+        ValueError: If, without ``target``, a trainable parameter is neither a factor of a former weight nor has the
+            name of a former parameter, so that its group is not known.
+
+    Warns:
+        UserWarning: If the optimizer keeps state of which nothing is known here. Factors then start with fresh state.
+    """
+    origins = _origins(before, model)
+    if unknown := sorted({key for o in origins if o.layer for key in _state(optimizer, o)} - _UNDERSTOOD):
+        warnings.warn(
+            f"the state {', '.join(unknown)} of the optimizer has no known counterpart for factors, which start with "
+            f"fresh state; what is known are {', '.join(sorted(_UNDERSTOOD))}",
+            stacklevel=2,
+        )
+    moved = _moved_state(optimizer, origins, fresh_factors=bool(unknown))
+    if target is None:
+        target = optimizer
+        _regroup(optimizer.param_groups, before, origins)
+        for dense in before.values():
+            optimizer.state.pop(dense, None)
+    target.state.update(moved)
+
+
+def factor_states(layer: Factorized, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    r"""The state of factors from the state of the dense weight in whose place they are.
+
+    - ``exp_avg``, ``momentum_buffer``: a sum ``M`` of gradients for ``W`` becomes ``M V`` and ``M^T U``, the same sum
+      of what the gradients for the factors, as they are now, would have been: exact. Coupled weight decay is in this
+      sum as a gradient, and becomes that of ``||W||_F^2 / 2``.
+    - ``exp_avg_sq``, ``max_exp_avg_sq``: sums ``S`` of squares become ``S (V * V)`` and ``S^T (U * U)``. An estimate:
+      the value if the entries of a gradient were uncorrelated. Starting from zero instead would make huge steps, for
+      ``step`` is no longer small and nothing corrects the bias.
+    - ``step`` is copied.
+
+    Kernels, transposed weights and a middle factor are treated likewise; the middle factor is taken as the identity
+    that it starts as.
+
+    Args:
+        layer: Made from the dense layer.
+        state: What an optimizer holds for the dense weight.
+
+    Returns:
+        For each factor its state.
+    """
+    states: dict[Tensor, dict[str, Any]] = {factor: {} for factor in layer.factors()}
+    for key, value in state.items():
+        if key in _LINEAR | _SQUARED:
+            values: Iterable[Any] = _pulled_back(layer, value, squared=key in _SQUARED)
+        else:
+            values = (copy.deepcopy(value) for _ in states)
+        for factor_state, factor_value in zip(states.values(), values, strict=True):
+            factor_state[key] = factor_value
+    return states
+
+
+def _pulled_back(layer: Factorized, value: Tensor, *, squared: bool) -> tuple[Tensor, ...]:
+    """``value``, in the layout of the dense weight, as a gradient for the factors, or for their squares."""
+    probe = copy.deepcopy(layer).requires_grad_()
+    if squared:
+        probe.set_factors_(tuple(factor.square() for factor in layer.factors()))
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(probe.dense_weight(), probe.factors(), value)
+    return tuple(gradient.contiguous() for gradient in gradients)
+
+
+def _origins(before: Mapping[str, Tensor], model: nn.Module) -> list[_Origin]:
+    layers = {
+        factor: (f"{path}.weight", layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, Factorized)
+        for factor in layer.factors()
+    }
+    origins = []
+    for name, parameter in model.named_parameters():
+        weight, layer = layers.get(parameter, ("", None))
+        if name not in before and weight in before:
+            origins.append(_Origin(name, parameter, before[weight], layer))
+        else:
+            origins.append(_Origin(name, parameter, before.get(name), None))
+    return origins
+
+
+def _state(optimizer: Optimizer, origin: _Origin) -> Mapping[str, Any]:
+    return {} if origin.dense is None else optimizer.state.get(origin.dense, {})
+
+
+def _moved_state(
+    optimizer: Optimizer, origins: Sequence[_Origin], *, fresh_factors: bool
+) -> dict[Tensor, dict[str, Any]]:
+    moved: dict[Tensor, dict[str, Any]] = {}
+    for origin in origins:
+        state, dense, layer = _state(optimizer, origin), origin.dense, origin.layer
+        if not state or dense is None or origin.parameter in moved:
+            continue
+        if layer is None and dense.shape == origin.parameter.shape:
+            moved[origin.parameter] = dict(state)
+        elif layer is not None and dense.shape == layer.dense_shape and not fresh_factors:
+            moved |= factor_states(layer, state)
+    return moved
+
+
+def _regroup(groups: Sequence[dict[str, Any]], before: Mapping[str, Tensor], origins: Sequence[_Origin]) -> None:
+    """Put parameters into the places of those from which they come."""
+    successors: dict[Tensor, list[tuple[str, Tensor]]] = defaultdict(list, {dense: [] for dense in before.values()})
+    for name, parameter, dense, _ in origins:
+        if dense is not None:
+            successors[dense].append((name, parameter))
+        elif parameter.requires_grad:
+            raise ValueError(
+                f"{name} comes from no parameter that the optimizer has; pass the optimizer for the model as it is now "
+                "as target"
+            )
+    for group in groups:
+        old = zip(group.get("param_names", [""] * len(group["params"])), group["params"], strict=True)
+        new = [pair for name, parameter in old for pair in successors.get(parameter, [(name, parameter)])]
+        group["params"] = [parameter for _, parameter in new]
+        if "param_names" in group:
+            group["param_names"] = [name for name, _ in new]
