@@ -49,7 +49,7 @@ def vocabulary_loss(
         IndexError: If a label is neither in the vocabulary nor ``ignore_index``.
         ValueError: If the shapes do not fit, or ``label_smoothing`` or ``chunk_size`` is out of range.
     """
-    # torch's own linear_cross_entropy (2.12 and later) forms all logits where there is label smoothing.
+    # torch's own linear_cross_entropy is new, and forms all logits where there is label smoothing.
     if hidden_states.shape[:-1] != labels.shape or hidden_states.shape[-1] != weight.shape[-1]:
         raise ValueError(
             "hidden_states (..., n), weight (vocab_size, n) and labels (...) are needed, got shapes "
@@ -86,11 +86,11 @@ class _SummedLoss(torch.autograd.Function):
         is_autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_autocast else torch.promote_types(rows.dtype, weight.dtype)
         accurate = torch.promote_types(dtype, torch.float32)  # of sums, whatever the dtype of the matrix products
-        x, w, b = (tensor if tensor is None else tensor.to(dtype) for tensor in (rows, weight, bias))
+        x, w, b = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         total = torch.zeros((), dtype=accurate, device=rows.device)
         d_rows = torch.empty_like(rows) if wanted[0] else None
         d_weight = torch.zeros_like(weight, dtype=accurate) if wanted[1] else None
-        d_bias = torch.zeros_like(bias, dtype=accurate) if wanted[2] else None
+        d_bias = torch.zeros_like(weight[:, 0], dtype=accurate) if wanted[2] else None
         with torch.autocast(device, enabled=False):
             for start in range(0, len(rows), chunk_size):
                 chunk = slice(start, start + chunk_size)
@@ -116,8 +116,16 @@ class _SummedLoss(torch.autograd.Function):
 def _loss_and_gradient(
     logits: Tensor, labels: Tensor, is_wanted: bool, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk and, if it is wanted, the gradient of its logits (otherwise the logits)."""
-    with torch.set_grad_enabled(is_wanted):
-        logits.requires_grad_(is_wanted)
-        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, **options)
-    return loss.detach(), torch.autograd.grad(loss, logits)[0] if is_wanted else logits
+    """The summed loss of a chunk and, if it is wanted, the gradient of its logits (otherwise the logits).
+
+    By formula, softmax minus target: a call of autograd in here would break the graph of ``torch.compile``.
+    """
+    accurate = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(accurate, labels, **options)
+    if not is_wanted:
+        return loss, logits
+    smoothing, counts = options["label_smoothing"], (labels != options["ignore_index"]).unsqueeze(-1)
+    difference = accurate.softmax(-1).sub_(smoothing / accurate.shape[-1])
+    on_label = difference.new_full((len(labels), 1), smoothing - 1)
+    difference.scatter_add_(-1, labels.unsqueeze(-1).where(counts, 0), on_label)
+    return loss, difference.mul_(counts).to(logits.dtype)

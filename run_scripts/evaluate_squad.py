@@ -19,7 +19,7 @@ import hf_fnl  # noqa: F401  registers the factorized models
 from hf_fnl.training.runs import finish_run, parse_arguments
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, SquadPredictions, load_squad, score_predictions
 from hf_fnl.training.tasks.squad_evaluation import answer_questions
-from hf_fnl.training.tasks.wordpiece import load_tokenizer
+from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 
 @dataclass

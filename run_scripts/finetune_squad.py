@@ -17,7 +17,7 @@ from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
 from hf_fnl.training.tasks.squad_evaluation import answer_questions
-from hf_fnl.training.tasks.wordpiece import load_tokenizer
+from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 
 @dataclass

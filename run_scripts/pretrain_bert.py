@@ -26,7 +26,8 @@ from hf_fnl.training.tasks.pretraining import (
     PretrainingOptions,
     build_pretraining_dataset,
 )
-from hf_fnl.training.tasks.wordpiece import load_tokenizer, train_wordpiece
+from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.training.tasks.wordpiece import train_wordpiece
 
 
 @dataclass

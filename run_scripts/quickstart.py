@@ -22,7 +22,7 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.report import plot_diagnostics, plot_loss
 from hf_fnl.training.files import write_json
-from hf_fnl.training.tasks.wordpiece import load_tokenizer
+from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 PRETRAINING = """
     --dataset embedded --vocab_size 4000 --phases 128:{steps} 512:{long_steps}:1e-3

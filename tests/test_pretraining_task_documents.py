@@ -14,7 +14,8 @@ from hf_fnl.training.tasks.documents import Document, load_documents, split_sent
 from hf_fnl.training.tasks.embedded import embedded_documents
 from hf_fnl.training.tasks.pretraining import PretrainingOptions, make_instances, pack_sentences, sentence_pairs
 from hf_fnl.training.tasks.pretraining import _truncate as truncate
-from hf_fnl.training.tasks.wordpiece import SPECIAL_TOKENS, Vocabulary, load_tokenizer, train_wordpiece
+from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.training.tasks.wordpiece import SPECIAL_TOKENS, Vocabulary, train_wordpiece
 
 TEXTS = ["The first one. It has two sentences.", "A second\none, of two lines.", "The third."]
 CORPUS = embedded_documents()[:4]
@@ -282,7 +283,7 @@ def test_bad_training_input_is_refused(texts, options, error, message):
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json, tokenizer_config\.json or vocab\.txt in "):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json, tokenizer_config\.json, .* or vocab\.txt in "):
         load_tokenizer(tmp_path)
 
 

@@ -15,7 +15,7 @@ from hf_fnl.cli.terminal import Terminal
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.checkpoint import load
 from hf_fnl.training.tasks.documents import load_documents, looks_like_path
-from hf_fnl.training.tasks.wordpiece import load_tokenizer
+from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 
 def factorized_classes() -> dict[type[PreTrainedModel], type[FactorizedPreTrainedModel]]:

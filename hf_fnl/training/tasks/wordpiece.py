@@ -1,18 +1,15 @@
-"""WordPiece tokenizers: trained from texts, or loaded from wherever they lie."""
+"""WordPiece tokenizers, trained from texts."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import trainers
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
-
-from hf_fnl.training.tasks.documents import looks_like_path
+from transformers import BertTokenizer, PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MIN_VOCAB_SIZE = 100
@@ -89,31 +86,6 @@ def train_wordpiece(
     untrained.backend_tokenizer.train_from_iterator(iter(texts), trainer)
     vocab = sorted(untrained.backend_tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return BertTokenizer(vocab=dict(vocab), do_lower_case=lowercase)
-
-
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
-
-    Args:
-        source: An id on the Hub; a folder that ``save_pretrained`` wrote; or a folder with only BERT's ``vocab.txt``,
-            read as cased when an entry has a capital letter.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist or holds no tokenizer.
-    """
-    folder = Path(source).expanduser()
-    if isinstance(source, str) and not looks_like_path(source):
-        return AutoTokenizer.from_pretrained(source)
-    if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(folder)
-    if not (folder / "vocab.txt").is_file():
-        raise FileNotFoundError(f"no tokenizer.json, tokenizer_config.json or vocab.txt in {folder}")
-    entries = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    cased = any(entry != entry.lower() for entry in entries if not entry.startswith("["))
-    return BertTokenizer.from_pretrained(folder, do_lower_case=not cased)
 
 
 def _alphabet(texts: Iterable[str], tokenizer: BertTokenizer, limit: int) -> list[str]:

@@ -1,0 +1,233 @@
+"""Blocks of tokens for causal language modelling, cut from documents that follow each other without a gap.
+
+The tokens of all documents make one stream, with an end-of-text token before each document and after the last. Windows
+over the stream are the examples. A window's first token is the last one of the window before, or more are shared where
+the stride is smaller; a token is a label only in the first window that predicts it. So every token of the text is
+predicted exactly once in a pass, and neither batches nor processes nor the end of the corpus lose any. As in GPT-2's
+training, positions count from a window's start, and attention does not stop at the end of a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+MIN_BLOCK_SIZE = 2
+NO_TEXT = "no document with text to make blocks of"
+
+_TOKENS = datasets.Features({"tokens": datasets.List(datasets.Value("int32")), "words": datasets.Value("int32")})
+
+
+def encode_documents(batch: Mapping[str, Sequence[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """Encode documents, each with an end-of-text token behind it; those of white space alone are left out.
+
+    Args:
+        batch: Column ``text``.
+        tokenizer: Tokenizer with an end-of-text token.
+
+    Returns:
+        ``tokens``, the ids of each document, and ``words``, how many words it has that white space separates.
+    """
+    texts = [text for text in batch["text"] if text and not text.isspace()]
+    if not texts:
+        return {"tokens": [], "words": []}
+    only_ids = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    documents = tokenizer(texts, verbose=False, **only_ids)["input_ids"]
+    return {
+        "tokens": [[*ids, tokenizer.eos_token_id] for ids in documents],
+        "words": [len(text.split()) for text in texts],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """How windows lie on a stream of tokens.
+
+    Attributes:
+        end_of_text: Id that begins the stream and fills up the last window.
+        block_size: Tokens of a window.
+        stride: Tokens by which a window is ahead of the one before, below ``block_size``.
+    """
+
+    end_of_text: int
+    block_size: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        if self.block_size < MIN_BLOCK_SIZE:
+            raise ValueError(f"block_size must be at least {MIN_BLOCK_SIZE}, got {self.block_size}")
+        if not 1 <= self.stride < self.block_size:
+            raise ValueError(
+                f"stride must be at least 1 and below block_size, which is {self.block_size}; got {self.stride}"
+            )
+
+    def known(self, index: int) -> int:
+        """Tokens at the start of a window that are no labels: earlier windows predict them, or nothing can."""
+        return 1 if index == 0 else self.block_size - self.stride
+
+    def example(self, tokens: NDArray[np.int32], index: int) -> dict[str, Tensor]:
+        """Make an example of a window's tokens; what fills it up stands where causal attention does not look."""
+        input_ids = torch.full((self.block_size,), self.end_of_text)
+        input_ids[: len(tokens)] = torch.from_numpy(tokens)
+        labels = input_ids.clone()
+        labels[: self.known(index)] = IGNORED
+        labels[len(tokens) :] = IGNORED
+        return {"input_ids": input_ids, "labels": labels}
+
+
+class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Windows over documents that lie in an Arrow file; only the one that is asked for is read.
+
+    Args:
+        documents: What :func:`encode_documents` returns, a document a row.
+        windows: How windows lie on the stream.
+    """
+
+    def __init__(self, documents: datasets.Dataset, windows: Windows) -> None:
+        self.documents, self.windows = documents, windows
+        # Views of the file: flat token ids of some thousand documents each.
+        stored = [chunk.flatten().to_numpy() for chunk in documents.data.column("tokens").chunks]
+        self._parts = [np.array([windows.end_of_text], dtype=np.int32), *stored]
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+        self.num_tokens = int(self._starts[-1]) - 1  # that are predicted, so without the first of the stream
+        self.num_words = int(np.sum(documents.with_format("numpy")["words"][:]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.documents, self.windows)
+
+    def __len__(self) -> int:
+        beyond_the_first = max(0, self.num_tokens + 1 - self.windows.block_size)
+        return 1 + -(-beyond_the_first // self.windows.stride)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        index = range(len(self))[index]
+        start = index * self.windows.stride
+        stop = min(start + self.windows.block_size, self.num_tokens + 1)
+        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+        parts = zip(self._starts[first : last + 1], self._parts[first : last + 1], strict=True)
+        pieces = [part[max(start - begin, 0) : stop - begin] for begin, part in parts]
+        return self.windows.example(np.concatenate(pieces), index)
+
+
+class StreamingBlocks(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """Windows over documents that are read in the meantime; one document is in memory at a time.
+
+    ``state_dict`` says where a pass has come to, between any two examples, and ``load_state_dict`` lets the next pass
+    go on there; ``datasets`` fills a shuffle buffer anew, though. A Trainer needs neither: it skips what a resumed run
+    has seen. For several passes repeat the documents (``documents.repeat(n)``).
+
+    Args:
+        documents: Column ``text``.
+        tokenizer: Tokenizer with an end-of-text token.
+        windows: How windows lie on the stream.
+    """
+
+    def __init__(
+        self, documents: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, windows: Windows
+    ) -> None:
+        self.documents, self.tokenizer, self.windows = documents, tokenizer, windows
+        self._restart()
+        self._is_loaded = False
+
+    def _restart(self) -> None:
+        self._read: dict[str, Any] | None = None  # state of the documents behind the last one in _pending
+        self._pending = np.array([self.windows.end_of_text], dtype=np.int32)
+        self._index = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle documents that are shuffled anew."""
+        self.documents.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the pass stands: the state of the documents, the tokens read and not used up, the next window."""
+        return {"documents": self._read, "pending": self._pending.tolist(), "index": self._index}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass begin where ``state`` was taken."""
+        self._read, self._index, self._is_loaded = state["documents"], state["index"], True
+        self._pending = np.array(state["pending"], dtype=np.int32)
+        if self._read is not None:
+            self.documents.set_epoch(self._read["epoch"])
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if not self._is_loaded:
+            self._restart()
+        self._is_loaded = False
+        self.documents.load_state_dict(self._read)
+        for row in self.documents:
+            self._read = self.documents.state_dict()
+            self._pending = np.concatenate(
+                [self._pending, *encode_documents({"text": [row["text"]]}, self.tokenizer)["tokens"]]
+            )
+            while len(self._pending) >= self.windows.block_size:
+                yield self._take()
+        while len(self._pending) > self.windows.known(self._index):
+            yield self._take()
+        if self._read is not None and self._index == 0:
+            raise ValueError(NO_TEXT)
+
+    def _take(self) -> dict[str, Tensor]:
+        block = self.windows.example(self._pending[: self.windows.block_size], self._index)
+        self._pending = self._pending[self.windows.stride :]
+        self._index += 1
+        return block
+
+
+def build_blocks(
+    documents: datasets.Dataset | datasets.IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    stride: int | None = None,
+    num_proc: int | None = None,
+) -> BlockDataset | StreamingBlocks:
+    """Turn documents into examples for a data loader or a Trainer, all of one length.
+
+    Args:
+        documents: Column ``text``, one document a row. A map-style data set is encoded once, into Arrow files that
+            ``datasets`` caches; an iterable one as it is read.
+        tokenizer: Tokenizer with an end-of-text token, such as GPT-2's.
+        block_size: Tokens of an example.
+        stride: Tokens by which an example is ahead of the one before. Default: ``block_size - 1``, each token once.
+        num_proc: Processes that encode a map-style data set; the examples do not depend on it.
+
+    Returns:
+        A data set of dictionaries with ``input_ids`` and ``labels`` (-100 where nothing is predicted), both of shape
+        ``(block_size,)`` and not shifted against each other.
+
+    Raises:
+        ValueError: If there is no column ``text`` or no text, the tokenizer has no end-of-text token, or a size is out
+            of range.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token, which separates documents")
+    stride = block_size - 1 if stride is None else stride
+    windows = Windows(end_of_text=tokenizer.eos_token_id, block_size=block_size, stride=stride)
+    first = next(iter(documents), None)
+    if first is None:
+        raise ValueError(NO_TEXT)
+    if "text" not in first:
+        raise ValueError(f"the documents need a column 'text', they have {sorted(first)}")
+    if isinstance(documents, datasets.IterableDataset):
+        return StreamingBlocks(documents, tokenizer, windows)
+    encoded = documents.map(
+        encode_documents,
+        fn_kwargs={"tokenizer": tokenizer},
+        batched=True,
+        features=_TOKENS,
+        remove_columns=documents.column_names,
+        num_proc=num_proc,
+        desc="Encoding documents",
+    )
+    if len(encoded) == 0:
+        raise ValueError(NO_TEXT)
+    return BlockDataset(encoded, windows)

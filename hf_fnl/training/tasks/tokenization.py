@@ -1,0 +1,41 @@
+"""Tokenizers, loaded from wherever they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+
+from hf_fnl.training.tasks.documents import looks_like_path
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        source: An id on the Hub; a folder that ``save_pretrained`` wrote; a folder with only GPT-2's ``vocab.json`` and
+            ``merges.txt``; or one with only BERT's ``vocab.txt``, read as cased when an entry has a capital letter.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist or holds no tokenizer.
+    """
+    folder = Path(source).expanduser()
+    if isinstance(source, str) and not looks_like_path(source):
+        return AutoTokenizer.from_pretrained(source)
+
+    def holds(*names: str) -> bool:
+        return all((folder / name).is_file() for name in names)
+
+    if holds("tokenizer.json") or holds("tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(folder)
+    if holds("vocab.json", "merges.txt"):
+        return GPT2Tokenizer.from_pretrained(folder)
+    if not holds("vocab.txt"):
+        needed = "tokenizer.json, tokenizer_config.json, vocab.json with merges.txt, or vocab.txt"
+        raise FileNotFoundError(f"no {needed} in {folder}")
+    entries = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    cased = any(entry != entry.lower() for entry in entries if not entry.startswith("["))
+    return BertTokenizer.from_pretrained(folder, do_lower_case=not cased)

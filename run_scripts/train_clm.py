@@ -1,0 +1,182 @@
+"""Train a factorized GPT-2 on raw documents, and measure its perplexity on held-out ones.
+
+python run_scripts/train_clm.py --dataset embedded --output_dir runs/gpt2 --ov_rank 32 --ffn_rank 192 --max_steps 1000
+python run_scripts/train_clm.py config.yaml
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_data_collator, set_seed
+
+from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
+from hf_fnl.diagnostics import parameter_count
+from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
+from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
+from hf_fnl.training.tasks.clm import BlockDataset, build_blocks
+from hf_fnl.training.tasks.documents import load_documents
+from hf_fnl.training.tasks.tokenization import load_tokenizer
+
+RANKS = ("qkv_rank", "qk_rank", "ov_rank", "ffn_rank", "embedding_rank")
+
+
+@dataclass
+class ModelOptions:
+    """The model to train; ranks that are not given leave the matrices dense."""
+
+    init_from: str | None = field(default=None, metadata={"help": "Go on from this model; sizes and ranks are its."})
+    n_embd: int = field(default=768, metadata={"help": "Width of the model."})
+    n_layer: int = field(default=12, metadata={"help": "Number of layers."})
+    n_head: int = field(default=12, metadata={"help": "Heads of each layer."})
+    n_inner: int | None = field(default=None, metadata={"help": "Width between FFN matrices. Default: 4 * n_embd."})
+    n_positions: int = field(default=1024, metadata={"help": "Longest sequence of the model."})
+    dropout: float = field(default=0.1, metadata={"help": "Rate of dropout, of hidden states and attention weights."})
+    rank_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "qkv_rank and ffn_rank as a share of the smaller side of their matrices; the attention's output "
+            "projection stays dense. Kamalakara et al. 2022 take 0.625."
+        },
+    )
+    qkv_rank: int | None = field(default=None, metadata={"help": "Rank of the queries', keys' and values' matrix."})
+    qk_rank: int | None = field(default=None, metadata={"help": "Rank of each head's query-key product."})
+    ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
+    ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
+    embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the word embedding."})
+    factor_init: str = field(default="spectral", metadata={"help": "spectral, spectral_ones or default."})
+    stock: bool = field(default=False, metadata={"help": "Train Transformers' own GPT-2 class; takes no ranks."})
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("rank_scale", *RANKS) if getattr(self, name) is not None]
+        if self.stock and given:
+            raise ValueError(f"stock=True takes no ranks, got {', '.join(given)}")
+        if self.rank_scale is None:
+            return
+        if not 0 < self.rank_scale <= 1:
+            raise ValueError(f"rank_scale must be above 0 and at most 1, got {self.rank_scale}")
+        if fixed := sorted({"qkv_rank", "ffn_rank"} & set(given)):
+            raise ValueError(f"rank_scale sets qkv_rank and ffn_rank: leave out rank_scale or {', '.join(fixed)}")
+
+    def ranks(self) -> dict[str, int | None]:
+        """All ranks, with those that ``rank_scale`` stands for."""
+        ranks = {name: getattr(self, name) for name in RANKS}
+        if self.rank_scale is not None:
+            ranks["qkv_rank"] = max(1, round(self.rank_scale * self.n_embd))
+            ranks["ffn_rank"] = max(1, round(self.rank_scale * min(self.n_embd, self.n_inner or 4 * self.n_embd)))
+        return ranks
+
+
+@dataclass
+class DataOptions:
+    """The documents and what becomes of them."""
+
+    dataset: str = field(default="embedded", metadata={"help": "Hub id, file, folder, or embedded."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_dataset: str | None = field(default=None, metadata={"help": "Hub id, file or folder to evaluate on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of validation_dataset."})
+    max_validation_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    max_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training; memory does not grow."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder. Default: train one."})
+    vocab_size: int = field(default=50257, metadata={"help": "Size of a tokenizer that is trained."})
+    block_size: int | None = field(default=None, metadata={"help": "Tokens of an example. Default: n_positions."})
+    eval_stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that a block of the evaluation predicts; the others in it are context. Default: "
+            "block_size - 1, the fewest blocks."
+        },
+    )
+
+
+def choose_tokenizer(options: ModelOptions, data: DataOptions, args: FLAMBeTrainingArguments) -> Any:
+    """The tokenizer that is named, that of the model to go on from, or one trained on the documents."""
+    if source := data.tokenizer or options.init_from:
+        return load_tokenizer(source)
+    documents = training_documents(data)
+    with args.main_process_first(desc="training the tokenizer"):
+        return train_byte_bpe(documents["text"], vocab_size=data.vocab_size)
+
+
+def build_model(options: ModelOptions, tokenizer: Any) -> PreTrainedModel:
+    """A fresh model of the sizes and ranks asked for, or the one to go on from."""
+    model_class = GPT2LMHeadModel if options.stock else FactorizedGPT2LMHeadModel
+    if options.init_from:
+        return model_class.from_pretrained(options.init_from)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "n_embd": options.n_embd,
+        "n_layer": options.n_layer,
+        "n_head": options.n_head,
+        "n_inner": options.n_inner,
+        "n_positions": options.n_positions,
+        "resid_pdrop": options.dropout,
+        "embd_pdrop": options.dropout,
+        "attn_pdrop": options.dropout,
+    }
+    if options.stock:
+        return model_class(GPT2Config(**sizes))
+    return model_class(FactorizedGPT2Config(**sizes, **options.ranks(), factor_init=options.factor_init))
+
+
+def training_documents(data: DataOptions, streaming: bool = False) -> Any:
+    """The documents to train on; all of them at once unless ``streaming``."""
+    source = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
+    return load_documents(data.dataset, split=data.split, streaming=streaming, **source)
+
+
+def held_out_blocks(data: DataOptions, tokenizer: Any, block_size: int) -> BlockDataset | None:
+    """The blocks to evaluate on, if any."""
+    if data.validation_dataset is None:
+        return None
+    source = {"text_column": data.text_column, "limit": data.max_validation_documents}
+    documents = load_documents(data.validation_dataset, split=data.validation_split, **source)
+    return build_blocks(documents, tokenizer, block_size=block_size, stride=data.eval_stride, num_proc=data.num_proc)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Parse, build, run; returns the metrics."""
+    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, FLAMBeTrainingArguments)
+    set_seed(args.seed)
+    tokenizer = choose_tokenizer(options, data, args)
+    model = build_model(options, tokenizer)
+    block_size = data.block_size or model.config.n_positions
+    if block_size > model.config.n_positions:
+        raise ValueError(f"block_size: the model's n_positions is {model.config.n_positions}, got {block_size}")
+    held_out = held_out_blocks(data, tokenizer, block_size)
+    documents = training_documents(data, data.streaming)
+    trainer = FLAMBeTrainer(
+        model,
+        args,
+        train_dataset=build_blocks(documents, tokenizer, block_size=block_size, num_proc=data.num_proc),
+        eval_dataset=held_out,
+        data_collator=default_data_collator,
+        compute_metrics=functools.partial(perplexities, num_words=held_out.num_words) if held_out else None,
+        preprocess_logits_for_metrics=sum_losses,
+    )
+    metrics = {"parameters": parameter_count(model)}
+    metrics |= trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
+    if held_out is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_state()
+    if args.should_save:
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        finish_run(args.output_dir, metrics, options, data, args)
+    return metrics
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    main()

@@ -1,0 +1,459 @@
+"""Causal language modelling: blocks that lose no token, streams that go on, exact perplexity, and the script."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from itertools import chain, islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import train_clm
+from accelerate.data_loader import prepare_data_loader
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    EvalPrediction,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from hf_fnl import FactorizedGPT2LMHeadModel
+from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
+from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
+from hf_fnl.training.tasks.clm import build_blocks
+from hf_fnl.training.tasks.embedded import embedded_documents
+from hf_fnl.training.tasks.tokenization import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TEXTS = [text[:length] for text, length in zip(embedded_documents(), (300, 5, 700, 90, 41, 256, 1, 403), strict=False)]
+STRIDES = pytest.mark.parametrize(("block_size", "stride"), [(2, 1), (13, 12), (13, 5), (13, 1), (900, 899), (64, 63)])
+STREAMING = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_byte_bpe(embedded_documents()[:8], vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer):
+    """The stream that all blocks are cut from."""
+    documents = ([*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS)
+    return [tokenizer.eos_token_id, *chain.from_iterable(documents)]
+
+
+def documents(streaming: bool = False, texts=TEXTS, num_shards: int = 1):
+    stored = datasets.Dataset.from_dict({"text": texts})
+    return stored.to_iterable_dataset(num_shards=num_shards) if streaming else stored
+
+
+def equal(left, right) -> bool:
+    return len(left) == len(right) and all(torch.equal(a[n], b[n]) for a, b in zip(left, right, strict=True) for n in a)
+
+
+def predicted(blocks) -> list[int]:
+    """What is predicted, in its order."""
+    return [token for block in blocks for token in block["labels"][1:].tolist() if token != -100]
+
+
+# Blocks
+
+
+@STRIDES
+@STREAMING
+def test_every_token_is_predicted_once_and_in_its_order(tokenizer, tokens, streaming, block_size, stride):
+    blocks = list(build_blocks(documents(streaming), tokenizer, block_size=block_size, stride=stride))
+    assert predicted(blocks) == tokens[1:]
+    assert {block[name].shape for block in blocks for name in block} == {(block_size,)}
+    assert all(block["labels"][0] == -100 for block in blocks)  # so that counts of labels are counts of predictions
+
+
+@STRIDES
+def test_each_block_is_a_stretch_of_the_stream(tokenizer, tokens, block_size, stride):
+    blocks = build_blocks(documents(), tokenizer, block_size=block_size, stride=stride)
+    for index in range(len(blocks)):
+        stretch = tokens[index * stride : index * stride + block_size]
+        padding = [tokenizer.eos_token_id] * (block_size - len(stretch))
+        assert blocks[index]["input_ids"].tolist() == stretch + padding
+        assert (len(stretch) == block_size) or index == len(blocks) - 1
+    assert torch.equal(blocks[-1]["input_ids"], blocks[len(blocks) - 1]["input_ids"])
+    with pytest.raises(IndexError):
+        blocks[len(blocks)]
+
+
+@pytest.mark.parametrize(
+    ("length", "block_size", "stride", "count"),
+    [(13, 13, 12, 1), (14, 13, 12, 2), (25, 13, 12, 2), (26, 13, 12, 3), (14, 13, 1, 2), (20, 13, 1, 8), (3, 13, 5, 1)],
+)
+@STREAMING
+def test_a_block_more_begins_only_where_a_token_is_left(streaming, length, block_size, stride, count):
+    text = "é" * (length - 2)  # two bytes each
+    byte = train_byte_bpe(["é é"], vocab_size=258)
+    assert len(byte(text)["input_ids"]) == length - 2
+    blocks = build_blocks(documents(streaming, [text]), byte, block_size=block_size, stride=stride)
+    assert len(list(blocks)) == count
+
+
+def test_the_words_and_tokens_that_perplexity_divides_by(tokenizer, tokens):
+    blocks = build_blocks(documents(), tokenizer, block_size=13, stride=5)
+    assert blocks.num_tokens == len(predicted(blocks)) == len(tokens) - 1
+    assert blocks.num_words == sum(len(text.split()) for text in TEXTS)
+
+
+@FORKS
+def test_blocks_do_not_depend_on_processes_nor_on_how_the_file_is_divided(tokenizer):
+    whole = build_blocks(documents(), tokenizer, block_size=13)
+    in_parts = datasets.concatenate_datasets([documents(texts=[text]) for text in TEXTS])
+    two = build_blocks(documents(), tokenizer, block_size=13, num_proc=2)
+    three = build_blocks(in_parts, tokenizer, block_size=13, num_proc=3)
+    assert len(two.documents.data.column("tokens").chunks) > 1
+    assert equal(whole, two)
+    assert equal(whole, three)
+
+
+def test_encoded_documents_are_found_again_and_blocks_can_be_sent(tmp_path, tokenizer):
+    documents().save_to_disk(tmp_path)
+    stored = datasets.load_from_disk(tmp_path)
+    one, two = (build_blocks(stored, tokenizer, block_size=size) for size in (13, 64))
+    assert one.documents.cache_files == two.documents.cache_files != []
+    sent = pickle.dumps(one)
+    assert len(sent) < 20_000
+    assert equal(pickle.loads(sent), one)
+
+
+@FORKS
+@STREAMING
+def test_workers_share_the_blocks_out(tokenizer, tokens, streaming):
+    blocks = build_blocks(documents(streaming, num_shards=2), tokenizer, block_size=13)
+    loaded = list(DataLoader(blocks, batch_size=None, num_workers=2))
+    assert sorted(predicted(loaded)) == sorted(tokens[1:])
+
+
+@STREAMING
+def test_two_processes_see_disjoint_blocks(tokenizer, streaming):
+    blocks = build_blocks(documents(streaming), tokenizer, block_size=13)
+
+    def batches(index: int) -> list[dict]:
+        loader = DataLoader(blocks, batch_size=2, collate_fn=default_data_collator, drop_last=True)
+        return list(prepare_data_loader(loader, num_processes=2, process_index=index))
+
+    one, two = batches(0), batches(1)
+    whole = default_data_collator(list(blocks))["input_ids"]
+    for number, batch in enumerate(chain.from_iterable(zip(one, two, strict=True))):
+        assert torch.equal(batch["input_ids"], whole[2 * number : 2 * number + 2])
+    assert len(one) == len(two) == len(whole) // 4
+
+
+# Streams
+
+
+def counted(count: int, read: list):
+    for number in range(count):
+        read.append(number)
+        yield {"text": TEXTS[number % len(TEXTS)]}
+
+
+def test_a_stream_reads_no_document_before_it_needs_it(tokenizer):
+    read: list[int] = []
+    source = datasets.IterableDataset.from_generator(counted, gen_kwargs={"count": 1000, "read": read})
+    blocks = build_blocks(source, tokenizer, block_size=13)
+    read.clear()
+    seen = list(islice(blocks, 500))
+    assert len(seen) == 500
+    in_a_cycle = len(build_blocks(documents(), tokenizer, block_size=13)) / len(TEXTS)
+    assert len(read) < 500 / in_a_cycle + len(TEXTS)
+    assert len(blocks.state_dict()["pending"]) < 1000
+
+
+@pytest.mark.parametrize("stride", [12, 5])
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_a_stream_goes_on_behind_every_block(tokenizer, stride, num_shards):
+    def stream():
+        return build_blocks(documents(True, num_shards=num_shards), tokenizer, block_size=13, stride=stride)
+
+    whole = list(stream())
+    for stop in range(0, len(whole) + 1, 7):
+        broken_off, resumed = stream(), stream()
+        seen = list(islice(broken_off, stop))
+        state = json.loads(json.dumps(broken_off.state_dict()))
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        assert equal(seen + list(resumed), whole)
+        assert equal(list(resumed), whole)  # the next pass begins at the beginning
+
+
+def test_a_shuffled_stream_is_shuffled_anew_in_every_epoch_and_goes_on_in_its_own(tokenizer):
+    def stream():
+        return build_blocks(documents(True, num_shards=8).shuffle(seed=1, buffer_size=1), tokenizer, block_size=13)
+
+    first, second = stream(), stream()
+    assert equal(list(first), list(second))
+    second.set_epoch(3)
+    whole = list(second)
+    assert not equal(list(first), whole)
+    seen = list(islice(second, 9))
+    first.load_state_dict(second.state_dict())
+    assert equal(seen + list(first), whole)
+
+
+# Perplexity
+
+
+def tiny_model(tokenizer, n_positions: int = 64) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": n_positions, "initializer_range": 0.3}
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes, **rates))
+
+
+def trainer_of(folder, model, **options) -> Trainer:
+    names = ("train_dataset", "eval_dataset", "compute_metrics", "preprocess_logits_for_metrics", "callbacks")
+    given = {name: options.pop(name) for name in names if name in options}
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    arguments = TrainingArguments(output_dir=str(folder), **{**quiet, **options})
+    return Trainer(model, arguments, data_collator=default_data_collator, **given)
+
+
+def evaluate(folder, model, blocks, batch_size: int) -> dict[str, float]:
+    trainer = trainer_of(
+        folder,
+        model,
+        eval_dataset=blocks,
+        compute_metrics=lambda prediction: perplexities(prediction, num_words=blocks.num_words),
+        preprocess_logits_for_metrics=sum_losses,
+        per_device_eval_batch_size=batch_size,
+    )
+    return trainer.evaluate()
+
+
+@torch.no_grad()
+def nats_token_by_token(model, tokens, block_size: int, stride: int) -> float:
+    """Negative log-likelihood, with each token after as much context as the windows give it."""
+    total = 0.0
+    for position in range(1, len(tokens)):
+        window = max(0, math.ceil((position - block_size + 1) / stride))
+        context = torch.tensor([tokens[window * stride : position]])
+        total += F.cross_entropy(model(context).logits[0, -1], torch.tensor(tokens[position])).item()
+    return total
+
+
+@pytest.mark.parametrize("stride", [63, 17])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_perplexity_is_that_of_the_whole_text(tmp_path, tokenizer, tokens, stride, batch_size):
+    model = tiny_model(tokenizer).eval()
+    found = evaluate(tmp_path, model, build_blocks(documents(), tokenizer, block_size=64, stride=stride), batch_size)
+    nats = nats_token_by_token(model, tokens, 64, stride)
+    words = sum(len(text.split()) for text in TEXTS)
+    assert (found["eval_tokens"], found["eval_words"]) == (len(tokens) - 1, words)
+    assert found["eval_nats_per_token"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
+    assert found["eval_perplexity_per_token"] == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-4)
+    assert found["eval_perplexity_per_word"] == pytest.approx(math.exp(nats / words), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_words", "expected"),
+    [
+        ([[3.0, 2], [1.0, 6]], 4, {"nats_per_token": 0.5, "perplexity_per_word": math.e, "tokens": 8}),
+        ([[0.0, 0]], 0, {"nats_per_token": 0.0, "perplexity_per_token": 1.0, "perplexity_per_word": 1.0}),
+        ([[1e4, 2]], 1, {"perplexity_per_token": math.exp(700)}),
+    ],
+    ids=["sums", "nothing", "overflow"],
+)
+def test_perplexities_by_hand(rows, num_words, expected):
+    found = perplexities(EvalPrediction(predictions=np.array(rows), label_ids=None), num_words=num_words)
+    assert expected.items() <= found.items()
+    assert found["words"] == num_words
+
+
+# Training
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_save = state.global_step == self.step
+
+
+def train(folder, blocks, tokenizer, stop: int | None = None, resume: bool = False) -> dict[str, torch.Tensor]:
+    callbacks = [StopAt(stop)] if stop else []
+    options = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 0.01}
+    trainer = trainer_of(folder, tiny_model(tokenizer), train_dataset=blocks, callbacks=callbacks, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.model.state_dict()
+
+
+@STREAMING
+def test_resuming_equals_never_having_stopped(tmp_path, tokenizer, streaming):
+    """Nine blocks make three steps an epoch, so that the run ends in its second."""
+
+    def blocks():
+        source = documents(streaming).repeat(2) if streaming else documents()
+        return build_blocks(source, tokenizer, block_size=64)
+
+    assert len(list(build_blocks(documents(), tokenizer, block_size=64))) > 4
+    whole = train(tmp_path / "whole", blocks(), tokenizer)
+    train(tmp_path / "parts", blocks(), tokenizer, stop=2)
+    resumed = train(tmp_path / "parts", blocks(), tokenizer, resume=True)
+    assert equal([whole], [resumed])
+
+
+def test_the_trainers_loss_is_a_mean_over_predicted_tokens(tmp_path, tokenizer):
+    """Accumulation and the short last block change nothing: each label counts once."""
+    blocks = build_blocks(documents(), tokenizer, block_size=64)
+    model = tiny_model(tokenizer)
+    exact = evaluate(tmp_path, model, blocks, 1)["eval_nats_per_token"]
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(blocks), "max_steps": 1}
+    trainer = trainer_of(tmp_path, model, train_dataset=blocks, learning_rate=0.0, **options)
+    assert trainer.train().training_loss == pytest.approx(exact, rel=1e-5)
+
+
+# The script
+
+TINY = """
+    --vocab_size 300 --max_documents 12 --n_embd 24 --n_layer 2 --n_head 3 --n_positions 32 --max_steps 3
+    --per_device_train_batch_size 4 --learning_rate 0.01 --use_cpu --report_to none --disable_tqdm true
+    --save_strategy no
+"""
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    path = tmp_path / "held-out.json"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return ["--validation_dataset", str(path)]
+
+
+def run(folder, *more: str) -> dict:
+    return train_clm.main([*TINY.split(), "--output_dir", str(folder), *more])
+
+
+def test_the_script_writes_a_model_its_tokenizer_metrics_and_settings(tmp_path, held_out):
+    flags = "--rank_scale 0.625 --embedding_rank 11 --frobenius_decay linear --eval_stride 7"
+    found = run(tmp_path / "run", *flags.split(), *held_out)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert isinstance(model, FactorizedGPT2LMHeadModel)
+    assert (model.config.qkv_rank, model.config.ffn_rank, model.config.embedding_rank) == (15, 15, 11)
+    assert len(load_tokenizer(tmp_path / "run")) == model.config.vocab_size
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics == found
+    assert metrics["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert metrics["eval_words"] == sum(len(text.split()) for text in TEXTS)
+    assert metrics["eval_perplexity_per_word"] > metrics["eval_perplexity_per_token"] > 1
+    blocks = build_blocks(documents(), load_tokenizer(tmp_path / "run"), block_size=32, stride=7)
+    again = evaluate(tmp_path, model, blocks, 3)
+    assert again["eval_nats_per_token"] == pytest.approx(metrics["eval_nats_per_token"], rel=1e-5)
+
+
+def test_the_script_on_the_stock_class_while_streaming_and_further_from_its_model(tmp_path):
+    stock = ("--stock", "true", "--streaming", "true", "--optim", "adamw_torch", "--block_size", "16")
+    assert "eval_loss" not in run(tmp_path / "one", *stock)
+    run(tmp_path / "two", *stock, "--init_from", str(tmp_path / "one"), "--learning_rate", "0")
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert type(second) is GPT2LMHeadModel
+    assert equal([first.state_dict()], [second.state_dict()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank_scale", "1.5"], "rank_scale must be above 0 and at most 1, got 1.5"),
+        (["--rank_scale", "0.5", "--ffn_rank", "3"], "rank_scale sets .*: leave out rank_scale or ffn_rank"),
+        (["--stock", "true", "--rank_scale", "0.5", "--ov_rank", "2"], "takes no ranks, got rank_scale, ov_rank"),
+        (["--qkv_rank", "25"], r"qkv_rank must be in \[1, 24\], got 25"),
+        (["--block_size", "33"], "block_size: the model's n_positions is 32, got 33"),
+        (["--block_size", "1"], "block_size must be at least 2, got 1"),
+        (["--validation_dataset", "embedded", "--eval_stride", "32"], "stride must be .* which is 32; got 32"),
+        (["--dataset", "./nowhere.txt"], "no such file or folder: nowhere.txt"),
+    ],
+    ids=["scale", "scale and rank", "stock", "rank", "long block", "short block", "stride", "data"],
+)
+def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one(tmp_path, held_out):
+    flags = ("--dropout", "0", "--frobenius_decay", "none", "--optim", "lamb")
+    one = run(tmp_path / "one", *flags, *held_out)
+    config = ROOT / "run_scripts" / "launch" / "two_cpu_processes.yaml"
+    command = ["accelerate.commands.launch", "--config_file", str(config), str(ROOT / "run_scripts" / "train_clm.py")]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    given = [
+        *TINY.split(),
+        *flags,
+        *held_out,
+        "--output_dir",
+        str(tmp_path / "two"),
+        "--per_device_train_batch_size",
+        "2",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *given], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert (two["eval_tokens"], two["eval_words"]) == (one["eval_tokens"], one["eval_words"])
+    assert two["eval_nats_per_token"] == pytest.approx(one["eval_nats_per_token"], rel=1e-4)
+
+
+# What bad input gets
+
+
+@STREAMING
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"body": ["One."]}, {}, r"need a column 'text', they have \['body'\]"),
+        ({"text": [" ", None, ""]}, {}, "no document with text"),
+        ({"text": ["One."]}, {"block_size": 1}, "block_size must be at least 2, got 1"),
+        ({"text": ["One."]}, {"stride": 0}, "stride must be at least 1 and below block_size, which is 13; got 0"),
+        ({"text": ["One."]}, {"stride": 13}, "which is 13; got 13"),
+    ],
+    ids=["no text column", "no text", "block_size", "no stride", "long stride"],
+)
+def test_bad_documents_and_sizes_are_refused(tokenizer, streaming, columns, options, message):
+    stored = datasets.Dataset.from_dict(
+        columns, features=datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
+    )
+    with pytest.raises(ValueError, match=message):
+        list(
+            build_blocks(
+                stored.to_iterable_dataset() if streaming else stored, tokenizer, **{"block_size": 13, **options}
+            )
+        )
+
+
+@STREAMING
+def test_no_documents_are_refused_at_once(tokenizer, streaming):
+    none = datasets.IterableDataset.from_generator(counted, gen_kwargs={"count": 0, "read": []})
+    with pytest.raises(ValueError, match="no document with text"):
+        build_blocks(none if streaming else datasets.Dataset.from_dict({"text": []}), tokenizer, block_size=13)
+
+
+def test_a_tokenizer_without_end_of_text_is_refused():
+    tokenizer = train_byte_bpe(TEXTS, vocab_size=300)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no eos_token"):
+        build_blocks(documents(), tokenizer, block_size=13)
