@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import bert, loading, optimizer, spectral
+from benchmarks import bert, language, loading, optimizer, spectral
 
-THEMES = (spectral, optimizer, bert, loading)
+THEMES = (spectral, optimizer, bert, language, loading)
 
 
 def main(argv: list[str] | None = None) -> None:

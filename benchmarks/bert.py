@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForPreTraining, BertModel, PreTrainedModel
 
-from benchmarks.common import interleave, parse, write
+from benchmarks.common import count_flops, interleave, parse, write
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining, FactorizedBertModel
 
 BATCH, LENGTH, LABELLED = 8, 128, 0.15
@@ -131,16 +130,6 @@ def time_steps(models: dict[str, PreTrainedModel], step: Step, rounds: int, devi
         return lambda: step(model, next(upcoming))
 
     return interleave({name: case(model) for name, model in models.items()}, rounds=rounds, warmup=WARMUP)
-
-
-def count_flops(model: PreTrainedModel, step: Step, batch: Batch) -> int:
-    """Floating-point operations of all matrix products in a step, those of the attention scores among them."""
-    kernel = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # plain products, which the counter knows on every device
-    with FlopCounterMode(display=False) as counter:
-        step(model, batch)
-    model.set_attn_implementation(kernel)
-    return counter.get_total_flops()
 
 
 class LiveMemory(TorchDispatchMode):

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from hf_fnl.training.files import write_json, write_text
 
@@ -81,6 +83,16 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def count_flops(model: PreTrainedModel, step: Callable[[PreTrainedModel, Any], object], batch: Any) -> int:
+    """Floating-point operations of all matrix products in a step, those of the attention scores among them."""
+    kernel = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # plain products, which the counter knows on every device
+    with FlopCounterMode(display=False) as counter:
+        step(model, batch)
+    model.set_attn_implementation(kernel)
+    return counter.get_total_flops()
+
+
 def run_once(command: list[str], done: Path) -> dict[str, Any]:
     """Run a script unless it is done: its metrics, its command, and what its processes took.
 
@@ -91,9 +103,9 @@ def run_once(command: list[str], done: Path) -> dict[str, Any]:
     Returns:
         The metrics, ``command``, and ``seconds`` and ``peak_memory_bytes`` over all parts in which it ran.
     """
-    usage_file = done.parent.with_suffix(".usage.json")
+    usage_file = done.parent.with_name(f"{done.parent.name}.usage.json")
     if not done.exists():
-        log = done.parent.with_suffix(".log")
+        log = done.parent.with_name(f"{done.parent.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.time()
         with log.open("a") as file:
@@ -109,6 +121,27 @@ def run_once(command: list[str], done: Path) -> dict[str, Any]:
             raise RuntimeError(f"{shlex.join(command)} failed; its output is in {log}")
     usage_found = json.loads(usage_file.read_text()) if usage_file.exists() else {}
     return {"command": shlex.join(["python", *command]), **usage_found, **json.loads(done.read_text())}
+
+
+def add_cell(path: Path, name: str, cell: dict[str, Any], command: str) -> dict[str, Any]:
+    """Add a finished cell of a grid of trainings to its results: JSON, and a table of Markdown beside it.
+
+    Args:
+        path: The JSON; what other cells wrote there stays.
+        name: Of the cell.
+        cell: Its figures, and the commands that gave them, which the table leaves out.
+        command: The command that runs the grid.
+
+    Returns:
+        All that the JSON holds.
+    """
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result |= {"command": command, "machine": machine("cpu")}
+    result["cells"] = {**result.get("cells", {}), name: cell}
+    write_json(path, result)
+    rows = [{key: row[key] for key in row if not key.startswith("command")} for row in result["cells"].values()]
+    write_text(path.with_suffix(".md"), f"{markdown_table(rows)}\n\n`{command}`\n")
+    return result
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -15,8 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, run_once
-from hf_fnl.training.files import write_json
+from benchmarks.common import add_cell, run_once
 
 HEAD_DIM = 64
 CELLS = {f"{optim}-{rank}": (optim, rank) for rank in (HEAD_DIM, HEAD_DIM // 2) for optim in ("lamb", "flambe")}
@@ -82,11 +81,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in options.cells:
         cell = run_cell(name, options.data, options.runs, options.steps)
-        result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        result["command"] = f"python -m benchmarks.k21_table4 --steps {options.steps}"
-        result["machine"] = machine("cpu")
-        result["cells"] = {**result.get("cells", {}), name: cell}
-        write_json(RESULT, result)
+        result = add_cell(RESULT, name, cell, f"python -m benchmarks.k21_table4 --steps {options.steps}")
     return result
 
 

