@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-from bert_cases import BACKBONE, FULL, HEADS, LM_HEADS, LOW, MASKED_LM, PRETRAINING, SEQUENCE, SIZES, Head, run
+from bert_cases import BACKBONE, FULL, HEADS, LM_HEADS, LOW, MASKED_LM, PRETRAINING, SEQUENCE, SIZES
+from family import Head, run
 from safetensors import safe_open
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer

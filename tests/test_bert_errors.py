@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from bert_cases import BACKBONE, LOW, MASKED_LM, PRETRAINING, SEQUENCE, SIZES, Head, run
+from bert_cases import BACKBONE, LOW, MASKED_LM, PRETRAINING, SEQUENCE, SIZES
+from family import Head, run
 from torch.testing import assert_close
 
 from hf_fnl import FactorizedBertConfig

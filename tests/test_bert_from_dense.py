@@ -18,10 +18,9 @@ from bert_cases import (
     NO_DROPOUT,
     SEQUENCE,
     SIZES,
-    Head,
-    run,
     tokens,
 )
+from family import Head, run
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, PreTrainedModel

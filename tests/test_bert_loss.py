@@ -15,11 +15,9 @@ from bert_cases import (
     NO_DROPOUT,
     PRETRAINING,
     SIZES,
-    Head,
-    gradients,
     masked_labels,
-    run,
 )
+from family import Head, gradients, run
 from torch import Tensor
 from torch.testing import assert_close
 

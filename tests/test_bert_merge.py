@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bert_cases import BACKBONE, DECODER, FULL, HEADS, LOW, MASKED_LM, Head, run
+from bert_cases import BACKBONE, DECODER, FULL, HEADS, LOW, MASKED_LM
+from family import Head, run
 from torch.testing import assert_close
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from bert_cases import BACKBONE, CROSS_DECODER, FULL, HEADS, NO_DROPOUT, Head, run
+from bert_cases import BACKBONE, CROSS_DECODER, FULL, HEADS, NO_DROPOUT
+from family import Head, run
 from torch import Tensor, nn
 from torch.testing import assert_close
 

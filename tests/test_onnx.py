@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bert_cases import BACKBONE, HEADS, LOW, MASKED_LM, SIZES, Head, run
+from bert_cases import BACKBONE, HEADS, LOW, MASKED_LM, SIZES
+from family import Head, run
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel

@@ -1,0 +1,122 @@
+"""What the cases of every model family are made of: its sizes and ranks, and one case for each of its heads."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+import hf_fnl
+from hf_fnl.layers import Factorized
+
+Ranks = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: how its classes are named, and small sizes.
+
+    Args:
+        name: As in ``BertModel``.
+        sizes: Fields of the configuration.
+        full: Sets of ranks at which nothing is lost, by name.
+        low: Sets of lower ranks, by name.
+        one_layer: Name of a layer, with ``{}`` for its number.
+    """
+
+    name: str
+    sizes: Mapping[str, Any]
+    full: Mapping[str, Ranks]
+    low: Mapping[str, Ranks]
+    one_layer: str
+
+    @property
+    def config(self) -> type[PreTrainedConfig]:
+        return getattr(hf_fnl, f"Factorized{self.name}Config")
+
+    @property
+    def stock_config(self) -> type[PreTrainedConfig]:
+        return getattr(transformers, f"{self.name}Config")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head: its classes by the end of their names, what it is fed, and fields its configuration needs."""
+
+    family: Family
+    name: str
+    auto: str | None
+    inputs: Callable[[], dict[str, Tensor]]
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> type[PreTrainedModel]:
+        return getattr(hf_fnl, f"Factorized{self.family.name}{self.name}")
+
+    @property
+    def stock(self) -> type[PreTrainedModel]:
+        return getattr(transformers, f"{self.family.name}{self.name}")
+
+    @property
+    def auto_class(self) -> Any:
+        """The Auto class that knows it; its own where none does."""
+        return self.ours if self.auto is None else getattr(transformers, self.auto)
+
+    def build(self, ranks: Ranks, *, attention: str = "sdpa", **fields: Any) -> PreTrainedModel:
+        """Our model, drawn from seed 0, in evaluation mode."""
+        config = self.family.config(**{**self.family.sizes, **self.config, **ranks, **fields})
+        torch.manual_seed(0)
+        return self.ours._from_config(config, attn_implementation=attention).eval()
+
+    def build_stock(self, *, attention: str = "sdpa", **fields: Any) -> PreTrainedModel:
+        """The stock model, drawn from seed 0, in evaluation mode."""
+        torch.manual_seed(0)
+        config = self.family.stock_config(**{**self.family.sizes, **self.config, **fields})
+        return self.stock._from_config(config, attn_implementation=attention).eval()
+
+    def batch(self, seed: int = 1) -> dict[str, Tensor]:
+        """Inputs with labels, the same at every call."""
+        torch.manual_seed(seed)
+        return self.inputs()
+
+
+def run(model: PreTrainedModel, batch: dict[str, Tensor], **options: Any) -> dict[str, Any]:
+    """Every tensor that the model returns; a cache is left out."""
+    with torch.no_grad():
+        outputs = model(**batch, **options)
+    return {key: value for key, value in outputs.items() if key != "past_key_values"}
+
+
+def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients of a loss by parameter name; zero where there is none."""
+    model.zero_grad()
+    loss.backward()
+    zero = torch.zeros(())
+    return {n: (zero.expand_as(p) if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()}
+
+
+def loss_and_gradients(model: torch.nn.Module, batch: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """The loss of a batch, and its gradients by parameter name."""
+    loss = model(**batch, **options).loss
+    return {"loss": loss.detach(), **gradients(model, loss)}
+
+
+def add(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The sum of several results, name by name."""
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def random_vectors_(model: PreTrainedModel) -> PreTrainedModel:
+    """Biases and norms that are not what they start as, so that losing one shows."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def factorized_layers(model: torch.nn.Module) -> dict[str, Factorized]:
+    """The layers that hold a product of their own, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}

@@ -1,0 +1,311 @@
+"""Factorized GPT-2: heads of unequal ranks, one product for queries, keys and values, cross-attention, initial scales."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from family import Head, Ranks, factorized_layers, run
+from gpt2_cases import BACKBONE, CROSS_LM, DOUBLE, FULL, FULL_QKV, GPT2, LM, LOW, LOW_QKV, SEQUENCE, SIZES, memory
+from torch import Tensor
+from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
+
+from hf_fnl import Product, find_products
+from hf_fnl.layers import FactorizedLinear
+from hf_fnl.models.gpt2 import FactorizedGPT2Attention
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+EXACT = {"rtol": 0, "atol": 0}
+STD = SIZES["initializer_range"]
+RESIDUAL_STD = STD / math.sqrt(2 * SIZES["n_layer"])
+each_kernel = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+
+
+# Attention
+
+
+def reference_attention(block: FactorizedGPT2Attention, x: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    """An attention of GPT-2, head by head, with queries from ``x`` and keys and values from ``states``."""
+    heads, cross = block.num_heads, block.is_cross_attention
+    qk, ov = (heads * (rank or 7) for rank in (block.ranks.qk, block.ranks.ov))
+    W, b = block.c_attn.weight, block.c_attn.bias
+    (W_q, b_q), W, b = (
+        ((block.q_attn.weight, block.q_attn.bias), W, b) if cross else ((W[:, :qk], b[:qk]), W[:, qk:], b[qk:])
+    )
+    result = block.c_proj.bias.expand_as(x)
+    for h in range(heads):
+        r, s = (slice(h * n // heads, (h + 1) * n // heads) for n in (qk, ov))
+        query = x @ W_q[:, r] + b_q[r]
+        key = states @ W[:, :qk][:, r] + b[:qk][r]
+        value = states @ W[:, qk : qk + ov][:, s] + b[qk : qk + ov][s]
+        scores = (query @ key.mT / math.sqrt(7)).masked_fill(~mask, -math.inf)
+        result = result + scores.softmax(-1) @ value @ block.c_proj.weight[s]
+    return result
+
+
+@each_kernel
+@pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"qk_rank": 1, "ov_rank": 6}, {"ov_rank": 3}], ids=str)
+def test_heads_of_unequal_ranks_against_a_reference(ranks: Ranks, attention: str) -> None:
+    model = CROSS_LM.build(ranks, attention=attention).transformer
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)
+    batch = CROSS_LM.batch()
+    del batch["labels"]
+    block, memory_states = model.h[0], batch["encoder_hidden_states"]
+    states = run(model, batch, output_hidden_states=True)["hidden_states"]
+    causal = torch.ones(11, 11).tril().bool() & batch["attention_mask"][:, None].bool()
+    with torch.no_grad():
+        x = states[0]
+        normed = block.ln_1(x)
+        x = x + reference_attention(block.attn, normed, normed, causal)
+        seen = batch["encoder_attention_mask"][:, None].bool()
+        x = x + reference_attention(block.crossattention, block.ln_cross_attn(x), memory_states, seen)
+        x = x + block.mlp(block.ln_2(x))
+    assert_close(states[1], x, **CLOSE)
+
+
+@each_kernel
+@pytest.mark.parametrize("ranks", [FULL, FULL_QKV], ids=["heads", "qkv"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reorder_and_upcast_attn": True},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
+    ],
+    ids=lambda fields: "+".join(fields),
+)
+def test_the_variants_of_attention_are_those_of_the_stock_model(
+    fields: dict[str, bool], ranks: Ranks, attention: str
+) -> None:
+    ours, stock = (
+        CROSS_LM.build(ranks, attention=attention, **fields),
+        CROSS_LM.build_stock(attention=attention, **fields),
+    )
+    assert_close(run(ours, CROSS_LM.batch()), run(stock, CROSS_LM.batch()), **CLOSE)
+    other = run(CROSS_LM.build_stock(attention=attention, scale_attn_by_inverse_layer_idx=False), CROSS_LM.batch())
+    if fields != {"reorder_and_upcast_attn": True}:
+        assert not torch.allclose(run(ours, CROSS_LM.batch())["logits"], other["logits"], atol=1e-2)
+
+
+def test_scores_are_computed_in_float32_where_they_are_to_be() -> None:
+    batch, fields = LM.batch(), {"attention": "eager", "reorder_and_upcast_attn": True}
+    weights = run(LM.build(LOW, **fields).to(torch.bfloat16), batch, output_attentions=True)["attentions"]
+    expected = run(LM.build(LOW, attention="eager").to(torch.bfloat16), batch, output_attentions=True)["attentions"]
+    assert weights[0].dtype == torch.bfloat16
+    assert_close(weights, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("head", [LM, CROSS_LM], ids=["lm", "cross-lm"])
+def test_attention_weights_of_narrow_heads(head: Head) -> None:
+    ours = run(head.build(LOW, attention="eager"), head.batch(), output_attentions=True)
+    assert [a.shape for a in ours["attentions"]] == [(4, 3, 11, 11)] * 2
+    assert_close(ours["attentions"][1].sum(-1), torch.ones(4, 3, 11))
+    assert [a.shape for a in ours.get("cross_attentions", ())] == ([(4, 3, 11, 6)] * 2 if head is CROSS_LM else [])
+
+
+def test_padding_and_what_follows_change_nothing() -> None:
+    model, batch = BACKBONE.build(LOW), BACKBONE.batch()
+    short = {name: value[:1, :7] for name, value in batch.items()}  # the first sequence is 7 long and then masked
+    whole = run(model, batch)["last_hidden_state"]
+    assert_close(whole[:1, :7], run(model, short)["last_hidden_state"], **CLOSE)
+    assert_close(whole[1:, :5], run(model, {"input_ids": batch["input_ids"][1:, :5]})["last_hidden_state"], **CLOSE)
+
+
+def test_embeddings_types_and_positions_can_be_passed() -> None:
+    for ranks in (LOW, LOW_QKV):
+        model, batch = BACKBONE.build(ranks), BACKBONE.batch()
+        expected = run(model, batch)
+        types = {**batch, "token_type_ids": batch["input_ids"]}
+        assert not torch.equal(run(model, types)["last_hidden_state"], expected["last_hidden_state"])
+        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
+        assert_close(run(model, batch), expected, **EXACT)
+        batch["position_ids"] = torch.arange(11)[None]
+        assert_close(run(model, batch), expected, **EXACT)
+        batch["position_ids"] = batch["position_ids"] + 1
+        assert not torch.equal(run(model, batch)["last_hidden_state"], expected["last_hidden_state"])
+
+
+# One product for queries, keys and values
+
+
+def test_qkv_rank_factorizes_the_inputs_of_attentions_only() -> None:
+    model = CROSS_LM.build({"qkv_rank": 11})
+    ranks = {name.removeprefix("transformer.h."): layer.rank for name, layer in factorized_layers(model).items()}
+    names = ("attn.c_attn", "crossattention.c_attn", "crossattention.q_attn")
+    assert ranks == {f"{number}.{name}": 11 for number in range(2) for name in names}
+    for block in model.transformer.h:
+        assert type(block.attn.c_proj) is type(block.crossattention.c_proj) is Conv1D
+        assert block.attn.c_attn.dense_class is Conv1D
+        assert block.attn.c_attn.shape == (63, 21)
+        assert block.crossattention.c_attn.shape == (42, 21)
+    kinds = [product.kind for product in find_products(model)]
+    assert kinds == ["linear"] * 6
+
+
+def test_kamalakaras_ranks_are_shares_of_the_smaller_side() -> None:
+    model = LM.build({"qkv_rank": 13, "ffn_rank": 13})  # 62.5 % of 21
+    assert sum(layer.U.numel() + layer.V.numel() for layer in factorized_layers(model).values()) == 2 * 13 * (
+        (63 + 21) + 2 * (32 + 21)
+    )
+    assert all(type(block.attn.c_proj) is Conv1D for block in model.transformer.h)
+    assert type(model.transformer.wte) is torch.nn.Embedding
+    assert not isinstance(model.lm_head, FactorizedLinear)
+
+
+# What it starts from
+
+
+def stds(model: torch.nn.Module) -> dict[str, list[float]]:
+    """Scale of both factors of every product in the first layer, and of the embedding."""
+    products = [p for p in find_products(model) if ".1." not in p.name]
+    names = [p.name.removeprefix("transformer.").removeprefix("h.0.") for p in products]
+    return {n: [f.std().item() for f in p.factors(model)] for n, p in zip(names, products, strict=True)}
+
+
+@pytest.mark.parametrize("ranks", [LOW, {**LOW_QKV, "embedding_rank": 13}], ids=["heads", "qkv"])
+def test_default_draws_every_factor_as_a_weight_in_its_place(ranks: Ranks) -> None:
+    wide = {"n_embd": 84, "n_inner": 130, "vocab_size": 211}  # enough entries to measure a scale
+    found = stds(CROSS_LM.build({**ranks, **wide}, factor_init="default"))
+    expected = {name: [STD, STD] for name in found}
+    expected["mlp.c_proj"] = [RESIDUAL_STD, RESIDUAL_STD]
+    for name in ("attn.ov", "crossattention.ov"):
+        if name in found:
+            expected[name] = [STD, RESIDUAL_STD]
+    assert len(found) == (7 if "qk_rank" in ranks else 6)
+    for name, values in found.items():
+        assert values == pytest.approx(expected[name], rel=0.15), name
+
+
+@pytest.mark.parametrize(
+    ("method", "spectral"),
+    [
+        ("spectral", {"qk", "qk:cross", "ov", "ov:cross", "linear", "embedding"}),
+        ({"linear": "spectral"}, {"linear"}),
+        ({"qk": "spectral", "embedding": "spectral"}, {"qk", "qk:cross", "embedding"}),
+        ({"qk": "spectral", "qk:cross": "default"}, {"qk"}),
+        ({"ov:cross": "spectral"}, {"ov:cross"}),
+        ({}, set()),
+    ],
+    ids=str,
+)
+def test_selectors_say_how_each_kind_starts(method: str | dict[str, str], spectral: set[str]) -> None:
+    model, balanced = CROSS_LM.build(LOW, factor_init=method), set()
+    found = find_products(model)
+    for product in found:
+        U, V = product.factors(model)
+        if torch.allclose(U.mT @ U, V.mT @ V, rtol=1e-3, atol=1e-3):
+            balanced.add(product)
+    assert {selector_of(product) for product in balanced} == spectral
+    assert not {selector_of(product) for product in found if product not in balanced} & spectral
+
+
+def selector_of(product: Product) -> str:
+    return product.kind if product.part is None else f"{product.kind}:{product.part}"
+
+
+def test_a_cross_attention_may_start_otherwise_in_one_product_too() -> None:
+    model = CROSS_LM.build({"qkv_rank": 11}, factor_init={"linear": "spectral_ones", "linear:cross": "spectral"})
+    for product in find_products(model):
+        U, _ = product.factors(model)
+        is_orthonormal = torch.allclose(U.mT @ U, torch.eye(11), atol=1e-4)
+        assert is_orthonormal == (product.part is None), product.name
+
+
+# Cross-attention and caches
+
+
+@pytest.mark.parametrize("ranks", [LOW, LOW_QKV], ids=["heads", "qkv"])
+@pytest.mark.parametrize("head", [LM, CROSS_LM], ids=["lm", "cross-lm"])
+@each_kernel
+def test_word_by_word_with_a_cache_is_all_at_once(head: Head, ranks: Ranks, attention: str) -> None:
+    model, batch = head.build(ranks, attention=attention), head.batch()
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    words = batch.pop("input_ids")
+    del batch["labels"]
+    expected = run(model, {"input_ids": words, **batch}, use_cache=False)["logits"]
+    mask, steps, cache = batch.pop("attention_mask"), [], None
+    with torch.no_grad():
+        for stop in range(1, words.shape[1] + 1):
+            now = {"input_ids": words[:, stop - 1 : stop], "attention_mask": mask[:, :stop], **batch}
+            output = model(**now, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+    assert_close(torch.cat(steps, dim=1), expected, **CLOSE)
+
+
+def test_an_encoder_is_read_once() -> None:
+    for ranks in (LOW, LOW_QKV):
+        model, batch = CROSS_LM.build(ranks), CROSS_LM.batch()
+        layer, calls = model.transformer.h[1].crossattention.c_attn, []
+        layer.register_forward_hook(lambda module, args, result, calls=calls: calls.append(args[0]))
+        words = batch["input_ids"]
+        with torch.no_grad():
+            first = model(words[:, :3], **memory(), use_cache=True)
+            model(words[:, 3:4], **memory(), past_key_values=first.past_key_values, use_cache=True)
+        assert len(calls) == 1
+
+
+def test_an_encoder_may_be_absent_from_a_model_that_can_read_one() -> None:
+    stock, model = CROSS_LM.build_stock(), CROSS_LM.build(FULL)
+    batch = LM.batch()
+    assert_close(run(model, batch), run(stock, batch), **CLOSE)
+
+
+def test_states_of_an_encoder_need_cross_attention() -> None:
+    with pytest.raises(ValueError, match="add_cross_attention=True"):
+        run(LM.build(LOW), CROSS_LM.batch())
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"qk_rank": 8}, r"qk_rank must be in \[1, 7\], got 8"),
+        ({"ov_rank": [3, 8]}, r"ov_rank must be in \[1, 7\], got 8"),
+        ({"ffn_rank": 22}, r"ffn_rank must be in \[1, 21\], got 22"),
+        ({"n_inner": None, "ffn_rank": 22}, r"ffn_rank must be in \[1, 21\], got 22"),
+        ({"n_inner": 17, "ffn_rank": 18}, r"ffn_rank must be in \[1, 17\], got 18"),
+        ({"embedding_rank": 22}, r"embedding_rank must be in \[1, 21\], got 22"),
+        ({"qkv_rank": 0}, r"qkv_rank must be at least 1 .*got 0"),
+        ({"qkv_rank": 22}, r"qkv_rank must be in \[1, 21\], got 22"),
+        ({"qkv_rank": [3, 22]}, r"qkv_rank must be in \[1, 21\], got 22"),
+        ({"qkv_rank": [3]}, "qkv_rank needs a number or one for each of 2 layers, got 1"),
+        ({"qkv_rank": 3, "qk_rank": 2}, "qkv_rank factorizes .* as a whole and qk_rank cuts its heads: give one"),
+        ({"qkv_rank": 3, "ov_rank": 2}, "as a whole and ov_rank cuts its heads: give one"),
+        ({"n_head": 4}, "multiple of num_attention_heads, got 21 and 4 heads"),
+        ({"factor_init": "random"}, "one of spectral, spectral_ones, default, got 'random'"),
+        ({"factor_init": {"linear": "random"}}, "one of spectral, spectral_ones, default, got 'random'"),
+        ({"factor_init": {"mlp": "spectral"}}, "any of linear, embedding, conv, qk, ov, .* got 'mlp'"),
+        ({"factor_init": {"ov:middle": "spectral"}}, "got 'ov:middle'"),
+        ({"qkv_rank": 2.5}, "'qkv_rank' expected int"),
+        ({"fused_loss": "yes"}, "'fused_loss' expected bool"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_does_not_fit(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        GPT2.config(**{**SIZES, **fields})
+
+
+@pytest.mark.parametrize("head", [BACKBONE, LM, DOUBLE, SEQUENCE], ids=["backbone", "lm", "double", "sequence"])
+def test_a_factorized_embedding_is_not_resized(head: Head) -> None:
+    with pytest.raises(ValueError, match="embedding_rank=None"):
+        head.build(LOW).resize_token_embeddings(60)
+
+
+@pytest.mark.parametrize("size", [60, 50], ids=["more", "fewer"])
+def test_a_dense_embedding_is_resized_with_the_output_matrix(size: int) -> None:
+    model = LM.build(LOW_QKV)
+    before = model.get_input_embeddings().weight.detach().clone()
+    model.resize_token_embeddings(size, mean_resizing=False)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.config.vocab_size == size
+    both = min(size, SIZES["vocab_size"])
+    assert torch.equal(model.lm_head.weight[:both], before[:both])
+    assert run(model.train(), {"input_ids": torch.ones(2, 7).long()})["logits"].shape == (2, 7, size)

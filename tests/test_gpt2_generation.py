@@ -1,0 +1,107 @@
+"""Factorized GPT-2 generates the same text with every cache, with and without padding, as the stock model at full rank."""
+
+from typing import Any
+
+import pytest
+import torch
+from family import Ranks
+from gpt2_cases import CROSS_LM, FULL, FULL_QKV, LM, LOW, LOW_QKV, SIZES
+from torch import Tensor
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "several-beams": {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.7},
+    "sampling": {"do_sample": True, "top_k": 9, "temperature": 1.3},
+}
+OFFLOADED = pytest.mark.skipif(not torch.accelerator.is_available(), reason="offloading needs an accelerator")
+CACHES = [
+    pytest.param({"cache_implementation": "static"}, id="static"),
+    pytest.param({"cache_implementation": "offloaded"}, id="offloaded", marks=OFFLOADED),
+    pytest.param({"cache_implementation": "offloaded_static"}, id="offloaded-static", marks=OFFLOADED),
+    pytest.param({"use_cache": False}, id="no-cache"),
+]
+each_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+each_form = pytest.mark.parametrize("ranks", [LOW, {"ov_rank": 3}, LOW_QKV], ids=["heads", "only-ov", "qkv"])
+
+
+def prompt(batch: int = 3, length: int = 5) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, SIZES["vocab_size"], (batch, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def generate(model: torch.nn.Module, inputs: dict[str, Tensor], new: int = 12, **options: Any) -> Tensor:
+    device = (
+        torch.accelerator.current_accelerator() if "offloaded" in options.get("cache_implementation", "") else "cpu"
+    )
+    torch.manual_seed(3)
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, **options}
+    return model.to(device).generate(**{name: value.to(device) for name, value in inputs.items()}, **settings)
+
+
+@each_form
+@each_strategy
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_cache_gives_the_same_words(ranks: Ranks, strategy: dict[str, Any], cache: dict[str, Any]) -> None:
+    model = LM.build(ranks)
+    expected = generate(model, prompt(), **strategy, cache_implementation="dynamic")
+    assert expected.shape[1] == 5 + 12
+    assert torch.equal(generate(model, prompt(), **strategy, **cache).cpu(), expected)
+
+
+@each_strategy
+@pytest.mark.parametrize("ranks", [FULL, FULL_QKV], ids=["heads", "qkv"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_full_rank_generates_as_the_stock_model(ranks: Ranks, strategy: dict[str, Any], attention: str) -> None:
+    ours, stock = (build(attention=attention) for build in (lambda **o: LM.build(ranks, **o), LM.build_stock))
+    assert torch.equal(generate(ours, prompt(), **strategy), generate(stock, prompt(), **strategy))
+
+
+@each_form
+@each_strategy
+def test_the_merged_model_generates_the_same(ranks: Ranks, strategy: dict[str, Any]) -> None:
+    model = LM.build(ranks)
+    assert torch.equal(generate(model.merge(), prompt(), **strategy), generate(model, prompt(), **strategy))
+
+
+@each_form
+@pytest.mark.parametrize("strategy", [STRATEGIES["greedy"], STRATEGIES["beams"]], ids=["greedy", "beams"])
+@pytest.mark.parametrize("cache", [{}, *CACHES[:1], CACHES[-1]])
+def test_left_padding_and_company_change_no_row(ranks: Ranks, strategy: dict[str, Any], cache: dict[str, Any]) -> None:
+    model, inputs, lengths = LM.build(ranks), prompt(), (5, 3, 1)
+    for row, length in enumerate(lengths):
+        inputs["input_ids"][row, : 5 - length] = SIZES["pad_token_id"]
+        inputs["attention_mask"][row, : 5 - length] = 0
+    together = generate(model, inputs, **strategy, **cache)
+    for row, length in enumerate(lengths):
+        alone = {name: value[row : row + 1, 5 - length :] for name, value in inputs.items()}
+        assert torch.equal(together[row, 5 - length :], generate(model, alone, **strategy, **cache)[0])
+
+
+@each_form
+@each_strategy
+def test_words_depend_on_an_encoder_that_every_cache_remembers(ranks: Ranks, strategy: dict[str, Any]) -> None:
+    model, batch = CROSS_LM.build(ranks), CROSS_LM.batch()
+    inputs = {**prompt(4, 3), **{name: value for name, value in batch.items() if name.startswith("encoder")}}
+    expected = generate(model, inputs, **strategy)
+    assert torch.equal(generate(model, inputs, **strategy, use_cache=False), expected)
+    assert not torch.equal(generate(model, prompt(4, 3), **strategy), expected)
+    full, stock = CROSS_LM.build(FULL), CROSS_LM.build_stock()
+    assert torch.equal(generate(full, inputs, **strategy), generate(stock, inputs, **strategy))
+
+
+def test_generation_ends_where_a_row_does() -> None:
+    model = LM.build(LOW)
+    free = generate(model, prompt())
+    end = int(free[0, 8])
+    ended = generate(model, prompt(), eos_token_id=end)
+    stop = int((free[0, 5:] == end).nonzero()[0]) + 5
+    assert torch.equal(ended[0, : stop + 1], free[0, : stop + 1])
+    assert (ended[0, stop + 1 :] == SIZES["pad_token_id"]).all()
+
+
+def test_a_model_in_training_mode_generates_with_its_logits() -> None:
+    model = LM.build(LOW, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    expected = generate(model, prompt())
+    assert torch.equal(generate(model.train(), prompt()), expected)

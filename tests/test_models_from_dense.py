@@ -1,0 +1,419 @@
+"""A trained stock model of any family, truncated: equal at full rank, the best approximation below it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family import Head, Ranks, factorized_layers, random_vectors_, run
+from model_cases import HEADS, each_head, each_head_with_ranks, some
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_fnl import RankRule
+from hf_fnl.layers import FactorizedLinear
+from hf_fnl.layers.linear import dense_weight
+from hf_fnl.layers.span import Span
+from hf_fnl.models.attention import FactorizedAttention
+
+CLOSE = {"rtol": 1e-4, "atol": 5e-5}
+EXACT = {"rtol": 0, "atol": 0}
+HEADS_OF, WIDTH = 3, 7  # in all families here
+LMS = ("bert-masked-lm", "gpt2-lm")
+calibrated_or_not = pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
+
+
+def stock_of(head: Head, **fields: Any) -> PreTrainedModel:
+    return random_vectors_(head.build_stock(**fields))
+
+
+def truncated(head: Head, stock: PreTrainedModel, ranks: Ranks, calibrated: bool = False) -> PreTrainedModel:
+    return head.ours.from_dense(stock, **ranks, calibration=head.batch() if calibrated else None)
+
+
+def tail(matrix: Tensor, rank: int) -> Tensor:
+    """What the best approximation of this rank loses."""
+    return torch.linalg.svdvals(matrix.detach().double())[..., rank:].square().sum(-1)
+
+
+def lost(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (ours.detach().double() - theirs.detach().double()).square().sum((-2, -1))
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    return layer.weight if isinstance(layer, nn.Embedding) else dense_weight(layer)
+
+
+def head_products(projections: tuple[Span, Span, Span, Span]) -> dict[str, Tensor]:
+    """``[Q; b_q] K^T`` and ``V O^T`` of every head."""
+    query, key, value, output = projections
+    Q_h, K_h, V_h = (span.weight.unflatten(0, (HEADS_OF, -1)).mT for span in (query, key, value))
+    O_h = output.weight.unflatten(1, (HEADS_OF, -1)).transpose(0, 1)
+    augmented = torch.cat([Q_h, query.bias.unflatten(0, (HEADS_OF, 1, -1))], 1)
+    return {"qk": augmented @ K_h.mT, "ov": V_h @ O_h.mT}
+
+
+# At full rank, and below it
+
+
+@each_head_with_ranks("full")
+@calibrated_or_not
+def test_full_rank_computes_the_same(head: Head, ranks: Ranks, calibrated: bool) -> None:
+    stock, batch = stock_of(head), head.batch()
+    model = truncated(head, stock, ranks, calibrated)
+    assert type(model) is head.ours
+    assert_close(run(model, batch), run(stock, batch), **CLOSE)
+    other = head.batch(seed=7)
+    assert_close(run(model.merge(), other), run(stock, other), **CLOSE)
+
+
+@each_head_with_ranks("low")
+def test_every_product_is_the_best_approximation(head: Head, ranks: Ranks) -> None:
+    stock = stock_of(head)
+    model = truncated(head, stock, ranks)
+    for name, layer in factorized_layers(model).items():
+        theirs = matrix_of(stock.get_submodule(name))
+        assert_close(lost(layer.composed(), theirs), tail(theirs, layer.rank), rtol=1e-4, atol=1e-6)
+    for name, ours in model.named_modules():
+        if isinstance(ours, FactorizedAttention):
+            cut = head_products(ours.projections(ours))
+            whole = head_products(ours.projections(stock.get_submodule(name)))
+            for kind, rank in {"qk": ours.ranks.qk or WIDTH, "ov": ours.ranks.ov or WIDTH}.items():
+                assert_close(lost(cut[kind], whole[kind]), tail(whole[kind], rank), rtol=1e-4, atol=1e-6)
+            check_biases(ours.projections(ours), ours.projections(stock.get_submodule(name)), ours)
+
+
+def check_biases(ours: tuple[Span, ...], theirs: tuple[Span, ...], attention: FactorizedAttention) -> None:
+    """A key's bias changes no weight; a value's moves, as it is, into the output's."""
+    (_, key, value, output), (_, their_key, their_value, their_output) = ours, theirs
+    if attention.ranks.qk is None:
+        assert torch.equal(key.bias, their_key.bias)
+    else:
+        assert not key.bias.any()
+    if attention.ranks.ov is not None:
+        assert not value.bias.any()
+        assert_close(output.bias, their_output.bias + their_output.weight @ their_value.bias, rtol=1e-5, atol=1e-5)
+
+
+@each_head_with_ranks("low")
+@calibrated_or_not
+def test_the_merged_model_computes_what_the_truncated_one_does(head: Head, ranks: Ranks, calibrated: bool) -> None:
+    model = truncated(head, stock_of(head), ranks, calibrated)
+    assert_close(run(model.merge(), head.batch()), run(model, head.batch()), **CLOSE)
+
+
+# In the metric of data
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "layer"),
+    [
+        ("bert-backbone", {"qk_rank": 5, "ov_rank": 2}, "encoder.layer.0.attention"),
+        ("gpt2-backbone", {"qk_rank": 5, "ov_rank": 2}, "h.0.attn"),
+        ("gpt2-cross-lm", {"qk_rank": 5, "ov_rank": 2}, "transformer.h.0.attn"),
+    ],
+)
+def test_calibrated_heads_are_the_best_for_their_data(name: str, ranks: Ranks, layer: str) -> None:
+    head = HEADS[name]
+    stock, valid = stock_of(head), head.batch()["attention_mask"].bool()
+    for option, rank in ranks.items():
+        model = truncated(head, stock, {option: rank}, calibrated=True)
+        (theirs, their_output), (ours, our_output) = (attended(m, layer, head, valid) for m in (stock, model))
+        if option == "qk_rank":  # a shift of all keys changes no weight
+            exact, cut = (query @ (key - key.mean(1, keepdim=True)).mT for query, key, _ in (theirs, ours))
+        else:  # the bias of the output takes over the mean
+            exact, cut = (context @ O_h for context, O_h in ((theirs[2], their_output), (ours[2], our_output)))
+            exact, cut = (x - x.mean(1, keepdim=True) for x in (exact, cut))
+        assert_close(lost(cut, exact), tail(exact, rank), rtol=1e-3, atol=1e-3)
+
+
+def attended(
+    model: PreTrainedModel, layer: str, head: Head, valid: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Queries, keys and contexts of an attention ``(heads, tokens, width)``, and its output matrices."""
+    attention, seen = model.get_submodule(layer), {}
+    cls = next(type(m) for m in head.build({"qk_rank": 1}).modules() if isinstance(m, FactorizedAttention))
+    query, key, _, output = cls.projections(attention)
+    hooks = [
+        query.layer.register_forward_hook(lambda module, args, result: seen.update(query=query.of(result))),
+        key.layer.register_forward_hook(lambda module, args, result: seen.update(key=key.of(result))),
+        output.layer.register_forward_pre_hook(lambda module, args: seen.update(context=args[0])),
+    ]
+    run(model, head.batch())
+    for hook in hooks:
+        hook.remove()
+    states = (seen[name][valid].double().unflatten(-1, (HEADS_OF, -1)).transpose(0, 1) for name in sorted(seen))
+    context, keys, queries = states
+    weight = output.weight.detach().double().unflatten(1, (HEADS_OF, -1)).transpose(0, 1)
+    return (queries, keys, context), weight.mT
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "layer"),
+    [
+        ("bert-backbone", {"ffn_rank": 8}, "encoder.layer.0.intermediate.dense"),
+        ("gpt2-backbone", {"ffn_rank": 8}, "h.0.mlp.c_fc"),
+        ("gpt2-backbone", {"qkv_rank": 11}, "h.0.attn.c_attn"),
+    ],
+)
+def test_a_calibrated_matrix_is_the_best_for_its_data(name: str, ranks: Ranks, layer: str) -> None:
+    head = HEADS[name]
+    stock, valid = stock_of(head), head.batch()["attention_mask"].bool()
+    seen: list[Tensor] = []
+    for model in (stock, truncated(head, stock, ranks, calibrated=True)):
+        with model.get_submodule(layer).register_forward_hook(lambda module, args, result: seen.append(result)):
+            run(model, head.batch())
+    exact, cut = (outputs[valid].double() for outputs in seen)
+    (rank,) = ranks.values()
+    assert_close(lost(cut, exact), tail(exact - exact.mean(0), rank), rtol=1e-3, atol=1e-4)
+
+
+# What is kept, and what is left alone
+
+
+@some(*LMS)
+@calibrated_or_not
+def test_the_source_is_left_as_it_is(head: Head, calibrated: bool) -> None:
+    stock = stock_of(head).train()
+    stock.get_submodule(f"{stock.base_model_prefix}.{head.family.one_layer.format(1)}").eval()
+    before, modes = copy.deepcopy(stock.state_dict()), [m.training for m in stock.modules()]
+    classes = [type(m) for m in stock.modules()]
+    for ranks in head.family.low.values():
+        model = truncated(head, stock, ranks, calibrated)
+        assert_close(stock.state_dict(), before, **EXACT)
+        assert [m.training for m in stock.modules()] == modes
+        assert [type(m) for m in stock.modules()] == classes
+        ours, theirs = ({p.untyped_storage().data_ptr() for p in m.parameters()} for m in (model, stock))
+        assert not ours & theirs
+        model.train()(**head.batch()).loss.backward()
+        assert all(p.grad is None for p in stock.parameters())
+
+
+@some("bert-backbone", "gpt2-backbone")
+@calibrated_or_not
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_dtype_is_kept(head: Head, dtype: torch.dtype, calibrated: bool) -> None:
+    stock = stock_of(head).to(dtype)
+    close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.15}
+    for low, full in zip(head.family.low.values(), head.family.full.values(), strict=False):
+        model = truncated(head, stock, low, calibrated)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert model.dtype == dtype
+        assert_close(run(truncated(head, stock, full, calibrated), head.batch()), run(stock, head.batch()), **close)
+
+
+@some("bert-decoder", "gpt2-lm")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_mode_kernel_and_settings_of_generation_are_kept(head: Head, attention: str) -> None:
+    stock = head.build_stock(attention=attention)
+    stock.generation_config.max_new_tokens = 7
+    model = head.ours.from_dense(stock, ffn_rank=3)
+    assert model.config._attn_implementation == attention
+    assert not model.training
+    assert head.ours.from_dense(stock.train(), ffn_rank=3).training
+    assert model.generation_config.max_new_tokens == 7
+    model.generation_config.max_new_tokens = 8
+    assert stock.generation_config.max_new_tokens == 7
+
+
+@some(*LMS)
+def test_what_is_frozen_stays_frozen(head: Head) -> None:
+    stock = stock_of(head)
+    layer = f"{stock.base_model_prefix}.{head.family.one_layer.format(0)}"
+    stock.get_submodule(layer).requires_grad_(False)
+    for ranks in head.family.low.values():
+        named = dict(truncated(head, stock, ranks).named_parameters())
+        assert {n for n, p in named.items() if not p.requires_grad} == {n for n in named if n.startswith(f"{layer}.")}
+
+
+# The word embedding and what is tied to it
+
+
+@some(*LMS, "gpt2-double")
+@calibrated_or_not
+def test_a_tied_output_matrix_is_the_embedding(head: Head, calibrated: bool) -> None:
+    stock = stock_of(head)
+    model = truncated(head, stock, {"embedding_rank": 13}, calibrated)
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    assert output.U is embedding.U
+    assert output.V is embedding.V
+    whole = stock.get_input_embeddings().weight
+    assert_close(lost(embedding.composed(), whole), tail(whole, 13), rtol=1e-4, atol=0)
+
+
+@some(*LMS)
+@calibrated_or_not
+def test_an_untied_output_matrix_is_cut_on_its_own(head: Head, calibrated: bool) -> None:
+    stock = stock_of(head, tie_word_embeddings=False)
+    model = truncated(head, stock, {"embedding_rank": 13}, calibrated)
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    assert output.U is not embedding.U
+    whole, table = stock.get_output_embeddings().weight, stock.get_input_embeddings().weight
+    assert_close(lost(embedding.composed(), table), tail(table, 13), rtol=1e-4, atol=0)
+    if not calibrated:
+        assert_close(lost(output.composed(), whole), tail(whole, 13), rtol=1e-4, atol=0)
+        return
+    seen: list[Tensor] = []
+    with output.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
+        run(model, head.batch())
+    x = seen[0][head.batch()["attention_mask"].bool()].double()
+    outputs = x @ whole.detach().double().mT
+    error = (x @ output.composed().detach().double().mT - outputs).square().sum()
+    assert_close(error, tail(outputs, 13), rtol=1e-3, atol=1e-3)
+
+
+# Ranks of every layer
+
+_LISTS = {"qk_rank": [None, 3], "ov_rank": [2, None], "ffn_rank": [None, 5]}
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("bert-masked-lm", _LISTS),
+        ("bert-cross-decoder", _LISTS),
+        ("gpt2-lm", _LISTS),
+        ("gpt2-cross-lm", _LISTS),
+        ("gpt2-lm", {"qkv_rank": [None, 3], "ffn_rank": [5, None]}),
+        ("gpt2-cross-lm", {"qkv_rank": [4, None]}),
+    ],
+)
+@calibrated_or_not
+def test_every_layer_may_have_its_own_ranks(name: str, ranks: Ranks, calibrated: bool, tmp_path: Path) -> None:
+    head = HEADS[name]
+    model = truncated(head, stock_of(head), ranks, calibrated)
+    found: dict[str, list[int | None]] = {option: [] for option in ranks}
+    for number in range(2):
+        layer = model.base_model.get_submodule(head.family.one_layer.format(number))
+        attention = next((m for m in layer.modules() if isinstance(m, FactorizedAttention)), None)
+        fused = {m.rank for n, m in factorized_layers(layer).items() if n.endswith("_attn")}
+        others = {m.rank for n, m in factorized_layers(layer).items() if not n.endswith("_attn")}
+        for option, value in {
+            "qk_rank": attention and attention.ranks.qk,
+            "ov_rank": attention and attention.ranks.ov,
+            "qkv_rank": fused.pop() if fused else None,
+            "ffn_rank": others.pop() if others else None,
+        }.items():
+            found.setdefault(option, []).append(value)
+    assert {option: found[option] for option in ranks} == ranks
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
+    loaded, info = head.auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert {option: getattr(loaded.config, option) for option in ranks} == ranks
+    assert_close(dict(loaded.state_dict()), dict(model.state_dict()), **EXACT)
+    assert_close(run(loaded, head.batch()), run(model, head.batch()), **EXACT)
+    assert_close(run(loaded.merge(), head.batch()), run(model, head.batch()), **CLOSE)
+
+
+_KINDS = ("qk", "ov", "ffn", "embedding")
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("bert-masked-lm", _KINDS),
+        ("bert-cross-decoder", _KINDS),
+        ("gpt2-lm", _KINDS),
+        ("gpt2-cross-lm", _KINDS),
+        ("gpt2-lm", ("qkv", "ffn")),
+        ("gpt2-cross-lm", ("qkv", "ffn")),
+    ],
+)
+@pytest.mark.parametrize("rule", ["rank", "rank_scale", "ratio", "energy", "budget"])
+@calibrated_or_not
+def test_every_rule_chooses_every_kind(name: str, kinds: tuple[str, ...], rule: str, calibrated: bool) -> None:
+    head, value = HEADS[name], 3 if rule == "rank" else 0.6
+    model = truncated(head, stock_of(head), {"rule": RankRule(**{rule: value}), "kinds": kinds}, calibrated)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    chosen = [getattr(model.config, f"{kind}_rank") for kind in kinds]
+    assert any(chosen)
+    if rule == "rank":
+        assert chosen == [3] * len(kinds)
+    if rule == "rank_scale":
+        assert chosen == [4 if kind in ("qk", "ov") else 13 for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "inner", "kinds"),
+    [
+        ("bert-backbone", "hidden_size", "intermediate_size", ("qk", "ov", "ffn")),
+        ("gpt2-backbone", "n_embd", "n_inner", ("qk", "ov", "ffn")),
+        ("gpt2-backbone", "n_embd", "n_inner", ("qkv", "ffn")),
+    ],
+)
+@calibrated_or_not
+@pytest.mark.parametrize("rule", ["ratio", "budget"])
+def test_a_share_of_the_parameters_is_met(
+    name: str, width: str, inner: str, kinds: tuple[str, ...], rule: str, calibrated: bool
+) -> None:
+    head = HEADS[name]
+    stock = stock_of(head, **{width: 48, inner: 130})
+    model = truncated(head, stock, {"rule": RankRule(**{rule: 0.5}), "kinds": kinds}, calibrated)
+    kept = [m for m in stock.modules() if "qkv" in kinds and type(m).__name__ == "GPT2Attention"]  # a dense output
+    constant = sum(m.c_proj.weight.numel() for m in kept)
+    counts = [
+        sum(p.numel() for n, p in m.named_parameters() if p.ndim > 1 and ".wt" not in n) for m in layers(model, stock)
+    ]
+    assert 0.98 * 0.5 <= (counts[0] - constant) / (counts[1] - constant) <= 0.5
+
+
+def layers(*models: PreTrainedModel) -> list[nn.Module]:
+    """The stacks of layers of models that have one."""
+    return [next(m for m in model.modules() if isinstance(m, nn.ModuleList)) for model in models]
+
+
+# In place, and from a model of ours
+
+
+@each_head
+@calibrated_or_not
+def test_in_place_is_the_same(head: Head, calibrated: bool) -> None:
+    stock = stock_of(head)
+    for ranks in head.family.low.values():
+        model, expected = head.build({}), truncated(head, stock, ranks, calibrated)
+        model.load_state_dict(stock.state_dict())
+        model.factorize_(**ranks, calibration=head.batch() if calibrated else None)
+        assert type(model) is head.ours
+        assert model.config.to_diff_dict() == expected.config.to_diff_dict()
+        assert_close(dict(model.named_parameters()), dict(expected.named_parameters()), **EXACT)
+        assert_close(run(model, head.batch()), run(expected, head.batch()), **EXACT)
+        assert_close(run(model.merge(), head.batch()), run(model, head.batch()), **CLOSE)
+
+
+@some(*LMS)
+def test_what_was_factorized_in_place_saves_and_trains(head: Head, tmp_path: Path) -> None:
+    model = head.build({}).train()
+    model.factorize_(**head.family.low["all"])
+    assert model.training
+    assert all(m.training for m in model.modules())
+    assert model.get_output_embeddings().U is model.get_input_embeddings().U
+    model(**head.batch()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = head.auto_class.from_pretrained(tmp_path)
+    assert_close(dict(loaded.state_dict()), dict(model.state_dict()), **EXACT)
+    assert isinstance(loaded.get_output_embeddings(), FactorizedLinear)
+
+
+@some(*LMS)
+def test_a_factorized_model_is_not_factorized_again(head: Head) -> None:
+    for ranks in head.family.low.values():
+        model = head.build({})
+        model.factorize_(**ranks)
+        before = model.state_dict()
+        with pytest.raises(ValueError, match=f"factorized already, with .*{max(ranks)}.*; merge"):
+            model.factorize_(ffn_rank=3)
+        assert_close(model.state_dict(), before, **EXACT)
+
+
+@some(*LMS)
+def test_what_cannot_be_done_leaves_the_model_as_it_was(head: Head) -> None:
+    model = head.build({})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(Exception, match=r"ffn_rank must be in \[1, 21\], got 22"):
+        model.factorize_(ffn_rank=22)
+    assert_close(model.state_dict(), before, **EXACT)
+    assert model.config.ffn_rank is None
