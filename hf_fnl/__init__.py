@@ -44,12 +44,12 @@ from hf_fnl.spectral import spectral_init
 from hf_fnl.surgery import Factorization, factorize_, merge_, restore_
 
 if TYPE_CHECKING:
-    from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+    from hf_fnl.training import DenseThenLowRank, FLAMBeTrainer, FLAMBeTrainingArguments, take_form_
 
 __version__ = "0.1.0"
 
 # Transformers' Trainer imports `datasets`; who only wants a model or an optimizer does not wait for it.
-_LAZY = {"FLAMBeTrainer": "hf_fnl.training", "FLAMBeTrainingArguments": "hf_fnl.training"}
+_LAZY = dict.fromkeys(("DenseThenLowRank", "FLAMBeTrainer", "FLAMBeTrainingArguments", "take_form_"), "hf_fnl.training")
 
 
 def __getattr__(name: str) -> Any:
@@ -60,6 +60,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AttentionProjections",
+    "DenseThenLowRank",
     "FLAMBe",
     "FLAMBeTrainer",
     "FLAMBeTrainingArguments",
@@ -105,4 +106,5 @@ __all__ = [
     "register_attention",
     "restore_",
     "spectral_init",
+    "take_form_",
 ]

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_d
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
 from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
 from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
@@ -107,8 +108,8 @@ def choose_tokenizer(options: ModelOptions, data: DataOptions, args: FLAMBeTrain
         return train_byte_bpe(documents["text"], vocab_size=data.vocab_size)
 
 
-def build_model(options: ModelOptions, tokenizer: Any) -> PreTrainedModel:
-    """A fresh model of the sizes and ranks asked for, or the one to go on from."""
+def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, int | None]) -> PreTrainedModel:
+    """A fresh model of the sizes asked for and of these ranks, or the one to go on from."""
     model_class = GPT2LMHeadModel if options.stock else FactorizedGPT2LMHeadModel
     if options.init_from:
         return model_class.from_pretrained(options.init_from)
@@ -127,7 +128,7 @@ def build_model(options: ModelOptions, tokenizer: Any) -> PreTrainedModel:
     }
     if options.stock:
         return model_class(GPT2Config(**sizes))
-    return model_class(FactorizedGPT2Config(**sizes, **options.ranks(), factor_init=options.factor_init))
+    return model_class(FactorizedGPT2Config(**sizes, **ranks, factor_init=options.factor_init))
 
 
 def training_documents(data: DataOptions, streaming: bool = False) -> Any:
@@ -148,9 +149,11 @@ def held_out_blocks(data: DataOptions, tokenizer: Any, block_size: int) -> Block
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
     options, data, args = parse_arguments(argv, ModelOptions, DataOptions, FLAMBeTrainingArguments)
+    ranks = options.ranks()
+    factorize = later_ranks(args.dense_steps, ranks)
     set_seed(args.seed)
     tokenizer = choose_tokenizer(options, data, args)
-    model = build_model(options, tokenizer)
+    model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)
     block_size = data.block_size or model.config.n_positions
     if block_size > model.config.n_positions:
         raise ValueError(f"block_size: the model's n_positions is {model.config.n_positions}, got {block_size}")
@@ -159,14 +162,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer = FLAMBeTrainer(
         model,
         args,
+        factorize=factorize,
         train_dataset=build_blocks(documents, tokenizer, block_size=block_size, num_proc=data.num_proc),
         eval_dataset=held_out,
         data_collator=default_data_collator,
         compute_metrics=functools.partial(perplexities, num_words=held_out.num_words) if held_out else None,
         preprocess_logits_for_metrics=sum_losses,
     )
-    metrics = {"parameters": parameter_count(model)}
-    metrics |= trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
+    metrics |= {"parameters": parameter_count(model)}
     if held_out is not None:
         metrics |= trainer.evaluate()
     trainer.save_state()

@@ -31,6 +31,7 @@ from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.files import write_text
+from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.bleu import bleu_scores
 from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
 from hf_fnl.training.tasks.beam_search import translate
@@ -162,8 +163,8 @@ class DataOptions:
         )
 
 
-def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A fresh Marian of the sizes and ranks asked for, or the model to go on from."""
+def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks: dict[str, int]) -> PreTrainedModel:
+    """A fresh Marian of the sizes asked for and of these ranks, or the model to go on from."""
     if options.init_from:
         return AutoModelForSeq2SeqLM.from_pretrained(options.init_from)
     ffn_dim = options.intermediate_size or 4 * options.hidden_size
@@ -188,7 +189,6 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase) -> Pr
         "eos_token_id": tokenizer.eos_token_id,
         "forced_eos_token_id": tokenizer.eos_token_id,
     }
-    ranks = options.ranks(len(tokenizer))
     if options.stock:
         if given := [*ranks, *["normalize_before"] * options.normalize_before]:
             raise ValueError(f"stock=True takes no ranks and no normalize_before, got {', '.join(given)}")
@@ -259,17 +259,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     train, validation, test = (data.load(part) for part in ("train", "validation", "test"))
     tokenizer = build_tokenizer(options, data, train)
-    model = build_model(options, tokenizer)
+    ranks = options.ranks(len(tokenizer))
+    factorize = later_ranks(args.dense_steps, ranks)
+    model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)
     encoded, encoded_validation = encode(data, args, tokenizer, train, validation, test)
     trainer = TranslationTrainer(
         model,
         args,
+        factorize=factorize,
         train_dataset=encoded,
         eval_dataset=encoded_validation,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         processing_class=tokenizer,
     )
-    metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
+    metrics = {**trainer.train(resume_from_checkpoint=resume).metrics, "parameters": parameter_count(model)}
     if data.average_checkpoints:
         load_average_(model, newest_checkpoints(args.output_dir, data.average_checkpoints))
     if validation is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,12 +52,13 @@ def factorize(
     qk_rank: Annotated[int | None, _rank("Rank of each head's query-key product.")] = None,
     ov_rank: Annotated[int | None, _rank("Rank of each head's output-value product.")] = None,
     ffn_rank: Annotated[int | None, _rank("Rank of the feed-forward matrices.")] = None,
+    qkv_rank: Annotated[int | None, _rank("Rank of the matrix of queries, keys and values together, of GPT-2.")] = None,
     embedding_rank: Annotated[int | None, _rank("Rank of the word embedding.")] = None,
     kinds: Annotated[
         str,
         typer.Option(
-            help="Kinds, with commas between: qk, ov, ffn, embedding for BERT (the first three unless given); "
-            "linear, embedding, conv for other models (linear unless given).",
+            help="Kinds, with commas between: qk, ov, ffn, embedding for BERT and GPT-2 (the first three unless "
+            "given), also qkv for GPT-2; linear, embedding, conv for other models (linear unless given).",
             rich_help_panel=_WHERE,
         ),
     ] = "",
@@ -99,9 +100,15 @@ def factorize(
     every layer. Say how far with one rule, or give ranks. A calibrated model keeps more of what the dense one knows.
     """
     rules = {"ratio": ratio, "budget": budget, "energy": energy, "rank_scale": rank_scale, "rank": rank}
-    by_kind = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
+    by_kind = {
+        "qk_rank": qk_rank,
+        "ov_rank": ov_rank,
+        "ffn_rank": ffn_rank,
+        "qkv_rank": qkv_rank,
+        "embedding_rank": embedding_rank,
+    }
     ranks = {name: value for name, value in by_kind.items() if value is not None}
-    _check_rules(rules, ranks, multiple_of)
+    _check_rules(rules, by_kind, multiple_of)
     with session(as_json=as_json, debug=debug) as terminal:
         from hf_fnl.cli import factorize as work
         from hf_fnl.cli.sources import Texts
@@ -209,17 +216,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app(arguments, prog_name="hf-fnl")
 
 
-def _check_rules(rules: dict[str, Any], ranks: dict[str, int], multiple_of: int) -> None:
-    given = [name for name, value in rules.items() if value is not None]
+def _check_rules(rules: dict[str, Any], by_kind: dict[str, int | None], multiple_of: int) -> None:
+    given, ranks = ([name for name, value in options.items() if value is not None] for options in (rules, by_kind))
     if len(given) + bool(ranks) != 1:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in rules)
-        found = ", ".join(f"--{name.replace('_', '-')}" for name in (*given, *ranks)) or "none"
         raise typer.BadParameter(
-            f"say how far with exactly one of {options}; or with ranks: any of --qk-rank, --ov-rank, --ffn-rank, "
-            f"--embedding-rank; got {found}"
+            f"say how far with exactly one of {_flags(rules)}; or with ranks: any of {_flags(by_kind)}; "
+            f"got {_flags((*given, *ranks)) or 'none'}"
         )
     if ranks and multiple_of != 1:
         raise typer.BadParameter("--multiple-of belongs to a rule; ranks are taken as they are")
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _usage(make: Any, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from hf_fnl.cli.terminal import Terminal
 from hf_fnl.config import FactorizationConfig, RankRule
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.functional import kept_energy
+from hf_fnl.layers.linear import dense_weight
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards import CARD_FILE, write_card
 from hf_fnl.models.cards.record import FACTORIZATION_FILE
@@ -141,7 +142,7 @@ def _layers(dense: PreTrainedModel, ours: PreTrainedModel) -> Iterator[Layer]:
             if matrix[0].shape == U.shape:
                 continue
         else:
-            matrix = (dense.get_parameter(f"{product.name}.weight"),)
+            matrix = (dense_weight(dense.get_submodule(product.name)),)
         yield {
             "name": product.name,
             "kind": product.kind,

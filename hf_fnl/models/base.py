@@ -75,17 +75,11 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         write_upload_card(working_dir, self, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As in Transformers, for a dense embedding.
-
-        Raises:
-            ValueError: If the embedding is factorized.
-        """
-        if isinstance(self.get_input_embeddings(), Factorized):
-            raise ValueError(
-                "resize_token_embeddings needs a dense embedding; merge() the model first or set embedding_rank=None"
-            )
-        return super().resize_token_embeddings(*args, **kwargs)
+    def _get_resized_embeddings(self, old_embeddings: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        # Here all ways to resize an embedding meet.
+        if isinstance(old_embeddings, Factorized):
+            raise ValueError("only a dense embedding is resized; merge() the model first or set embedding_rank=None")
+        return super()._get_resized_embeddings(old_embeddings, *args, **kwargs)
 
     @classmethod
     def _shared_ranks(cls, dense: PreTrainedModel) -> Shared:
@@ -164,6 +158,11 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         :class:`~hf_fnl.training.DenseThenLowRank`.
         """
         factorized = type(self).from_dense(self, **options)
+        before = dict(self.named_modules())
+        for name, module in factorized.named_modules():
+            if getattr(before.get(name), "gradient_checkpointing", False):
+                for attribute in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                    setattr(module, attribute, getattr(before[name], attribute))
         for name in ("_modules", "config", "_tied_weights_keys", "all_tied_weights_keys"):
             setattr(self, name, getattr(factorized, name))
 

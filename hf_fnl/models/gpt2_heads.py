@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.utils.generic import can_return_tuple
@@ -58,28 +59,48 @@ class FactorizedGPT2LMHeadModel(_WithLMHead, stock.GPT2LMHeadModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
         """As the stock model, with a loss that can do without logits of ``(batch, length, vocab_size)``.
 
+        All inputs are named: ``generate`` and the Trainer give a model only what its signature has.
+
         Args:
-            input_ids: ``(batch, length)``.
             labels: ``(batch, length)``, not shifted, -100 where nothing is to be predicted.
             num_items_in_batch: Labelled positions in the whole batch, as the Trainer passes it.
             return_logits: Whether the output has logits. Default: unless there are labels and the model trains with
                 ``fused_loss``.
-            kwargs: All others of the stock model.
         """
         if return_logits is None:
             return_logits = not (self.training and self.config.fused_loss)
+        options = {
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "use_cache": use_cache,
+            "return_dict": True,
+            **kwargs,
+        }
         if labels is None or return_logits:
-            return super().forward(
-                input_ids, labels=labels, num_items_in_batch=num_items_in_batch, return_dict=True, **kwargs
-            )
-        outputs = self.transformer(input_ids, return_dict=True, **kwargs)
+            counted = {"labels": labels, "num_items_in_batch": num_items_in_batch, "logits_to_keep": logits_to_keep}
+            return super().forward(input_ids, **counted, **options)
+        outputs = self.transformer(input_ids, **options)
         shifted = F.pad(labels, (0, 1), value=-100)[..., 1:]
         return CausalLMOutputWithCrossAttentions(
             loss=head_loss(self.lm_head, outputs.last_hidden_state, shifted, num_items_in_batch=num_items_in_batch),

@@ -25,6 +25,8 @@ from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
 from hf_fnl.models.vocabulary import tied_factors
 
+_POSITIONS = (stock.MarianSinusoidalPositionalEmbedding, pre_norm.PegasusSinusoidalPositionalEmbedding)
+
 
 @strict
 class FactorizedMarianConfig(FactorizedConfig, MarianConfig):
@@ -99,6 +101,13 @@ class FactorizedMarianConfig(FactorizedConfig, MarianConfig):
 
 class _Heads(FactorizedAttention):
     """Attention whose query-key and output-value products may have different ranks, in the place of a stock one."""
+
+    embed_dim: int
+    head_dim: int
+    scaling: float
+    dropout: float
+    layer_idx: int
+    config: FactorizedMarianConfig
 
     def __init__(self, ranks: LayerRanks, dense: stock.MarianAttention) -> None:
         super().__init__(
@@ -180,29 +189,31 @@ class _Stack(FactorizedPreTrainedModel):
     config: FactorizedMarianConfig
     config_class = FactorizedMarianConfig
     attention_class: ClassVar[type[_Heads]]
-    parts: ClassVar[Mapping[str, str]]  # of the attentions in a layer, by their names; the first is that of the stack
+    part: ClassVar[str]
+    attentions: ClassVar[Mapping[str, str]]  # attentions of a layer, and the parts that they belong to
+    layers: Any
+    embed_tokens: Any
 
     def post_init(self) -> None:
         """Put factorized modules in the place of the stock ones, then initialize as every model does."""
+        config = self.config
+        first = config.first_decoder_layer if self.part == "decoder" else 0
         with init.no_init_weights():
-            self._replace_modules()
+            for number, layer in enumerate(self.layers, first):
+                self._replace_modules(layer, number)
+            self.embed_tokens = _embedding(self.embed_tokens, config, None if config.shares_embedding else self.part)
         super().post_init()
 
-    def _replace_modules(self) -> None:
-        config, all_ranks = self.config, self.config.ranks
-        own = next(iter(self.parts.values()))
-        for number, layer in enumerate(self.layers, config.first_decoder_layer if own == "decoder" else 0):
-            for name, part in self.parts.items():
-                ranks = all_ranks.of_layer(number, part)
-                if ranks.qk is not None or ranks.ov is not None:
-                    setattr(layer, name, self.attention_class(ranks, getattr(layer, name)))
-            ranks = all_ranks.of_layer(number, own)
-            if ranks.ffn is not None:
-                for name in ("fc1", "fc2"):
-                    dense = getattr(layer, name)
-                    setattr(layer, name, FactorizedLinear.empty_like(dense, ranks.ffn, init=ranks.init["linear"]))
-        part = None if config.shares_embedding else own
-        self.embed_tokens = _embedding(self.embed_tokens, config, part)
+    def _replace_modules(self, layer: nn.Module, number: int) -> None:
+        for name, part in self.attentions.items():
+            ranks = self.config.ranks.of_layer(number, part)
+            if ranks.qk is not None or ranks.ov is not None:
+                setattr(layer, name, self.attention_class(ranks, getattr(layer, name)))
+        ranks = self.config.ranks.of_layer(number, self.part)
+        if ranks.ffn is not None:
+            for name in ("fc1", "fc2"):
+                dense = getattr(layer, name)
+                setattr(layer, name, FactorizedLinear.empty_like(dense, ranks.ffn, init=ranks.init["linear"]))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -214,11 +225,13 @@ class _Stack(FactorizedPreTrainedModel):
 
 
 class _Encoder(_Stack):
-    parts: ClassVar[Mapping[str, str]] = {"self_attn": "encoder"}
+    part = "encoder"
+    attentions: ClassVar[Mapping[str, str]] = {"self_attn": "encoder"}
 
 
 class _Decoder(_Stack):
-    parts: ClassVar[Mapping[str, str]] = {"self_attn": "decoder", "encoder_attn": "cross"}
+    part = "decoder"
+    attentions: ClassVar[Mapping[str, str]] = {"self_attn": "decoder", "encoder_attn": "cross"}
 
 
 class FactorizedMarianEncoder(_Encoder, stock.MarianEncoder):
@@ -256,9 +269,9 @@ def decoder_of(config: FactorizedMarianConfig) -> PreTrainedModel:
 
 
 def _embedding(
-    dense: nn.Embedding, config: FactorizedMarianConfig, part: str | None = None
+    dense: nn.Embedding, config: FactorizedMarianConfig, part: str | None
 ) -> nn.Embedding | FactorizedEmbedding:
-    """An embedding without values: as it is, or held as factors."""
+    """An embedding of a part, or of none, without values: as it is, or held as factors."""
     if config.embedding_rank is None:
         return dense
     return FactorizedEmbedding.empty_like(dense, config.embedding_rank, init=config.ranks.method("embedding", part))
@@ -277,6 +290,13 @@ class FactorizedMarianPreTrainedModel(FactorizedPreTrainedModel, stock.MarianPre
         if self.config.normalize_before:
             self.dense_class = self.pre_norm_class  # type: ignore[misc]
         super().post_init()
+
+    def initialize_weights(self) -> None:
+        """As in Transformers, which however forgets on loading that positions are computed and not trained."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, _POSITIONS):
+                module.weight.requires_grad_(False)
 
     @classmethod
     def _shared_ranks(cls, dense: PreTrainedModel) -> Shared:
@@ -308,11 +328,12 @@ class FactorizedMarianModel(FactorizedMarianPreTrainedModel, stock.MarianModel):
     def __init__(self, config: FactorizedMarianConfig) -> None:
         PreTrainedModel.__init__(self, config)
         if config.share_encoder_decoder_embeddings:
-            self.shared = _embedding(nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id), config)
+            table = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+            self.shared = (
+                _embedding(table, config, None) if config.shares_embedding else table
+            )  # untied, it is never used
             tied = {f"{part}.embed_tokens.weight": "shared.weight" for part in ("decoder", "encoder")}
             self._tied_weights_keys = tied_factors(tied, config.embedding_rank is not None)
-        else:
-            self._tied_weights_keys = None
         self.encoder = encoder_of(config)
         self.decoder = decoder_of(config)
         self.post_init()

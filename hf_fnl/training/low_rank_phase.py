@@ -176,3 +176,24 @@ def _continue_rates(scheduler: LambdaLR, groups: list[dict[str, Any]], scale: fl
         group["initial_lr"], group["lr"] = initial, rate
     scheduler.lr_lambdas = fitted(scheduler.lr_lambdas)
     scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": base, "_last_lr": last})
+
+
+def later_ranks(dense_steps: int, ranks: Mapping[str, Any]) -> Callable[[Any], object] | None:
+    """What a script gives as ``factorize`` for a model of ours: its ``factorize_`` with the ranks that were asked for.
+
+    Args:
+        dense_steps: Steps of the dense phase; 0 if there is none.
+        ranks: Ranks by the fields of the model's configuration, ``None`` for what stays dense.
+
+    Returns:
+        The callable; ``None`` without a dense phase.
+
+    Raises:
+        ValueError: If there is a dense phase and no rank for what comes after it.
+    """
+    if not dense_steps:
+        return None
+    given = {option: rank for option, rank in ranks.items() if rank is not None}
+    if not given:
+        raise ValueError(f"dense_steps={dense_steps} needs ranks for the steps after them, such as ffn_rank")
+    return lambda model: model.factorize_(**given)

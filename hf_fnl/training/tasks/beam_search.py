@@ -44,7 +44,8 @@ def translate(
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-    beams = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": True} if num_beams > 1 else {}
+    # Said for greedy search too: a model's own settings may ask for beams.
+    beams = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": num_beams > 1}
     translations = [""] * len(sentences)
     was_training = model.training
     model.eval()

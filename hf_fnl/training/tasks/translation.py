@@ -77,7 +77,7 @@ def _read_paths(paths: Sequence[Path], languages: tuple[str, str], split: str) -
     kind = SUFFIXES.get(path.suffix)
     if kind in (None, "text"):
         raise ValueError(
-            f"{path} is no file of pairs: give a .parquet, .json or .jsonl file, or two text files, source before target"
+            f"{path} is no file of pairs: give a .parquet, .json or .jsonl file, or two text files, source first"
         )
     return _two_columns(_read(kind, path, split), languages, path)
 

@@ -35,7 +35,7 @@ class TranslationArguments(FLAMBeTrainingArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Any of Transformers' schedules."})
     warmup_steps: float = field(default=200, metadata={"help": "Steps of linear warm-up."})
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training pairs."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the training pairs."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Spread over all entries of the vocabulary."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Sentences of a batch in evaluation."})
     max_tokens: int = field(
