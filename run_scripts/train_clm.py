@@ -99,6 +99,13 @@ class DataOptions:
     )
 
 
+@dataclass
+class LanguageModelArguments(FLAMBeTrainingArguments):
+    """Training arguments whose optimizer asks for no products of heads, which ``qkv_rank`` leaves none of."""
+
+    optim: str = field(default="adamw_torch", metadata=FLAMBeTrainingArguments.__dataclass_fields__["optim"].metadata)
+
+
 def choose_tokenizer(options: ModelOptions, data: DataOptions, args: FLAMBeTrainingArguments) -> Any:
     """The tokenizer that is named, that of the model to go on from, or one trained on the documents."""
     if source := data.tokenizer or options.init_from:
@@ -148,7 +155,7 @@ def held_out_blocks(data: DataOptions, tokenizer: Any, block_size: int) -> Block
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, FLAMBeTrainingArguments)
+    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, LanguageModelArguments)
     ranks = options.ranks()
     factorize = later_ranks(args.dense_steps, ranks)
     set_seed(args.seed)

@@ -78,7 +78,7 @@ class ModelOptions:
         """The ranks that are given or follow from ``rank_scale``, by name.
 
         Raises:
-            ValueError: If ``rank_scale`` is not in (0, 1].
+            ValueError: If ``rank_scale`` is not in (0, 1], or the stock class is to have ranks.
         """
         if self.rank_scale is not None and not 0 < self.rank_scale <= 1:
             raise ValueError(f"rank_scale must be above 0 and at most 1, got {self.rank_scale}")
@@ -90,7 +90,10 @@ class ModelOptions:
         }
         scaled = {name: max(1, round((self.rank_scale or 0) * limit)) for name, limit in largest.items()}
         ranks = {name: getattr(self, name) or (scaled[name] if self.rank_scale else None) for name in largest}
-        return {name: rank for name, rank in ranks.items() if rank is not None}
+        found = {name: rank for name, rank in ranks.items() if rank is not None}
+        if self.stock and (given := [*found, *["normalize_before"] * self.normalize_before]):
+            raise ValueError(f"stock=True takes no ranks and no normalize_before, got {', '.join(given)}")
+        return found
 
     def init_methods(self) -> str | dict[str, str]:
         """One method for all factors, or methods by selector.
@@ -190,8 +193,6 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks
         "forced_eos_token_id": tokenizer.eos_token_id,
     }
     if options.stock:
-        if given := [*ranks, *["normalize_before"] * options.normalize_before]:
-            raise ValueError(f"stock=True takes no ranks and no normalize_before, got {', '.join(given)}")
         model = MarianMTModel(MarianConfig(**settings))
     else:
         factors = {"factor_init": options.init_methods(), "normalize_before": options.normalize_before, **ranks}

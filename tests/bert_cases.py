@@ -19,7 +19,13 @@ SIZES: dict[str, Any] = {
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 FULL = {"qk_rank": 7, "ov_rank": 7, "ffn_rank": 21, "embedding_rank": 21}
 LOW = {"qk_rank": 5, "ov_rank": 2, "ffn_rank": 8, "embedding_rank": 13}
-BERT = Family("Bert", SIZES, {"all": FULL}, {"all": LOW, "only-ov": {"ov_rank": 3}}, "encoder.layer.{}")
+BERT = Family(
+    "Bert",
+    SIZES,
+    {"all": FULL, "one-layer": {"qk_rank": [7, None]}},
+    {"all": LOW, "only-ov": {"ov_rank": 3}},
+    "encoder.layer.{}",
+)
 BATCH, LENGTH = 4, 11
 
 

@@ -27,7 +27,7 @@ LOW_QKV = {"qkv_rank": 11, "ffn_rank": 8}
 GPT2 = Family(
     "GPT2",
     SIZES,
-    {"all": FULL, "qkv": FULL_QKV},
+    {"all": FULL, "qkv": FULL_QKV, "one-layer": {"qk_rank": [7, None]}},
     {"all": LOW, "only-ov": {"ov_rank": 3}, "qkv": LOW_QKV},
     "h.{}",
 )

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from low_rank_cases import (
     DEFAULTS,
     SWITCH,
@@ -30,12 +32,13 @@ from hf_fnl import (
     FactorizationConfig,
     FactorizedLinear,
     FLAMBe,
+    FLAMBeTrainer,
     FLAMBeTrainingArguments,
     Lamb,
     factorize_,
     load,
 )
-from hf_fnl.training import DenseThenLowRank, take_form_
+from hf_fnl.training import DenseThenLowRank, low_rank_phase, take_form_
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 
 WORKER = Path(__file__).parent / "workers" / "low_rank.py"
@@ -322,11 +325,32 @@ def test_an_optimizer_that_was_built_before_and_model_init_are_refused(tmp_path)
     args = FLAMBeTrainingArguments(output_dir=str(tmp_path), **DEFAULTS, dense_steps=SWITCH)
     model = tiny_gpt2()
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
-    trainer_class = type(low_rank_trainer(tmp_path))
     with pytest.raises(ValueError, match="does not work with an optimizer of your own"):
-        trainer_class(model, args, factorize=factorize_gpt2, optimizers=(optimizer, None))
+        FLAMBeTrainer(model, args, factorize=factorize_gpt2, optimizers=(optimizer, None))
     with pytest.raises(ValueError, match="does not work with model_init: pass a model"):
-        trainer_class(None, args, factorize=factorize_gpt2, model_init=lambda: tiny_gpt2())
+        FLAMBeTrainer(None, args, factorize=factorize_gpt2, model_init=lambda: tiny_gpt2())
+
+
+@pytest.mark.parametrize(("flag", "engine"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])
+def test_engines_that_hold_the_dense_parameters_are_refused(tmp_path, monkeypatch, flag, engine):
+    create = FLAMBeTrainer.create_accelerator_and_postprocess
+
+    def create_with_engine(self):
+        create(self)
+        setattr(self, flag, True)
+
+    monkeypatch.setattr(FLAMBeTrainer, "create_accelerator_and_postprocess", create_with_engine)
+    with pytest.raises(ValueError, match=f"dense_steps does not work with {engine}"):
+        low_rank_trainer(tmp_path)
+
+
+def test_several_processes_need_our_trainer(tmp_path, monkeypatch):
+    distributed = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
+    monkeypatch.setattr(low_rank_phase, "AcceleratorState", lambda: distributed)
+    args = TrainingArguments(str(tmp_path), **DEFAULTS, dataloader_pin_memory=False)
+    callback = DenseThenLowRank(SWITCH, factorize_gpt2)
+    with pytest.raises(ValueError, match=r"a model cannot change under MULTI_CPU in this trainer; .* FLAMBeTrainer"):
+        Trainer(tiny_gpt2(), args, train_dataset=tiny_texts(), callbacks=[callback]).train()
 
 
 def test_a_trainer_of_transformers_must_not_load_a_best_model_of_another_form(tmp_path):

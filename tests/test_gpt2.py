@@ -1,4 +1,4 @@
-"""Factorized GPT-2: heads of unequal ranks, one product for queries, keys and values, cross-attention, initial scales."""
+"""Factorized GPT-2: heads of unequal ranks, one product for queries, keys and values, caches, initial scales."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Factorized Marian, where it differs from the other families; what holds of all of them is in test_models.py."""
+"""Factorized Marian computes what the stock model computes: every head, layout and kernel."""
 
 import math
 import shutil
@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from family import Head, add, factorized_layers, gradients, loss_and_gradients, random_vectors_, run
-from marian_cases import BACKBONE, DECODER, HEADS, LOW, MT, NO_DROPOUT, PRE_NORM, SEPARATE, SIZES, UNTIED
+from marian_cases import BACKBONE, DECODER, FULL, HEADS, LOW, MT, NO_DROPOUT, PRE_NORM, SEPARATE, SIZES, UNTIED
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -15,9 +15,38 @@ from hf_fnl import FrobeniusDecay, find_products, parameter_groups
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # layers of float32, whose weights went through a decomposition
 EXACT = {"rtol": 0, "atol": 0}
+each_kernel = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 LM_HEADS = {name: head for name, head in HEADS.items() if head.name != "Model"}
 each_lm_head = pytest.mark.parametrize("head", LM_HEADS.values(), ids=LM_HEADS)
+
+
+@each_head
+@each_kernel
+def test_full_rank_equals_the_stock_model_of_the_same_seed(head: Head, attention: str) -> None:
+    options = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    ours, stock = head.build(FULL, attention=attention), head.build_stock(attention=attention)
+    assert_close(run(ours, head.batch(), **options), run(stock, head.batch(), **options), **CLOSE)
+    assert_close(ours(**head.batch(), return_dict=False)[0], stock(**head.batch(), return_dict=False)[0], **CLOSE)
+
+
+@each_head
+def test_no_rank_at_all_is_the_stock_model(head: Head) -> None:
+    assert_close(dict(head.build({}).state_dict()), dict(head.build_stock().state_dict()), **EXACT)
+
+
+@pytest.mark.parametrize("head", [MT, PRE_NORM], ids=["post-norm", "pre-norm"])
+@each_kernel
+def test_full_rank_with_dropout_trains_as_the_stock_model(head: Head, attention: str) -> None:
+    results = []
+    rates = {"dropout": 0.2, "attention_dropout": 0.3, "activation_dropout": 0.1}
+    for build in (lambda **fields: head.build(FULL, **fields), head.build_stock):
+        model = build(attention=attention, **rates).train()
+        torch.manual_seed(2)
+        loss = model(**head.batch()).loss
+        loss.backward()
+        results.append((loss.detach(), model.model.decoder.layers[0].encoder_attn_layer_norm.weight.grad))
+    assert_close(*results, **CLOSE)
 
 
 @pytest.mark.slow  # compiles a kernel
@@ -103,7 +132,7 @@ def reference_attention(block: torch.nn.Module, x: Tensor, memory: Tensor, mask:
     return result
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@each_kernel
 @pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"qk_rank": 1, "ov_rank": 6}, {"ov_rank": 3}], ids=str)
 def test_heads_of_unequal_ranks_against_a_reference(ranks: dict[str, int], attention: str) -> None:
     model, batch = random_vectors_(BACKBONE.build(ranks, attention=attention)), BACKBONE.batch()
@@ -165,13 +194,24 @@ def test_a_training_step_compiles_to_one_graph(head: Head) -> None:
     assert_close(compiled(**batch).loss, model(**batch).loss, **EXACT)
 
 
-# Ties
+# Names and ties
+
+
+@each_head
+def test_names_are_those_of_the_stock_model(head: Head) -> None:
+    ours, expected = head.build(LOW), set()
+    layers = factorized_layers(ours)
+    for name, _ in head.build_stock().named_parameters():  # tied ones appear once
+        owner = name.removesuffix(".weight")
+        expected |= {f"{owner}.U", f"{owner}.V"} if owner in layers else {name}
+    assert {name for name, _ in ours.named_parameters()} == expected
 
 
 @each_lm_head
 def test_what_the_stock_model_ties_is_tied_factor_by_factor(head: Head) -> None:
     ours, stock = head.build(LOW), head.build_stock()
-    names = [name for name, _ in stock.named_modules() if name.endswith(("shared", "embed_tokens", "lm_head"))]
+    names = [name for name in factorized_layers(ours) if name.endswith(("shared", "embed_tokens", "lm_head"))]
+    assert len(names) >= 2
     for first in names:
         for second in names:
             tied = stock.get_submodule(first).weight is stock.get_submodule(second).weight
@@ -234,7 +274,10 @@ def test_decay_of_cross_attentions_is_the_gradient_of_their_norms(kind: str) -> 
     assert {name for name, g in expected.items() if g.any()} == {n for p in products for n in p.parameter_names}
 
 
-def test_untied_models_have_a_product_for_each_table() -> None:
+def test_an_untied_model_has_a_product_for_each_table_that_is_used() -> None:
     found = {p.name: p.kind for p in find_products(UNTIED.build({"embedding_rank": 5}), ["embedding", "linear"])}
-    tables = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
-    assert found == {**{f"model.{name}": "embedding" for name in tables}, "lm_head": "linear"}
+    assert found == {
+        "model.encoder.embed_tokens": "embedding",
+        "model.decoder.embed_tokens": "embedding",
+        "lm_head": "linear",
+    }

@@ -1,5 +1,7 @@
 """Every head of every family computes what the stock model computes, and starts from what it starts from."""
 
+import inspect
+
 import pytest
 import torch
 from family import Head, Ranks, factorized_layers, gradients, run
@@ -124,6 +126,13 @@ def test_spectral_ones_starts_from_the_directions_alone(name: str, ranks: str) -
 
 
 # Names, ties, graphs
+
+
+@each_head
+def test_every_input_of_the_stock_model_is_named(head: Head) -> None:
+    """``generate`` and the Trainer give a model only what its signature has."""
+    ours, stock = (inspect.signature(cls.forward).parameters for cls in (head.ours, head.stock))
+    assert set(stock) - {"return_dict"} <= set(ours) - {"return_dict"}
 
 
 @each_head_with_ranks("low")

@@ -36,6 +36,11 @@ def test_merging_keeps_ties_dtype_and_mode(head: Head) -> None:
     assert merged.training
 
 
+def test_merging_keeps_the_bias_of_a_decoder_tied() -> None:
+    merged = HEADS["bert-masked-lm"].build({"embedding_rank": 13}).merge()
+    assert merged.cls.predictions.decoder.bias is merged.cls.predictions.bias
+
+
 @some("bert-next-sentence", "gpt2-tokens")
 def test_merging_keeps_the_names_of_labels(head: Head) -> None:
     labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}

@@ -158,7 +158,7 @@ BAD = [
     (as_text_folder, {"languages": ("de", "fr")}, r"one train file of language 'fr' is needed .*found \[\]"),
     (as_text_folder, {"split": "test"}, r"one test file of language 'de' is needed in .*found \[\] among \['tiny"),
     (as_parquet_folder, {"split": "dev"}, r"cannot read .* as folder of sentence pairs: .*dev"),
-    (lambda folder: as_text_files(folder)[0], {}, "train.de is no file of pairs: give a .parquet, .json or .jsonl file, or two"),
+    (lambda folder: as_text_files(folder)[0], {}, "train.de is no file of pairs: give .* or two text files"),
     (lambda folder: [*as_text_files(folder), folder], {}, "or two text files of equal length; got 3 paths"),
     (lambda folder: "embedded", {"languages": ("de", "fr")}, r"languages of the embedded phrases are de and en, got"),
     (lambda folder: "embedded", {"split": "dev"}, "must be one of train, validation, test, got 'dev'"),

@@ -172,6 +172,7 @@ def test_translations_come_in_order_whatever_the_batches():
 def test_every_translation_ends_at_its_own_limit(num_beams):
     tokenizer = tiny_tokenizer()
     model = tiny_marian(tokenizer)
+    model.generation_config.num_beams = 4  # what the caller says goes before
     model.final_logits_bias[0, tokenizer.convert_tokens_to_ids("n")] = 50.0
     sentences = [text for pair in PAIRS for text in pair]
     limits = [2 * len(ids) + 10 for ids in tokenizer(sentences)["input_ids"]]
