@@ -84,6 +84,22 @@ def test_cross_attention_of_gpt2():
         assert_close(product.matrix(model), expected_matrices(CROSS, attention)[product.kind])
 
 
+@pytest.mark.parametrize("is_cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize(("qk", "ov"), [(6, 15), (12, 9), (3, 21)])
+def test_heads_of_gpt2_may_have_two_widths(is_cross, qk, ov):
+    torch.manual_seed(0)
+    attention = nn.Module()
+    attention.num_heads = HEADS
+    attention.c_attn, attention.c_proj = Conv1D(qk * (2 - is_cross) + ov, HIDDEN), Conv1D(HIDDEN, ov)
+    inputs = list(attention.c_attn.weight.split([qk] * (2 - is_cross) + [ov], dim=1))
+    if is_cross:
+        attention.q_attn = Conv1D(qk, HIDDEN)
+        inputs.insert(0, attention.q_attn.weight)
+    query, key, value = (weight.unflatten(1, (HEADS, -1)).transpose(0, 1) for weight in inputs)
+    expected = {"qk": query @ key.mT, "ov": value @ attention.c_proj.weight.unflatten(0, (HEADS, -1))}
+    assert_close({product.kind: product.matrix(attention) for product in find_products(attention)}, expected)
+
+
 def run_bert(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     attention = model.encoder.layer[0].attention
     context, weights = attention.self(x)

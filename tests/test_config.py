@@ -72,7 +72,7 @@ def test_patterns_choose_whole_names(include: list[str], exclude: list[str], cho
 # Ranks of our own model classes
 
 SIZES = {"hidden_size": 35, "num_heads": 5, "intermediate_size": 22, "vocab_size": 30, "num_layers": 3}
-LIMITS = {"qk_rank": 7, "ov_rank": 7, "ffn_rank": 22, "embedding_rank": 30}
+LIMITS = {"qk_rank": 7, "ov_rank": 7, "ffn_rank": 22, "qkv_rank": 35, "embedding_rank": 30}
 
 
 @pytest.mark.parametrize(("option", "limit"), LIMITS.items(), ids=LIMITS)
@@ -84,7 +84,7 @@ def test_a_rank_that_does_not_fit_is_named(option: str, limit: int) -> None:
         TransformerRanks(**{option: 0})
 
 
-@pytest.mark.parametrize("option", ["qk_rank", "ov_rank", "ffn_rank"])
+@pytest.mark.parametrize("option", ["qk_rank", "ov_rank", "ffn_rank", "qkv_rank"])
 def test_a_list_has_one_rank_for_each_layer(option: str) -> None:
     limit = LIMITS[option]
     ranks = TransformerRanks(**{option: [limit, None, 1]})
@@ -111,6 +111,38 @@ def test_numbers_hold_for_every_layer() -> None:
     ]
 
 
+@pytest.mark.parametrize("heads", [3, [3, None, None]], ids=["a-number", "a-list"])
+@pytest.mark.parametrize("option", ["qk_rank", "ov_rank"])
+def test_a_matrix_is_factorized_in_one_way(option: str, heads: int | list[int | None]) -> None:
+    with pytest.raises(ValueError, match=f"qkv_rank factorizes .* as a whole and {option} cuts its heads: give one"):
+        TransformerRanks(**{option: heads}, qkv_rank=[None, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("init", "part", "methods"),
+    [
+        pytest.param("spectral", "cross", ("spectral",) * 4, id="one-for-all"),
+        pytest.param({}, None, ("default",) * 4, id="none"),
+        pytest.param({"ov": "spectral"}, "decoder", ("default", "spectral", "default", "default"), id="kind"),
+        pytest.param(
+            {"ov": "spectral", "ov:cross": "default", "qk:cross": "spectral_ones"},
+            "cross",
+            ("spectral_ones", "default", "default", "default"),
+            id="part-before-kind",
+        ),
+        pytest.param(
+            {"ov:encoder": "spectral", "embedding": "spectral"}, None, ("default",) * 3 + ("spectral",), id="other-part"
+        ),
+    ],
+)
+def test_selectors_say_how_factors_start(
+    init: str | dict[str, str], part: str | None, methods: tuple[str, ...]
+) -> None:
+    ranks = TransformerRanks(init=init)
+    assert tuple(ranks.method(kind, part) for kind in ("qk", "ov", "linear", "embedding")) == methods
+    assert tuple(ranks.of_layer(2, part).init[kind] for kind in ("qk", "ov", "linear")) == methods[:3]
+
+
 def test_an_embedding_has_one_rank() -> None:
     with pytest.raises(ValueError, match="embedding_rank must be a number"):
         TransformerRanks(embedding_rank=[3, 3, 3]).check(**SIZES)
@@ -119,5 +151,9 @@ def test_an_embedding_has_one_rank() -> None:
 def test_an_unknown_init_and_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="factor_init must be one of spectral, spectral_ones, default, got 'random'"):
         TransformerRanks(init="random")
+    with pytest.raises(ValueError, match="factor_init must be one of spectral, spectral_ones, default, got 'random'"):
+        TransformerRanks(init={"linear": "random"})
+    with pytest.raises(ValueError, match=r"any of linear, embedding, conv, qk, ov, .* got 'mlp'"):
+        TransformerRanks(init={"mlp": "spectral"})
     with pytest.raises(ValueError, match="hidden_size must be a multiple of num_attention_heads, got 35 and 4 heads"):
         TransformerRanks().check(**{**SIZES, "num_heads": 4})

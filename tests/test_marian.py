@@ -1,5 +1,6 @@
 """Factorized Marian computes what the stock model computes: every head, layout and kernel."""
 
+import inspect
 import math
 import shutil
 import warnings
@@ -220,7 +221,14 @@ def test_what_the_stock_model_ties_is_tied_factor_by_factor(head: Head) -> None:
                 assert (a is b) == tied, (first, second)
 
 
-# Losses
+# Losses and inputs
+
+
+@each_lm_head
+def test_all_inputs_of_the_stock_model_are_named(head: Head) -> None:
+    """``generate`` and the Trainer give a model only what its signature has."""
+    ours, theirs = (list(inspect.signature(cls.forward).parameters) for cls in (head.ours, head.stock))
+    assert [name for name in ours if name != "num_items_in_batch"] == theirs
 
 
 @each_lm_head

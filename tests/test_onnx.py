@@ -1,11 +1,12 @@
-"""A truncated BERT leaves PyTorch: exported to ONNX, it computes the same in onnxruntime at any batch and length."""
+"""A truncated BERT or GPT-2, exported to ONNX, computes the same in onnxruntime at any batch and length."""
 
 from pathlib import Path
 
+import gpt2_cases
 import pytest
 import torch
-from bert_cases import BACKBONE, HEADS, LOW, MASKED_LM, SIZES
-from family import Head, run
+from bert_cases import BACKBONE, HEADS, MASKED_LM, SIZES
+from family import Head, random_vectors_, run
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -23,6 +24,8 @@ CASES = {
     "merged-masked-lm": (MASKED_LM, True, LOGITS),
     "merged-question-answering": (HEADS["question-answering"], True, ANSWERS),
     "factorized-masked-lm": (MASKED_LM, False, LOGITS),
+    "merged-gpt2": (gpt2_cases.LM, True, LOGITS),
+    "factorized-gpt2": (gpt2_cases.LM, False, LOGITS),
 }
 
 
@@ -50,11 +53,8 @@ def export(model: PreTrainedModel, outputs: list[str], file: Path) -> None:
 
 @pytest.mark.parametrize(("head", "merged", "outputs"), CASES.values(), ids=CASES)
 def test_an_exported_model_computes_the_same(head: Head, merged: bool, outputs: list[str], tmp_path: Path) -> None:
-    stock = head.build_stock()
-    for parameter in stock.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter)
-    model = head.ours.from_dense(stock, **LOW)
+    stock = random_vectors_(head.build_stock(use_cache=False))
+    model = head.ours.from_dense(stock, **head.family.low["all"])
     model = model.merge() if merged else model
     export(model, outputs, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])

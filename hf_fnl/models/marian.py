@@ -329,9 +329,8 @@ class FactorizedMarianModel(FactorizedMarianPreTrainedModel, stock.MarianModel):
         PreTrainedModel.__init__(self, config)
         if config.share_encoder_decoder_embeddings:
             table = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
-            self.shared = (
-                _embedding(table, config, None) if config.shares_embedding else table
-            )  # untied, it is never used
+            # Where embeddings are not tied, this table is never used and stays as it is.
+            self.shared = _embedding(table, config, None) if config.shares_embedding else table
             tied = {f"{part}.embed_tokens.weight": "shared.weight" for part in ("decoder", "encoder")}
             self._tied_weights_keys = tied_factors(tied, config.embedding_rank is not None)
         self.encoder = encoder_of(config)

@@ -15,8 +15,9 @@ from transformers import (
     MarianTokenizer,
     PreTrainedModel,
 )
+from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import fixed_cross_entropy
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.models.marian import modeling_marian as stock
 from transformers.models.pegasus import modeling_pegasus as pre_norm
 from transformers.utils.generic import can_return_tuple
@@ -66,8 +67,8 @@ class FactorizedMarianMTModel(_WithLMHead, stock.MarianMTModel):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values: Any = None,
+        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -134,17 +135,36 @@ class FactorizedMarianForCausalLM(_WithLMHead, stock.MarianForCausalLM):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
         """As the stock model, with a loss that adds up over parts of a batch.
 
+        All inputs are named: ``generate`` and the Trainer give a model only what its signature has.
+
         Args:
             labels: ``(batch, length)``, not shifted inside, -100 where nothing is to be predicted.
             num_items_in_batch: As in :meth:`FactorizedMarianMTModel.forward`.
         """
-        outputs = super().forward(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        outputs = super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
         if labels is None:
             return outputs
         return CausalLMOutputWithCrossAttentions(loss=_loss(outputs.logits, labels, num_items_in_batch), **outputs)
