@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.config import LayerRanks
@@ -80,6 +83,64 @@ def _cut_heads(
         left, right = (draw_normal_(factor.new_empty(*factor.shape[:2], rank), std) for factor, std in sides)
         return left, right
     return spectral_init_heads(left, right, rank, method)
+
+
+def split_heads(states: Tensor, num_heads: int) -> Tensor:
+    """``(batch, length, heads * rank)`` to ``(batch, heads, length, rank)``."""
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def cached_heads(
+    compute: Callable[[], tuple[Tensor, Tensor]], past_key_values: Cache | None, layer_idx: int, *, crossing: bool
+) -> tuple[Tensor, Tensor]:
+    """Keys and values, those of earlier calls included.
+
+    Args:
+        compute: Gives the keys and values of this call, each ``(batch, heads, length, rank)``; not asked for those of
+            an encoder that the cache holds already.
+        past_key_values: The cache, if any.
+        layer_idx: Number of the layer in the cache.
+        crossing: Whether they are those of an encoder.
+    """
+    if not isinstance(past_key_values, EncoderDecoderCache):
+        key, value = compute()
+        return (key, value) if past_key_values is None else past_key_values.update(key, value, layer_idx)
+    if not crossing:
+        return past_key_values.self_attention_cache.update(*compute(), layer_idx)
+    cache = past_key_values.cross_attention_cache
+    if past_key_values.is_updated.get(layer_idx):
+        return cache.layers[layer_idx].keys, cache.layers[layer_idx].values
+    key, value = cache.update(*compute(), layer_idx)
+    past_key_values.is_updated[layer_idx] = True
+    return key, value
+
+
+def attend(
+    attention: Any,
+    eager: Callable[..., Any],
+    heads: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with the kernel that the configuration of the model names.
+
+    Args:
+        attention: The module, with its ``config`` and ``scaling``.
+        eager: The stock family's own implementation.
+        heads: Queries, keys and values ``(batch, heads, length, rank)``.
+        mask: As the stock layer takes it.
+        dropout: Rate in training.
+        kwargs: Others that the kernel takes.
+
+    Returns:
+        The heads' contexts side by side, ``(batch, length, heads * ov_rank)``, and the weights if the kernel has them.
+    """
+    kernel: Any = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
+    rate = dropout if attention.training else 0.0
+    context, weights = kernel(attention, *heads, mask, dropout=rate, scaling=attention.scaling, **kwargs)
+    return context.flatten(-2), weights
 
 
 def draw_normal_(weight: Tensor, std: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert as stock
 
 from hf_fnl.config import LayerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.span import Span
-from hf_fnl.models.attention import FactorizedAttention, HeadProjection, Spans
+from hf_fnl.models.attention import FactorizedAttention, HeadProjection, Spans, attend, cached_heads, split_heads
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
@@ -52,27 +51,12 @@ class FactorizedBertConfig(FactorizedConfig, BertConfig):
         }
 
 
-def _attend(
-    attention: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention over heads ``(batch, heads, length, rank)`` with the configured kernel."""
-    attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-        attention.config._attn_implementation, stock.eager_attention_forward
-    )
-    dropout = attention.dropout.p if attention.training else 0.0
-    context, weights = attend(
-        attention, query, key, value, attention_mask, dropout=dropout, scaling=attention.scaling, **kwargs
-    )
-    return context.flatten(-2), weights
-
-
 class _Heads(nn.Module):
     """Projections whose heads are ``qk_rank`` and ``ov_rank`` wide in place of ``hidden_size / heads``."""
+
+    num_attention_heads: int
+    layer_idx: int
+    dropout: nn.Dropout
 
     def __init__(self, config: FactorizedBertConfig, ranks: LayerRanks, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -81,9 +65,26 @@ class _Heads(nn.Module):
         self.key = HeadProjection(config.hidden_size, heads * (ranks.qk or head_dim))
         self.value = HeadProjection(config.hidden_size, heads * (ranks.ov or head_dim))
 
-    def split_heads(self, states: Tensor) -> Tensor:
-        """``(batch, length, heads * rank)`` to ``(batch, heads, length, rank)``."""
-        return states.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+    def _attend(
+        self,
+        hidden_states: Tensor,
+        states: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        *,
+        crossing: bool,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries of ``hidden_states`` against keys of ``states``; returns the heads side by side, and the weights."""
+        count = self.num_attention_heads
+        key, value = cached_heads(
+            lambda: (split_heads(self.key(states), count), split_heads(self.value(states), count)),
+            past_key_values,
+            self.layer_idx,
+            crossing=crossing,
+        )
+        heads = split_heads(self.query(hidden_states), count), key, value
+        return attend(self, stock.eager_attention_forward, heads, attention_mask, dropout=self.dropout.p, **kwargs)
 
 
 class FactorizedBertSelfAttention(_Heads, stock.BertSelfAttention):
@@ -97,15 +98,7 @@ class FactorizedBertSelfAttention(_Heads, stock.BertSelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock layer; returns the concatenated heads ``(batch, length, heads * ov_rank)`` and the weights."""
-        query = self.split_heads(self.query(hidden_states))
-        key = self.split_heads(self.key(hidden_states))
-        value = self.split_heads(self.value(hidden_states))
-        if past_key_values is not None:
-            cache = past_key_values
-            if isinstance(cache, EncoderDecoderCache):
-                cache = cache.self_attention_cache
-            key, value = cache.update(key, value, self.layer_idx)
-        return _attend(self, query, key, value, attention_mask, **kwargs)
+        return self._attend(hidden_states, hidden_states, attention_mask, past_key_values, crossing=False, **kwargs)
 
 
 class FactorizedBertCrossAttention(_Heads, stock.BertCrossAttention):
@@ -120,16 +113,8 @@ class FactorizedBertCrossAttention(_Heads, stock.BertCrossAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock layer: keys and values of the encoder are computed once and then taken from the cache."""
-        query = self.split_heads(self.query(hidden_states))
-        if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):
-            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
-            return _attend(self, query, cached.keys, cached.values, attention_mask, **kwargs)
-        key = self.split_heads(self.key(encoder_hidden_states))
-        value = self.split_heads(self.value(encoder_hidden_states))
-        if past_key_values is not None:
-            key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
-            past_key_values.is_updated[self.layer_idx] = True
-        return _attend(self, query, key, value, attention_mask, **kwargs)
+        states = encoder_hidden_states
+        return self._attend(hidden_states, states, attention_mask, past_key_values, crossing=True, **kwargs)
 
 
 class FactorizedBertAttention(FactorizedAttention, stock.BertAttention):

@@ -11,15 +11,22 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.cache_utils import Cache
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.config import LayerRank, LayerRanks
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.span import Span
-from hf_fnl.models.attention import FactorizedAttention, HeadConv1D, Spans, draw_normal_
+from hf_fnl.models.attention import (
+    FactorizedAttention,
+    HeadConv1D,
+    Spans,
+    attend,
+    cached_heads,
+    draw_normal_,
+    split_heads,
+)
 from hf_fnl.models.base import FactorizedPreTrainedModel, init_factors
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
@@ -125,49 +132,34 @@ class FactorizedGPT2Attention(FactorizedAttention, stock.GPT2Attention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock layer; keys and values of an encoder are computed once and then taken from the cache."""
-        cache: Any = past_key_values
-        computed = False  # whether the cache holds the encoder's keys and values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            computed = self.is_cross_attention and past_key_values.is_updated.get(self.layer_idx, False)
-            caches = past_key_values.self_attention_cache, past_key_values.cross_attention_cache
-            cache = caches[self.is_cross_attention]
-        query, key, value = self._heads(hidden_states, None if computed else encoder_hidden_states, cache)
-        if cache is not None and not computed:
-            key, value = cache.update(key, value, self.layer_idx)
-            if isinstance(past_key_values, EncoderDecoderCache) and self.is_cross_attention:
-                past_key_values.is_updated[self.layer_idx] = True
-        mask = encoder_attention_mask if self.is_cross_attention else attention_mask
-        context, weights = self._attend(query, key, value, mask, **kwargs)
-        return self.resid_dropout(self.c_proj(context.flatten(-2))), weights
+        spans = self.projections(self)[:3]
+        fused = self.c_attn
 
-    def _heads(self, states: Tensor, encoder_states: Tensor | None, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values ``(batch, heads, length, rank)``; in cross-attention from the cache without states."""
-        inner = self.projections(self)[:3]
-        if not self.is_cross_attention:
-            fused = self.c_attn(states)
-            query, key, value = (self._split(span.of(fused)) for span in inner)
-            return query, key, value
-        query = self._split(self.q_attn(states))
-        if encoder_states is None:
-            cached = cache.layers[self.layer_idx]
-            return query, cached.keys, cached.values
-        fused = self.c_attn(encoder_states)
-        key, value = (self._split(span.of(fused)) for span in inner[1:])
-        return query, key, value
+        def of(span: Span, outputs: Tensor) -> Tensor:
+            return split_heads(span.of(outputs), self.num_heads)
 
-    def _split(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        def key_value(outputs: Tensor) -> tuple[Tensor, Tensor]:
+            return of(spans[1], outputs), of(spans[2], outputs)
+
+        past, number = past_key_values, self.layer_idx
+        if self.is_cross_attention:
+            mask = encoder_attention_mask
+            query = of(spans[0], self.q_attn(hidden_states))
+            key, value = cached_heads(lambda: key_value(fused(encoder_hidden_states)), past, number, crossing=True)
+        else:
+            mask, outputs = attention_mask, fused(hidden_states)
+            query = of(spans[0], outputs)
+            key, value = cached_heads(lambda: key_value(outputs), past, number, crossing=False)
+        context, weights = self._attend((query, key, value), mask, **kwargs)
+        return self.resid_dropout(self.c_proj(context)), weights
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        self, heads: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        implementation = self.config._attn_implementation
-        if implementation == "eager" and self.reorder_and_upcast_attn:
-            context, weights = super()._upcast_and_reordered_attn(query, key, value, mask)
-            return context, weights
-        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, stock.eager_attention_forward)
-        dropout = self.attn_dropout.p if self.training else 0.0
-        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        if self.reorder_and_upcast_attn and self.config._attn_implementation == "eager":
+            context, weights = super()._upcast_and_reordered_attn(*heads, mask)
+            return context.flatten(-2), weights
+        return attend(self, stock.eager_attention_forward, heads, mask, dropout=self.attn_dropout.p, **kwargs)
 
 
 def residual_std(config: GPT2Config) -> float:

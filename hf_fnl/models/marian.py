@@ -11,15 +11,23 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import MarianConfig, PegasusConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.cache_utils import Cache
 from transformers.models.marian import modeling_marian as stock
 from transformers.models.pegasus import modeling_pegasus as pre_norm
 
 from hf_fnl.config import LayerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.span import Span
-from hf_fnl.models.attention import FactorizedAttention, HeadProjection, Spans, draw_normal_, is_loaded
+from hf_fnl.models.attention import (
+    FactorizedAttention,
+    HeadProjection,
+    Spans,
+    attend,
+    cached_heads,
+    draw_normal_,
+    is_loaded,
+    split_heads,
+)
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
@@ -144,35 +152,18 @@ class _Heads(FactorizedAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock layer; keys and values of an encoder are computed once and then taken from the cache."""
         crossing = key_value_states is not None
-        cache: Any = past_key_values
-        computed = False
-        if isinstance(past_key_values, EncoderDecoderCache):
-            computed = crossing and past_key_values.is_updated.get(self.layer_idx, False)
-            caches = past_key_values.self_attention_cache, past_key_values.cross_attention_cache
-            cache = caches[crossing]
-        query = self._split(self.q_proj(hidden_states))
-        if computed:
-            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
-        else:
-            states = key_value_states if crossing else hidden_states
-            key, value = self._split(self.k_proj(states)), self._split(self.v_proj(states))
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-            if crossing and isinstance(past_key_values, EncoderDecoderCache):
-                past_key_values.is_updated[self.layer_idx] = True
-        context, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        return self.out_proj(context.flatten(-2)), weights
-
-    def _split(self, states: Tensor) -> Tensor:
-        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        implementation = self.config._attn_implementation
-        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, stock.eager_attention_forward)
-        dropout = self.dropout if self.training else 0.0
-        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        states, count = key_value_states if crossing else hidden_states, self.num_heads
+        key, value = cached_heads(
+            lambda: (split_heads(self.k_proj(states), count), split_heads(self.v_proj(states), count)),
+            past_key_values,
+            self.layer_idx,
+            crossing=crossing,
+        )
+        heads = split_heads(self.q_proj(hidden_states), count), key, value
+        context, weights = attend(
+            self, stock.eager_attention_forward, heads, attention_mask, dropout=self.dropout, **kwargs
+        )
+        return self.out_proj(context), weights
 
 
 class FactorizedMarianAttention(_Heads, stock.MarianAttention):
