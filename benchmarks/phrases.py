@@ -1,6 +1,6 @@
 """The embedded translation task, learnt from nothing: minutes and BLEU on held-out phrases.
 
-    python -m benchmarks.phrases --runs runs/phrases
+python -m benchmarks.phrases --runs runs/phrases
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTra
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
 from hf_fnl.training.tasks.documents import load_documents
 from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
 from hf_fnl.training.tasks.pretraining import (
@@ -45,7 +45,7 @@ class ModelOptions:
     ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
     ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
     embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the word embedding."})
-    factor_init: str = field(default="spectral", metadata={"help": "spectral, spectral_ones or default."})
+    factor_init: list[str] = field(default_factory=lambda: ["spectral"], metadata={"help": FACTOR_INIT_HELP})
     stock: bool = field(default=False, metadata={"help": "Train Transformers' own BERT class; takes no ranks."})
 
 
@@ -115,7 +115,7 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     }
     ranks = {name: getattr(options, name) for name in ("qk_rank", "ov_rank", "ffn_rank", "embedding_rank")}
     if not options.stock:
-        return model_class(FactorizedBertConfig(**sizes, **ranks, factor_init=options.factor_init))
+        return model_class(FactorizedBertConfig(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
     if given := [name for name, rank in ranks.items() if rank is not None]:
         raise ValueError(f"stock=True takes no ranks, got {', '.join(given)}")
     return model_class(BertConfig(**sizes))

@@ -18,7 +18,7 @@ from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
-from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
 from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
 from hf_fnl.training.tasks.clm import BlockDataset, build_blocks
 from hf_fnl.training.tasks.documents import load_documents
@@ -50,7 +50,7 @@ class ModelOptions:
     ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
     ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
     embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the word embedding."})
-    factor_init: str = field(default="spectral", metadata={"help": "spectral, spectral_ones or default."})
+    factor_init: list[str] = field(default_factory=lambda: ["spectral"], metadata={"help": FACTOR_INIT_HELP})
     stock: bool = field(default=False, metadata={"help": "Train Transformers' own GPT-2 class; takes no ranks."})
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, int | No
     }
     if options.stock:
         return model_class(GPT2Config(**sizes))
-    return model_class(FactorizedGPT2Config(**sizes, **ranks, factor_init=options.factor_init))
+    return model_class(FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
 
 
 def training_documents(data: DataOptions, streaming: bool = False) -> Any:

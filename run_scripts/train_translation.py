@@ -33,7 +33,7 @@ from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.files import write_text
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.bleu import bleu_scores
-from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
 from hf_fnl.training.tasks.beam_search import translate
 from hf_fnl.training.tasks.bpe import train_joint_bpe
 from hf_fnl.training.tasks.length_batches import encode_pairs, lengths_of
@@ -68,9 +68,7 @@ class ModelOptions:
     embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the embedding and the output matrix."})
     factor_init: list[str] = field(
         default_factory=lambda: ["spectral"],
-        metadata={
-            "help": "spectral, spectral_ones or default; or selector=method each, as ov=default linear=spectral."
-        },
+        metadata={"help": FACTOR_INIT_HELP},
     )
     stock: bool = field(default=False, metadata={"help": "Train Transformers' own Marian class; takes no ranks."})
 
@@ -94,19 +92,6 @@ class ModelOptions:
         if self.stock and (given := [*found, *["normalize_before"] * self.normalize_before]):
             raise ValueError(f"stock=True takes no ranks and no normalize_before, got {', '.join(given)}")
         return found
-
-    def init_methods(self) -> str | dict[str, str]:
-        """One method for all factors, or methods by selector.
-
-        Raises:
-            ValueError: If methods with and without a selector are mixed.
-        """
-        if len(self.factor_init) == 1 and "=" not in self.factor_init[0]:
-            return self.factor_init[0]
-        split = [entry.partition("=") for entry in self.factor_init]
-        if bad := [selector for selector, equals, _ in split if not equals]:
-            raise ValueError(f"factor_init takes one method, or selector=method each; got {bad[0]!r} among several")
-        return {selector: method for selector, _, method in split}
 
 
 @dataclass
@@ -195,7 +180,11 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks
     if options.stock:
         model = MarianMTModel(MarianConfig(**settings))
     else:
-        factors = {"factor_init": options.init_methods(), "normalize_before": options.normalize_before, **ranks}
+        factors = {
+            "factor_init": init_methods(options.factor_init),
+            "normalize_before": options.normalize_before,
+            **ranks,
+        }
         model = FactorizedMarianMTModel(FactorizedMarianConfig(**settings, **factors))
     # Padding starts a decoder and must not come up again.
     model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]

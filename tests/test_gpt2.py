@@ -188,7 +188,7 @@ def test_default_draws_every_factor_as_a_weight_in_its_place(ranks: Ranks) -> No
         ({"ov:cross": "spectral"}, {"ov:cross"}),
         ({}, set()),
     ],
-    ids=str,
+    ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_selectors_say_how_each_kind_starts(method: str | dict[str, str], spectral: set[str]) -> None:
     model, balanced = CROSS_LM.build(LOW, factor_init=method), set()

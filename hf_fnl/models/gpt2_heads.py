@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -175,6 +176,7 @@ AutoConfig.register(FactorizedGPT2Config.model_type, FactorizedGPT2Config, exist
 AutoTokenizer.register(FactorizedGPT2Config, tokenizer_class=GPT2Tokenizer, exist_ok=True)
 for _auto, _model in (
     (AutoModel, FactorizedGPT2Model),
+    (AutoModelForPreTraining, FactorizedGPT2LMHeadModel),
     (AutoModelForCausalLM, FactorizedGPT2LMHeadModel),
     (AutoModelForSequenceClassification, FactorizedGPT2ForSequenceClassification),
     (AutoModelForTokenClassification, FactorizedGPT2ForTokenClassification),

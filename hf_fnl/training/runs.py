@@ -45,6 +45,29 @@ def parse_arguments(argv: Sequence[str] | None, *classes: type) -> tuple[Any, ..
         raise ValueError(f"cannot read the configuration file {path}: {error}") from error
 
 
+FACTOR_INIT_HELP = (
+    "spectral, spectral_ones or default; or selector=method each, as in linear=spectral ov:encoder=spectral, and "
+    "default for the rest."
+)
+
+
+def init_methods(entries: Sequence[str]) -> str | dict[str, str]:
+    """How factors start, as a configuration takes it, from the values of the flag ``factor_init``.
+
+    Args:
+        entries: One method for all factors, or ``selector=method`` each.
+
+    Raises:
+        ValueError: If a method stands among others without a selector.
+    """
+    if len(entries) == 1 and "=" not in entries[0]:
+        return entries[0]
+    split = [entry.partition("=") for entry in entries]
+    if bare := [selector for selector, equals, _ in split if not equals]:
+        raise ValueError(f"factor_init takes one method, or selector=method each; got {bare[0]!r} among several")
+    return {selector: method for selector, _, method in split}
+
+
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint from which a run goes on, or ``None`` to start afresh.
 
