@@ -18,7 +18,7 @@ from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBe
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
-from hf_fnl.training.tasks.documents import load_documents
+from hf_fnl.training.tasks.documents import DocumentOptions
 from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
 from hf_fnl.training.tasks.pretraining import (
     EpochCallback,
@@ -50,20 +50,9 @@ class ModelOptions:
 
 
 @dataclass
-class DataOptions:
+class DataOptions(DocumentOptions):
     """The documents and what becomes of them."""
 
-    dataset: str = field(default="embedded", metadata={"help": "Hub id, file, folder, or embedded."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_dataset: str | None = field(default=None, metadata={"help": "Hub id, file or folder to evaluate on."})
-    validation_split: str = field(default="train", metadata={"help": "Split of validation_dataset."})
-    max_validation_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    max_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
-    streaming: bool = field(default=False, metadata={"help": "Read while training; memory does not grow."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder. Default: train one."})
     vocab_size: int = field(default=30522, metadata={"help": "Size of a tokenizer that is trained."})
     lowercase: bool = field(default=True, metadata={"help": "Whether a tokenizer that is trained lower-cases."})
     phases: list[str] = field(
@@ -121,12 +110,6 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     return model_class(BertConfig(**sizes))
 
 
-def training_documents(data: DataOptions, streaming: bool = False) -> Any:
-    """The documents to train on; all of them at once unless ``streaming``."""
-    source = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
-    return load_documents(data.dataset, split=data.split, streaming=streaming, **source)
-
-
 def train_phase(
     phase: Phase, number: int, model: PreTrainedModel, tokenizer: Any, data: DataOptions, args: FLAMBeTrainingArguments
 ) -> dict[str, Any]:
@@ -138,11 +121,9 @@ def train_phase(
         whole_word_mask=data.whole_word_mask,
         seed=args.seed,
     )
-    documents = training_documents(data, streaming=data.streaming)
-    validation = None
-    if data.validation_dataset:
-        source = {"text_column": data.text_column, "limit": data.max_validation_documents}
-        held_out = load_documents(data.validation_dataset, split=data.validation_split, **source)
+    documents = data.training(streaming=data.streaming)
+    validation, held_out = None, data.validation()
+    if held_out is not None:
         validation = build_pretraining_dataset(held_out, tokenizer, options, num_proc=data.num_proc)
     args = copy.copy(args)
     args.output_dir = str(Path(args.output_dir) / f"phase-{number}")
@@ -178,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if data.tokenizer or options.init_from:
         tokenizer = load_tokenizer(data.tokenizer or options.init_from)
     else:
-        documents = training_documents(data)
+        documents = data.training()
         with args.main_process_first(desc="training the tokenizer"):
             tokenizer = train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
     model = build_model(options, data.next_sentence, tokenizer)

@@ -21,7 +21,7 @@ from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
 from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
 from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
 from hf_fnl.training.tasks.clm import BlockDataset, build_blocks
-from hf_fnl.training.tasks.documents import load_documents
+from hf_fnl.training.tasks.documents import DocumentOptions
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 RANKS = ("qkv_rank", "qk_rank", "ov_rank", "ffn_rank", "embedding_rank")
@@ -74,20 +74,10 @@ class ModelOptions:
 
 
 @dataclass
-class DataOptions:
+class DataOptions(DocumentOptions):
     """The documents and what becomes of them."""
 
-    dataset: str = field(default="embedded", metadata={"help": "Hub id, file, folder, or embedded."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_dataset: str | None = field(default=None, metadata={"help": "Hub id, file or folder to evaluate on."})
     validation_split: str = field(default="validation", metadata={"help": "Split of validation_dataset."})
-    max_validation_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    max_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
-    streaming: bool = field(default=False, metadata={"help": "Read while training; memory does not grow."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder. Default: train one."})
     vocab_size: int = field(default=50257, metadata={"help": "Size of a tokenizer that is trained."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens of an example. Default: n_positions."})
     eval_stride: int | None = field(
@@ -110,7 +100,7 @@ def choose_tokenizer(options: ModelOptions, data: DataOptions, args: FLAMBeTrain
     """The tokenizer that is named, that of the model to go on from, or one trained on the documents."""
     if source := data.tokenizer or options.init_from:
         return load_tokenizer(source)
-    documents = training_documents(data)
+    documents = data.training()
     with args.main_process_first(desc="training the tokenizer"):
         return train_byte_bpe(documents["text"], vocab_size=data.vocab_size)
 
@@ -138,18 +128,11 @@ def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, int | No
     return model_class(FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
 
 
-def training_documents(data: DataOptions, streaming: bool = False) -> Any:
-    """The documents to train on; all of them at once unless ``streaming``."""
-    source = {"name": data.dataset_config, "text_column": data.text_column, "limit": data.max_documents}
-    return load_documents(data.dataset, split=data.split, streaming=streaming, **source)
-
-
 def held_out_blocks(data: DataOptions, tokenizer: Any, block_size: int) -> BlockDataset | None:
     """The blocks to evaluate on, if any."""
-    if data.validation_dataset is None:
+    documents = data.validation()
+    if documents is None:
         return None
-    source = {"text_column": data.text_column, "limit": data.max_validation_documents}
-    documents = load_documents(data.validation_dataset, split=data.validation_split, **source)
     return build_blocks(documents, tokenizer, block_size=block_size, stride=data.eval_stride, num_proc=data.num_proc)
 
 
@@ -165,7 +148,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if block_size > model.config.n_positions:
         raise ValueError(f"block_size: the model's n_positions is {model.config.n_positions}, got {block_size}")
     held_out = held_out_blocks(data, tokenizer, block_size)
-    documents = training_documents(data, data.streaming)
+    documents = data.training(streaming=data.streaming)
     trainer = FLAMBeTrainer(
         model,
         args,

@@ -220,6 +220,19 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         return state
 
 
+class FactorizedBackbone(FactorizedPreTrainedModel):
+    """Mixin before a stock backbone in which some modules give way to factorized ones."""
+
+    def post_init(self) -> None:
+        """Put factorized modules in the place of the stock ones, then initialize as every model does."""
+        with init.no_init_weights():
+            self._replace_modules()
+        super().post_init()
+
+    def _replace_modules(self) -> None:
+        raise NotImplementedError
+
+
 def init_factors(module: Factorized, std: float) -> None:
     """Guarded initialization of a factorized layer: nothing is drawn or decomposed if a checkpoint set all of it."""
     if not all(is_loaded(factor) or factor.is_meta for factor in module.factors()):

@@ -8,7 +8,6 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.models.bert import modeling_bert as stock
 
@@ -16,7 +15,7 @@ from hf_fnl.config import LayerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.span import Span
 from hf_fnl.models.attention import FactorizedAttention, HeadProjection, Spans, attend, cached_heads, split_heads
-from hf_fnl.models.base import FactorizedPreTrainedModel
+from hf_fnl.models.base import FactorizedBackbone, FactorizedPreTrainedModel
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
 from hf_fnl.models.vocabulary import vocabulary_layer
@@ -179,16 +178,10 @@ class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel, stock.BertPreTrai
         return state
 
 
-class FactorizedBertModel(FactorizedBertPreTrainedModel, stock.BertModel):
+class FactorizedBertModel(FactorizedBackbone, FactorizedBertPreTrainedModel, stock.BertModel):
     """The backbone of BERT with its matrices held as products, as its configuration says."""
 
     dense_class = stock.BertModel
-
-    def post_init(self) -> None:
-        """Put factorized modules in the place of the stock ones, then initialize as every model does."""
-        with init.no_init_weights():
-            self._replace_modules()
-        super().post_init()
 
     def _replace_modules(self) -> None:
         config, all_ranks = self.config, self.config.ranks

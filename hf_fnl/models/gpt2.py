@@ -27,7 +27,7 @@ from hf_fnl.models.attention import (
     draw_normal_,
     split_heads,
 )
-from hf_fnl.models.base import FactorizedPreTrainedModel, init_factors
+from hf_fnl.models.base import FactorizedBackbone, FactorizedPreTrainedModel, init_factors
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
 
@@ -206,16 +206,10 @@ class FactorizedGPT2PreTrainedModel(FactorizedPreTrainedModel, stock.GPT2PreTrai
         }
 
 
-class FactorizedGPT2Model(FactorizedGPT2PreTrainedModel, stock.GPT2Model):
+class FactorizedGPT2Model(FactorizedBackbone, FactorizedGPT2PreTrainedModel, stock.GPT2Model):
     """The backbone of GPT-2 with its matrices held as products, as its configuration says."""
 
     dense_class = stock.GPT2Model
-
-    def post_init(self) -> None:
-        """Put factorized modules in the place of the stock ones, then initialize as every model does."""
-        with init.no_init_weights():
-            self._replace_modules()
-        super().post_init()
 
     def _replace_modules(self) -> None:
         config, all_ranks = self.config, self.config.ranks

@@ -10,7 +10,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import MarianConfig, PegasusConfig, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.models.marian import modeling_marian as stock
 from transformers.models.pegasus import modeling_pegasus as pre_norm
@@ -28,7 +27,7 @@ from hf_fnl.models.attention import (
     is_loaded,
     split_heads,
 )
-from hf_fnl.models.base import FactorizedPreTrainedModel
+from hf_fnl.models.base import FactorizedBackbone, FactorizedPreTrainedModel
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
 from hf_fnl.models.vocabulary import tied_factors
@@ -174,7 +173,7 @@ class _PreNormAttention(_Heads, pre_norm.PegasusAttention):
     """The same under the class by which Transformers finds the attention weights of a pre-norm model."""
 
 
-class _Stack(FactorizedPreTrainedModel):
+class _Stack(FactorizedBackbone):
     """Mixin before a stock encoder or decoder: its matrices are products, as its configuration says."""
 
     config: FactorizedMarianConfig
@@ -185,17 +184,14 @@ class _Stack(FactorizedPreTrainedModel):
     layers: Any
     embed_tokens: Any
 
-    def post_init(self) -> None:
-        """Put factorized modules in the place of the stock ones, then initialize as every model does."""
+    def _replace_modules(self) -> None:
         config = self.config
         first = config.first_decoder_layer if self.part == "decoder" else 0
-        with init.no_init_weights():
-            for number, layer in enumerate(self.layers, first):
-                self._replace_modules(layer, number)
-            self.embed_tokens = _embedding(self.embed_tokens, config, None if config.shares_embedding else self.part)
-        super().post_init()
+        for number, layer in enumerate(self.layers, first):
+            self._replace_in_layer(layer, number)
+        self.embed_tokens = _embedding(self.embed_tokens, config, None if config.shares_embedding else self.part)
 
-    def _replace_modules(self, layer: nn.Module, number: int) -> None:
+    def _replace_in_layer(self, layer: nn.Module, number: int) -> None:
         for name, part in self.attentions.items():
             ranks = self.config.ranks.of_layer(number, part)
             if ranks.qk is not None or ranks.ov is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +121,45 @@ def load_documents(
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
     return documents if limit is None else documents.take(limit if streaming else min(limit, len(documents)))
+
+
+@dataclass
+class DocumentOptions:
+    """What a script asks for the documents to train and to evaluate on."""
+
+    dataset: str = field(default="embedded", metadata={"help": "Hub id, file, folder, or embedded."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_dataset: str | None = field(default=None, metadata={"help": "Hub id, file or folder to evaluate on."})
+    validation_split: str = field(default="train", metadata={"help": "Split of validation_dataset."})
+    max_validation_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    max_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training; memory does not grow."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder. Default: train one."})
+
+    def training(self, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+        """The documents to train on; all of them at once unless ``streaming``."""
+        return load_documents(
+            self.dataset,
+            split=self.split,
+            name=self.dataset_config,
+            text_column=self.text_column,
+            streaming=streaming,
+            limit=self.max_documents,
+        )
+
+    def validation(self) -> datasets.Dataset | None:
+        """The documents to evaluate on, if any."""
+        if self.validation_dataset is None:
+            return None
+        return load_documents(
+            self.validation_dataset,
+            split=self.validation_split,
+            text_column=self.text_column,
+            limit=self.max_validation_documents,
+        )
 
 
 def looks_like_path(source: str) -> bool:
