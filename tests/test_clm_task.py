@@ -370,9 +370,22 @@ def test_the_script_on_the_stock_class_while_streaming_and_further_from_its_mode
     assert equal([first.state_dict()], [second.state_dict()])
 
 
+def test_the_script_trains_dense_and_then_goes_on_at_low_rank(tmp_path):
+    flags = ("--rank_scale", "0.5", "--dense_steps", "2", "--factor_init", "linear=spectral")
+    found = run(tmp_path / "run", *flags, "--low_rank_lr_scale", "0.5")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert (model.config.qkv_rank, model.config.ffn_rank) == (12, 12)
+    assert model.config.factor_init == {"linear": "spectral"}
+    assert found["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "low_rank_parameters" in entry] == [2]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--dense_steps", "2"], "dense_steps=2 needs ranks"),
+        (["--stock", "true", "--dense_steps", "2"], "dense_steps=2 needs ranks"),
         (["--rank_scale", "1.5"], "rank_scale must be above 0 and at most 1, got 1.5"),
         (["--rank_scale", "0.5", "--ffn_rank", "3"], "rank_scale sets .*: leave out rank_scale or ffn_rank"),
         (["--stock", "true", "--rank_scale", "0.5", "--ov_rank", "2"], "takes no ranks, got rank_scale, ov_rank"),
@@ -382,7 +395,7 @@ def test_the_script_on_the_stock_class_while_streaming_and_further_from_its_mode
         (["--validation_dataset", "embedded", "--eval_stride", "32"], "stride must be .* which is 32; got 32"),
         (["--dataset", "./nowhere.txt"], "no such file or folder: nowhere.txt"),
     ],
-    ids=["scale", "scale and rank", "stock", "rank", "long block", "short block", "stride", "data"],
+    ids=["dense steps", "stock dense steps", "scale", "scale and rank", "stock", "rank", "long block", "short block", "stride", "data"],
 )
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
