@@ -138,10 +138,11 @@ def measure(family: Family, rounds: int, device: str, **fewer: int) -> list[dict
     for sequences in (1, 32):
         batch = random_batch(family, sequences, PROMPT, device)
         workloads[f"generate, batch {sequences}"] = generation(family), batch, sequences * NEW_TOKENS
+    label = f"{family.name}{''.join(f', {name} {value}' for name, value in fewer.items())}"
     return [
         row
         for name, (step, batch, tokens) in workloads.items()
-        for row in _rows(f"{family.name}: {name}", models, step, batch, tokens, rounds)
+        for row in _rows(f"{label}: {name}", models, step, batch, tokens, rounds)
     ]
 
 
@@ -176,9 +177,9 @@ def _rows(
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Parse, measure, write; returns the rows."""
-    args = parse("language", __doc__, "two layers of GPT-2, one round", argv)
-    rounds = 1 if args.quick else 5
-    fewer = {"GPT-2 small": {"n_layer": 2}} if args.quick else {}
+    args = parse("language", __doc__, "four layers of GPT-2, three rounds", argv)
+    rounds = 3 if args.quick else 5
+    fewer = {"GPT-2 small": {"n_layer": 4}} if args.quick else {}
     rows = [row for family in FAMILIES for row in measure(family, rounds, args.device, **fewer.get(family.name, {}))]
     write("language", args.device, rows, args.command, args.out)
     return rows
