@@ -395,7 +395,18 @@ def test_the_script_trains_dense_and_then_goes_on_at_low_rank(tmp_path):
         (["--validation_dataset", "embedded", "--eval_stride", "32"], "stride must be .* which is 32; got 32"),
         (["--dataset", "./nowhere.txt"], "no such file or folder: nowhere.txt"),
     ],
-    ids=["dense steps", "stock dense steps", "scale", "scale and rank", "stock", "rank", "long block", "short block", "stride", "data"],
+    ids=[
+        "dense steps",
+        "stock dense steps",
+        "scale",
+        "scale and rank",
+        "stock",
+        "rank",
+        "long block",
+        "short block",
+        "stride",
+        "data",
+    ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
