@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+IGNORE_INDEX = -100  # label of what is not to be predicted, in torch and Transformers
+
 
 def vocabulary_loss(
     hidden_states: Tensor,
@@ -18,7 +20,7 @@ def vocabulary_loss(
     bias: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     label_smoothing: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     chunk_size: int = 512,
 ) -> Tensor:
     r"""Cross-entropy of ``hidden_states @ weight.T + bias`` against labels, a chunk of positions at a time.

@@ -1,8 +1,10 @@
 """What the cases of every model family are made of: its sizes and ranks, and one case for each of its heads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -120,3 +122,11 @@ def random_vectors_(model: PreTrainedModel) -> PreTrainedModel:
 def factorized_layers(model: torch.nn.Module) -> dict[str, Factorized]:
     """The layers that hold a product of their own, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
+
+
+@contextmanager
+def no_decompositions() -> Iterator[None]:
+    """Every decomposition fails."""
+    names = ("svd", "svdvals", "eigh", "eig", "eigvalsh", "qr", "cholesky")
+    with mock.patch.multiple(torch.linalg, **dict.fromkeys(names, mock.Mock(side_effect=AssertionError("decomposed")))):
+        yield

@@ -3,14 +3,12 @@
 import importlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 import transformers
+from family import no_decompositions
 from safetensors.torch import load_file, save_file
 from surgery_cases import ALL_KINDS, ARCHITECTURES
 from torch.testing import assert_close
@@ -40,13 +38,6 @@ def model() -> PreTrainedModel:
 def folder(model: PreTrainedModel, tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
-
-
-@contextmanager
-def no_decompositions() -> Iterator[None]:
-    names = ("svd", "svdvals", "eigh", "eigvalsh", "qr", "cholesky")
-    with mock.patch.multiple(torch.linalg, **dict.fromkeys(names, mock.Mock(side_effect=AssertionError("decomposed")))):
-        yield
 
 
 def edit_config(folder: Path, change) -> None:

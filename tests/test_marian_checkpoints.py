@@ -1,15 +1,13 @@
 """A checkpoint of factorized Marian comes back bit for bit, and what does not fit is refused."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from family import Head, run
+from family import Head, no_decompositions, run
 from marian_cases import BACKBONE, DECODER, HEADS, LOW, MT, PRE_NORM, SEPARATE, SIZES, UNTIED
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,24 +21,6 @@ EXACT = {"rtol": 0, "atol": 0}
 LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 each_norm = pytest.mark.parametrize("head", [MT, PRE_NORM], ids=["post-norm", "pre-norm"])
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Memory that is not initialized holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty_like(torch.ones(3)).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def no_decompositions() -> Iterator[None]:
-    """Every decomposition fails."""
-    names = ("svd", "svdvals", "eigh", "eig", "qr", "cholesky")
-    with mock.patch.multiple(torch.linalg, **dict.fromkeys(names, mock.Mock(side_effect=AssertionError("decomposed")))):
-        yield
 
 
 def trained(head: Head, ranks: dict[str, Any], dtype: torch.dtype = torch.float32, **fields: Any):

@@ -1,13 +1,10 @@
 """A checkpoint comes back bit for bit, for every head of every family, and nothing else is touched on the way."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from family import Head, Ranks, run
+from family import Head, Ranks, no_decompositions, run
 from model_cases import HEADS, each_head, each_head_with_ranks, some
 from safetensors import safe_open
 from torch.testing import assert_close
@@ -15,24 +12,6 @@ from transformers import PreTrainedModel
 
 EXACT = {"rtol": 0, "atol": 0}
 LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Memory that is not initialized holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty_like(torch.ones(3)).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def no_decompositions() -> Iterator[None]:
-    """Every decomposition fails."""
-    names = ("svd", "svdvals", "eigh", "eig", "qr", "cholesky")
-    with mock.patch.multiple(torch.linalg, **dict.fromkeys(names, mock.Mock(side_effect=AssertionError("decomposed")))):
-        yield
 
 
 def trained(head: Head, ranks: Ranks, dtype: torch.dtype = torch.float32, **fields: object) -> PreTrainedModel:

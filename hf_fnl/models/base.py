@@ -157,14 +157,7 @@ class FactorizedPreTrainedModel(PreTrainedModel):
         Modules are replaced and parameters are new: an optimizer that holds the old ones has to be told. See
         :class:`~hf_fnl.training.DenseThenLowRank`.
         """
-        factorized = type(self).from_dense(self, **options)
-        before = dict(self.named_modules())
-        for name, module in factorized.named_modules():
-            if getattr(before.get(name), "gradient_checkpointing", False):
-                for attribute in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-                    setattr(module, attribute, getattr(before[name], attribute))
-        for name in ("_modules", "config", "_tied_weights_keys", "all_tied_weights_keys"):
-            setattr(self, name, getattr(factorized, name))
+        take_over_(self, type(self).from_dense(self, **options))
 
     @classmethod
     def _ranks_by_rule(
@@ -218,6 +211,20 @@ class FactorizedPreTrainedModel(PreTrainedModel):
                     if bias is not None:
                         state[f"{names[layer]}.bias"] = bias
         return state
+
+
+def take_over_(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Give a model, in place, the modules and the configuration of another of its class, which is not used any more.
+
+    Modules whose activations are recomputed in the backward pass go on so.
+    """
+    before = dict(model.named_modules())
+    for name, module in other.named_modules():
+        if getattr(before.get(name), "gradient_checkpointing", False):
+            for attribute in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                setattr(module, attribute, getattr(before[name], attribute))
+    for name in ("_modules", "config", "_tied_weights_keys", "all_tied_weights_keys"):
+        setattr(model, name, getattr(other, name))
 
 
 class FactorizedBackbone(FactorizedPreTrainedModel):

@@ -33,8 +33,7 @@ from hf_fnl.models.bert import (
     FactorizedBertPreTrainedModel,
 )
 from hf_fnl.models.vocabulary import TiedVocabulary, tied_factors
-
-IGNORE_INDEX = -100
+from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
 
 class _WithLMHead(TiedVocabulary, FactorizedBertPreTrainedModel):

@@ -10,7 +10,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.pytorch_utils import Conv1D
@@ -180,7 +179,6 @@ class FactorizedGPT2PreTrainedModel(FactorizedPreTrainedModel, stock.GPT2PreTrai
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ResidualProjection):
             draw_normal_(module.U.new_empty(module.shape), self.config.initializer_range)  # as the stock model does
-            init.zeros_(module.bias)
         else:
             super()._init_weights(module)
         if isinstance(module, stock.GPT2MLP) and isinstance(module.c_proj, Factorized):

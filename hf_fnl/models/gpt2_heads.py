@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_fnl.models.gpt2 import FactorizedGPT2Config, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
 from hf_fnl.models.vocabulary import TiedVocabulary, head_loss, tied_factors, vocabulary_layer
+from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
 
 class _WithLMHead(TiedVocabulary, FactorizedGPT2PreTrainedModel):
@@ -102,7 +103,7 @@ class FactorizedGPT2LMHeadModel(_WithLMHead, stock.GPT2LMHeadModel):
             counted = {"labels": labels, "num_items_in_batch": num_items_in_batch, "logits_to_keep": logits_to_keep}
             return super().forward(input_ids, **counted, **options)
         outputs = self.transformer(input_ids, **options)
-        shifted = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        shifted = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
         return CausalLMOutputWithCrossAttentions(
             loss=head_loss(self.lm_head, outputs.last_hidden_state, shifted, num_items_in_batch=num_items_in_batch),
             past_key_values=outputs.past_key_values,

@@ -48,7 +48,7 @@ def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[
         )
     if complaint:
         warnings.warn(complaint, stacklevel=2)
-    return [p for p in products if any(p in chosen for chosen in found.values())]
+    return [p for p in products if any(selector.matches(p.kind, p.part) for selector in wanted)]
 
 
 def _distinct(found: Iterable[Product]) -> Iterator[Product]:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized
+from hf_fnl.models.base import take_over_
 from hf_fnl.models.checkpoint import load
 
 
@@ -44,8 +45,7 @@ def take_form_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             parameter.requires_grad_(trained.get((path, weight), True))
             # Not where it lies in the file: results depend, in their last bits, on how memory is aligned.
             parameter.data = parameter.data.clone()
-    model._modules, model.config = there._modules, there.config
-    model._tied_weights_keys, model.all_tied_weights_keys = there._tied_weights_keys, there.all_tied_weights_keys
+    take_over_(model, there)
 
 
 def rewrap_(model: nn.Module, options: DistributedDataParallelKwargs) -> None:

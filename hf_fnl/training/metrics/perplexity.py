@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
+from hf_fnl.vocabulary_loss import IGNORE_INDEX
+
 
 def sum_losses(logits: Any, labels: Tensor) -> Tensor:
     """Reduce the logits of a batch to sums, so that an evaluation never keeps vocabulary logits.
@@ -28,7 +30,7 @@ def sum_losses(logits: Any, labels: Tensor) -> Tensor:
     targets = labels[:, 1:]
     # One sequence at a time: float32 logits of a batch would be a second copy of them.
     losses = [F.cross_entropy(row[:-1].float(), t, reduction="sum") for row, t in zip(logits, targets, strict=True)]
-    return torch.stack([torch.stack(losses), (targets != -100).sum(-1).float()], dim=1)
+    return torch.stack([torch.stack(losses), (targets != IGNORE_INDEX).sum(-1).float()], dim=1)
 
 
 def perplexities(prediction: EvalPrediction, *, num_words: int) -> dict[str, float]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hf_fnl.training.tasks.tokenization import check_vocabulary
+
 EOS, PAD, UNK = SPECIAL_TOKENS = ("</s>", "<pad>", "<unk>")
 SPACE = "▁"
 MIN_VOCAB_SIZE = 100
@@ -38,10 +40,7 @@ def train_joint_bpe(
     """
     if isinstance(sentences, str) or iter(sentences) is sentences:
         raise TypeError(f"sentences are read twice: give a list, not a {type(sentences).__name__}")
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
+    check_vocabulary(vocab_size, min_frequency, smallest=MIN_VOCAB_SIZE)
     alphabet = _alphabet(sentences, min(MAX_ALPHABET, vocab_size // 2))
     backend = Tokenizer(models.BPE(unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from transformers import GPT2Tokenizer
 
+from hf_fnl.training.tasks.tokenization import check_vocabulary
+
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # every byte, and the end-of-text token
 
@@ -29,10 +31,7 @@ def train_byte_bpe(texts: Iterable[str | None], *, vocab_size: int = 50257, min_
     """
     if isinstance(texts, str):
         raise TypeError("texts must be several, such as a list or a data set's column; got a str")
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
+    check_vocabulary(vocab_size, min_frequency, smallest=MIN_VOCAB_SIZE)
     options = {"min_frequency": min_frequency, "show_progress": False}
     return GPT2Tokenizer().train_new_from_iterator(_not_empty(texts), vocab_size, **options)
 

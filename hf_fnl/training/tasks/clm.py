@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+from hf_fnl.vocabulary_loss import IGNORE_INDEX
+
 MIN_BLOCK_SIZE = 2
 NO_TEXT = "no document with text to make blocks of"
 
@@ -79,8 +80,8 @@ class Windows:
         input_ids = torch.full((self.block_size,), self.end_of_text)
         input_ids[: len(tokens)] = torch.from_numpy(tokens)
         labels = input_ids.clone()
-        labels[: self.known(index)] = IGNORED
-        labels[len(tokens) :] = IGNORED
+        labels[: self.known(index)] = IGNORE_INDEX
+        labels[len(tokens) :] = IGNORE_INDEX
         return {"input_ids": input_ids, "labels": labels}
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
+from hf_fnl.vocabulary_loss import IGNORE_INDEX
+
 
 def reduce_logits(logits: Any, labels: Any) -> Tensor:
     """Reduce the logits of a batch to sums, so that an evaluation never keeps vocabulary logits.
@@ -27,7 +29,7 @@ def reduce_logits(logits: Any, labels: Any) -> Tensor:
     """
     is_pair = isinstance(logits, (tuple, list))
     vocabulary_logits, mlm_labels = (logits[0], labels[0]) if is_pair else (logits, labels)
-    labelled = mlm_labels != -100
+    labelled = mlm_labels != IGNORE_INDEX
     chosen, targets = vocabulary_logits[labelled].float(), mlm_labels[labelled]
     losses = torch.zeros(mlm_labels.shape, device=chosen.device)
     losses[labelled] = F.cross_entropy(chosen, targets, reduction="none")

@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from hf_fnl.training.tasks.documents import Document, tokenize_documents
 from hf_fnl.training.tasks.wordpiece import Vocabulary
+from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
 MIN_SEQ_LENGTH = 8
-IGNORED = -100
 # Random next sentences are drawn within such a group, and a stream keeps one of them in memory.
 DOCUMENTS_PER_GROUP = 256
 # First word of every generator's seed, so that no two uses share a stream.
@@ -212,7 +212,7 @@ def mask_tokens(
         chosen = _choose_words(candidates, vocabulary.continues_word[input_ids[candidates]], count, rng)
     else:
         chosen = rng.permutation(candidates)[:count]
-    masked, labels = input_ids.copy(), np.full_like(input_ids, IGNORED)
+    masked, labels = input_ids.copy(), np.full_like(input_ids, IGNORE_INDEX)
     labels[chosen] = input_ids[chosen]
     draw = rng.random(len(chosen))
     masked[chosen[draw < 0.8]] = vocabulary.mask_id
@@ -437,7 +437,7 @@ class PretrainingCollator:
         """
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         width = self._width(int(lengths.max()))
-        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": 0, "labels": IGNORED}
+        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": 0, "labels": IGNORE_INDEX}
         batch = {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
         for name, value in padding.items():
             batch[name] = torch.full((len(examples), width), value)

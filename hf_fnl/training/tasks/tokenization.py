@@ -39,3 +39,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     entries = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
     cased = any(entry != entry.lower() for entry in entries if not entry.startswith("["))
     return BertTokenizer.from_pretrained(folder, do_lower_case=not cased)
+
+
+def check_vocabulary(vocab_size: int, min_frequency: int, *, smallest: int) -> None:
+    """Raise a ``ValueError`` unless a tokenizer can be trained to this size of vocabulary and frequency of pairs."""
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest}, got {vocab_size}")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")

@@ -17,8 +17,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.tasks.length_batches import LengthBatchSampler, lengths_of
 from hf_fnl.training.trainer import FLAMBeTrainer
-
-IGNORED = -100
+from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
 
 @dataclass
@@ -66,12 +65,12 @@ def smoothed_cross_entropy(
     total = F.cross_entropy(
         logits.flatten(0, -2).float(),
         labels.flatten(),
-        ignore_index=IGNORED,
+        ignore_index=IGNORE_INDEX,
         label_smoothing=smoothing,
         reduction="sum",
     )
     if num_items_in_batch is None:
-        num_items_in_batch = (labels != IGNORED).sum()
+        num_items_in_batch = (labels != IGNORE_INDEX).sum()
     return total / num_items_in_batch
 
 
@@ -164,9 +163,9 @@ def token_sums(logits: Any, labels: Tensor) -> Tensor:
         ``(batch, 3)``: of each sentence the summed cross-entropy, the number of tokens, and of those predicted right.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
-    losses = F.cross_entropy(logits.mT.float(), labels, ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(logits.mT.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
     right = logits.argmax(-1) == labels
-    return torch.stack([losses.sum(-1), (labels != IGNORED).sum(-1), right.sum(-1)], dim=1)
+    return torch.stack([losses.sum(-1), (labels != IGNORE_INDEX).sum(-1), right.sum(-1)], dim=1)
 
 
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from tokenizers import trainers
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from hf_fnl.training.tasks.tokenization import check_vocabulary
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MIN_VOCAB_SIZE = 100
 # As in the tokenizers library's own BERT recipe: rarer characters become [UNK].
@@ -67,10 +69,7 @@ def train_wordpiece(
     """
     if isinstance(texts, str) or iter(texts) is texts:
         raise TypeError(f"texts is read twice: give a list or a data set's column, not a {type(texts).__name__}")
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be at least {MIN_VOCAB_SIZE}, got {vocab_size}")
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
+    check_vocabulary(vocab_size, min_frequency, smallest=MIN_VOCAB_SIZE)
     untrained = BertTokenizer(do_lower_case=lowercase)
     # At most half of the entries are single characters, which come in an initial and a continuing form.
     alphabet = _alphabet(texts, untrained, min(MAX_ALPHABET, (vocab_size - len(SPECIAL_TOKENS)) // 4))
