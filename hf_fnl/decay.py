@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_fnl.functional import decay_gradients, squared_frobenius_norm
 from hf_fnl.optim.groups import by_name, check_factors
 from hf_fnl.products import Factor, Product, beside_factors
 
@@ -38,7 +37,7 @@ def frobenius_penalty(
     """
     if not products:
         raise ValueError("a Frobenius penalty needs at least one product, got none")
-    squares = [squared_frobenius_norm(*product.factors(source)).sum() for product in products]
+    squares = [product.squared_frobenius_norm(source).sum() for product in products]
     squares += [rest.square().sum() for rest in beside_factors(products, source).values()]
     return weight_decay / 2 * torch.stack(squares).sum()
 
@@ -121,7 +120,7 @@ class FrobeniusDecay:
         gradients = [
             pair
             for product in self.products
-            for pair in zip(product.parts, decay_gradients(*product.factors(parameters)), strict=True)
+            for pair in zip(product.parts, product.decay_gradients(parameters), strict=True)
         ]
         return gradients + [(Factor(name), rest) for name, rest in beside_factors(self.products, parameters).items()]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.functional import non_orthogonality, nuclear_norm_bound, singular_values
-from hf_fnl.layers import Factorized
+from hf_fnl.functional import non_orthogonality, nuclear_norm_bound
+from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.products import Product
 
 Figures = dict[str, float]
@@ -21,7 +22,9 @@ def diagnose(
 ) -> dict[str, Figures]:
     r"""Norms, rank and effective step size of every product, from ``(r, r)`` cores of its factors.
 
-    The figures of an attention product are means over its heads. With ``s`` the singular values of ``W``:
+    The figures of an attention product are means over its heads. ``W`` of a tensor is its kernel as a matrix
+    ``(out, in * kh * kw)``; ``nuclear_norm_bound`` and ``non_orthogonality``, which tell of two factors of a matrix,
+    are left out there. With ``s`` the singular values of ``W``:
 
     ========================  =====================================================================================
     ``frobenius_norm``        ``||W||_F = sqrt(sum s^2)``, what Frobenius decay holds down
@@ -49,23 +52,26 @@ def diagnose(
     products = list(products)
     if not products:
         raise ValueError("there are no products to diagnose; find_products(model) lists those of a model")
-    rows = [_figures(product.factors(model), learning_rate) for product in products]
-    values = torch.stack([torch.stack(list(row.values())) for row in rows]).tolist()
-    return {product.name: dict(zip(rows[0], row, strict=True)) for product, row in zip(products, values, strict=True)}
+    rows = [_figures(product, model, learning_rate) for product in products]
+    values = iter(torch.stack([figure for row in rows for figure in row.values()]).tolist())
+    return {product.name: {name: next(values) for name in row} for product, row in zip(products, rows, strict=True)}
 
 
-def _figures(factors: tuple[Tensor, ...], learning_rate: float | None) -> dict[str, Tensor]:
-    factors = tuple(factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
-    s = singular_values(*factors)
+def _figures(
+    product: Product, source: nn.Module | Mapping[str, Tensor], learning_rate: float | None
+) -> dict[str, Tensor]:
+    s = product.singular_values(source)
     nuclear_norm, operator_norm = s.sum(-1), s.amax(-1)
     figures = {
         "frobenius_norm": s.norm(dim=-1),
         "nuclear_norm": nuclear_norm,
-        "nuclear_norm_bound": nuclear_norm_bound(*factors),
         "operator_norm": operator_norm,
         "effective_rank": torch.where(operator_norm > 0, nuclear_norm / operator_norm, 0),
-        "non_orthogonality": non_orthogonality(*factors),
     }
+    if not product.is_tensor:
+        factors = tuple(p.to(torch.promote_types(p.dtype, torch.float32)) for p in product.factors(source))
+        figures["nuclear_norm_bound"] = nuclear_norm_bound(*factors)
+        figures["non_orthogonality"] = non_orthogonality(*factors)
     if learning_rate is not None:
         figures["effective_step_size"] = torch.where(operator_norm > 0, learning_rate / s.square().sum(-1), torch.inf)
     return {name: figure.mean() for name, figure in figures.items()}
@@ -92,13 +98,13 @@ def parameter_count(model: nn.Module) -> Figures:
     head they were cut.
 
     Returns:
-        ``total``, ``trainable``, ``in_products`` (the factors of linear and embedding products), ``dense_equivalent``
-        (the same model with the matrix of each of these products in the place of its factors) and ``ratio``, which is
+        ``total``, ``trainable``, ``in_products`` (the factors of all factorized layers), ``dense_equivalent`` (the same
+        model with the weight of each of these layers in the place of its factors) and ``ratio``, which is
         ``total / dense_equivalent``.
     """
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
-    layers = {id(module.U): module for module in model.modules() if isinstance(module, Factorized)}.values()
+    layers = {id(module.factors()[0]): module for module in model.modules() if isinstance(module, Factorized)}.values()
     in_products = sum(_factor_count(layer) for layer in layers)
     dense = total - in_products + sum(_dense_count(layer) for layer in layers)
     return {
@@ -127,9 +133,9 @@ def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
     """
     ours = dense = 0
     for module in model.modules():
-        if isinstance(module, Factorized) and module.kind == "embedding":
+        if isinstance(module, FactorizedEmbedding):
             ours += module.V.numel()
-        elif isinstance(module, Factorized) and module.kind == "linear":
+        elif isinstance(module, FactorizedLinear):
             ours += _factor_count(module)
             dense += _dense_count(module)
         elif isinstance(module, nn.Linear | Conv1D):
@@ -143,5 +149,4 @@ def _factor_count(layer: Factorized) -> int:
 
 
 def _dense_count(layer: Factorized) -> int:
-    m, n = layer.shape
-    return m * n
+    return math.prod(layer.dense_shape)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("linear", "embedding", "conv", "qk", "ov")
+KINDS = ("linear", "embedding", "conv", "qk", "ov", "tensor")
+ATTENTION_KINDS = ("qk", "ov")
 PARTS = ("encoder", "decoder", "cross")
 
 

@@ -5,6 +5,16 @@ import math
 
 import pytest
 import torch
+from conv_cases import (
+    DOUBLE,
+    OPTIONS,
+    Convolutions,
+    images,
+    outputs_and_gradients,
+    paths_taken,
+    poison,
+    randomized,
+)
 from torch import nn
 from torch.testing import assert_close
 
@@ -12,51 +22,27 @@ from hf_fnl.layers import FactorizedConv2d
 from hf_fnl.layers.conv import factor_kernels, kernel_matrix, matrix_kernel
 from hf_fnl.spectral import spectral_init
 
-DOUBLE = {"dtype": torch.float64}
 SCHEMES = ("spatial", "channel")
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 
-# Options of a convolution from 6 channels to 10 with a kernel of 3 by 5.
-OPTIONS = {
-    "plain": {},
-    "stride": {"stride": (2, 3)},
-    "padding": {"padding": (1, 2)},
-    "dilation": {"dilation": (3, 2), "padding": 2},
-    "all": {"stride": (2, 1), "padding": (3, 1), "dilation": (1, 2)},
-    "same": {"padding": "same"},
-    "same-dilated": {"padding": "same", "dilation": (2, 1)},
-    "valid": {"padding": "valid", "stride": 2},
-    "groups": {"groups": 2, "padding": (1, 2)},
-    "reflect": {"padding": (2, 1), "padding_mode": "reflect", "stride": (1, 2)},
-    "replicate": {"padding": (1, 3), "padding_mode": "replicate"},
-    "circular": {"padding": "same", "padding_mode": "circular"},
-    "without-bias": {"bias": False},
-}
+GROUPS = {"groups": {"groups": 2, "padding": (1, 2)}, "groups-reflected": {**OPTIONS["reflect"], "groups": 2}}
+each_option = pytest.mark.parametrize("options", (OPTIONS | GROUPS).values(), ids=(OPTIONS | GROUPS).keys())
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+    torch.compiler.reset()  # all layers share one forward, and it compiles anew for a limited number of them
 
 
-@pytest.fixture(params=OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.fixture(params=(OPTIONS | GROUPS).values(), ids=(OPTIONS | GROUPS).keys())
 def dense(request) -> nn.Conv2d:
     return nn.Conv2d(6, 10, (3, 5), **request.param, **DOUBLE)
 
 
-def images(*shape: int) -> torch.Tensor:
-    return torch.randn(*(shape or (2, 6, 13, 11)), **DOUBLE)
-
-
 def full_rank(dense: nn.Conv2d, scheme: str) -> int:
     return min(kernel_matrix(dense.weight, scheme).shape)
-
-
-def randomized(layer: nn.Module) -> nn.Module:
-    """Away from the initial values, where M is the identity."""
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter)
-    return layer
 
 
 # Kernels and matrices
@@ -103,19 +89,16 @@ def test_full_rank_is_the_dense_convolution(dense, scheme, compose):
     assert_close(layer(x[0]), dense(x[0]))
 
 
+@each_option
 @each_scheme
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
 @pytest.mark.parametrize("rank", [3, 40], ids=["low", "overcomplete"])
-def test_both_paths_and_their_gradients_are_equal(dense, scheme, deep, rank):
-    options = OPTIONS["groups"] if dense.groups > 1 else {"stride": dense.stride, "padding": dense.padding}
+def test_both_paths_and_their_gradients_are_equal(options, scheme, deep, rank):
     make = {"scheme": scheme, "deep": deep, "overcomplete": True, **options, **DOUBLE}
-    layer = randomized(FactorizedConv2d(6, 10, (3, 5), rank, **make))
-    x, results = images(), []
-    target = torch.randn_like(layer(x))
+    layer, x = randomized(FactorizedConv2d(6, 10, (3, 5), rank, **make)), images()
+    target, results = torch.randn_like(layer(x)), []
     for layer.compose in (True, False):
-        inputs = x.clone().requires_grad_()
-        y = layer(inputs)
-        results.append([y, *torch.autograd.grad((y * target).sum(), [inputs, *layer.parameters()])])
+        results.append(outputs_and_gradients(layer, x, target))
     assert_close(*results)
 
 
@@ -159,30 +142,52 @@ def test_meta_convolutions_stay_on_meta(dense):
     assert layer(images().to("meta")).shape == dense(images().to("meta")).shape
 
 
+@each_option
 @each_scheme
 @pytest.mark.parametrize("compose", [True, False], ids=["composed", "two-steps"])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
-def test_the_memory_format_is_that_of_the_input(scheme, compose, layout):
-    layer = FactorizedConv2d(6, 10, 3, 4, padding=1, scheme=scheme, compose=compose)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_inputs_kernels_and_outputs_have_one_memory_format(options, scheme, compose, layout):
+    layer = FactorizedConv2d(6, 10, (3, 5), 4, scheme=scheme, compose=compose, **options)
     x = images().float().contiguous(memory_format=layout)
-    assert layer(x).is_contiguous(memory_format=layout)
+    with Convolutions() as convolutions:
+        y = layer(x)
+    assert len(convolutions.seen) == (1 if compose else 2)
+    assert all(tensor.is_contiguous(memory_format=layout) for pair in convolutions.seen for tensor in (*pair, y))
 
 
-@pytest.mark.parametrize(
-    ("rank", "scheme", "shape", "expected"),
-    [
-        # 3x3, 32 to 32 channels: 9 * 32 * 32 multiplications a point, against rank * 6 * 32 or rank * 10 * 32.
-        pytest.param(16, "spatial", (8, 32, 20, 20), False, id="low"),
-        pytest.param(60, "spatial", (8, 32, 20, 20), True, id="above-the-break-even"),
-        pytest.param(24, "channel", (8, 32, 20, 20), False, id="channel-low"),
-        pytest.param(31, "channel", (8, 32, 20, 20), True, id="channel-above"),
-        pytest.param(200, "spatial", (1, 32, 5, 5), True, id="overcomplete"),
-        pytest.param(47, "spatial", (1, 32, 3, 3), False, id="too-small-an-input-to-pay-for-the-kernel"),
-    ],
-)
-def test_the_path_with_fewer_multiplications_is_taken(rank, scheme, shape, expected):
-    layer = FactorizedConv2d(32, 32, 3, rank, padding=1, scheme=scheme, overcomplete=True)
-    assert layer._composing_is_cheaper(torch.empty(shape), (1, 1)) == expected
+@each_scheme
+@pytest.mark.parametrize("compose", [True, False], ids=["composed", "two-steps"])
+def test_the_memory_format_of_a_dense_kernel_carries_over_and_back(scheme, compose):
+    dense = nn.Conv2d(6, 10, (3, 5)).to(memory_format=torch.channels_last)
+    layer = copy.deepcopy(FactorizedConv2d.from_dense(dense, 4, scheme=scheme))
+    layer.compose = compose
+    x = images().float()
+    for module in (dense, layer, layer.to_dense()):
+        assert module(x).is_contiguous(memory_format=torch.channels_last)
+    assert layer.to_dense().weight.is_contiguous(memory_format=torch.channels_last)
+    contiguous = FactorizedConv2d.from_dense(nn.Conv2d(6, 10, (3, 5)), 4, scheme=scheme)
+    assert contiguous.to_dense().weight.is_contiguous()
+
+
+@each_scheme
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+@pytest.mark.parametrize("options", [{}, {"padding": 1}, {"stride": (1, 3), "dilation": 2}, {"groups": 2}], ids=str)
+def test_the_path_with_fewer_operations_in_training_is_taken(options, deep, scheme):
+    def make(rank: int) -> FactorizedConv2d:
+        return FactorizedConv2d(6, 10, (3, 2), rank, scheme=scheme, deep=deep, **options)
+
+    full = min(make(1).shape)
+    assert paths_taken(make, (1, full), (16, 6, 9, 13)) == [False, True]
+    assert paths_taken(make, range(2, full), (3, 6, 17, 11))
+    assert not paths_taken(make, [1], (1, 6, 6, 5))[0]  # too small an input to pay for the kernel
+
+
+@each_scheme
+def test_an_overcomplete_kernel_is_always_multiplied_out(scheme):
+    layer = FactorizedConv2d(7, 11, 3, 40, scheme=scheme, overcomplete=True)
+    with Convolutions() as convolutions:
+        layer(torch.randn(1, 7, 3, 3))
+    assert len(convolutions.seen) == 1
 
 
 # Initialization
@@ -221,6 +226,38 @@ def test_deep_starts_as_shallow_and_overcomplete_is_drawn_by_default():
     assert FactorizedConv2d(3, 7, 3, 25, overcomplete=True).init == "default"
 
 
+@each_scheme
+@pytest.mark.parametrize("init", ["spectral", "spectral_ones"])
+def test_a_deep_layer_from_a_dense_one_is_the_shallow_one(dense, scheme, init):
+    shallow = FactorizedConv2d.from_dense(dense, 3, scheme=scheme, init=init)
+    deep = FactorizedConv2d.from_dense(dense, 3, scheme=scheme, init=init, deep=True, overcomplete=True)
+    assert torch.equal(deep.M, torch.eye(3, **DOUBLE))
+    assert torch.equal(deep.U, shallow.U)
+    assert torch.equal(deep.V, shallow.V)
+    assert deep.overcomplete
+
+
+@each_scheme
+def test_an_empty_overcomplete_layer_has_the_rank_and_the_options(dense, scheme):
+    layer = FactorizedConv2d.empty_like(dense, 41, scheme=scheme, deep=True, overcomplete=True)
+    assert [factor.shape[-1] for factor in layer.factors()] == [41, 41, 41]
+    assert layer.init == "default"
+    layer.reset_parameters()
+    assert layer.to_dense().extra_repr() == dense.extra_repr()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param({}, (7 * 2 + 3 * 5) * 4 / (7 * 3 * 2 * 5), id="spatial"),
+        pytest.param({"scheme": "channel"}, (7 + 3 * 10) * 4 / (7 * 3 * 10), id="channel"),
+        pytest.param({"deep": True}, ((7 * 2 + 3 * 5) * 4 + 16) / (7 * 3 * 10), id="deep"),
+    ],
+)
+def test_the_compression_rate_is_that_of_the_kernel(options, expected):
+    assert FactorizedConv2d(3, 7, (2, 5), 4, **options).compression_rate == pytest.approx(expected)
+
+
 def test_state_dict_names_and_shapes():
     layer = FactorizedConv2d(3, 7, (2, 5), 4, deep=True)
     shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
@@ -257,7 +294,25 @@ def test_it_compiles_without_graph_breaks(scheme, compose):
             lambda: FactorizedConv2d(3, 7, 3, 2, scheme="tucker"), "one of spatial, channel, got 'tucker'", id="scheme"
         ),
         pytest.param(lambda: FactorizedConv2d(6, 6, 3, 2, groups=6), "depthwise", id="depthwise"),
-        pytest.param(lambda: FactorizedConv2d(6, 7, 3, 2, groups=3), "divisible by groups", id="groups"),
+        pytest.param(lambda: FactorizedConv2d(6, 7, 3, 2, groups=3), "out_channels must be divisible", id="groups-out"),
+        pytest.param(lambda: FactorizedConv2d(7, 6, 3, 2, groups=3), "in_channels must be divisible", id="groups-in"),
+        pytest.param(lambda: FactorizedConv2d(6, 7, 3, 2, groups=0), "groups must be a positive integer", id="group-0"),
+        pytest.param(
+            lambda: FactorizedConv2d.from_dense(nn.Conv2d(3, 7, 3), 10), r"rank must be in \[1, 9\]", id="from-dense"
+        ),
+        pytest.param(
+            lambda: FactorizedConv2d.from_dense(nn.Conv2d(3, 7, 3), 10, overcomplete=True),
+            r"rank must be in \[1, 9\], got 10",
+            id="from-dense-overcomplete",
+        ),
+        pytest.param(
+            lambda: FactorizedConv2d.from_dense(nn.Conv2d(3, 7, 3, device="meta"), 10, overcomplete=True),
+            r"rank must be in \[1, 9\], got 10",
+            id="from-dense-meta",
+        ),
+        pytest.param(
+            lambda: FactorizedConv2d.from_dense(nn.Conv2d(3, 7, 3), 2, init="default"), "no weight to split", id="init"
+        ),
         pytest.param(lambda: FactorizedConv2d(6, 7, 3, 2, padding_mode="mirror"), "mirror", id="padding-mode"),
         pytest.param(
             lambda: FactorizedConv2d(6, 7, 3, 2, padding="same", stride=2), "not supported for strided", id="same"
@@ -270,7 +325,3 @@ def test_it_compiles_without_graph_breaks(scheme, compose):
 def test_it_refuses_what_it_cannot_hold(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def poison(module: nn.Module) -> None:
-    nn.init.constant_(module.weight, torch.nan)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
 from hf_fnl.decay import MODES, FrobeniusDecay, frobenius_penalty
-from hf_fnl.layers import FactorizedLinear
+from hf_fnl.layers import FactorizedConv2d, FactorizedLinear, TensorizedConv2d
 from hf_fnl.optim import Lamb, parameter_groups
 from hf_fnl.products import Product, find_products
 
@@ -45,6 +45,19 @@ def three_factors() -> tuple[nn.Module, list[Product]]:
     return model, find_products(model, ["linear"])
 
 
+def kernels() -> tuple[nn.Module, list[Product]]:
+    model = nn.Sequential(FactorizedConv2d(3, 5, (2, 3), 4), FactorizedConv2d(5, 4, 3, 2, scheme="channel", deep=True))
+    return model.double(), find_products(model, ["conv"])
+
+
+def tensors() -> tuple[nn.Module, list[Product]]:
+    """At ranks at which norms are cheaper from Gram matrices, and at which they are from the kernel."""
+    options = [("tt", 2), ("tt", 10), ("tucker", 2), ("tucker", 7)]
+    layers = [TensorizedConv2d(5, 7, (2, 3), rank, scheme=scheme, init="default") for scheme, rank in options]
+    model = nn.ModuleList(layers).double()
+    return model, find_products(model, ["tensor"])
+
+
 def groups_of_heads() -> tuple[nn.Module, list[Product]]:
     model = CASES["llama"].build().double()
     return model, find_products(model, ["qk", "ov"])
@@ -74,6 +87,8 @@ def all_parts_of_a_parameter() -> tuple[nn.Module, list[Product]]:
         all_parts_of_a_parameter,
         two_factors,
         three_factors,
+        kernels,
+        tensors,
     ],
     ids=lambda case: case.__name__,
 )

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.diagnostics import diagnose, forward_flops, parameter_count, summarize
 from hf_fnl.functional import non_orthogonality
-from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
-from hf_fnl.products import find_products
+from hf_fnl.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
+from hf_fnl.products import Product, find_products
 
 
 def stack() -> nn.Sequential:
@@ -26,15 +26,26 @@ def bert() -> BertModel:
     return BertModel(config).double()
 
 
-def expected_figures(factors: tuple[torch.Tensor, ...], matrices: torch.Tensor, learning_rate: float) -> dict:
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    tensors = [TensorizedConv2d(5, 3, (2, 3), 4, scheme=scheme, init="default") for scheme in ("tt", "tucker")]
+    return nn.Sequential(FactorizedConv2d(3, 5, (3, 2), 4), FactorizedConv2d(5, 5, 2, 3, deep=True), *tensors).double()
+
+
+def expected_figures(product: Product, model: nn.Module, learning_rate: float) -> dict:
+    factors, matrices = product.factors(model), product.matrix(model)
     frobenius, nuclear, operator = (torch.linalg.matrix_norm(matrices, order) for order in ("fro", "nuc", 2))
-    return {
+    figures = {
         "frobenius_norm": frobenius,
         "nuclear_norm": nuclear,
-        "nuclear_norm_bound": sum(p.square().sum((-2, -1)) for p in factors) / 2,
         "operator_norm": operator,
         "effective_rank": nuclear / operator,
         "effective_step_size": learning_rate / frobenius**2,
+    }
+    if product.kind == "tensor":
+        return figures
+    return figures | {
+        "nuclear_norm_bound": sum(p.square().sum((-2, -1)) for p in factors) / 2,
         "non_orthogonality": non_orthogonality(*factors),
     }
 
@@ -45,8 +56,13 @@ def llama() -> nn.Module:
 
 @pytest.mark.parametrize(
     ("make", "kinds"),
-    [(stack, ("embedding", "linear")), (bert, ("qk", "ov")), (llama, ("qk", "ov"))],
-    ids=["layers", "heads", "groups-of-heads"],
+    [
+        (stack, ("embedding", "linear")),
+        (bert, ("qk", "ov")),
+        (llama, ("qk", "ov")),
+        (convolutions, ("conv", "tensor")),
+    ],
+    ids=["layers", "heads", "groups-of-heads", "convolutions"],
 )
 def test_figures_are_those_of_the_formed_matrices(make, kinds):
     model = make()
@@ -54,7 +70,7 @@ def test_figures_are_those_of_the_formed_matrices(make, kinds):
     figures = diagnose(model, products, learning_rate=0.1)
     assert list(figures) == [p.name for p in products]
     for product in products:
-        expected = expected_figures(product.factors(model), product.matrix(model), 0.1)
+        expected = expected_figures(product, model, 0.1)
         assert figures[product.name] == pytest.approx({name: value.mean().item() for name, value in expected.items()})
 
 
@@ -121,11 +137,19 @@ def test_parameters_of_layers_and_of_their_dense_equivalents():
     }
 
 
-def test_the_dense_equivalent_is_the_dense_model():
-    model = stack()
+@pytest.mark.parametrize("make", [stack, convolutions])
+def test_the_dense_equivalent_is_the_dense_model(make):
+    model = make()
     dense = nn.Sequential(*(layer.to_dense() if hasattr(layer, "to_dense") else layer for layer in model))
     assert parameter_count(model)["dense_equivalent"] == parameter_count(dense)["total"]
     assert parameter_count(dense)["ratio"] == 1
+
+
+def test_cores_of_tensors_count_as_factors():
+    model = convolutions()
+    cores = 3 * 3 + 3 * 2 * 4 + 4 * 3 * 4 + 4 * 5 + (3 * 3 + 3 * 4 * 2 * 3 + 5 * 4)
+    assert parameter_count(model[2:])["in_products"] == cores
+    assert parameter_count(model[2:])["total"] == cores + 3 + 3
 
 
 def test_tied_factors_count_once():

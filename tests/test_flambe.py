@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from transformers import BertConfig, BertForPreTraining, LlamaForCausalLM
 
-from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
+from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.optim import FLAMBe, Lamb, lamb, parameter_groups
 from hf_fnl.products import Product, find_products
 
@@ -284,6 +284,12 @@ VALUE = "bert.encoder.layer.1.attention.self.value.weight"
 def test_no_products():
     with pytest.raises(ValueError, match=r"there are no products to decay; find_products\(model\) lists those"):
         FLAMBe(stock_bert().named_parameters(), products=[])
+
+
+def test_tensors():
+    model = nn.Sequential(TensorizedConv2d(3, 5, 2, 2, init="default"), FactorizedLinear(5, 7, 3))
+    with pytest.raises(ValueError, match="and 0 are tensors; use Lamb or another optimizer with FrobeniusDecay"):
+        FLAMBe(model.named_parameters(), products=find_products(model))
 
 
 def test_parameters_without_names():

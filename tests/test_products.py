@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForPreTraining, BertModel
 
-from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
+from hf_fnl.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.products import KINDS, find_products
 
 HEADS, HIDDEN, HEAD_DIM = 3, 15, 5
@@ -47,6 +47,23 @@ def test_factorized_layers_are_found_with_their_matrices():
     for product, layer in zip(products, (model.embedding, model.middle), strict=True):
         assert torch.equal(product.matrix(model), layer.composed())
         torch.testing.assert_close(product.frobenius_norm(model), layer.composed().norm())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "cores"),
+    [("tt", ["out_core", "height_core", "width_core", "in_core"]), ("tucker", ["out_core", "core", "in_core"])],
+)
+def test_tensors_are_found_with_their_kernels_as_matrices(scheme, cores):
+    model = nn.Sequential(
+        TensorizedConv2d(3, 7, (2, 5), 4, scheme=scheme, init="default"), FactorizedConv2d(7, 2, 3, 3)
+    )
+    tensor, conv = find_products(model)
+    assert (tensor.kind, tensor.is_tensor, conv.kind, conv.is_tensor) == ("tensor", True, "conv", False)
+    assert tensor.parameter_names == tuple(f"0.{core}" for core in cores)
+    matrix = tensor.matrix(model)
+    assert torch.equal(matrix, model[0].dense_weight().flatten(1))
+    torch.testing.assert_close(tensor.frobenius_norm(model), matrix.norm())
+    torch.testing.assert_close(tensor.squared_frobenius_norm(model), matrix.norm() ** 2)
 
 
 def test_stock_bert_has_a_qk_and_an_ov_product_in_every_layer(bert):

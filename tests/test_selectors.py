@@ -101,8 +101,8 @@ def test_a_selector_matches_its_kind_in_its_part(text, matches):
 @pytest.mark.parametrize("text", ["vo", "ov:", ":encoder", "ov:head", "ov:encoder:cross", "OV", "", "ov: encoder"])
 def test_what_is_no_selector(text):
     message = (
-        "^frobenius_decay must be any of linear, embedding, conv, qk, ov, each alone or with one of the parts encoder, "
-        f"decoder, cross, as in 'ov:encoder'; got '{text}'$"
+        "^frobenius_decay must be any of linear, embedding, conv, qk, ov, tensor, each alone or with one of the parts "
+        f"encoder, decoder, cross, as in 'ov:encoder'; got '{text}'$"
     )
     with pytest.raises(ValueError, match=message):
         Selector.parse(text, "frobenius_decay")

@@ -1,8 +1,16 @@
 """Layers that hold factors in place of a weight."""
 
-from hf_fnl.layers.base import Factorized
+from hf_fnl.layers.base import Factorized, FactorizedMatrix
 from hf_fnl.layers.conv import FactorizedConv2d
 from hf_fnl.layers.embedding import FactorizedEmbedding
 from hf_fnl.layers.linear import FactorizedLinear
+from hf_fnl.layers.tensorized import TensorizedConv2d
 
-__all__ = ["Factorized", "FactorizedConv2d", "FactorizedEmbedding", "FactorizedLinear"]
+__all__ = [
+    "Factorized",
+    "FactorizedConv2d",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
+    "FactorizedMatrix",
+    "TensorizedConv2d",
+]

@@ -1,7 +1,8 @@
-"""What every factorized layer is: a module that holds one matrix as factors."""
+"""What every factorized layer is: a module that holds its weight as factors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -20,12 +21,132 @@ Dense = TypeVar("Dense", bound=nn.Module)
 
 
 class Factorized(nn.Module):
+    """A layer that holds factors in the place of a weight.
+
+    Args:
+        rank: The rank of the factors.
+        init: One of ``hf_fnl.spectral.INIT_METHODS``.
+
+    Attributes:
+        kind: What kind of product the layer is; see :class:`~hf_fnl.products.Product`.
+        shape: Shape of the product of the factors.
+        bias: The bias, ``None`` where there is none.
+
+    Raises:
+        ValueError: If ``init`` is unknown.
+    """
+
+    kind: ClassVar[str]
+    shape: tuple[int, ...]
+    bias: nn.Parameter | None
+
+    def __init__(self, rank: int, *, init: str = "spectral") -> None:
+        super().__init__()
+        check_method(init)
+        self.rank, self.init = rank, init
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors in the order in which they are multiplied."""
+        raise NotImplementedError
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight."""
+        return self.shape
+
+    def dense_weight(self) -> Tensor:
+        """The dense layer's weight: the factors multiplied out, in the layout that this layer has."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense layer's weight, for code that reads it; multiplied out when its values are used."""
+        if torch.compiler.is_compiling():  # the compiler drops by itself what is not used
+            return self.dense_weight()
+        return DenseWeight.of(self.dense_shape, self.factors()[0], self.dense_weight)
+
+    @property
+    def compression_rate(self) -> float:
+        """Parameters of the factors by parameters of the dense layer's weight."""
+        return sum(factor.numel() for factor in self.factors()) / math.prod(self.dense_shape)
+
+    def draw_(self, weight: Tensor) -> None:
+        """Fill a weight as the dense layer's own initialization would, :class:`torch.nn.Linear`'s unless overridden."""
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+
+    def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
+        """New initial values for :meth:`factors`, by the layer's ``init``.
+
+        Args:
+            draw: Fills a dense weight in place; :meth:`draw_` unless given.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the factors anew, then the bias as :class:`torch.nn.Linear` does; nothing on the meta device."""
+        if self.factors()[0].is_meta:
+            return
+        self.set_factors_(self.fresh_factors())
+        if self.bias is not None:
+            fan_in = math.prod(self.dense_shape) // len(self.bias)
+            nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def add_bias_(self, size: int | None) -> None:
+        """Add a bias that is not set yet, in the dtype and on the device of the factors, or none."""
+        bias = None if size is None else nn.Parameter(self.factors()[0].detach().new_empty(size))
+        self.register_parameter("bias", bias)
+
+    def placed_like(self, dense: nn.Module) -> Self:
+        """This layer, made on the meta device, on that of ``dense``, with its mode and what is trained of it.
+
+        Parameters are not set yet.
+        """
+        weight = dense.get_parameter("weight")
+        layer = self if weight.is_meta else self.to_empty(device=weight.device)
+        for factor in layer.factors():
+            factor.requires_grad_(weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(dense.get_parameter("bias").requires_grad)
+        return layer.train(dense.training)
+
+    def to_dense(self) -> nn.Module:
+        """The plain layer with the factors multiplied out; this layer is left as it is."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fill_dense_(self, dense: Dense) -> Dense:
+        """Give a dense layer the product of the factors, the bias, the mode and what is trained; returns it."""
+        first, weight = self.factors()[0], dense.get_parameter("weight")
+        if not first.is_meta:
+            weight.copy_(self.dense_weight())
+        weight.requires_grad_(first.requires_grad)
+        if self.bias is not None:
+            if not self.bias.is_meta:
+                dense.get_parameter("bias").copy_(self.bias)
+            dense.get_parameter("bias").requires_grad_(self.bias.requires_grad)
+        return dense.train(self.training)
+
+    @torch.no_grad()
+    def set_factors_(self, values: tuple[Tensor, ...]) -> None:
+        """Copy ``values`` into the factors, in the order of :meth:`factors`."""
+        for parameter, value in zip(self.factors(), values, strict=True):
+            parameter.copy_(value)
+
+    @torch.no_grad()
+    def set_bias_(self, values: Tensor | None) -> None:
+        """Copy ``values`` into the bias, if there is one."""
+        if self.bias is not None and values is not None:
+            self.bias.copy_(values)
+
+
+class FactorizedMatrix(Factorized):
     """A layer whose matrix ``W`` of shape ``(m, n)`` is held as ``U V^T``, or as ``U M V^T`` when ``deep``.
 
     Args:
         shape: Shape ``(m, n)`` of the dense matrix.
         rank: Columns of the factors. At most ``min(m, n)``, any number where ``overcomplete``.
-        init: One of ``hf_fnl.spectral.INIT_METHODS``. An overcomplete layer is drawn with ``"default"``.
+        init: One of ``hf_fnl.spectral.INIT_METHODS``. A layer of a higher rank is drawn with ``"default"``.
         deep: Adds a middle factor ``M (rank, rank)``, which starts as the identity (Khodak et al. 2021, Sec. 5).
         overcomplete: Allows a rank above ``min(m, n)``, for training that is multiplied back afterwards.
 
@@ -33,7 +154,7 @@ class Factorized(nn.Module):
         ValueError: If ``rank`` or ``init`` is not allowed.
     """
 
-    kind: ClassVar[str]
+    shape: tuple[int, int]
 
     def __init__(
         self,
@@ -46,14 +167,13 @@ class Factorized(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_method(init)
-        if overcomplete and rank > min(shape):
-            init = "default"
-        else:
-            check_rank(rank, min(shape))
+        super().__init__(rank, init=init)
         m, n = shape
-        self.shape, self.rank, self.init, self.overcomplete = shape, rank, init, overcomplete
+        if overcomplete and rank > min(m, n):
+            self.init = "default"
+        else:
+            check_rank(rank, min(m, n))
+        self.shape, self.overcomplete = shape, overcomplete
         self.U = nn.Parameter(torch.empty(m, rank, device=device, dtype=dtype))
         if deep:
             self.M = nn.Parameter(torch.empty(rank, rank, device=device, dtype=dtype))
@@ -69,25 +189,9 @@ class Factorized(nn.Module):
         """The dense matrix, shape ``(m, n)``."""
         return product(*self.factors())
 
-    @property
-    def dense_shape(self) -> tuple[int, ...]:
-        """Shape of the dense layer's weight."""
-        return self.shape
-
     def dense_weight(self) -> Tensor:
         """The dense layer's weight: ``W`` in the layout that this layer has."""
         return self.composed()
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense layer's weight, for code that reads it; multiplied out when its values are used."""
-        if torch.compiler.is_compiling():  # the compiler drops by itself what is not used
-            return self.dense_weight()
-        return DenseWeight.of(self.dense_shape, self.U, self.dense_weight)
-
-    def draw_(self, weight: Tensor) -> None:
-        """Fill a dense weight as the dense layer's own initialization would."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
@@ -96,52 +200,12 @@ class Factorized(nn.Module):
         Args:
             draw: Fills a dense weight in place; :meth:`draw_` unless given.
         """
-        U, V = self.outer_factors(draw or self.draw_)
+        return self.with_identity(*self.outer_factors(draw or self.draw_))
+
+    def with_identity(self, U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
+        """``(U, V)``, or ``(U, I, V)`` where the layer is deep."""
         return (U, V) if self.M is None else (U, torch.eye(self.rank, dtype=U.dtype, device=U.device), V)
 
     def outer_factors(self, draw: Callable[[Tensor], object]) -> tuple[Tensor, Tensor]:
         """New initial values of ``U`` and ``V``; ``draw`` fills a dense weight in place."""
         return initial_factors(self.shape, self.rank, draw, method=self.init, dtype=self.U.dtype, device=self.U.device)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the factors anew; does nothing on the meta device."""
-        if self.U.is_meta:
-            return
-        self.set_factors_(self.fresh_factors())
-
-    def placed_like(self, dense: nn.Module) -> Self:
-        """This layer, made on the meta device, on that of ``dense``, with its mode and what is trained of it.
-
-        Parameters are not set yet.
-        """
-        weight = dense.get_parameter("weight")
-        layer = self if weight.is_meta else self.to_empty(device=weight.device)
-        for factor in layer.factors():
-            factor.requires_grad_(weight.requires_grad)
-        if getattr(dense, "bias", None) is not None:
-            layer.get_parameter("bias").requires_grad_(dense.get_parameter("bias").requires_grad)
-        return layer.train(dense.training)
-
-    def to_dense(self) -> nn.Module:
-        """The plain layer with ``W`` multiplied out; this layer is left as it is."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def fill_dense_(self, dense: Dense) -> Dense:
-        """Give a dense layer the product of the factors, the bias, the mode and what is trained; returns it."""
-        weight, bias = dense.get_parameter("weight"), getattr(self, "bias", None)
-        if not self.U.is_meta:
-            weight.copy_(self.dense_weight())
-        weight.requires_grad_(self.U.requires_grad)
-        if bias is not None:
-            if not bias.is_meta:
-                dense.get_parameter("bias").copy_(bias)
-            dense.get_parameter("bias").requires_grad_(bias.requires_grad)
-        return dense.train(self.training)
-
-    @torch.no_grad()
-    def set_factors_(self, values: tuple[Tensor, ...]) -> None:
-        """Copy ``values`` into the factors, in the order of :meth:`factors`."""
-        for parameter, value in zip(self.factors(), values, strict=True):
-            parameter.copy_(value)

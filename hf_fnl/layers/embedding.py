@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_fnl.layers.base import Factorized
+from hf_fnl.layers.base import FactorizedMatrix
 from hf_fnl.spectral import spectral_init
 
 
-class FactorizedEmbedding(Factorized):
+class FactorizedEmbedding(FactorizedMatrix):
     r"""Rows of ``W = U V^T``, shape ``(num_embeddings, embedding_dim)``, looked up in ``U`` and widened by ``V``.
 
     Args:
@@ -41,6 +41,7 @@ class FactorizedEmbedding(Factorized):
     ) -> None:
         super().__init__((num_embeddings, embedding_dim), rank, init=init, device=device, dtype=dtype)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.add_bias_(None)
         self.reset_parameters()
 
     def draw_(self, weight: Tensor) -> None:

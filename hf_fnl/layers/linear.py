@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers.base import Factorized
+from hf_fnl.layers.base import FactorizedMatrix
 from hf_fnl.spectral import spectral_init
 from hf_fnl.truncation import Moments, truncate_linear
 
@@ -19,7 +17,7 @@ def dense_weight(layer: nn.Linear | Conv1D) -> Tensor:
     return layer.weight.mT if isinstance(layer, Conv1D) else layer.weight
 
 
-class FactorizedLinear(Factorized):
+class FactorizedLinear(FactorizedMatrix):
     r"""``y = x V U^T + b``: a linear layer with ``W = U V^T`` of shape ``(out_features, in_features)``.
 
     Args:
@@ -27,7 +25,7 @@ class FactorizedLinear(Factorized):
         out_features: Size of the output.
         rank: Columns of ``U (out_features, rank)`` and ``V (in_features, rank)``.
         bias: Adds a learned ``bias (out_features,)``.
-        init: ``"spectral"``, ``"spectral_ones"`` or ``"default"``; see :class:`~hf_fnl.layers.base.Factorized`.
+        init: ``"spectral"``, ``"spectral_ones"`` or ``"default"``; see :class:`~hf_fnl.layers.base.FactorizedMatrix`.
         deep: Holds ``W = U M V^T`` with ``M`` starting as the identity.
         overcomplete: Allows ``rank > min(in_features, out_features)``.
 
@@ -61,10 +59,7 @@ class FactorizedLinear(Factorized):
         )
         self.in_features, self.out_features = in_features, out_features
         self.dense_class: type[nn.Linear | Conv1D] = nn.Linear
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        self.add_bias_(out_features if bias else None)
         self.reset_parameters()
 
     @property
@@ -75,18 +70,6 @@ class FactorizedLinear(Factorized):
     def dense_weight(self) -> Tensor:
         """The dense layer's weight, which ``Conv1D`` holds transposed."""
         return self.composed().mT if self.dense_class is Conv1D else self.composed()
-
-    def draw_(self, weight: Tensor) -> None:
-        """Draw as :class:`torch.nn.Linear` does."""
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the factors, then the bias, as :class:`torch.nn.Linear` draws its own."""
-        super().reset_parameters()
-        if self.bias is not None and not self.bias.is_meta:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)`` through the ``rank``-wide middle."""
@@ -122,8 +105,7 @@ class FactorizedLinear(Factorized):
         else:
             U, V, bias = truncate_linear(weight, bias, rank, moments)
         layer.set_factors_((U, V))
-        if bias is not None:
-            layer.bias.detach().copy_(bias)
+        layer.set_bias_(bias)
         return layer
 
     @classmethod

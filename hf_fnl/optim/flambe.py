@@ -36,8 +36,9 @@ class FLAMBe(Lamb):
         max_grad_norm: As in :class:`Lamb`.
 
     Raises:
-        ValueError: If the parameters have no names, there is no product, a factor is missing, frozen or in two
-            products, the factors of a product have different ``weight_decay``, or an option is out of range.
+        ValueError: If the parameters have no names, there is no product, a product is a tensor, a factor is missing,
+            frozen or in two products, the factors of a product have different ``weight_decay``, or an option is out of
+            range.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class FLAMBe(Lamb):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
         self.products = tuple(products)
+        _check_matrices(self.products)
         check_factors(self.products, self.param_groups)
         _check_decays(self.products, self.param_groups)
 
@@ -86,6 +88,14 @@ def _frobenius_term(
     for factor, (part, left, right) in zip(factors, multipliers[parameter], strict=True):
         torch.matmul(factor if left is None else left @ factor, right, out=part.view(term))
     return term
+
+
+def _check_matrices(products: Sequence[Product]) -> None:
+    if tensors := [product.name for product in products if product.is_tensor]:
+        raise ValueError(
+            f"FLAMBe decays products of matrices, and {', '.join(tensors)} are tensors; "
+            "use Lamb or another optimizer with FrobeniusDecay"
+        )
 
 
 def _check_decays(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:

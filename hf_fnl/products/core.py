@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from hf_fnl.functional import product, squared_frobenius_norm
+import hf_fnl.functional as functional
+import hf_fnl.tensors as tensors
 
 Source: TypeAlias = nn.Module | Mapping[str, Tensor]  # a model, or its parameters by name
 
@@ -49,13 +51,14 @@ class Factor:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix that a model holds only as factors.
+    """A matrix, or the kernel of a convolution, that a model holds only as factors.
 
     Args:
         name: Name of the module that holds it, followed by the kind for the products of an attention.
-        kind: ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"`` (per head ``Q_h K_h^T``) or ``"ov"`` (per head
-            ``V_h O_h^T``). The last two are products of the weights: where an attention rotates or normalizes queries
-            and keys, its scores are no longer ``x Q_h K_h^T x^T``.
+        kind: ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"`` (per head ``Q_h K_h^T``), ``"ov"`` (per head
+            ``V_h O_h^T``) or ``"tensor"`` (a kernel held as the cores of a tensor decomposition). Those of an attention
+            are products of the weights: where it rotates or normalizes queries and keys, its scores are no longer
+            ``x Q_h K_h^T x^T``.
         parts: The factors in the order in which they are multiplied.
         part: Where in the model it is: ``"encoder"``, ``"decoder"`` or ``"cross"`` for cross-attentions; ``None`` where
             there are no such parts, or if several share it.
@@ -77,17 +80,43 @@ class Product:
         Returns:
             ``(U, V)`` or ``(U, M, V)`` of shapes ``(m, r)``, ``(r, r)`` and ``(n, r)``. Those of an attention have a
             leading dimension, the heads; or two where groups of heads share a key and a value: ``(key_value_heads,
-            group)`` for query and output, ``(key_value_heads, 1)`` for what is shared.
+            group)`` for query and output, ``(key_value_heads, 1)`` for what is shared. For a tensor the cores, as
+            :mod:`hf_fnl.tensors` describes them.
         """
         return tuple(part.view(_parameter(source, part.name)) for part in self.parts)
 
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the factors are the cores of a tensor."""
+        return self.kind == "tensor"
+
+    @property
+    def _maths(self) -> ModuleType:
+        return tensors if self.is_tensor else functional
+
     def matrix(self, source: Source) -> Tensor:
-        """The product itself, ``(m, n)`` or ``(*heads, m, n)``. Large: for tests and merging, not for training."""
-        return product(*self.factors(source))
+        """The product itself, ``(m, n)`` or ``(*heads, m, n)``; for a tensor the kernel as ``(out, in * kh * kw)``.
+
+        Large: for tests and merging, not for training.
+        """
+        W = self._maths.product(*self.factors(source))
+        return W.flatten(1) if self.is_tensor else W
+
+    def squared_frobenius_norm(self, source: Source) -> Tensor:
+        """``||W||_F^2``, one value for each head of an attention product; differentiable."""
+        return self._maths.squared_frobenius_norm(*self.factors(source))
 
     def frobenius_norm(self, source: Source) -> Tensor:
-        """``||W||_F``, one value for each head of an attention product, from the Gram matrices of the factors."""
-        return squared_frobenius_norm(*self.factors(source)).clamp(min=0).sqrt()
+        """``||W||_F``, one value for each head of an attention product."""
+        return self.squared_frobenius_norm(source).clamp(min=0).sqrt()
+
+    def decay_gradients(self, source: Source) -> tuple[Tensor, ...]:
+        """Gradients of ``||W||_F^2 / 2`` with respect to every factor, summed over the heads that share it."""
+        return self._maths.decay_gradients(*self.factors(source))
+
+    def singular_values(self, source: Source) -> Tensor:
+        """Singular values of :meth:`matrix` that can differ from zero, descending, for each head of an attention."""
+        return self._maths.singular_values(*self.factors(source))
 
 
 def beside_factors(products: Iterable[Product], source: Source) -> dict[str, Tensor]:

@@ -26,8 +26,9 @@ def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[
 
     Args:
         model: Any module; unwrapped, so that names are those of its own ``named_parameters``.
-        kinds: Any of ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"`` and ``"ov"``, each alone or in one part of the
-            model, as in ``"ov:encoder"``; see :class:`~hf_fnl.selectors.Selector`. All that the model has unless given.
+        kinds: Any of ``"linear"``, ``"embedding"``, ``"conv"``, ``"qk"``, ``"ov"`` and ``"tensor"``, each alone or in
+            one part of the model, as in ``"ov:encoder"``; see :class:`~hf_fnl.selectors.Selector`. All that the model
+            has unless given.
 
     Raises:
         ValueError: If a kind or part is unknown, or the model has no product that was asked for, or none at all.

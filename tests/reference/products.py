@@ -10,6 +10,14 @@ from torch import Tensor
 
 from hf_fnl.products import Factor, Product
 
+# How factors are multiplied, by whether they are the cores of a tensor and by their number.
+_FORMULAS = {
+    (False, 2): "mr,nr->mn",
+    (False, 3): "mr,rs,ns->mn",
+    (True, 3): "oa,abyx,ib->oiyx",
+    (True, 4): "oa,ayb,bxc,ci->oiyx",
+}
+
 
 def half_squared_norms(products: Sequence[Product], parameters: Mapping[str, Tensor]) -> Tensor:
     """``sum ||W||_F^2 / 2`` over all heads of all products, and over what their parameters hold beside factors."""
@@ -18,9 +26,8 @@ def half_squared_norms(products: Sequence[Product], parameters: Mapping[str, Ten
     for product in products:
         num_heads = max(math.prod(part.heads or (1,)) for part in product.parts)
         for head in range(num_heads):
-            U, *middle, V = (_cut(part, parameters[part.name], head, num_heads) for part in product.parts)
-            W = U @ middle[0] @ V.T if middle else U @ V.T
-            total = total + W.square().sum() / 2
+            factors = [_cut(part, parameters[part.name], head, num_heads) for part in product.parts]
+            total = total + torch.einsum(_FORMULAS[product.kind == "tensor", len(factors)], *factors).square().sum() / 2
             for part in product.parts:
                 _cut(part, rest[part.name], head, num_heads).zero_()
     return total + sum(parameter.square().sum() for parameter in rest.values()) / 2

@@ -1,0 +1,174 @@
+"""What factorized two-dimensional convolutions share: their options, both ways to compute them, and the way back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_fnl.layers.base import Factorized
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Pair = tuple[int, int]  # height, width
+KernelShape = tuple[int, int, int, int]  # (out, in / groups, height, width)
+
+# For each convolution of a chain, the axes along which its kernel extends.
+_AXES = {
+    "spatial": ("w", "h"),
+    "channel": ("hw", ""),
+    "tt": ("", "w", "h", ""),
+    "tucker": ("", "hw", ""),
+}
+
+
+class Convolution(Factorized):
+    """A convolution whose kernel is held as factors, and which is computed in one of two ways.
+
+    Either the factors are the kernels of a chain of small convolutions, or they are multiplied out and the kernel is
+    applied at once. Channels-last inputs give channels-last outputs, as do inputs of a layer that was made from a
+    convolution with a channels-last kernel.
+    """
+
+    scheme: str
+    compose: bool | None
+    memory_format = torch.contiguous_format
+
+    def take_options_(self, dense: nn.Conv2d) -> None:
+        """Take over the options of a dense convolution."""
+        self.in_channels, self.out_channels, self.kernel_size = dense.in_channels, dense.out_channels, dense.kernel_size
+        self.stride, self.padding, self.dilation = dense.stride, dense.padding, dense.dilation
+        self.groups, self.padding_mode = dense.groups, dense.padding_mode
+        self._pads = _pads(dense)
+
+    @property
+    def dense_shape(self) -> KernelShape:
+        """Shape of the dense kernel."""
+        height, width = self.kernel_size
+        return self.out_channels, self.in_channels // self.groups, height, width
+
+    def chain(self, *factors: Tensor) -> tuple[Tensor, ...]:
+        """Factors as kernels of convolutions, in the order in which those are applied; views of the factors."""
+        raise NotImplementedError
+
+    def kernels(self) -> tuple[Tensor, ...]:
+        """The kernels of the chain of convolutions, in the order in which they are applied."""
+        return self.chain(*self.factors())
+
+    def chain_sizes(self) -> tuple[int, ...]:
+        """Numbers of entries of :meth:`kernels`."""
+        return tuple(factor.numel() for factor in reversed(self.factors()))
+
+    def composing_cost(self) -> int:
+        """Multiplications that it takes to multiply the factors out."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``([batch,] in_channels, height, width)`` to ``([batch,] out_channels, new height, new width)``."""
+        x, padding = self._padded(x)
+        if self._composing_is_cheaper(x, padding) if self.compose is None else self.compose:
+            return self._convolve(x, padding, (self.dense_weight(),), ("hw",))
+        return self._convolve(x, padding, self.kernels(), _AXES[self.scheme])
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Pair]:
+        """The input, padded where the convolution cannot do it, and the padding that is left to it."""
+        left, right, top, bottom = self._pads
+        if self.padding_mode == "zeros" and left == right and top == bottom:
+            return x, (top, left)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, self._pads, mode=mode).contiguous(memory_format=_memory_format(x)), (0, 0)
+
+    def _convolve(self, x: Tensor, padding: Pair, kernels: Sequence[Tensor], axes: Sequence[str]) -> Tensor:
+        for number, (kernel, along) in enumerate(zip(kernels, axes, strict=True), 1):
+            bias = self.bias if number == len(kernels) else None
+            # In the layout of the input: that of the output follows the kernel's as well as the input's.
+            channels_last = torch.channels_last in (self.memory_format, _memory_format(x))
+            kernel = kernel.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            stride, pads = _along(along, self.stride, 1), _along(along, padding, 0)
+            x = F.conv2d(x, kernel, bias, stride, pads, _along(along, self.dilation, 1), self.groups)
+        return x
+
+    def _composing_is_cheaper(self, x: Tensor, padding: Pair) -> bool:
+        """Compare multiplications of both ways; the kernel is multiplied out once for a whole batch.
+
+        Those of a forward pass, for a backward pass takes twice as many of each convolution and each product.
+        """
+        batch, (height, width) = x.shape[0] if x.ndim == 4 else 1, x.shape[-2:]
+        new_height, new_width = (
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, pad, dilation, kernel, stride in zip(
+                (height, width), padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+        at_once = math.prod(self.dense_shape) * new_height * new_width
+        chained = 0
+        for size, along in zip(self.chain_sizes(), _AXES[self.scheme], strict=True):
+            height, width = new_height if "h" in along else height, new_width if "w" in along else width
+            chained += size * height * width
+        return self.composing_cost() + batch * at_once < batch * chained
+
+    def draw_kernel(self, draw: Callable[[Tensor], object]) -> Tensor:
+        """A dense kernel that ``draw`` filled."""
+        kernel = self.factors()[0].detach().new_empty(self.dense_shape)
+        draw(kernel)
+        return kernel
+
+    def draw_chain(self, draw: Callable[[Tensor], object], *factors: Tensor) -> tuple[Tensor, ...]:
+        """New factors like ``factors``, each drawn as the kernel of its convolution."""
+        drawn = tuple(torch.empty_like(factor) for factor in factors)
+        for kernel in self.chain(*drawn):
+            draw(kernel)
+        return drawn
+
+    def placed_like(self, dense: nn.Module) -> Self:
+        """As in :class:`~hf_fnl.layers.base.Factorized`; the memory format of the kernel carries over, too."""
+        self.memory_format = _memory_format(dense.get_parameter("weight"))
+        return super().placed_like(dense)
+
+    def to_dense(self) -> nn.Conv2d:
+        """The plain convolution with the kernel multiplied out; this layer is left as it is."""
+        first = self.factors()[0]
+        dense = nn.utils.skip_init(nn.Conv2d, **options_of(self), device=first.device, dtype=first.dtype)
+        return self.fill_dense_(dense.to(memory_format=self.memory_format))
+
+    def extra_repr(self) -> str:
+        """Sizes, the rank and the scheme, then the options that differ from the defaults."""
+        defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        options = [f"{name}={value}" for name, value in options_of(self).items() if value != defaults.get(name, value)]
+        options += ["bias=False"] * (self.bias is None)
+        sizes = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
+        return ", ".join([sizes, f"scheme={self.scheme}", *options])
+
+
+def options_of(layer: nn.Conv2d | Convolution) -> dict[str, Any]:
+    """What a convolution was made with, under the names of the constructor of :class:`torch.nn.Conv2d`."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
+
+
+def _along(along: str, values: Sequence[int], neutral: int) -> list[int]:
+    """An option of height and width, neutral along the axis where a convolution of a chain does not extend."""
+    return [value if axis in along else neutral for axis, value in zip("hw", values, strict=True)]
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Channels-last if a tensor lies so in memory and not also as a contiguous one."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _pads(dense: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Padding left, right, above and below, as :func:`torch.nn.functional.pad` reads it."""
+    if isinstance(dense.padding, str):
+        same = dense.padding == "same"
+        sizes = zip(dense.dilation, dense.kernel_size, strict=True)
+        height, width = (dilation * (kernel - 1) if same else 0 for dilation, kernel in sizes)
+        return width // 2, width - width // 2, height // 2, height - height // 2
+    height, width = dense.padding
+    return width, width, height, height
