@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -11,7 +12,8 @@ from hf_fnl.selectors import Selector
 from hf_fnl.spectral import check_method, check_rank
 
 LAYER_KINDS = ("linear", "embedding", "conv")
-CONV_SCHEMES = ("spatial", "channel")
+CONV_SCHEMES = ("spatial", "channel")  # a kernel as a matrix
+TENSOR_SCHEMES = ("tt", "tucker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +52,22 @@ class RankRule:
         for name, value in given.items():
             if name == "rank" and value < 1:
                 raise ValueError(f"rank must be at least 1, got {value}")
-            if name != "rank" and not 0 < value <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+            if name != "rank" and not 0 < value <= self._largest(name):
+                raise ValueError(f"{name} must be above 0 and at most {self._largest(name)}, got {value}")
         if self.multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+
+    def _largest(self, option: str) -> float:
+        return 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorizationConfig(RankRule):
     """Which layers of a model are held as products, at which ranks, and how their factors start.
+
+    The largest rank, which ``rank_scale`` is a share of, is here ``min(m, n)`` for a linear layer or an embedding, and
+    for a convolution the rows of its kernel's matrix (Khodak et al. 2021, Sec. 3): ``out * kh`` or ``out``. A rank
+    that this makes higher than the matrix can have is lowered to that, unless ``overcomplete``.
 
     Args:
         kinds: Any of ``"linear"`` (``torch.nn.Linear`` and GPT-2's ``Conv1D``), ``"embedding"`` and ``"conv"``.
@@ -66,8 +75,15 @@ class FactorizationConfig(RankRule):
         exclude: Patterns of names that are left dense.
         classes: Classes of layers to take, subclasses not included. Empty takes the stock classes of ``kinds``.
         init: ``"spectral"``, ``"spectral_ones"`` or, for a model that has not been trained, ``"default"``.
-        conv_scheme: ``"spatial"``, a column of the kernel after a row (Khodak et al. 2021), or ``"channel"``, the
-            kernel into ``rank`` channels and then 1-by-1 (Kamalakara et al. 2022).
+        conv_scheme: ``"spatial"``, a column of the kernel after a row (Khodak et al. 2021); ``"channel"``, the kernel
+            into ``rank`` channels and then 1-by-1 (Kamalakara et al. 2022); or ``"tt"`` or ``"tucker"``, the kernel as
+            a tensor, see :class:`~hf_fnl.layers.TensorizedConv2d`.
+        overcomplete: Allows ranks above those of the matrices, for training that is multiplied back afterwards, and a
+            ``rank_scale`` above 1. Factors are drawn: ``init`` is ``"default"``.
+        deep: Holds ``U M V^T`` with ``M`` starting as the identity.
+
+    The three ways of Khodak et al. 2021, Sec. 5, to train an overcomplete network are ``rank_scale=1`` ("full"),
+    ``rank_scale=1, deep=True`` ("deep") and ``rank_scale=3`` ("wide"), all of them with ``overcomplete=True``.
 
     Raises:
         ValueError: If an option is unknown or out of range.
@@ -79,6 +95,8 @@ class FactorizationConfig(RankRule):
     classes: Sequence[type] = ()
     init: str = "spectral"
     conv_scheme: str = "spatial"
+    overcomplete: bool = False
+    deep: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,8 +107,34 @@ class FactorizationConfig(RankRule):
         unknown = sorted(set(self.kinds) - set(LAYER_KINDS))
         if unknown or not self.kinds:
             raise ValueError(f"kinds must be any of {', '.join(LAYER_KINDS)}, got {', '.join(unknown) or 'none'}")
-        if self.conv_scheme not in CONV_SCHEMES:
-            raise ValueError(f"conv_scheme must be one of {', '.join(CONV_SCHEMES)}, got {self.conv_scheme!r}")
+        schemes = (*CONV_SCHEMES, *TENSOR_SCHEMES)
+        if self.conv_scheme not in schemes:
+            raise ValueError(f"conv_scheme must be one of {', '.join(schemes)}, got {self.conv_scheme!r}")
+        if self.conv_scheme in TENSOR_SCHEMES:
+            self._check_tensors()
+        if "embedding" in self.kinds and (self.overcomplete or self.deep):
+            raise ValueError("overcomplete and deep are for linear layers and convolutions, not for kind 'embedding'")
+        if self.overcomplete and self.init != "default":
+            raise ValueError(f"overcomplete factors are drawn: set init='default', got {self.init!r}")
+        if self.overcomplete and self.rank is None and self.rank_scale is None:
+            raise ValueError(
+                "overcomplete needs rank or rank_scale: other rules look for fewer parameters"
+            )
+
+    def _check_tensors(self) -> None:
+        given = {
+            "kinds other than conv": set(self.kinds) != {"conv"},
+            "deep": self.deep,
+            "overcomplete": self.overcomplete,
+            "init='spectral_ones'": self.init == "spectral_ones",
+            "energy": self.energy is not None,
+            "budget": self.budget is not None,
+        }
+        if wrong := [option for option, is_given in given.items() if is_given]:
+            raise ValueError(f"conv_scheme={self.conv_scheme!r} factorizes tensors, and does not go with {wrong[0]}")
+
+    def _largest(self, option: str) -> float:
+        return math.inf if self.overcomplete and option == "rank_scale" else super()._largest(option)
 
     def names(self, name: str) -> bool:
         """Whether a module of this name is meant."""

@@ -25,20 +25,26 @@ class Candidate:
     Args:
         name: What it is called in errors and in the result; unique.
         limit: Its largest rank.
-        unit: Parameters per unit of rank: ``m + n`` for a matrix of shape ``(m, n)``.
+        count: Parameters of its factors at a rank: ``rank * (m + n)`` for a matrix of shape ``(m, n)``.
         dense: Parameters of what it replaces: ``m * n``.
         energies: Squared singular values ``(limit,)``, descending; called only where the rule needs them.
+        full: The rank that a rank scale of 1 stands for; ``limit`` unless given.
     """
 
     name: str
     limit: int
-    unit: int
+    count: Callable[[int], int]
     dense: int
     energies: Callable[[], Tensor]
+    full: int | None = None
 
     def cost(self, rank: int) -> int:
         """Parameters at this rank; factors that would hold more than the matrix are not made."""
-        return min(rank * self.unit, self.dense)
+        return min(self.count(rank), self.dense)
+
+    def scaled(self, scale: float, multiple_of: int) -> int:
+        """The rank that a rank scale comes to."""
+        return self.round(scale * (self.limit if self.full is None else self.full), multiple_of)
 
     def raised(self, rank: int, multiple_of: int) -> int:
         """The next rank that is allowed: a multiple, or the limit."""
@@ -57,7 +63,7 @@ class Candidate:
 
     def kept(self, rank: int) -> int | None:
         """``None`` where the factors would hold as many parameters as the matrix."""
-        return rank if rank * self.unit < self.dense else None
+        return rank if self.count(rank) < self.dense else None
 
 
 def choose_ranks(candidates: Sequence[Candidate], rule: RankRule) -> Ranks:
@@ -79,7 +85,7 @@ def choose_ranks(candidates: Sequence[Candidate], rule: RankRule) -> Ranks:
             check_rank(rule.rank, candidate.limit, f"rank of {candidate.name}")
         return {candidate.name: candidate.round(rule.rank, rule.multiple_of) for candidate in candidates}
     if rule.rank_scale is not None:
-        return {c.name: c.round(rule.rank_scale * c.limit, rule.multiple_of) for c in candidates}
+        return {c.name: c.scaled(rule.rank_scale, rule.multiple_of) for c in candidates}
     if rule.energy is not None:
         chosen = {c.name: _rank_for_energy(c, rule.energy, rule.multiple_of) for c in candidates}
     elif rule.ratio is not None:
@@ -104,7 +110,7 @@ def _ranks_for_ratio(candidates: Sequence[Candidate], ratio: float, multiple_of:
     target = ratio * _dense(candidates)
 
     def at(scale: float) -> dict[str, int]:
-        return {c.name: c.round(scale * c.limit, multiple_of) for c in candidates}
+        return {c.name: c.scaled(scale, multiple_of) for c in candidates}
 
     low, high = 0.0, 1.0
     for _ in range(50):
@@ -126,7 +132,7 @@ def _ranks_for_budget(candidates: Sequence[Candidate], budget: float, multiple_o
 
     def negative_gain(candidate: Candidate, rank: int) -> float:
         raised, kept = candidate.raised(rank, multiple_of), shares[candidate.name]
-        return (kept[rank - 1] - kept[raised - 1]) / ((raised - rank) * candidate.unit)
+        return (kept[rank - 1] - kept[raised - 1]) / (candidate.count(raised) - candidate.count(rank))
 
     smallest = {candidate.name: candidate.raised(0, multiple_of) for candidate in candidates}
     least = _total(candidates, smallest) / _dense(candidates)

@@ -36,6 +36,9 @@ def test_a_share_is_above_0_and_at_most_1(option: str, share: float) -> None:
         RankRule(**{option: share})
 
 
+TENSORS: dict[str, Any] = {"kinds": ["conv"], "conv_scheme": "tt"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -45,12 +48,28 @@ def test_a_share_is_above_0_and_at_most_1(option: str, share: float) -> None:
         pytest.param({"include": "*.mlp"}, "include must be a sequence of names, got the string", id="include"),
         pytest.param({"exclude": "lm_head"}, "exclude must be a sequence of names, got the string", id="exclude"),
         pytest.param({"init": "svd"}, "one of spectral, spectral_ones, default, got 'svd'", id="init"),
-        pytest.param({"conv_scheme": "tucker"}, "one of spatial, channel, got 'tucker'", id="conv-scheme"),
+        pytest.param({"conv_scheme": "cp"}, "one of spatial, channel, tt, tucker, got 'cp'", id="conv-scheme"),
+        pytest.param({"conv_scheme": "tt"}, "does not go with kinds other than conv", id="tensors-of-matrices"),
+        pytest.param({**TENSORS, "deep": True}, "does not go with deep", id="deep-tensors"),
+        pytest.param({**TENSORS, "init": "spectral_ones"}, "does not go with init='spectral_ones'", id="tensors-ones"),
+        pytest.param({"overcomplete": True}, "set init='default', got 'spectral'", id="overcomplete-init"),
+        pytest.param({"kinds": ["embedding"], "deep": True}, "not for kind 'embedding'", id="deep-embedding"),
     ],
 )
 def test_a_factorization_refuses_what_it_does_not_know(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FactorizationConfig(rank=8, **options)
+
+
+def test_only_an_overcomplete_scale_is_above_1() -> None:
+    options: dict[str, Any] = {"overcomplete": True, "init": "default"}
+    assert FactorizationConfig(rank_scale=3, **options).rank_scale == 3
+    with pytest.raises(ValueError, match="rank_scale must be above 0 and at most 1, got 3"):
+        FactorizationConfig(rank_scale=3)
+    with pytest.raises(ValueError, match="overcomplete needs rank or rank_scale"):
+        FactorizationConfig(ratio=0.5, **options)
+    with pytest.raises(ValueError, match="does not go with energy"):
+        FactorizationConfig(energy=0.5, kinds=["conv"], conv_scheme="tt")
 
 
 @pytest.mark.parametrize(

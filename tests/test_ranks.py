@@ -17,14 +17,14 @@ def candidate(name: str, m: int, n: int, power: float = 1.0, copies: int = 1) ->
     """Products of shape ``(m, n)`` that share a rank, with squared singular values ``1, 2^-power, 3^-power, ...``."""
     limit = min(m, n)
     energies = torch.arange(1, limit + 1, dtype=torch.float64) ** -power
-    return Candidate(name, limit, copies * (m + n), copies * m * n, lambda: energies)
+    return Candidate(name, limit, lambda rank: copies * (m + n) * rank, copies * m * n, lambda: energies)
 
 
 def heads(name: str, hidden: int, number: int, power: float = 1.0) -> Candidate:
     """Products of heads, which are factors already: at the largest rank they hold as much as before."""
     limit = hidden // number
     energies = torch.arange(1, limit + 1, dtype=torch.float64) ** -power
-    return Candidate(name, limit, 2 * hidden * number, 2 * hidden * hidden, lambda: energies)
+    return Candidate(name, limit, lambda rank: 2 * hidden * number * rank, 2 * hidden * hidden, lambda: energies)
 
 
 # Products of BERT-base, whose spectra grow flatter from layer to layer.
@@ -48,7 +48,7 @@ each_set = pytest.mark.parametrize("candidates", SETS.values(), ids=SETS)
 
 
 def parameters(candidates: Sequence[Candidate], ranks: dict[str, int | None]) -> int:
-    return sum(c.dense if (rank := ranks[c.name]) is None else rank * c.unit for c in candidates)
+    return sum(c.dense if (rank := ranks[c.name]) is None else rank * c.count(1) for c in candidates)
 
 
 def dense(candidates: Sequence[Candidate]) -> int:
@@ -68,7 +68,7 @@ def assert_allowed(candidates: Sequence[Candidate], ranks: dict[str, int | None]
             assert type(rank) is int
             assert 1 <= rank <= c.limit
             assert rank % multiple_of == 0 or rank == c.limit
-            assert rank * c.unit < c.dense
+            assert rank * c.count(1) < c.dense
 
 
 # One rank, one scale
@@ -103,7 +103,7 @@ def test_a_rank_above_the_largest_names_the_product() -> None:
 
 
 def test_spectra_are_taken_only_where_the_rule_needs_them() -> None:
-    blind = [Candidate("blind", 20, 50, 600, lambda: pytest.fail("a spectrum was taken"))]
+    blind = [Candidate("blind", 20, lambda rank: 50 * rank, 600, lambda: pytest.fail("a spectrum was taken"))]
     for rule in (RankRule(rank=3), RankRule(rank_scale=0.3), RankRule(ratio=0.5)):
         choose_ranks(blind, rule)
 
@@ -122,22 +122,22 @@ def test_energy_is_the_smallest_rank_that_keeps_it(
     for c in candidates:
         rank = ranks[c.name]
         assert kept(c, rank) >= energy
-        below = (c.dense if rank is None else rank * c.unit) - 1
-        assert kept(c, below // c.unit // multiple_of * multiple_of) < energy
+        below = (c.dense if rank is None else rank * c.count(1)) - 1
+        assert kept(c, below // c.count(1) // multiple_of * multiple_of) < energy
 
 
 def test_energies_that_are_met_exactly_need_no_further_rank() -> None:
-    even = Candidate("even", 10, 30, 1000, lambda: torch.ones(10))
+    even = Candidate("even", 10, lambda rank: 30 * rank, 1000, lambda: torch.ones(10))
     for number in range(1, 11):
         assert choose_ranks([even], RankRule(energy=number / 10)) == {"even": number}
-    few = Candidate("few", 10, 30, 1000, lambda: torch.tensor([4.0, 2.0, 1.0, *[0.0] * 7]))
+    few = Candidate("few", 10, lambda rank: 30 * rank, 1000, lambda: torch.tensor([4.0, 2.0, 1.0, *[0.0] * 7]))
     assert choose_ranks([few], RankRule(energy=1)) == {"few": 3}
 
 
 @pytest.mark.parametrize("rule", [RankRule(energy=1), RankRule(budget=0.4)], ids=["energy", "budget"])
 def test_a_product_that_is_zero_gets_the_smallest_rank(rule: RankRule) -> None:
-    zero = Candidate("zero", 10, 20, 200, lambda: torch.zeros(10))
-    low = Candidate("low", 10, 20, 200, lambda: torch.tensor([2.0] * 7 + [0.0] * 3))
+    zero = Candidate("zero", 10, lambda rank: 20 * rank, 200, lambda: torch.zeros(10))
+    low = Candidate("low", 10, lambda rank: 20 * rank, 200, lambda: torch.tensor([2.0] * 7 + [0.0] * 3))
     assert choose_ranks([zero, low], rule) == {"zero": 1, "low": 7}
 
 
@@ -198,7 +198,7 @@ def test_a_budget_is_the_best_there_is() -> None:
     a, b = candidate("a", 20, 23, 0.5), candidate("b", 20, 23, 2.0)
     allowed = [{"a": i, "b": 10 - i} for i in range(1, 10)]
     best = max(allowed, key=lambda ranks: kept(a, ranks["a"]) + kept(b, ranks["b"]))
-    assert choose_ranks([a, b], RankRule(budget=10 * a.unit / dense([a, b]))) == best
+    assert choose_ranks([a, b], RankRule(budget=10 * a.count(1) / dense([a, b]))) == best
 
 
 @pytest.mark.parametrize("option", [*RULES, "energy", "rank_scale"])

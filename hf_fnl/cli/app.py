@@ -78,6 +78,13 @@ def factorize(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="No layers with such names, as 'lm_head'.", rich_help_panel=_WHERE),
     ] = None,
+    conv_scheme: Annotated[
+        str,
+        typer.Option(
+            help="How kernels of convolutions are factorized: spatial, channel, tt or tucker.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "spatial",
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -126,6 +133,7 @@ def factorize(
             kinds=tuple(filter(None, kinds.replace(" ", "").split(","))),
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
+            conv_scheme=conv_scheme,
             surgery=surgery,
             texts=texts or None,
             overwrite=overwrite,
@@ -186,11 +194,13 @@ def inspect(
         terminal.show(result, matrices_table(rows), f"\n{type(loaded).__name__}: {total:,} parameters in all")
 
 
-@app.command(epilog="Example: `hf-fnl report runs/flambe --compare runs/lamb bert-half --out report.html`")
+@app.command(epilog="Example: `hf-fnl report runs/decay-* --out report.html`")
 def report(
-    source: Annotated[
-        str | None,
-        typer.Argument(metavar="RUN_OR_MODEL", help="Folder of a run or a model, or a model's id on the Hub."),
+    runs_or_models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN_OR_MODEL", help="Folders of runs or models, or models' ids on the Hub; up to 5."
+        ),
     ] = None,
     compare: Annotated[
         tuple[str, str] | None, typer.Option(metavar="A B", help="Two runs or models, side by side.")
@@ -199,8 +209,11 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML page about a run or a model: losses, norms, spectra, effective ranks and step sizes."""
-    sources = [*([source] if source else []), *(compare or ())]
+    """Write one HTML page: losses, metrics, norms, spectra, effective ranks, step sizes, lines to a dense baseline.
+
+    About one run or model, or with several in comparison; runs are called by the settings in which they differ.
+    """
+    sources = [*(runs_or_models or ()), *(compare or ())]
     if not sources:
         raise typer.BadParameter("name a run or a model, or two with --compare A B")
     with session(as_json=as_json, debug=debug) as terminal:

@@ -45,6 +45,7 @@ class Order:
         kinds: Kinds of products or layers; empty for the usual ones.
         include: Patterns of layer names, for surgery.
         exclude: Likewise.
+        conv_scheme: How kernels are factorized, in surgery.
         surgery: Factorize in place even where there is a class of ours.
         texts: Text to calibrate with.
         overwrite: Replace a target that holds files.
@@ -58,6 +59,7 @@ class Order:
     kinds: tuple[str, ...]
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    conv_scheme: str
     surgery: bool
     texts: Texts | None
     overwrite: bool
@@ -125,6 +127,7 @@ def _operate(
     """The model itself after surgery, and what became of its layers."""
     patterns = {"kinds": order.kinds, "include": order.include, "exclude": order.exclude}
     options: dict[str, Any] = {name: value for name, value in patterns.items() if value} | vars(order.rule)
+    options["conv_scheme"] = order.conv_scheme
     done = factorize_(dense, FactorizationConfig(**options), calibration=calibration)
     for name, reason in done.skipped.items():
         terminal.note(f"note: {name} stays dense: {reason}")

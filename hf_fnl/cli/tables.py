@@ -35,7 +35,7 @@ _COLUMNS = {
     "shape": "shape",
     "rank": "rank",
     "parameters": "parameters",
-    "FLOPs/token": "flops",
+    "FLOPs/position": "flops",
     "Frobenius": "frobenius_norm",
     "nuclear": "nuclear_norm",
     "eff. rank": "effective_rank",

@@ -85,10 +85,11 @@ def _candidate(
         pairs = [projections(module)[:2] if option == "qk_rank" else projections(module)[2:] for module in modules]
         dense = sum(side.weight.numel() for pair in pairs for side in pair)
         limit = projections(modules[0])[0].weight.shape[0] // num_heads
-        return Candidate(name, limit, dense // limit, dense, energies)
+        return Candidate(name, limit, lambda rank: rank * dense // limit, dense, energies)
     shapes = [_matrix(module).shape for module in modules]
     limit = min(min(shape) for shape in shapes)
-    return Candidate(name, limit, sum(m + n for m, n in shapes), sum(m * n for m, n in shapes), energies)
+    unit = sum(m + n for m, n in shapes)
+    return Candidate(name, limit, lambda rank: rank * unit, sum(m * n for m, n in shapes), energies)
 
 
 def _summed(spectra: Callable[[], dict[tuple[str, str], Tensor]], option: str, names: Sequence[str]) -> Tensor:
@@ -199,8 +200,7 @@ def _fill_linear_(ours: FactorizedLinear, weight: Tensor, moments: Moments | Non
     # The bias that ours holds already: a decoder's is not its own but its head's, and takes nothing over.
     U, V, bias = truncate_linear(weight, ours.bias, ours.rank, moments)
     ours.set_factors_((U, V))
-    if bias is not None:
-        ours.bias.copy_(bias)
+    ours.set_bias_(bias)
 
 
 def _fill_attention_(ours: FactorizedAttention, dense: nn.Module, call: Call | None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +16,9 @@ from torch import Tensor, nn
 from hf_fnl.calibration import Calibration, Call, for_each
 from hf_fnl.config import FactorizationConfig
 from hf_fnl.functional import kept_energy
-from hf_fnl.layers import Factorized, FactorizedLinear
+from hf_fnl.layers import Factorized, FactorizedLinear, FactorizedMatrix, TensorizedConv2d
 from hf_fnl.ranks import Candidate, choose_ranks
-from hf_fnl.surgery.select import Target, empty_successor, select, split, successor_of
+from hf_fnl.surgery.select import Target, empty_successor, layer_options, select, split, successor_of
 from hf_fnl.surgery.swap import QUANT_METHOD, check_not_quantized, layer_record, share_factors_, swap_, unwrapped
 from hf_fnl.truncation import linear_energies
 
@@ -26,37 +29,34 @@ class Replacement:
 
     Args:
         name: Name of the layer.
-        kind: ``"linear"``, ``"embedding"`` or ``"conv"``.
-        shape: Shape of the matrix.
+        kind: ``"linear"``, ``"embedding"``, ``"conv"`` or ``"tensor"``.
+        shape: Shape of the matrix or tensor.
         rank: Columns of the factors.
         energy: Share of ``||W||_F^2`` that is kept, ``1 - ||W - U V^T||_F^2 / ||W||_F^2``; ``None`` where there was no
             weight to approximate.
         tied: Names of the other layers that hold the same weight.
+        parameters_after: Parameters of the factors.
         record: What restores each of these layers in the place of the dense one.
     """
 
     name: str
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int
     energy: float | None
     tied: tuple[str, ...]
+    parameters_after: int
     record: Mapping[str, Any] = field(repr=False)
 
     @property
     def parameters_before(self) -> int:
-        """Parameters of the matrix, ``m n``."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def parameters_after(self) -> int:
-        """Parameters of the factors, ``(m + n) rank``."""
-        return sum(self.shape) * self.rank
+        """Parameters of the matrix or tensor."""
+        return math.prod(self.shape)
 
     def __str__(self) -> str:
         energy = "" if self.energy is None else f", energy {self.energy:.4f}"
         tied = f", tied to {', '.join(self.tied)}" if self.tied else ""
-        return f"{self.name}: {self.kind} {self.shape[0]} x {self.shape[1]} at rank {self.rank}{energy}{tied}"
+        return f"{self.name}: {self.kind} {' x '.join(map(str, self.shape))} at rank {self.rank}{energy}{tied}"
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def factorize_(
         raise ValueError(f"calibration cuts trained weights and needs init='spectral', got {config.init!r}")
     targets, skipped = select(model, config)
     _check_values(targets, calibration is not None)
-    ranks = choose_ranks(_candidates(model, targets, calibration), config)
+    ranks = choose_ranks(_candidates(model, targets, config, calibration), config)
     skipped |= {name: "its factors would hold as many parameters" for name, rank in ranks.items() if rank is None}
     chosen = [(target, rank) for target in targets if (rank := ranks[target.name]) is not None]
     successors = _cut(model, chosen, config, calibration)
-    replacements = tuple(_replacement(target, successors, config.init) for target, _ in chosen)
+    replacements = tuple(_replacement(target, successors[target.first], config.init) for target, _ in chosen)
     for dense, layer in successors.items():
         layer.train(dense.training)  # calibration made it while the model was in evaluation mode
         if calibration is not None and getattr(dense, "bias", None) is not None:
@@ -155,14 +155,58 @@ def _check_values(targets: Sequence[Target], calibrated: bool) -> None:
             raise ValueError(f"{target.name} is on the meta device, where there is nothing to calibrate")
 
 
-def _candidates(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> list[Candidate]:
+def share_of_layers(model: nn.Module, config: FactorizationConfig) -> FactorizationConfig:
+    """The configuration with which a model keeps ``config.ratio`` of all its parameters, dense ones included.
+
+    Args:
+        model: Any module, dense yet.
+        config: Which layers; its ``ratio`` is that of the whole model.
+
+    Returns:
+        ``config`` with the ``ratio`` of the layers that it names.
+
+    Raises:
+        ValueError: If ``config`` names no layer or has no ``ratio``, or what stays dense is more than the ratio allows.
+    """
+    if config.ratio is None:
+        raise ValueError("share_of_layers needs a configuration with a ratio, got none")
+    targets, _ = select(model, config)
+    chosen = sum(target.first.weight.numel() for target in targets)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    least = sum(
+        candidate.cost(candidate.raised(0, config.multiple_of)) for candidate in _candidates(model, targets, config)
+    )
+    if (left := config.ratio * total - (total - chosen)) < least:
+        raise ValueError(
+            f"{type(model).__name__} cannot keep {config.ratio:.4g} of its {total:,} parameters: {total - chosen:,} of "
+            f"them stay dense, and the smallest factors of the others have {least:,}; the closest ratio is "
+            f"{(total - chosen + least) / total:.4g}"
+        )
+    return dataclasses.replace(config, ratio=min(left / chosen, 1.0))
+
+
+def _candidates(
+    model: nn.Module, targets: Sequence[Target], config: FactorizationConfig, calibration: Calibration | None = None
+) -> list[Candidate]:
     spectra = functools.cache(lambda: _spectra(model, targets, calibration))
     candidates = []
     for target in targets:
-        m, n = target.matrix.shape
         energies: Callable[[], Tensor] = functools.partial(lambda name: spectra()[name], target.name)
-        candidates.append(Candidate(target.name, min(m, n), m + n, m * n, energies))
+        limit, count, full = _sizes(target, config)
+        candidates.append(Candidate(target.name, limit, count, target.first.weight.numel(), energies, full))
     return candidates
+
+
+def _sizes(target: Target, config: FactorizationConfig) -> tuple[int, Callable[[int], int], int]:
+    """The largest rank of a target, its parameters at a rank, and the rank that a rank scale of 1 stands for."""
+    if target.is_tensor:
+        kernel, scheme = target.first.weight.shape, target.scheme
+        limit = TensorizedConv2d.largest_rank(kernel, scheme)
+        return limit, lambda rank: TensorizedConv2d.parameter_count(kernel, rank, scheme), limit
+    m, n = target.matrix.shape
+    limit = sys.maxsize if config.overcomplete else min(m, n)
+    full = m if isinstance(target.first, nn.Conv2d) else min(m, n)
+    return limit, lambda rank: rank * (m + n + rank * config.deep), full
 
 
 def _spectra(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> dict[str, Tensor]:
@@ -201,10 +245,10 @@ def _cut(
         if call is not None and _in_metric(target):
             layer: Factorized = FactorizedLinear.from_dense(target.first, rank, moments=call.input_moments())
         else:
-            layer = split(target.first, rank, init=config.init, scheme=config.conv_scheme)
+            layer = split(model, target.first, rank, config)
         successors[target.first] = layer
         for dense in list(target.layers.values())[1:]:
-            partner = empty_successor(dense, rank, init=config.init, scheme=config.conv_scheme)
+            partner = empty_successor(dense, rank, scheme=config.conv_scheme, **layer_options(config))
             successors[dense] = share_factors_(partner, layer)
         return layer
 
@@ -212,8 +256,15 @@ def _cut(
     return successors
 
 
-def _replacement(target: Target, successors: Mapping[nn.Module, Factorized], init: str) -> Replacement:
-    layer = successors[target.first]
-    energy = None if layer.U.is_meta or init != "spectral" else kept_energy((target.matrix,), layer.U, layer.V)
+def _replacement(target: Target, layer: Factorized, init: str) -> Replacement:
     name, *tied = target.layers
-    return Replacement(name, layer.kind, layer.shape, layer.rank, energy, tuple(tied), layer_record(layer))
+    energy = None if layer.factors()[0].is_meta or init != "spectral" else _kept_energy(target, layer)
+    count = sum(factor.numel() for factor in layer.factors())
+    return Replacement(name, layer.kind, layer.shape, layer.rank, energy, tuple(tied), count, layer_record(layer))
+
+
+def _kept_energy(target: Target, layer: Factorized) -> float:
+    if isinstance(layer, FactorizedMatrix):
+        return kept_energy((target.matrix,), layer.U, layer.V)
+    weight = target.first.weight.double()
+    return float(1 - (weight - layer.dense_weight()).square().sum() / weight.square().sum())

@@ -37,7 +37,7 @@ def merge_(model: nn.Module) -> list[str]:
     successors: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         dense = layer.to_dense()
-        dense.weight = weight_of.setdefault(layer.U, dense.get_parameter("weight"))
+        dense.weight = weight_of.setdefault(layer.factors()[0], dense.get_parameter("weight"))
         successors[layer] = dense
     swap_(model, successors)
     return list(layers)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.config import FactorizationConfig
-from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
+from hf_fnl.config import TENSOR_SCHEMES, FactorizationConfig
+from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.layers.linear import dense_weight
 
-Successor = type[FactorizedLinear] | type[FactorizedEmbedding] | type[FactorizedConv2d]
+Successor = type[FactorizedLinear] | type[FactorizedEmbedding] | type[FactorizedConv2d] | type[TensorizedConv2d]
 
 SUCCESSORS: dict[type[nn.Module], Successor] = {
     nn.Linear: FactorizedLinear,
@@ -26,29 +27,60 @@ SUCCESSORS: dict[type[nn.Module], Successor] = {
 }
 
 
-def successor_of(dense: type[nn.Module]) -> Successor | None:
-    """The factorized class that takes the place of a dense one."""
-    return next((ours for stock, ours in SUCCESSORS.items() if issubclass(dense, stock)), None)
+def successor_of(dense: type[nn.Module], scheme: str = "spatial") -> Successor | None:
+    """The factorized class that takes the place of a dense one; ``scheme`` says how kernels are factorized."""
+    ours = next((ours for stock, ours in SUCCESSORS.items() if issubclass(dense, stock)), None)
+    return TensorizedConv2d if ours is FactorizedConv2d and scheme in TENSOR_SCHEMES else ours
 
 
-def empty_successor(dense: nn.Module, rank: int, *, init: str = "spectral", scheme: str = "spatial") -> Factorized:
-    """The factorized layer in the place of a dense one, with parameters that are not set yet."""
-    ours: Any = successor_of(type(dense))
-    return ours.empty_like(dense, rank, init=init, **_scheme_option(ours, scheme))
+def empty_successor(dense: nn.Module, rank: int, *, scheme: str = "spatial", **options: Any) -> Factorized:
+    """The factorized layer in the place of a dense one, with parameters that are not set yet.
+
+    Args:
+        dense: The dense layer.
+        rank: Of the product.
+        scheme: How a kernel is factorized.
+        **options: As the class of the layer takes them: ``init``, and except for tensors ``deep`` and
+            ``overcomplete``.
+    """
+    ours: Any = successor_of(type(dense), scheme)
+    return ours.empty_like(dense, rank, **_scheme_option(ours, scheme), **options)
 
 
-def split(dense: nn.Module, rank: int, *, init: str, scheme: str) -> Factorized:
-    """The factorized layer in the place of a dense one, from its weight, or freshly drawn for ``init="default"``."""
-    ours: Any = successor_of(type(dense))
-    if init != "default":
-        return ours.from_dense(dense, rank, init=init, **_scheme_option(ours, scheme))
-    layer = empty_successor(dense, rank, init=init, scheme=scheme)
-    layer.reset_parameters()
+def split(model: nn.Module, dense: nn.Module, rank: int, config: FactorizationConfig) -> Factorized:
+    """The factorized layer in the place of a dense one, from its weight or, for ``init="default"``, freshly drawn.
+
+    What is drawn is drawn as the model draws its own weights, where it is one of Transformers, and else as torch does.
+    """
+    ours: Any = successor_of(type(dense), config.conv_scheme)
+    if config.init != "default":
+        return ours.from_dense(dense, rank, **_scheme_option(ours, config.conv_scheme), **layer_options(config))
+    layer = empty_successor(dense, rank, scheme=config.conv_scheme, **layer_options(config))
+    if not layer.factors()[0].is_meta:
+        layer.set_factors_(layer.fresh_factors(_draw_as(model, dense)))
     return layer
 
 
+def layer_options(config: FactorizationConfig) -> dict[str, Any]:
+    """What a configuration says to the layers that it makes."""
+    return {"init": config.init} | {name: True for name in ("deep", "overcomplete") if getattr(config, name)}
+
+
+def _draw_as(model: nn.Module, dense: nn.Module) -> Callable[[Tensor], object] | None:
+    """Fills a weight as a Transformers model would that of ``dense``."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+
+    def draw(weight: Tensor) -> None:
+        layer = copy.copy(dense)
+        layer._parameters = {"weight": nn.Parameter(weight), "bias": None}
+        model._init_weights(layer)
+
+    return draw
+
+
 def _scheme_option(ours: Successor, scheme: str) -> dict[str, str]:
-    return {"scheme": scheme} if ours is FactorizedConv2d else {}
+    return {"scheme": scheme} if ours.kind in ("conv", "tensor") else {}
 
 
 @dataclass(frozen=True)
@@ -72,6 +104,11 @@ class Target:
     def first(self) -> Any:
         """The first layer."""
         return next(iter(self.layers.values()))
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the weight is factorized as a tensor and not as a matrix."""
+        return isinstance(self.first, nn.Conv2d) and self.scheme in TENSOR_SCHEMES
 
     @property
     def matrix(self) -> Tensor:
@@ -173,7 +210,7 @@ def _obstacle(weight: Holders, config: FactorizationConfig) -> str | None:
     try:
         # Costs nothing at rank 1, and the layer knows best what it can stand for.
         for layer in _first_names(weight).values():
-            empty_successor(layer, 1)
+            empty_successor(layer, 1, scheme=config.conv_scheme)
     except ValueError as error:
         return str(error)
     return None

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_fnl.layers import Factorized, FactorizedConv2d
+from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedMatrix, TensorizedConv2d
 
 QUANT_METHOD = "hf_fnl"  # what `config.json` calls a model that went through surgery
 
@@ -59,13 +59,21 @@ def _renamed(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
 
 def share_factors_(layer: Factorized, other: Factorized) -> Factorized:
     """Let a layer hold the factors of another; returns it."""
-    layer.U, layer.V = other.U, other.V
+    for name, factor in other.named_parameters(recurse=False):
+        if name != "bias":
+            setattr(layer, name, factor)
     return layer
 
 
 def layer_record(layer: Factorized) -> dict[str, Any]:
     """What it takes to make the layer again in the place of the dense one."""
-    return {"rank": layer.rank} | ({"scheme": layer.scheme} if isinstance(layer, FactorizedConv2d) else {})
+    record: dict[str, Any] = {"rank": layer.rank}
+    if isinstance(layer, FactorizedConv2d | TensorizedConv2d):
+        record["scheme"] = layer.scheme
+    if isinstance(layer, FactorizedMatrix):
+        options = {"deep": layer.M is not None, "overcomplete": layer.overcomplete}
+        record |= {option: True for option, is_set in options.items() if is_set}
+    return record
 
 
 def _write_record_(model: PreTrainedModel) -> None:

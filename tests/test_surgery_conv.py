@@ -1,0 +1,124 @@
+"""Surgery on convolutional networks: overcomplete, deep and tensorized kernels, and ratios of whole networks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from vision_cases import OURS
+
+from hf_fnl import FactorizationConfig, factorize_, find_products, merge_
+from hf_fnl.layers import Factorized, TensorizedConv2d
+from hf_fnl.models.vision import inner_convolutions
+from hf_fnl.surgery import restore_, share_of_layers
+
+CASE = OURS["resnet-pad"]
+
+
+def config(model: nn.Module, **options):
+    return FactorizationConfig(kinds=("conv",), include=inner_convolutions(model), **options)
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | Factorized)}
+
+
+FULL = {"overcomplete": True, "init": "default", "rank_scale": 1}
+WAYS = {
+    "full": FULL,
+    "deep": {**FULL, "deep": True},
+    "wide": {**FULL, "rank_scale": 3},
+    "low-rank-deep": {"rank_scale": 0.3, "deep": True},
+    "channel": {"rank_scale": 0.5, "conv_scheme": "channel"},
+    "tt": {"rank_scale": 0.4, "conv_scheme": "tt"},
+    "tucker": {"rank": 3, "conv_scheme": "tucker"},
+    "tt-default": {"rank": 3, "conv_scheme": "tt", "init": "default"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_in_every_form_saves_loads_and_merges(way, tmp_path):
+    model, batch = CASE.build(), CASE.batch()
+    names = set(dict(model.named_parameters()))
+    options = config(model, **WAYS[way])
+    record = factorize_(model, options).to_dict()
+    before = model(**batch)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded(**batch).logits, before.logits)
+    other = CASE.build()
+    restore_(other, record)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(**batch).logits, before.logits)
+    merge_(loaded)
+    assert set(dict(loaded.named_parameters())) == names
+    assert torch.allclose(loaded(**batch).logits, before.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(("way", "scale"), [("full", 1), ("deep", 1), ("wide", 3)])
+def test_overcomplete_ranks_are_those_of_the_paper(way, scale):
+    model = CASE.build()
+    shapes = {name: layer.weight.shape for name, layer in convolutions(model).items()}
+    factorize_(model, config(model, **WAYS[way]))
+    layers = {name: layer for name, layer in convolutions(model).items() if isinstance(layer, Factorized)}
+    assert set(layers) == set(shapes) - {next(iter(shapes))}
+    for name, layer in layers.items():
+        assert layer.rank == scale * shapes[name][0] * shapes[name][2]
+        assert (layer.M is not None) == (way == "deep")
+        if way == "deep":
+            assert torch.equal(layer.M, torch.eye(layer.rank))
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "channel", "tt", "tucker"])
+def test_factors_are_drawn_as_the_model_draws_its_kernels(scheme):
+    model = OURS["wide-resnet"].build(width=24)
+    torch.manual_seed(0)
+    factorize_(model, config(model, rank=18, conv_scheme=scheme, init="default"))
+    layer = max((m for m in model.modules() if isinstance(m, Factorized)), key=lambda m: math.prod(m.dense_shape))
+    for kernel in layer.chain(*layer.factors()):
+        fan_out = kernel.shape[0] * kernel[0, 0].numel()
+        assert kernel.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.15)  # He et al. 2015
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "channel", "tt", "tucker"])
+@pytest.mark.parametrize("ratio", [0.3, 0.7])
+def test_a_ratio_of_the_whole_network_is_met(scheme, ratio):
+    model = CASE.build(width=24)
+    total = sum(p.numel() for p in model.parameters())
+    options = share_of_layers(model, config(model, ratio=ratio, conv_scheme=scheme))
+    factorize_(model, options)
+    assert sum(p.numel() for p in model.parameters()) / total == pytest.approx(ratio, rel=0.01)
+
+
+def test_a_ratio_that_cannot_be_met_names_the_closest():
+    model = CASE.build()
+    with pytest.raises(ValueError, match=r"cannot keep 0.01 of its .* the closest ratio is 0\.\d+") as error:
+        share_of_layers(model, config(model, ratio=0.01))
+    closest = float(str(error.value).rpartition(" ")[2])
+    total = sum(p.numel() for p in model.parameters())
+    factorize_(model, config(model, rank=1))
+    assert sum(p.numel() for p in model.parameters()) / total == pytest.approx(closest, rel=1e-3)
+
+
+def test_energies_of_tensors_are_what_is_kept():
+    model = CASE.build()
+    kernels = {name: layer.weight.detach().clone() for name, layer in convolutions(model).items()}
+    result = factorize_(model, config(model, rank=4, conv_scheme="tt"))
+    for replacement in result.replacements:
+        layer, kernel = model.get_submodule(replacement.name), kernels[replacement.name]
+        assert isinstance(layer, TensorizedConv2d)
+        error = (kernel - layer.dense_weight()).square().sum() / kernel.square().sum()
+        assert replacement.energy == pytest.approx(1 - error.item(), abs=1e-5)
+        assert replacement.parameters_after == sum(factor.numel() for factor in layer.factors())
+        assert replacement.shape == tuple(kernel.shape)
+    assert {product.kind for product in find_products(model)} == {"tensor"}
+
+
+def test_a_rank_above_the_matrix_is_an_error_unless_overcomplete():
+    model = CASE.build()
+    with pytest.raises(ValueError, match=r"rank of .* must be in \[1, 15\], got 16"):
+        factorize_(model, config(model, rank=16))
+    factorize_(model, config(model, rank=16, overcomplete=True, init="default"))
+    assert {layer.rank for layer in convolutions(model).values() if isinstance(layer, Factorized)} == {16}
