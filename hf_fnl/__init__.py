@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 from hf_fnl.config import FactorizationConfig, RankRule
 from hf_fnl.decay import FrobeniusDecay
 from hf_fnl.diagnostics import diagnose
-from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
+from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.models import (
+    CifarResNetConfig,
+    CifarResNetForImageClassification,
+    CifarResNetModel,
     FactorizedBertConfig,
     FactorizedBertForMaskedLM,
     FactorizedBertForMultipleChoice,
@@ -35,6 +38,14 @@ from hf_fnl.models import (
     FactorizedMarianForCausalLM,
     FactorizedMarianModel,
     FactorizedMarianMTModel,
+    VGGConfig,
+    VGGForImageClassification,
+    VGGModel,
+    WideResNetConfig,
+    WideResNetForImageClassification,
+    WideResNetModel,
+    inner_convolutions,
+    vision_model,
 )
 from hf_fnl.models.cards import model_card
 from hf_fnl.models.checkpoint import load
@@ -60,6 +71,9 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AttentionProjections",
+    "CifarResNetConfig",
+    "CifarResNetForImageClassification",
+    "CifarResNetModel",
     "DenseThenLowRank",
     "FLAMBe",
     "FLAMBeTrainer",
@@ -96,9 +110,17 @@ __all__ = [
     "Product",
     "RankRule",
     "Section",
+    "TensorizedConv2d",
+    "VGGConfig",
+    "VGGForImageClassification",
+    "VGGModel",
+    "WideResNetConfig",
+    "WideResNetForImageClassification",
+    "WideResNetModel",
     "diagnose",
     "factorize_",
     "find_products",
+    "inner_convolutions",
     "load",
     "merge_",
     "model_card",
@@ -107,4 +129,5 @@ __all__ = [
     "restore_",
     "spectral_init",
     "take_form_",
+    "vision_model",
 ]

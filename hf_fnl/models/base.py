@@ -24,7 +24,7 @@ from hf_fnl.models.attention import (
     draw_normal_,
     is_loaded,
 )
-from hf_fnl.models.cards import write_upload_card
+from hf_fnl.models.cards import UploadsCard
 from hf_fnl.models.conversion import Shared, fill_, ranks_by_rule
 from hf_fnl.models.loading import load_checked
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class FactorizedPreTrainedModel(PreTrainedModel):
+class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
     """Mixin before a stock ``PreTrainedModel``: draws factors as the stock model draws the weights they stand for.
 
     With the same seed, a model of full rank starts with exactly the products of the stock model.
@@ -69,11 +69,6 @@ class FactorizedPreTrainedModel(PreTrainedModel):
                 configuration says, unless ``ignore_mismatched_sizes``.
         """
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
-
-    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # Here `push_to_hub` and `save_pretrained(push_to_hub=True)` meet, with their card already in the folder.
-        write_upload_card(working_dir, self, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _get_resized_embeddings(self, old_embeddings: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # Here all ways to resize an embedding meet.

@@ -19,11 +19,12 @@ from hf_fnl.layers import Factorized
 from hf_fnl.models.cards.record import FACTORIZATION_FILE, Record
 
 TRAINED_ON = ("dataset", "train_dataset")
+PACKAGE = "hf_fnl"
 _EVALUATED_ON = ("eval_dataset", "validation_dataset")
 _FILES = {".json", ".jsonl", ".parquet", ".txt", ".gz"}
 _SETTINGS = (
     *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay"),
-    *("frobenius_decay", "frobenius_coefficient"),
+    *("momentum", "frobenius_decay", "frobenius_coefficient", "factor_decay", "overcomplete", "pruning"),
     *("phases", "max_seq_length", "mlm_probability", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("bf16", "fp16", "seed"),
 )
@@ -41,11 +42,12 @@ def describe(
         data: What it was trained on. Default: what the record says.
     """
     dense_class = getattr(model, "dense_class", None)
+    package = type(model).__module__.partition(".")[0]
     return {
         "class_name": type(model).__name__,
-        "package": type(model).__module__.partition(".")[0],
+        "package": package,
         "dense_class": dense_class and dense_class.__name__,
-        "needs_import": not dense_class and bool(factorized_layers(model)),
+        "needs_import": not dense_class and package != PACKAGE and bool(factorized_layers(model)),
         "facts": [*_sizes(model, record), *_origin(record, base_model, data)],
         "layers": list(_layers(model, record)),
         "results": [(metric, _number(value)) for metric, value in record.metrics.items() if _is_result(metric, value)],

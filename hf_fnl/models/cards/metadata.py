@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
+from transformers import AutoModelForImageClassification
 from transformers.modelcard import TASK_MAPPING
 
 from hf_fnl.models.cards.facts import TRAINED_ON, factorized_layers, is_hub_id, model_ranks
@@ -39,6 +40,13 @@ _EVALUATIONS = (
         split="validation_split",
         limit="max_validation_documents",
         metrics={"eval_mlm_accuracy": ("accuracy", "Accuracy at masked tokens")},
+    ),
+    _Evaluation(
+        task="image-classification",
+        data=("eval_dataset", "dataset"),
+        split="eval_split",
+        limit="max_eval_images",
+        metrics={"eval_accuracy": ("accuracy", "Accuracy")},
     ),
 )
 
@@ -79,6 +87,8 @@ def card_metadata(
 def task_of(model: nn.Module) -> str | None:
     """The Hub's task for the head of a model, if there is exactly one."""
     name = getattr(model, "dense_class", type(model)).__name__
+    if type(model) in AutoModelForImageClassification._model_mapping.values():
+        return "image-classification"
     tasks = [
         task
         for task, heads in TASK_MAPPING.items()

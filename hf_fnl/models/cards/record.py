@@ -60,7 +60,9 @@ class Record:
     @property
     def origins(self) -> list[str]:
         """Names or paths of the model that this one was made from."""
-        named = (self.factorization.get("base_model"), self.settings.get("model"), self.settings.get("init_from"))
+        # Where a model may also be a fresh one, `model` is the name of its sizes.
+        source = self.settings.get("init_from" if "init_from" in self.settings else "model")
+        named = (self.factorization.get("base_model"), source)
         return [name for name in named if name]
 
 
