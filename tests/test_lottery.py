@@ -1,0 +1,142 @@
+"""Training in rounds: what is pruned when, where it starts again, and that breaking off changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pruning_cases import SIZES, assert_same, image_trainer, state, tiny_net, tiny_resnet
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_fnl.pruning import choose_masks
+from hf_fnl.training.lottery import train_in_rounds
+
+TOTAL = sum(SIZES.values())
+
+
+class Recorder:
+    """Makes the trainers of a run and keeps the state that each of them began with."""
+
+    def __init__(self, folder: Path, **options) -> None:
+        self.folder, self.options, self.began = folder, options, []
+
+    def __call__(self, model: nn.Module, number: int):
+        self.began.append(state(model))
+        return image_trainer(self.folder / f"phase-{number}", model, **self.options)
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def plain(weights: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The names of a model that is not pruned."""
+    return {name: weights.get(name, weights.get(f"{name}_orig")) for name in initial}
+
+
+@pytest.mark.parametrize("rewind", [True, False], ids=["lottery", "fine-tuning"])
+def test_rounds(tmp_path, rewind):
+    net, make = tiny_net(), Recorder(tmp_path)
+    initial = state(net)
+    metrics = train_in_rounds(net, make, 90, rounds=2, rewind=rewind)
+    counts = [TOTAL, round(TOTAL * (90 / TOTAL) ** 0.5), 90]
+    assert list(metrics) == ["phase-1", "phase-2", "phase-3"]
+    assert [phase["parameters"]["nonzero"] for phase in metrics.values()] == [count + 18 for count in counts]
+    assert_same(make.began[0], initial)
+    for number in (1, 2):
+        trained = tiny_net(seed=5)
+        trained.load_state_dict(saved(tmp_path / f"phase-{number}"))
+        masks = choose_masks(trained, counts[number], method="magnitude")
+        began = make.began[number]
+        assert_same({name: began[f"{name}.weight_mask"].bool() for name in masks}, masks)
+        source = initial if rewind else state(trained)
+        for name, value in plain(began, initial).items():
+            mask = masks.get(name.removesuffix(".weight"), torch.tensor(True))
+            assert torch.equal(value, source[name] * mask), name
+    assert_same(state(net), saved(tmp_path / "phase-3"))
+    assert state(net).keys() == initial.keys()
+
+
+def test_one_round_at_full_size_trains_the_dense_network_twice(tmp_path):
+    net, make = tiny_net(), Recorder(tmp_path)
+    train_in_rounds(net, make, TOTAL)
+    assert_same(saved(tmp_path / "phase-1"), saved(tmp_path / "phase-2"))
+
+
+def test_only_the_layers_that_are_named_are_pruned(tmp_path):
+    net = tiny_net()
+    metrics = train_in_rounds(net, Recorder(tmp_path), 40, layers=[net.middle])
+    assert metrics["phase-2"]["parameters"]["nonzero"] == 444 - SIZES["middle"] + 40
+    assert net.middle.weight.count_nonzero() == 40
+
+
+class BreakOff(TrainerCallback):
+    """Stops a run hard, at the first step or after the checkpoint of a later one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module", params=[tiny_net, tiny_resnet])
+def straight(request, tmp_path_factory):
+    """A run that nothing interrupts: what builds its model, the trained model and the metrics."""
+    model = request.param()
+    return request.param, model, train_in_rounds(model, Recorder(tmp_path_factory.mktemp("straight")), 90, rounds=2)
+
+
+@pytest.mark.parametrize(("phase", "step"), [(1, 3), (2, 3), (3, 0)])
+def test_going_on_equals_never_having_stopped(straight, tmp_path, phase, step):
+    build, expected, metrics = straight
+    make = Recorder(tmp_path, save_strategy="steps", save_steps=3, resume_from_checkpoint="true")
+
+    def break_off(model: nn.Module, number: int):
+        trainer = make(model, number)
+        if number == phase:
+            trainer.add_callback(BreakOff(step))
+        return trainer
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_rounds(build(), break_off, 90, rounds=2)
+    again = build()
+    found = train_in_rounds(again, make, 90, rounds=2)
+    assert_same(state(again), state(expected))
+    for name, figures in metrics.items():
+        assert found[name]["parameters"] == figures["parameters"]
+        assert found[name]["eval_loss"] == figures["eval_loss"]
+        assert found[name] == json.loads((tmp_path / name / "metrics.json").read_text())
+
+
+def test_an_earlier_run_is_not_gone_on_with_unasked(tmp_path):
+    train_in_rounds(tiny_net(), Recorder(tmp_path), 90)
+    with pytest.raises(ValueError, match="phase-1 holds a finished phase of an earlier run: set resume_from_check"):
+        train_in_rounds(tiny_net(), Recorder(tmp_path), 90)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0}, r"keep must be in \[1, 426\], .* got 0"),
+        ({"keep": 427}, r"keep must be in \[1, 426\], .* got 427"),
+        ({"keep": 9, "rounds": 0}, "rounds must be at least 1, got 0"),
+    ],
+    ids=["nothing kept", "too many kept", "rounds"],
+)
+def test_bad_options_are_refused_before_training(tmp_path, options, message):
+    make = Recorder(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train_in_rounds(tiny_net(), make, **options)
+    assert make.began == []
+
+
+def test_a_checkpoint_of_one_phase_is_refused(tmp_path):
+    make = Recorder(tmp_path, resume_from_checkpoint="phase-1/checkpoint-3")
+    with pytest.raises(ValueError, match="checkpoint-3 belongs to one phase of several"):
+        train_in_rounds(tiny_net(), make, 90)

@@ -1,0 +1,369 @@
+"""Pruning: which weights stay, that the others stay zero, and that nothing else of a model changes."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from pruning_cases import (
+    SIZES,
+    TinyNet,
+    assert_same,
+    batch,
+    image_trainer,
+    state,
+    tiny_net,
+    tiny_resnet,
+)
+from torch import nn
+from transformers import ResNetForImageClassification
+
+from hf_fnl import parameter_groups
+from hf_fnl.pruning import (
+    METHODS,
+    apply_masks_,
+    choose_masks,
+    finalize_,
+    grasp_scores,
+    magnitude_scores,
+    prune_,
+    smart_counts,
+    snip_scores,
+    sparsity,
+    weights_to_keep,
+)
+from hf_fnl.pruning.scores import model_loss
+
+TOTAL = sum(SIZES.values())
+
+
+def test_the_sizes_of_the_cases_are_right():
+    assert {name: m.weight.numel() for name, m in tiny_net().named_children() if name in SIZES} == SIZES
+
+
+@pytest.mark.parametrize("keep", [1, 29, TOTAL - 1, TOTAL])
+@pytest.mark.parametrize("method", ["magnitude", "snip", "grasp"])
+def test_the_highest_scores_of_all_layers_stay(method, keep):
+    net, data = tiny_net(), batch()
+    scores = {
+        "magnitude": lambda: magnitude_scores(net),
+        "snip": lambda: snip_scores(net, data),
+        "grasp": lambda: grasp_scores(net, data),
+    }[method]()
+    ranked = sorted(
+        ((float(value), name, index) for name, score in scores.items() for index, value in enumerate(score.flatten())),
+        reverse=True,
+    )
+    stay = {(name, index) for _, name, index in ranked[:keep]}
+    masks = choose_masks(net, keep, method=method, batches=data)
+    assert {name: mask.shape for name, mask in masks.items()} == {
+        name: net.get_submodule(name).weight.shape for name in SIZES
+    }
+    assert stay == {(name, int(i)) for name, mask in masks.items() for i in mask.flatten().nonzero()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pruning_counts_exactly_and_zeroes_exactly(method):
+    net = tiny_net()
+    before = state(net)
+    result = prune_(net, 101, method=method, batches=batch())
+    assert (result.kept, result.total) == (101, TOTAL)
+    assert str(result).startswith(f"101 of {TOTAL} weights kept")
+    for name, (kept, size) in result.layers.items():
+        layer = net.get_submodule(name)
+        assert (int(layer.weight_mask.sum()), layer.weight_mask.numel()) == (kept, size) == (kept, SIZES[name])
+        expected = before[f"{name}.weight"] * layer.weight_mask
+        assert torch.equal(layer.weight_orig, expected)
+        assert torch.equal(layer.weight, expected)
+
+
+def test_only_the_layers_that_are_named_are_pruned():
+    net = tiny_net()
+    before = state(net)
+    result = prune_(net, 40, method="snip", batches=batch(), layers=[net.middle, net.stem])
+    assert list(result.layers) == ["stem", "middle"]
+    assert result.kept == 40
+    assert torch.equal(net.head.weight, before["head.weight"])
+
+
+def test_snip_is_weight_times_gradient_summed_over_batches():
+    net, parts = tiny_net(), [batch(5, seed=2), batch(7, seed=3)]
+    scores = snip_scores(net, parts)
+    slow = tiny_net()
+    slow.dropout.p = 0.0
+    for part in parts:
+        slow(**part).loss.backward()
+    for name, score in scores.items():
+        layer = slow.get_submodule(name)
+        torch.testing.assert_close(score, (layer.weight * layer.weight.grad).abs().detach())
+
+
+class Parabola(nn.Module):
+    """Two layers of weights ``w``, whose loss is ``w^T A w / 2 + b^T w`` with ``A`` and ``b`` from the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2, bias=False), nn.Linear(5, 1, bias=False)
+
+    def weights(self) -> torch.Tensor:
+        return torch.cat([self.first.weight.flatten(), self.second.weight.flatten()])
+
+    def loss(self, data: dict[str, torch.Tensor]) -> torch.Tensor:
+        w = self.weights()
+        return w @ data["A"] @ w / 2 + data["b"] @ w
+
+
+def parabolas(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    roots = torch.randn(count, 11, 11, generator=generator)
+    offsets = torch.randn(count, 11, generator=generator)
+    return [{"A": root + root.T, "b": b} for root, b in zip(roots, offsets, strict=True)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_grasp_is_weight_times_hessian_times_gradient(count):
+    torch.manual_seed(0)
+    net, data = Parabola(), parabolas(count)
+    scores = grasp_scores(net, data, loss=lambda net, part: net.loss(part))
+    w = net.weights().detach()
+    hessian, b = sum(part["A"] for part in data), sum(part["b"] for part in data)
+    expected = w * (hessian @ (hessian @ w + b))
+    torch.testing.assert_close(torch.cat([score.flatten() for score in scores.values()]), expected)
+
+
+def test_grasp_removes_first_what_raises_the_gradient_flow_most():
+    torch.manual_seed(0)
+    net, (data,) = Parabola().double(), parabolas(1)
+    data = {name: value.double() for name, value in data.items()}
+    masks = choose_masks(net, 10, method="grasp", batches=data, loss=lambda net, part: net.loss(part))
+    w = net.weights().detach()
+
+    def flow(weights: torch.Tensor) -> torch.Tensor:
+        return (data["A"] @ weights + data["b"]).square().sum()
+
+    share = 1e-6  # of a weight, so that the change is one to first order
+    changes = torch.stack([flow(w - share * w * torch.eye(11)[i]) - flow(w) for i in range(11)])
+    removed = torch.cat([mask.flatten() for mask in masks.values()]).logical_not().nonzero()
+    assert removed.tolist() == [[int(changes.argmax())]]
+
+
+def test_the_temperature_of_grasp_divides_the_logits():
+    net, cooled = tiny_net(), tiny_net()
+    for parameter in cooled.head.parameters():
+        parameter.data /= 200
+    below = [grasp_scores(net, batch(), layers=[net.stem, net.middle])]
+    below += [grasp_scores(cooled, batch(), layers=[cooled.stem, cooled.middle], loss=model_loss)]
+    for name in ("stem", "middle"):  # of the weights below the logits it does not matter where the factor stands
+        torch.testing.assert_close(below[0][name], below[1][name], rtol=1e-3, atol=1e-12)
+        assert below[0][name].abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("scores", [snip_scores, grasp_scores])
+def test_scoring_leaves_the_model_as_it_was(scores, training):
+    net = tiny_net().train(training)
+    net.norm.eval()
+    net.norm.running_mean.normal_()
+    before, random_state = state(net), torch.get_rng_state()
+    with torch.no_grad():
+        first = scores(net, batch())
+    assert_same(state(net), before)
+    assert [m.training for m in net.modules()] == [training if m is not net.norm else False for m in net.modules()]
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    net.norm.running_mean.normal_()
+    assert_same(scores(net, batch()), first)  # neither statistics nor dropout matter
+
+
+def test_random_tickets_follow_their_generator():
+    draws = [
+        choose_masks(tiny_net(), 99, method="random", generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)
+    ]
+    assert_same(draws[0], draws[1])
+    assert not torch.equal(draws[0]["middle"], draws[2]["middle"])
+
+
+def layers_of(sizes: list[int], *, classifier: bool) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {f"conv{i}": nn.Conv2d(1, size, 1) for i, size in enumerate(sizes)}
+    return layers | ({"head": nn.Linear(1, 10)} if classifier else {})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "classifier", "keep", "expected"),
+    [
+        # factors 12, 6, 2: 100 * 12 : 100 * 6 : 100 * 2
+        pytest.param([100, 100, 100], False, 20, [12, 6, 2], id="convolutions"),
+        # the classifier is the first from the output and keeps 3 of 10; factors 20, 12, 6
+        pytest.param([100, 100, 100], True, 3 + 38, [20, 12, 6, 3], id="classifier"),
+        # 100 * 12 : 50 * 6 : 100 * 2 for 34 weights is 24, 6, 4
+        pytest.param([100, 50, 100], False, 34, [24, 6, 4], id="sizes"),
+        # the first layer is full at 10; 6 : 2 for the rest
+        pytest.param([10, 100, 100], False, 90, [10, 60, 20], id="full"),
+        pytest.param([10, 100, 100], False, 210, [10, 100, 100], id="all full"),
+        pytest.param([10, 20], True, 37, [10, 20, 7], id="more for the classifier"),
+        pytest.param([], True, 4, [4], id="classifier alone"),
+        # 12 : 6 : 2 for 7 weights is 4.2, 2.1, 0.7
+        pytest.param([100, 100, 100], False, 7, [4, 2, 1], id="rounded"),
+    ],
+)
+def test_smart_ratios(sizes, classifier, keep, expected):
+    assert list(smart_counts(layers_of(sizes, classifier=classifier), keep).values()) == expected
+
+
+def test_smart_ratios_always_add_up():
+    draw = random.Random(0)
+    for _ in range(50):
+        sizes = [draw.randint(1, 400) for _ in range(draw.randint(1, 9))]
+        keep = draw.randint(3, sum(sizes) + 10)
+        counts = smart_counts(layers_of(sizes, classifier=True), keep)
+        assert sum(counts.values()) == keep
+        assert all(0 <= counts[f"conv{i}"] <= size for i, size in enumerate(sizes))
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
+def test_a_share_of_the_network_is_met_exactly(ratio):
+    net = tiny_resnet()
+    total = sum(p.numel() for p in net.parameters())
+    prune_(net, weights_to_keep(net, ratio), method="magnitude")
+    assert sparsity(net) == {"nonzero": round(ratio * total), "total": total, "ratio": round(ratio * total) / total}
+    finalize_(net)
+    assert sparsity(net)["nonzero"] == round(ratio * total)
+
+
+@pytest.mark.parametrize(("ratio", "reachable"), [(0.01, 1), (1.2, None)])
+def test_a_share_that_cannot_be_met_names_the_closest(ratio, reachable):
+    net = tiny_net()
+    with pytest.raises(ValueError, match=rf"ratio={ratio} of 444 parameters cannot be met: 18 are not") as error:
+        weights_to_keep(net, ratio)
+    closest = float(str(error.value).rpartition(" ")[2])
+    assert weights_to_keep(net, closest) == (reachable or TOTAL)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "lamb"])
+def test_training_leaves_pruned_weights_at_zero(tmp_path, optim):
+    net = tiny_net()
+    result = prune_(net, 150, method="magnitude")
+    momentum = {"optim_args": "momentum=0.9,nesterov=True"} if optim == "sgd" else {"optim_args": None}
+    trainer = image_trainer(tmp_path, net, optim=optim, **momentum)
+    before = state(net)
+    trainer.train()
+    for name in SIZES:
+        layer = net.get_submodule(name)
+        assert torch.equal(layer.weight_mask, before[f"{name}.weight_mask"])
+        assert layer.weight_orig[layer.weight_mask == 0].count_nonzero() == 0
+        assert not torch.equal(layer.weight_orig, before[f"{name}.weight_orig"])
+    assert sparsity(net)["nonzero"] == 150 + 18
+    groups = {
+        name: group["weight_decay"] for group in parameter_groups(net, weight_decay=0.1) for name, _ in group["params"]
+    }
+    assert [groups[f"{name}.weight_orig"] for name in result.layers] == [0.1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("build", [tiny_net, tiny_resnet])
+def test_going_on_from_a_checkpoint_equals_never_having_stopped(tmp_path, build):
+    first, again = build(), build(seed=5)
+    prune_(first, 150, method="snip", batches=batch())
+    image_trainer(tmp_path / "first", first, save_strategy="steps", save_steps=3).train()
+    prune_(again, 77, method="random")
+    image_trainer(tmp_path / "again", again).train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
+    assert_same(state(again), state(first))
+
+
+def test_a_finished_model_is_a_stock_one(tmp_path):
+    net, plain = tiny_resnet(), tiny_resnet()
+    prune_(net, 150, method="magnitude")
+    image_trainer(tmp_path, net).train()
+    net.eval()
+    outputs = net(batch()["pixel_values"]).logits
+    assert finalize_(net) == list(magnitude_scores(net))
+    net.save_pretrained(tmp_path / "stock")
+    loaded = ResNetForImageClassification.from_pretrained(tmp_path / "stock").eval()
+    assert loaded.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(loaded(batch()["pixel_values"]).logits, outputs)
+
+
+def test_compiled_and_plain_passes_agree():
+    net = tiny_net().eval()
+    prune_(net, 150, method="magnitude")
+    compiled = torch.compile(net, backend="eager")
+    data = batch()
+    compiled(**data).loss.backward()
+    with torch.no_grad():
+        net.middle.weight_orig.mul_(2)
+    torch.testing.assert_close(compiled(**data).logits, net(**data).logits)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def pruned_net() -> TinyNet:
+    net = tiny_net()
+    prune_(net, 50, method="magnitude")
+    return net
+
+
+def with_nan() -> TinyNet:
+    net = tiny_net()
+    net.middle.weight.data[3, 1] = math.nan
+    return net
+
+
+@pytest.mark.parametrize(
+    ("build", "keep", "options", "message"),
+    [
+        pytest.param(tiny_net, 0, {}, r"keep must be in \[1, 426\], .* got 0", id="nothing kept"),
+        pytest.param(tiny_net, 427, {}, r"keep must be in \[1, 426\], .* got 427", id="too many kept"),
+        pytest.param(
+            tiny_net,
+            9,
+            {"method": "flow"},
+            "method must be one of magnitude, random, snip, grasp, got 'flow'",
+            id="method",
+        ),
+        pytest.param(tiny_net, 9, {"method": "snip"}, "there are no batches", id="snip without batches"),
+        pytest.param(
+            tiny_net, 9, {"method": "grasp", "batches": []}, "there are no batches", id="grasp without batches"
+        ),
+        pytest.param(tiny_net, 5, {"method": "random"}, "keeps 6 weights of head alone, more than keep=5", id="random"),
+        pytest.param(lambda: nn.BatchNorm2d(3), 1, {}, "BatchNorm2d has no linear layers or two-d", id="no layer"),
+        pytest.param(tiny_net, 1, {"layers": []}, "layers names no linear layers or", id="empty layers"),
+        pytest.param(tiny_net, 1, {"layers": [nn.Linear(2, 3)]}, "of the TinyNet, got Linear", id="foreign layer"),
+        pytest.param(pruned_net, 1, {}, "the weight of stem is pruned or parametrized already", id="pruned already"),
+        pytest.param(Tied, 1, {}, "the weight of head is tied to another one", id="tied"),
+        pytest.param(with_nan, 1, {}, "the scores of middle hold NaN or Inf", id="NaN in weights"),
+        pytest.param(
+            with_nan, 1, {"method": "snip", "batches": batch()}, "the loss of a batch with .* is nan", id="NaN loss"
+        ),
+        pytest.param(
+            tiny_net,
+            1,
+            {"method": "snip", "batches": {"pixel_values": batch()["pixel_values"]}},
+            "the loss of a batch with pixel_values is None",
+            id="no labels",
+        ),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(build, keep, options, message):
+    net = build()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        prune_(net, keep, **{"method": "magnitude", **options})
+    assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in net.state_dict().items())
+
+
+def test_a_model_that_is_not_pruned_cannot_be_finished():
+    with pytest.raises(ValueError, match="TinyNet has no pruned layer"):
+        finalize_(tiny_net())
+
+
+def test_masks_of_one_model_prune_another():
+    net, other = tiny_net(), tiny_net(seed=5)
+    masks = choose_masks(net, 60, method="magnitude")
+    apply_masks_(other, masks)
+    assert_same({name: other.get_submodule(name).weight_mask.bool() for name in masks}, masks)
