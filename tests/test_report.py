@@ -21,6 +21,7 @@ from hf_fnl.products import find_products
 from hf_fnl.report import plot_diagnostics, plot_loss, write_report
 from hf_fnl.report.chapters import IN_TRAINING, OF_THE_MODEL, loss_section, make_section
 from hf_fnl.report.inspection import Spectrum
+from hf_fnl.report.names import labels
 from hf_fnl.report.panels import PALETTE
 from hf_fnl.report.series import role_of
 from hf_fnl.report.sources import Source, read_sources
@@ -110,16 +111,17 @@ def test_a_report_has_every_chapter(run, tmp_path):
     page = Page(write_report([run], tmp_path / "report.html"))
     text = page.text
     quantities = [quantity.heading for quantity in (*IN_TRAINING, *OF_THE_MODEL)]
-    for heading in ("Figures", "Loss", *quantities, "All matrices", "Settings", "bert.encoder.layer.*.attention.ov"):
+    for heading in ("Figures", "Loss and metrics", *quantities, "All matrices", "Settings"):
         assert heading in text
+    assert "bert.encoder.layer.*.attention.ov" in text
     assert "f112.5" in text
     assert page.classes["missing"] == 0
 
 
 def test_a_comparison_names_both_and_what_differs(run, other_run, tmp_path):
     text = Page(write_report([run, other_run], tmp_path / "report.html")).text
-    names = [f"{folder.parent.name}/run" for folder in (run, other_run)]
-    assert all(name in text for name in names)
+    assert "weight_decay=0.1 and weight_decay=0.3" in text
+    assert all(str(folder) in text for folder in (run, other_run))
     differing = text[text.index("Settings that differ") :]
     assert "weight_decay0.10.3" in differing
     assert not {"learning_rate", "output_dir"} & set(re.split(r"[^a-z_]+", differing))
@@ -145,7 +147,9 @@ def test_plots_of_training_show_the_diagnostics(run):
 
 def test_means_ranges_and_the_bound_of_a_comparison(run, other_run):
     sources = read_sources([run, other_run])
-    for panel in make_section(sources, IN_TRAINING[0]).panels:
+    panels = [panel for panel in make_section(sources, IN_TRAINING[0]).panels if panel.bands]
+    assert len(panels) == 3, "one for each role"
+    for panel in panels:
         for source, band in zip(sources, panel.bands, strict=True):
             step, products = source.history[-1]
             members = [figures for name, figures in products.items() if role_of(name)[0] == panel.title]
@@ -186,17 +190,48 @@ def test_losses_are_those_that_were_logged(run):
     assert line.points == [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
 
 
+def test_means_over_a_kind_are_those_of_all_its_products(run, other_run):
+    sources = read_sources([run, other_run])
+    (panel,) = (p for p in make_section(sources, IN_TRAINING[0]).panels if p.title == "all linear products")
+    for source, line in zip(sources, (line for line in panel.lines if not line.dashed), strict=True):
+        for step, products in source.history:
+            norms = [figures["nuclear_norm"] for name, figures in products.items() if not name.endswith("ov")]
+            assert dict(line.points)[step] == pytest.approx(sum(norms) / len(norms), rel=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("name", "role", "layer"),
+    ("name", "role", "place"),
     [
-        ("encoder.layer.3.attention.ov", "encoder.layer.*.attention.ov", 3),
-        ("decoder.block.11.layer.0.SelfAttention.qk", "decoder.block.*.layer.0.SelfAttention.qk", 11),
-        ("0", "*", 0),
-        ("layer1.conv2", "layer1.conv2", 0),
+        ("encoder.layer.3.attention.ov", "encoder.layer.*.attention.ov", (3,)),
+        ("decoder.block.11.layer.0.SelfAttention.qk", "decoder.block.*.layer.*.SelfAttention.qk", (11, 0)),
+        ("0", "*", (0,)),
+        ("layer1.conv2", "layer1.conv2", ()),
     ],
 )
-def test_the_first_number_of_a_name_is_its_layer(name, role, layer):
-    assert role_of(name) == (role, layer)
+def test_the_numbers_of_a_name_are_its_place(name, role, place):
+    assert role_of(name) == (role, place)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([{"decay": "frobenius"}, {"decay": "weight"}], ["decay=frobenius", "decay=weight"]),
+        (
+            [{"ratio": None, "seed": 1, "bf16": True}, {"ratio": 0.1, "seed": 1, "bf16": False}],
+            ["ratio unset", "ratio=0.1"],
+        ),
+        ([{"rank_scale": 0.5, "seed": 2}, {"rank_scale": 0.5, "seed": 1}], ["seed=2", "seed=1"]),
+        ([{"factor_init": ["a", "b"]}, {"factor_init": ["c"]}], ["factor_init=a+b", "factor_init=c"]),
+        ([{"seed": 1}, {"seed": 1}], ["x", "y"]),
+        ([{"seed": 1}, {}], ["x", "y"]),
+        ([{"model": "runs/" + 48 * "a"}, {"model": "b"}], ["x", "y"]),
+        ([{"seed": 1}, {"seed": 2}, {"seed": 1}], ["x", "y", "z"]),
+        ([{"seed": 1}], ["x"]),
+    ],
+    ids=["decay", "not-given", "seed", "list", "same", "no-run", "too-long", "not-told-apart", "one"],
+)
+def test_runs_are_called_by_the_settings_in_which_they_differ(settings, expected):
+    assert labels(settings, list("xyz"[: len(settings)])) == expected
 
 
 def test_a_model_alone_says_what_a_run_would_add(tmp_path):

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from hf_fnl.models.cards.record import STATE_FILE
 from hf_fnl.report.panels import INK, Key, Line, Panel, Quantity, legend_of, make_panels, source_colours
-from hf_fnl.report.series import history_of, layers_of, spectra_of
-from hf_fnl.report.sources import Source
+from hf_fnl.report.series import layers_of, mean_and_history_of, spectra_of
+from hf_fnl.report.sources import LOSSES, Points, Source
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 
 MAX_PANELS = 12
+# What else a Trainer and our tasks log of an evaluation: the loss, which has its own plot, speed and counts.
+_NOT_METRICS = {
+    LOSSES["evaluation"],
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+    "eval_model_preparation_time",
+    "eval_tokens",
+    "eval_words",
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,8 @@ IN_TRAINING = (
         "norm.",
         xlabel="step",
         ylabel="norm",
-        series_of=history_of("nuclear_norm"),
-        dashed=history_of("nuclear_norm_bound"),
+        series_of=mean_and_history_of("nuclear_norm"),
+        dashed=mean_and_history_of("nuclear_norm_bound"),
         line_styles=("nuclear norm", "bound"),
     ),
     Quantity(
@@ -50,7 +61,7 @@ IN_TRAINING = (
         meaning="‖W‖<sub>F</sub> = √Σσ², which Frobenius decay holds down (K21, Def. 3.2).",
         xlabel="step",
         ylabel="Frobenius norm",
-        series_of=history_of("frobenius_norm"),
+        series_of=mean_and_history_of("frobenius_norm"),
     ),
     Quantity(
         heading="Effective rank",
@@ -58,7 +69,7 @@ IN_TRAINING = (
         "the others.",
         xlabel="step",
         ylabel="effective rank",
-        series_of=history_of("effective_rank"),
+        series_of=mean_and_history_of("effective_rank"),
     ),
     Quantity(
         heading="Effective step size",
@@ -66,7 +77,7 @@ IN_TRAINING = (
         "does not matter.",
         xlabel="step",
         ylabel="effective step size",
-        series_of=history_of("effective_step_size"),
+        series_of=mean_and_history_of("effective_step_size"),
     ),
 )
 OF_THE_MODEL = (
@@ -105,10 +116,10 @@ OF_THE_MODEL = (
 
 def make_chapters(sources: Sequence[Source]) -> list[Chapter]:
     """All chapters of a report, in its order."""
-    return [
+    chapters = [
         Chapter(
-            "Loss",
-            [loss_section(sources)],
+            "Loss and metrics",
+            [loss_section(sources), metrics_section(sources)],
             [f"{s.name} logged no loss: it has no {STATE_FILE}." for s in sources if not s.losses],
         ),
         Chapter(
@@ -126,6 +137,8 @@ def make_chapters(sources: Sequence[Source]) -> list[Chapter]:
             [f"{s.name} has no weights: no config.json with *.safetensors." for s in sources if not s.spectra],
         ),
     ]
+    interpolation = interpolation_section(sources)
+    return [*chapters, Chapter("Interpolation", [interpolation], [])] if interpolation.panels else chapters
 
 
 def make_section(sources: Sequence[Source], quantity: Quantity) -> Section:
@@ -152,6 +165,37 @@ def loss_section(sources: Sequence[Source]) -> Section:
     panels = [Panel("Loss", "step", "loss", lines, [])] if lines else []
     legend = legend_of(sources, panels) + _line_styles(("training", "evaluation"))
     return Section("Loss", "Mean over the steps since the last log, and over the evaluation data.", panels, legend)
+
+
+def metrics_section(sources: Sequence[Source]) -> Section:
+    """Metrics of the evaluation, where it ran more than once."""
+    traces = [{k: points for k, points in s.traces.items() if k.startswith("eval_")} for s in sources]
+    names = dict.fromkeys(key for trace in traces for key, points in trace.items() if len(points) > 1)
+    panels = [_lines(sources, name, "step", traces) for name in names if name not in _NOT_METRICS]
+    return Section("Metrics", "On the evaluation data, in training.", panels, legend_of(sources, panels))
+
+
+def interpolation_section(sources: Sequence[Source]) -> Section:
+    """Loss and metrics between a dense baseline and low-rank models."""
+    figures = [source.interpolation for source in sources]
+    panels = [_lines(sources, name, "t", figures) for name in dict.fromkeys(chain(*figures))]
+    meaning = (
+        "θ = (1 - t) θ<sub>b</sub> + t θ<sub>l</sub>, from a dense baseline θ<sub>b</sub> to the model with its "
+        "products multiplied out, θ<sub>l</sub> (K22, Sec. 4.3 and Figs. 2, 4, 5). The lower the barrier between them, "
+        "the closer they are."
+    )
+    return Section("From the baseline to the model", meaning, panels, legend_of(sources, panels))
+
+
+def _lines(sources: Sequence[Source], name: str, xlabel: str, points: Sequence[Mapping[str, Points]]) -> Panel:
+    """A plot with one line for each source that has the figure."""
+    title = name.removeprefix("eval_").replace("_", " ")
+    lines = [
+        Line(source.name, of_source[name], colour)
+        for source, colour, of_source in zip(sources, source_colours(sources), points, strict=True)
+        if name in of_source
+    ]
+    return Panel(title, xlabel, title, lines, [])
 
 
 def _line_styles(names: tuple[str, str] | None) -> list[Key]:

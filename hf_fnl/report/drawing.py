@@ -118,7 +118,8 @@ def _draw(axis: Any, panel: Panel) -> None:
         alpha = 1 if line.bold else 0.75
         axis.plot(*zip(*line.points, strict=True), color=line.colour, marker=marker, markersize=3, alpha=alpha, **style)
     axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    whole = all(isinstance(x, int) for line in panel.lines for x, _ in line.points)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=whole, steps=[1, 2, 5, 10]))
     if panel.log:
         axis.set_yscale("log")
         low, high = axis.get_ylim()

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ class Matrix:
     Args:
         name: Name of the product, or of the layer that holds a plain matrix.
         kind: Kind of the product, or ``"dense"``.
-        shape: ``(m, n)``, of one head for the products of an attention; a kernel is ``(out, in * height * width)``.
+        shape: ``(m, n)``, of one head for the products of an attention; a plain or tensorized kernel is ``(out, in *
+            height * width)``.
         rank: Columns of the factors; ``min(m, n)`` for a plain matrix.
         parameters: Entries of the factors, or of the plain matrix, all heads together.
         flops: Operations a token, or a position of an image: two for each entry that is multiplied with, none for
@@ -115,10 +117,10 @@ def measure_spectra(model: nn.Module, progress: Progress | None = None) -> list[
     """Singular values of every matrix that :func:`inspect_model` describes, from cores and Gram matrices."""
     matrices = list(_matrices(model))
     if not matrices:
-        raise ValueError(f"{type(model).__name__} holds no product, linear layer or embedding to inspect")
+        raise ValueError(f"{type(model).__name__} holds no product, linear layer, convolution or embedding to inspect")
     spectra = []
-    for done, (name, kind, factors, flops) in enumerate(matrices, start=1):
-        spectra.append(_spectrum(name, kind, factors, flops))
+    for done, matrix in enumerate(matrices, start=1):
+        spectra.append(_spectrum(matrix))
         if progress is not None:
             progress(done, len(matrices))
     return spectra
@@ -144,23 +146,36 @@ def describe(spectrum: Spectrum, energy: float | None = None) -> Row:
     )
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, str, tuple[Tensor, ...], int]]:
-    """Name, kind, factors and operations of every matrix; a plain one is its own only factor."""
+class _Held(NamedTuple):
+    """A matrix as a model holds it; a plain one is its own only factor.
+
+    The matrix itself is given where singular values are not those of a product of matrices.
+    """
+
+    name: str
+    kind: str
+    factors: tuple[Tensor, ...]
+    flops: int
+    matrix: Tensor | None = None
+
+
+def _matrices(model: nn.Module) -> Iterator[_Held]:
     attentions = _attention_products(model)
     held = {id(model.get_parameter(name)) for found in attentions.values() for p in found for name in p.parameter_names}
     flops = _flops_by_weight(model)
     for path, module in model.named_modules():
         for product in attentions.get(path, ()):
             factors = product.factors(model)
-            yield product.name, product.kind, factors, 2 * sum(factor.numel() for factor in factors)
+            yield _Held(product.name, product.kind, factors, 2 * sum(factor.numel() for factor in factors))
         if (first := _first_weight(module)) is None or id(first) in held:
             continue
         held.add(id(first))
         if isinstance(module, Factorized):
-            yield path, module.kind, module.factors(), flops[id(first)]
+            matrix = module.dense_weight().flatten(1) if module.kind == "tensor" else None
+            yield _Held(path, module.kind, module.factors(), flops[id(first)], matrix)
         else:
             weight = first.mT if isinstance(module, Conv1D) else first.flatten(1)
-            yield path, DENSE, (weight,), flops[id(first)]
+            yield _Held(path, DENSE, (weight,), flops[id(first)], weight)
 
 
 def _flops_by_weight(model: nn.Module) -> Counter[int]:
@@ -179,7 +194,7 @@ def _flops_by_weight(model: nn.Module) -> Counter[int]:
 
 def _first_weight(module: nn.Module) -> Tensor | None:
     if isinstance(module, Factorized):
-        return module.U
+        return module.factors()[0]
     return module.weight if isinstance(module, nn.Linear | Conv1D | nn.Embedding | nn.Conv2d) else None
 
 
@@ -196,17 +211,18 @@ def _attention_products(model: nn.Module) -> dict[str, list[Product]]:
     return found
 
 
-def _spectrum(name: str, kind: str, factors: tuple[Tensor, ...], flops: int) -> Spectrum:
+def _spectrum(held: _Held) -> Spectrum:
+    name, kind, factors, flops, matrix = held
     if any(factor.is_meta for factor in factors):
         raise ValueError(f"{name} is on the meta device: load the weights of the model before it is inspected")
     if not all(torch.stack(factor.aminmax()).isfinite().all() for factor in factors):
         raise ValueError(f"the weights of {name} hold NaN or Inf")
-    if len(factors) == 1:
-        m, n = factors[0].shape
-        rank, values = min(m, n), _singular_values(factors[0])
-    else:
+    rank = factors[0].shape[-1] if len(factors) > 1 else min(factors[0].shape)
+    if matrix is None:
         m, n = (factor.shape[-2] for factor in (factors[0], factors[-1]))
-        rank, values = factors[0].shape[-1], singular_values(*factors)
+        values = singular_values(*factors)
+    else:
+        (m, n), values = matrix.shape, _singular_values(matrix)
     parameters = sum(factor.numel() for factor in factors)
     return Spectrum(name, kind, (m, n), rank, parameters, flops, values.double().cpu().reshape(-1, values.shape[-1]))
 

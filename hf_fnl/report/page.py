@@ -29,7 +29,7 @@ _COLUMNS = {
     "shape": "shape",
     "rank": "rank",
     "parameters": "parameters",
-    "FLOPs per token": "flops",
+    "FLOPs per token or position": "flops",
     "‖W‖<sub>F</sub>": "frobenius_norm",
     "‖W‖<sub>*</sub>": "nuclear_norm",
     "effective rank": "effective_rank",
@@ -60,7 +60,8 @@ def write_report(sources: Sequence[str | Path], target: str | Path, *, progress:
 
 def make_page(sources: Sequence[Source]) -> str:
     """The page about sources that were read."""
-    names = " and ".join(source.name for source in sources)
+    *first, last = (source.name for source in sources)
+    names = f"{', '.join(first)} and {last}" if first else last
     numbers = itertools.count(1)
     title = escape(f"{'Comparison' if len(sources) > 1 else 'Report'}: {names}")
     body = [
@@ -121,7 +122,10 @@ def _tables_chapter(sources: Sequence[Source]) -> Iterator[str]:
     if not models:
         return
     yield "<section><h2>All matrices</h2>"
-    yield "<p>Figures of an attention are means over its heads. Every weight is counted once.</p>"
+    yield (
+        "<p>Figures of an attention are means over its heads. Every weight is counted once. Operations of a "
+        "convolution are those for one position of its output.</p>"
+    )
     for source in models:
         rows = [describe(spectrum, source.energies.get(spectrum.name)) for spectrum in source.spectra]
         table = _table(list(_COLUMNS), ([getattr(row, key) for key in _COLUMNS.values()] for row in rows))

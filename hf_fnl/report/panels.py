@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hf_fnl.report.series import Series, role_of
+from hf_fnl.report.series import Place, Series, role_of
 from hf_fnl.report.sources import Points, Source
 
 Point = TypeVar("Point")
@@ -33,7 +33,7 @@ class Line:
 class Band:
     """The range of several lines: ``(x, lowest, highest)``."""
 
-    points: list[tuple[int, float, float]]
+    points: list[tuple[float, float, float]]
     colour: str
 
 
@@ -90,11 +90,12 @@ class Quantity:
 def make_panels(sources: Sequence[Source], quantity: Quantity) -> list[Panel]:
     """One panel for each role: the mean over its matrices and, where there are several, what it is a mean of.
 
-    With one source every matrix is a thin line, coloured by its layer; with several, each source has a colour and the
-    range of its matrices is shaded. Of the second quantity the mean is shown.
+    With one source every matrix is a thin line, coloured by its place between input and output; with several, each
+    source has a colour and the range of its matrices is shaded. Of the second quantity the mean is shown.
     """
     solid = [quantity.series_of(source) for source in sources]
     dashed = [quantity.dashed(source) if quantity.dashed else {} for source in sources]
+    colours = _place_colours(matrices for series in solid for matrices in series.values() if len(matrices) > 1)
     panels = []
     for role in dict.fromkeys(role for series in solid for role in series):
         lines: list[Line] = []
@@ -102,7 +103,10 @@ def make_panels(sources: Sequence[Source], quantity: Quantity) -> list[Panel]:
         for source, colour, first, second in zip(sources, source_colours(sources), solid, dashed, strict=True):
             matrices = first.get(role, {})
             if len(matrices) > 1 and len(sources) == 1:
-                lines += _thin_lines(matrices)
+                lines += [
+                    Line(name, _thinned(points), colours[role_of(name)[1]], bold=False)
+                    for name, points in matrices.items()
+                ]
             elif len(matrices) > 1 and (shared := _shared(matrices)):
                 bands.append(Band(_thinned([(x, min(ys), max(ys)) for x, ys in shared]), colour))
             lines += _mean(source.name, matrices, colour)
@@ -126,18 +130,15 @@ def legend_of(sources: Sequence[Source], panels: Sequence[Panel]) -> list[Key]:
     thin = {role_of(line.label)[1]: line.colour for panel in panels for line in panel.lines if not line.bold}
     if not thin:
         return keys if len(sources) > 1 else []
-    layers = sorted(thin)
-    shown = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    return [Key("mean", INK), *(Key(f"layer {layer}", thin[layer]) for layer in shown)]
+    places = sorted(thin)
+    shown = sorted({places[0], places[len(places) // 2], places[-1]})
+    return [Key("mean", INK), *(Key(f"layer {'.'.join(map(str, place))}", thin[place]) for place in shown)]
 
 
-def _thin_lines(matrices: dict[str, Points]) -> list[Line]:
-    layers = [role_of(name)[1] for name in matrices]
-    low, span = min(layers), max(max(layers) - min(layers), 1)
-    return [
-        Line(name, _thinned(points), _ramp((layer - low) / span), bold=False)
-        for (name, points), layer in zip(matrices.items(), layers, strict=True)
-    ]
+def _place_colours(roles: Iterable[Iterable[str]]) -> dict[Place, str]:
+    """One colour for each place in a model, the same in all plots, from the input to the output."""
+    places = sorted({role_of(name)[1] for names in roles for name in names})
+    return {place: _ramp(index / max(len(places) - 1, 1)) for index, place in enumerate(places)}
 
 
 def _mean(label: str, matrices: dict[str, Points], colour: str, dashed: bool = False) -> list[Line]:
@@ -151,9 +152,9 @@ def _thinned(points: list[Point]) -> list[Point]:
     return [points[i * (len(points) - 1) // max(count - 1, 1)] for i in range(count)]
 
 
-def _shared(matrices: dict[str, Points]) -> list[tuple[int, list[float]]]:
+def _shared(matrices: dict[str, Points]) -> list[tuple[float, list[float]]]:
     """The values of all matrices, where all have one: a mean over fewer would jump where a smaller rank ends."""
-    values: dict[int, list[float]] = {}
+    values: dict[float, list[float]] = {}
     for points in matrices.values():
         for x, y in points:
             values.setdefault(x, []).append(y)

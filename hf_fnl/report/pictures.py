@@ -47,5 +47,5 @@ def plot_diagnostics(run: str | Path, target: str | Path) -> Path:
 
 
 def _source(run: str | Path) -> Source:
-    losses, history = read_run(run)
-    return Source(Path(run).name, str(run), losses=losses, history=history)
+    traces, history = read_run(run)
+    return Source(Path(run).name, str(run), traces=traces, history=history)

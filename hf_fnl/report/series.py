@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from itertools import chain
 
 import torch
 
 from hf_fnl.report.inspection import Row, Spectrum, describe
 from hf_fnl.report.sources import Points, Source
+from hf_fnl.selectors import KINDS
 
 Series = dict[str, dict[str, Points]]
 
+Place = tuple[int, ...]
+
+_NUMBER = r"(?<![^.])\d+(?![^.])"
 _SMALLEST = 1e-7  # share of the largest singular value below which there is rounding only
 
 
-def role_of(name: str) -> tuple[str, int]:
-    """What a matrix does, and in which layer: ``("encoder.*.ov", 3)`` for ``encoder.3.ov``, 0 where in none."""
-    number = re.search(r"(?<![^.])\d+(?![^.])", name)
-    if number is None:
-        return name, 0
-    return f"{name[: number.start()]}*{name[number.end() :]}", int(number[0])
+def role_of(name: str) -> tuple[str, Place]:
+    """What a matrix does, and where it stands: ``("stages.*.*.conv1", (2, 0))`` for ``stages.2.0.conv1``.
+
+    The place of a matrix without a number in its name is empty.
+    """
+    return re.sub(_NUMBER, "*", name), tuple(map(int, re.findall(_NUMBER, name)))
 
 
 def by_role(points: dict[str, Points]) -> Series:
@@ -48,6 +51,18 @@ def history_of(figure: str) -> Callable[[Source], Series]:
     return series
 
 
+def mean_and_history_of(figure: str) -> Callable[[Source], Series]:
+    """As :func:`history_of`, after the means over all products of a kind, which K21 plots; the Trainer logged these."""
+    history = history_of(figure)
+
+    def series(source: Source) -> Series:
+        means = {f"all {kind} products": source.traces.get(f"{kind}/{figure}", []) for kind in KINDS}
+        finite = {name: [(step, y) for step, y in points if math.isfinite(y)] for name, points in means.items()}
+        return by_role(finite) | history(source)
+
+    return series
+
+
 def spectra_of(source: Source) -> Series:
     """Singular values by index, over the largest; of an attention the mean over its heads.
 
@@ -57,11 +72,18 @@ def spectra_of(source: Source) -> Series:
 
 
 def layers_of(figure: Callable[[Row], float]) -> Callable[[Source], Series]:
-    """A figure of matrices by layer, for roles that several layers have: one line each."""
+    """A figure of matrices by their order from input to output, for roles that several have: one line each."""
 
     def series(source: Source) -> Series:
-        roles = by_role({s.name: [(role_of(s.name)[1], figure(describe(s)))] for s in source.spectra})
-        return {role: {role: list(chain(*rows.values()))} for role, rows in roles.items() if len(rows) > 1}
+        roles: dict[str, list[tuple[Place, float]]] = {}
+        for spectrum in source.spectra:
+            role, place = role_of(spectrum.name)
+            roles.setdefault(role, []).append((place, figure(describe(spectrum))))
+        series: Series = {}
+        for role, rows in roles.items():
+            if len(rows) > 1:
+                series[role] = {role: list(enumerate(y for _, y in sorted(rows)))}
+        return series
 
     return series
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
-from hf_fnl.diagnostics import Figures, forward_flops, parameter_count
+from hf_fnl.diagnostics import Figures, parameter_count
+from hf_fnl.interpolation import INTERPOLATION_FILE
 from hf_fnl.models.cards.record import CONFIG_FILE, METRICS_FILE, STATE_FILE, flatten, read_json
 from hf_fnl.models.checkpoint import load
 from hf_fnl.report.inspection import Progress, Spectrum, measure_spectra, read_energies
+from hf_fnl.report.names import labels, path_ends
+from hf_fnl.report.operations import operations
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 
 History = list[tuple[int, dict[str, Figures]]]
-Points = list[tuple[int, float]]
+Points = list[tuple[float, float]]
 
 LOSSES = {"training": "loss", "evaluation": "eval_loss"}
 
@@ -32,6 +35,7 @@ _NOT_SETTINGS = {
     "_name_or_path",
     "quantization_config",
 }
+_NOT_TRACES = {"step", "epoch"}
 
 
 @dataclass(frozen=True)
@@ -41,26 +45,36 @@ class Source:
     Args:
         name: What it is called in the report.
         place: Where it lies.
-        losses: Losses by step, under ``"training"`` and ``"evaluation"``.
+        traces: What the Trainer logged, by step, under its own names: ``"loss"``, ``"eval_accuracy"``,
+            ``"conv/nuclear_norm"``.
         history: What :func:`~hf_fnl.diagnostics.diagnose` said of every product, by step.
         figures: Sizes, losses and metrics.
         settings: Options of the model and of the run.
         spectra: Singular values of the matrices of the model.
         energies: Energy that products kept at factorization.
+        interpolation: Figures on the line from a dense baseline to this model, by ``t``.
     """
 
     name: str
     place: str
-    losses: dict[str, Points] = field(default_factory=dict)
+    traces: dict[str, Points] = field(default_factory=dict)
     history: History = field(default_factory=list)
     figures: Figures = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     spectra: list[Spectrum] = field(default_factory=list)
     energies: dict[str, float] = field(default_factory=dict)
+    interpolation: dict[str, Points] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[str, Points]:
+        """Losses by step, under ``"training"`` and ``"evaluation"``."""
+        return {kind: self.traces[key] for kind, key in LOSSES.items() if key in self.traces}
 
 
 def read_sources(sources: Sequence[str | Path], progress: Progress | None = None) -> list[Source]:
     """Read all that a report is to show.
+
+    Runs are called by the settings in which they differ where that is short, everything else by the end of its path.
 
     Args:
         sources: Folders of runs (what a script wrote, one phase of it, or a checkpoint) or of models, or ids of models
@@ -71,12 +85,14 @@ def read_sources(sources: Sequence[str | Path], progress: Progress | None = None
         FileNotFoundError: If a folder holds neither a run nor a model, or a name is no folder and no model of the Hub.
         ValueError: If there is no source, one is given twice, or a file is damaged.
     """
-    names = _names(sources)
-    return [_read(source, name, progress) for source, name in zip(sources, names, strict=True)]
+    names = path_ends(sources)
+    read = [_read(source, name, progress) for source, name in zip(sources, names, strict=True)]
+    called = labels([source.settings for source in read], names)
+    return [replace(source, name=label) for source, label in zip(read, called, strict=True)]
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, Points], History]:
-    """Losses and diagnostics of a run; those of several phases one after the other.
+    """What a Trainer logged, and the diagnostics of a run; those of several phases one after the other.
 
     Args:
         folder: Output folder of a Trainer, or of a script with ``phase-*`` folders. Without a ``trainer_state.json``
@@ -86,43 +102,44 @@ def read_run(folder: str | Path) -> tuple[dict[str, Points], History]:
         ValueError: If a file is damaged.
     """
     folder = Path(folder)
-    losses: dict[str, Points] = {}
+    traces: dict[str, Points] = {}
     history: History = []
     start = 0
     for part in sorted(folder.glob("phase-*"), key=_phase_number) or [folder]:
-        for name, points in _losses(part).items():
-            losses.setdefault(name, []).extend((start + step, loss) for step, loss in points)
+        log = [(start + entry["step"], entry) for entry in _log(part)]
+        for step, entry in log:
+            for key, value in entry.items():
+                if key not in _NOT_TRACES and isinstance(value, int | float):
+                    traces.setdefault(key, []).append((step, value))
         history += [(start + step, products) for step, products in _history(part / DIAGNOSTICS_FILE)]
-        start = max([start, *(points[-1][0] for points in losses.values()), *(step for step, _ in history[-1:])])
-    return losses, history
+        start = max([start, *(step for step, _ in (*log[-1:], *history[-1:]))])
+    return traces, history
 
 
 def _read(source: str | Path, name: str, progress: Progress | None) -> Source:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return Source(name, str(source), **_model(_load_from_hub(str(source)), progress))
-    losses, history = read_run(folder)
+    traces, history = read_run(folder)
     home = _model_folder(folder)
-    if not (home or losses or history):
+    if not (home or traces or history):
         raise FileNotFoundError(
             f"{folder} holds neither a run ({STATE_FILE} or {DIAGNOSTICS_FILE}, in it or in its phase-* and "
             f"checkpoint-* folders) nor a model ({CONFIG_NAME} and *.safetensors)"
         )
     model = _model(load(home, use_safetensors=True), progress) if home else {"figures": {}, "settings": {}}
-    figures = {
-        **{f"last {key} loss": points[-1][1] for key, points in losses.items()},
-        **flatten(read_json(folder / METRICS_FILE)),
-    }
+    figures = {f"last {kind} loss": traces[key][-1][1] for kind, key in LOSSES.items() if key in traces}
+    figures |= flatten(read_json(folder / METRICS_FILE))
     model["figures"] |= {key: value for key, value in figures.items() if isinstance(value, int | float)}
     model["settings"] |= _settings(read_json(folder / CONFIG_FILE))
-    energies = read_energies(home) if home else {}
-    return Source(name, str(folder), losses=losses, history=history, energies=energies, **model)
+    model["energies"] = read_energies(home) if home else {}
+    line = _interpolation(folder / INTERPOLATION_FILE)
+    return Source(name, str(folder), traces=traces, history=history, interpolation=line, **model)
 
 
 def _model(model: PreTrainedModel, progress: Progress | None) -> dict[str, Any]:
-    sizes = {"parameters": parameter_count(model), "FLOPs per token": forward_flops(model)}
     return {
-        "figures": flatten(sizes),
+        "figures": flatten({"parameters": parameter_count(model), **operations(model)}),
         "settings": _settings(model.config.to_dict()),
         "spectra": measure_spectra(model, progress),
     }
@@ -142,12 +159,10 @@ def _model_folder(folder: Path) -> Path | None:
     return next((c for c in candidates if (c / CONFIG_NAME).is_file() and any(c.glob("*.safetensors"))), None)
 
 
-def _losses(part: Path) -> dict[str, Points]:
+def _log(part: Path) -> list[dict[str, Any]]:
     candidates = (part, Path(get_last_checkpoint(part) or part))
     states = (read_json(c / STATE_FILE) for c in candidates)
-    log: list[dict[str, Any]] = next((state["log_history"] for state in states if "log_history" in state), [])
-    points = {name: [(entry["step"], entry[key]) for entry in log if key in entry] for name, key in LOSSES.items()}
-    return {name: values for name, values in points.items() if values}
+    return next((state["log_history"] for state in states if "log_history" in state), [])
 
 
 def _history(path: Path) -> History:
@@ -162,6 +177,18 @@ def _history(path: Path) -> History:
         raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
+def _interpolation(path: Path) -> dict[str, Points]:
+    """Figures by ``t``, under their names."""
+    figures: dict[str, Points] = {}
+    try:
+        for point in read_json(path).get("points", []):
+            for name in [name for name in point if name != "t"]:
+                figures.setdefault(name, []).append((point["t"], point[name]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: a point lacks its t") from error
+    return figures
+
+
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     return flatten({key: value for key, value in options.items() if key not in _NOT_SETTINGS})
 
@@ -169,16 +196,3 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
 def _phase_number(folder: Path) -> tuple[int, str]:
     number = folder.name.removeprefix("phase-")
     return (int(number) if number.isdigit() else 0), folder.name
-
-
-def _names(sources: Sequence[str | Path]) -> list[str]:
-    """The ends of the paths that tell them apart: ``run`` for one, ``a/run`` and ``b/run`` for two."""
-    if not sources:
-        raise ValueError("a report needs a run or a model")
-    paths = [Path(source).expanduser() for source in sources]
-    parts = [path.resolve().parts if path.is_dir() else (str(path),) for path in paths]
-    if twice := {str(path) for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1}:
-        raise ValueError(f"given more than once: {', '.join(sorted(twice))}")
-    lengths = range(1, max(map(len, parts)) + 1)
-    candidates = (["/".join(part[-length:]) for part in parts] for length in lengths)
-    return next(names for names in candidates if len(set(names)) == len(names))

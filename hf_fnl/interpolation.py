@@ -1,0 +1,127 @@
+"""The straight line between two networks of the same form, and the loss on it (Kamalakara et al. 2022, Sec. 4.3)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+INTERPOLATION_FILE = "interpolation.json"
+
+State = Mapping[str, Tensor]
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+def interpolate(baseline: State, other: State, t: float) -> dict[str, Tensor]:
+    r"""The network at ``t`` on the line: ``theta = (1 - t) theta_b + t theta_l``.
+
+    Running statistics of BatchNorm are interpolated as the weights are. Whole numbers, such as its count of batches,
+    are those of the nearer end.
+
+    Args:
+        baseline: State ``theta_b`` of the network at ``t = 0``.
+        other: State ``theta_l`` of that at ``t = 1``, with its products multiplied out.
+        t: Where on the line, in ``[0, 1]``.
+
+    Raises:
+        ValueError: If ``t`` is not in ``[0, 1]``, or the states differ in names or shapes.
+    """
+    if not 0 <= t <= 1:
+        raise ValueError(f"t must be in [0, 1], got {t}")
+    _check_alike(baseline, other)
+    return {name: _between(tensor, other[name], t) for name, tensor in baseline.items()}
+
+
+@torch.no_grad()
+def loss_along_line(
+    baseline: nn.Module,
+    other: nn.Module,
+    evaluate: Callable[[nn.Module], Mapping[str, float]],
+    *,
+    steps: int = 11,
+    batches: Batches | None = None,
+) -> list[dict[str, float]]:
+    """Evaluate the networks at evenly spaced points of the line between two.
+
+    Args:
+        baseline: The network at ``t = 0``; left as it is, like the other one.
+        other: The network at ``t = 1``, with its products multiplied out.
+        evaluate: Called with each network, in evaluation mode and without gradients; returns its figures.
+        steps: Points, both ends among them; 11 in K22.
+        batches: Inputs of the network by which BatchNorm's statistics are estimated anew at every point. Between two
+            networks interpolated statistics are not those of the interpolated weights, and the loss shows it. Iterated
+            once a point, so a list or a data loader.
+
+    Returns:
+        For each point ``t`` and what ``evaluate`` returned.
+
+    Raises:
+        ValueError: If there are fewer than two steps, the networks differ in form, or statistics cannot be estimated.
+    """
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, for the two ends of the line; got {steps}")
+    states = baseline.state_dict(), other.state_dict()
+    network = copy.deepcopy(baseline).eval()
+    points = []
+    for t in (step / (steps - 1) for step in range(steps)):
+        network.load_state_dict(interpolate(*states, t))
+        if batches is not None:
+            estimate_statistics_(network, batches)
+        points.append({"t": t, **evaluate(network)})
+    return points
+
+
+@torch.no_grad()
+def estimate_statistics_(model: nn.Module, batches: Batches) -> None:
+    """Set BatchNorm's running statistics to the means over batches; all else stays in evaluation mode.
+
+    Args:
+        model: Changed in place; in evaluation mode afterwards.
+        batches: Keyword arguments of the model, without gradients.
+
+    Raises:
+        ValueError: If the model has no BatchNorm with running statistics, or there is no batch.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no BatchNorm whose statistics could be estimated: leave out batches"
+        )
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.train().momentum = None  # a mean over all batches
+    count = 0
+    for batch in batches:
+        model(**batch)
+        count += 1
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.eval().momentum = momentum
+    if not count:
+        raise ValueError("there is no batch to estimate BatchNorm's statistics from")
+
+
+def _between(start: Tensor, end: Tensor, t: float) -> Tensor:
+    if start.is_floating_point():
+        return torch.lerp(start, end.to(start), t)
+    return start if t < 0.5 else end
+
+
+def _check_alike(baseline: State, other: State) -> None:
+    if alone := sorted(baseline.keys() ^ other.keys()):
+        first = alone[0]
+        holder, lacking = ("baseline", "other") if first in baseline else ("other network", "baseline")
+        raise ValueError(
+            f"the {holder} holds {first}, which the {lacking} lacks ({len(alone)} such names): a line joins networks "
+            "of the same form, so multiply the products of both out first"
+        )
+    for name, tensor in baseline.items():
+        if tensor.shape != other[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} in the baseline and {tuple(other[name].shape)} in the other "
+                "network: a line joins networks of one size"
+            )
