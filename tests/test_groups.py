@@ -109,3 +109,46 @@ def test_a_product_of_another_model_is_refused():
     products = find_products(FactorizedLinear(5, 7, 3), ["linear"])
     with pytest.raises(ValueError, match=r"cannot be decayed: U, V is frozen or not in the model; train all"):
         parameter_groups(Model(), weight_decay=0.1, products=products)
+
+
+# Decay of factors that are no product to be decayed
+
+
+def net() -> nn.Module:
+    return nn.Sequential(FactorizedLinear(13, 11, 3), nn.LayerNorm(11), nn.Linear(11, 5), FactorizedLinear(5, 7, 2))
+
+
+@pytest.mark.parametrize(
+    ("factor_decay", "scale"),
+    [("crs", (3 * (13 + 11) + 2 * (5 + 7)) / (13 * 11 + 5 * 7)), ("none", 0.0)],
+)
+def test_the_decay_of_factors_is_scaled(factor_decay, scale):
+    groups = parameter_groups(net(), weight_decay=0.3, factor_decay=factor_decay)
+    decays = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    assert decays == {
+        **dict.fromkeys(["0.U", "0.V", "3.U", "3.V"], pytest.approx(0.3 * scale)),
+        **dict.fromkeys(["0.bias", "1.weight", "1.bias", "2.bias", "3.bias"], 0.0),
+        "2.weight": 0.3,
+    }
+
+
+def test_the_compression_rate_is_that_of_the_layers_without_frobenius_decay():
+    model = net()
+    products = [product for product in find_products(model) if product.name == "0"]
+    options = {"products": products, "frobenius_decay": 0.0, "factor_decay": "crs"}
+    groups = parameter_groups(model, weight_decay=0.3, **options)
+    decays = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    assert decays["0.U"] == 0
+    assert decays["3.U"] == decays["3.V"] == pytest.approx(0.3 * 2 * (5 + 7) / (5 * 7))
+
+
+def test_vectors_are_decayed_where_asked_for():
+    groups = parameter_groups(net(), weight_decay=0.3, decay_vectors=True)
+    assert {group["weight_decay"] for group in groups} == {0.3}
+
+
+def test_unknown_and_idle_decays_of_factors_are_refused():
+    with pytest.raises(ValueError, match="factor_decay must be one of weight, crs, none, got 'l1'"):
+        parameter_groups(net(), weight_decay=0.3, factor_decay="l1")
+    with pytest.raises(ValueError, match="factor_decay='crs' needs trainable factorized layers"):
+        parameter_groups(nn.Linear(3, 5), weight_decay=0.3, factor_decay="crs")

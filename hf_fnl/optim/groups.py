@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from hf_fnl.layers import Factorized
 from hf_fnl.products import Factor, Product
+
+FACTOR_DECAYS = ("weight", "crs", "none")
 
 
 def parameter_groups(
@@ -17,11 +21,14 @@ def parameter_groups(
     weight_decay: float,
     products: Sequence[Product] = (),
     frobenius_decay: float | None = None,
+    factor_decay: str = "weight",
+    decay_vectors: bool = False,
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a model into named groups, as torch's optimizers take them.
 
     Matrices, and tensors of more dimensions, are decayed; vectors (biases, scales) are not. Factors of products are a
-    group of their own, together with what their parameters hold beside them.
+    group of their own, together with what their parameters hold beside them, and so are those of other factorized
+    layers unless they are decayed as matrices are.
 
     Args:
         model: Unwrapped, so that the names are those of its ``named_parameters``.
@@ -30,12 +37,17 @@ def parameter_groups(
         frobenius_decay: ``weight_decay`` of the group of their factors; ``None`` is that of the other matrices, as
             :class:`~hf_fnl.optim.FLAMBe` expects. :class:`~hf_fnl.decay.FrobeniusDecay` has its own coefficient and
             needs 0 here.
+        factor_decay: Decay of the factors of layers that are not in ``products``: ``"weight"`` as for other matrices;
+            ``"crs"`` scaled by the compression rate (Gray et al. 2019), the share of the parameters of these layers'
+            weights that their factors have; or ``"none"``.
+        decay_vectors: Decays vectors as matrices are, as :class:`torch.optim.SGD` over all parameters does.
 
     Returns:
         Groups ``{"params": [(name, parameter), ...], "weight_decay": ...}``, none of them empty.
 
     Raises:
-        ValueError: If a factor of a product is frozen or not in the model.
+        ValueError: If a factor of a product is frozen or not in the model, ``factor_decay`` is unknown, or there is no
+            factor to which it could apply.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     factors = dict.fromkeys(name for product in products for name in product.parameter_names)
@@ -45,11 +57,14 @@ def parameter_groups(
                 f"product {product.name} cannot be decayed: {', '.join(missing)} is frozen or not in the model; "
                 "train all of its factors, or leave it out of products"
             )
-    matrices = [name for name, parameter in trainable.items() if parameter.ndim >= 2 and name not in factors]
-    vectors = [name for name, parameter in trainable.items() if parameter.ndim < 2 and name not in factors]
+    ordinary = {name: parameter for name, parameter in trainable.items() if name not in factors}
+    scale, scaled = _scaled_factors(model, ordinary, factor_decay)
+    matrices = [name for name, parameter in ordinary.items() if parameter.ndim >= 2 and name not in scaled]
+    vectors = [name for name, parameter in ordinary.items() if parameter.ndim < 2]
     groups = (
         (matrices, weight_decay),
-        (vectors, 0.0),
+        (vectors, weight_decay if decay_vectors else 0.0),
+        (scaled, scale * weight_decay),
         (list(factors), weight_decay if frobenius_decay is None else frobenius_decay),
     )
     return [
@@ -57,6 +72,24 @@ def parameter_groups(
         for names, decay in groups
         if names
     ]
+
+
+def _scaled_factors(model: nn.Module, ordinary: Mapping[str, Tensor], factor_decay: str) -> tuple[float, list[str]]:
+    """By how much the decay of factors is scaled, and the names of these factors; none where it is not."""
+    if factor_decay not in FACTOR_DECAYS:
+        raise ValueError(f"factor_decay must be one of {', '.join(FACTOR_DECAYS)}, got {factor_decay!r}")
+    if factor_decay == "weight":
+        return 1.0, []
+    names = {parameter: name for name, parameter in ordinary.items()}
+    layers = {layer.factors()[0]: layer for layer in model.modules() if isinstance(layer, Factorized)}
+    chosen = [layer for first, layer in layers.items() if first in names]
+    if not chosen:
+        raise ValueError(f"factor_decay={factor_decay!r} needs trainable factorized layers without Frobenius decay")
+    factors = [factor for layer in chosen for factor in layer.factors()]
+    if factor_decay == "none":
+        return 0.0, [names[factor] for factor in factors]
+    dense = sum(math.prod(layer.dense_shape) for layer in chosen)
+    return sum(factor.numel() for factor in factors) / dense, [names[factor] for factor in factors]
 
 
 def by_name(groups: Iterable[dict[str, Any]]) -> dict[str, tuple[Tensor, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_fnl.decay import MODES
+from hf_fnl.optim.groups import FACTOR_DECAYS
 from hf_fnl.selectors import KINDS, PARTS, Selector
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
@@ -51,6 +52,14 @@ class FLAMBeTrainingArguments(TrainingArguments):
         default="decoupled",
         metadata={"help": f"How other optimizers than flambe apply Frobenius decay: {', '.join(MODES)}."},
     )
+    factor_decay: str = field(
+        default="weight",
+        metadata={
+            "help": "Decay of factorized layers without Frobenius decay: weight, as of other matrices; crs, scaled by "
+            "their compression rate (Gray et al. 2019); or none."
+        },
+    )
+    decay_vectors: bool = field(default=False, metadata={"help": "Decay biases and normalizations as matrices are."})
     diagnostics_steps: int = field(
         default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
     )
@@ -92,6 +101,8 @@ class FLAMBeTrainingArguments(TrainingArguments):
             )
         if self.frobenius_coefficient is not None and self.frobenius_coefficient < 0:
             raise ValueError(f"frobenius_coefficient must not be negative, got {self.frobenius_coefficient}")
+        if self.factor_decay not in FACTOR_DECAYS:
+            raise ValueError(f"factor_decay must be one of {', '.join(FACTOR_DECAYS)}, got {self.factor_decay!r}")
         if self.diagnostics_steps < 0:
             raise ValueError(f"diagnostics_steps must not be negative, got {self.diagnostics_steps}")
 
@@ -102,8 +113,13 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"dense_steps must be below max_steps={self.max_steps}, got {self.dense_steps}")
         if not self.low_rank_lr_scale > 0:
             raise ValueError(f"low_rank_lr_scale must be positive, got {self.low_rank_lr_scale}")
-        if self.low_rank_lr_scale != 1 and not self.dense_steps:
+        if self.low_rank_lr_scale != 1 and not self.has_dense_phase:
             raise ValueError(f"low_rank_lr_scale={self.low_rank_lr_scale} needs dense_steps, after which it begins")
+
+    @property
+    def has_dense_phase(self) -> bool:
+        """Whether the model is dense at first."""
+        return self.dense_steps > 0
 
     @property
     def product_decay(self) -> float:

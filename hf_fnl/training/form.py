@@ -81,5 +81,5 @@ def _trained_weights(model: nn.Module) -> dict[tuple[str, str], bool]:
     for path, module in model.named_modules():
         trained |= {(path, name): p.requires_grad for name, p in module.named_parameters(recurse=False)}
         if isinstance(module, Factorized):
-            trained[path, "weight"] = module.U.requires_grad
+            trained[path, "weight"] = module.factors()[0].requires_grad
     return trained

@@ -15,12 +15,11 @@ from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerS
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from hf_fnl.config import LAYER_KINDS
 from hf_fnl.decay import FrobeniusDecay, frobenius_penalty
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 from hf_fnl.optim.transfer import transfer_
 from hf_fnl.products import Product, find_products
-from hf_fnl.selectors import Selector
+from hf_fnl.selectors import ATTENTION_KINDS, Selector
 from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback
 from hf_fnl.training.card import write_trainer_card
@@ -40,12 +39,17 @@ def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: b
         ValueError: If ``args.frobenius_decay`` names a kind of product that the model does not have.
     """
     products = decayed_products(model, args, dense=dense)
-    if args.optim == "flambe" and products:
-        groups = parameter_groups(
-            model, weight_decay=args.weight_decay, products=products, frobenius_decay=args.product_decay
-        )
+    flambe = args.optim == "flambe" and bool(products)
+    groups = parameter_groups(
+        model,
+        weight_decay=args.weight_decay,
+        products=products,
+        frobenius_decay=args.product_decay if flambe else 0.0,
+        factor_decay="weight" if dense else args.factor_decay,
+        decay_vectors=args.decay_vectors,
+    )
+    if flambe:
         return FLAMBe(groups, products=products, **_lamb_arguments(args))
-    groups = parameter_groups(model, weight_decay=args.weight_decay, products=products, frobenius_decay=0.0)
     if args.optim in OUR_OPTIMIZERS:
         optimizer: torch.optim.Optimizer = Lamb(groups, **_lamb_arguments(args))
     else:
@@ -66,7 +70,7 @@ def decayed_products(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: 
     """
     kinds = args.frobenius_decay or []
     if dense:
-        kinds = [kind for kind in kinds if Selector.parse(kind).kind not in LAYER_KINDS]
+        kinds = [kind for kind in kinds if Selector.parse(kind).kind in ATTENTION_KINDS]
     return find_products(model, kinds) if kinds else []
 
 

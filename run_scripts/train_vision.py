@@ -1,0 +1,279 @@
+"""Train an image classifier, dense, low-rank, tensorized, overcomplete or pruned, and measure its accuracy.
+
+python run_scripts/train_vision.py --output_dir runs/digits --rank_scale 0.3 --decay frobenius --num_train_epochs 15
+python run_scripts/train_vision.py --dataset uoft-cs/cifar10 --ratio 0.1 --decay frobenius --output_dir runs/cifar10
+python run_scripts/train_vision.py config.yaml
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel, TrainerCallback, set_seed
+
+from hf_fnl import FactorizationConfig, factorize_, find_products, merge_
+from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
+from hf_fnl.diagnostics import parameter_count
+from hf_fnl.do_conv import merge_do_conv_, over_parametrize_
+from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
+from hf_fnl.pruning import finalize_, prune_, sparsity, weights_to_keep
+from hf_fnl.spectral import INIT_METHODS
+from hf_fnl.surgery import share_of_layers
+from hf_fnl.training.lottery import train_in_rounds
+from hf_fnl.training.metrics.accuracy import image_accuracy, topk_hits
+from hf_fnl.training.norms import FollowNorms, RecordNorms
+from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.tasks.image_batches import (
+    BatchTransform,
+    ImageFiles,
+    ImageTensors,
+    keep_on_device,
+    load_image_sets,
+    single_batch,
+    write_image_processor,
+)
+from hf_fnl.training.tasks.image_training import ImageTrainer, ImageTrainingArguments
+from hf_fnl.training.tasks.images import ImageOptions
+
+# Khodak et al. 2021, Sec. 5; do_conv is Cao et al. 2020
+OVERCOMPLETE: dict[str, dict[str, Any]] = {
+    "full": {"rank_scale": 1.0},
+    "deep": {"rank_scale": 1.0, "deep": True},
+    "wide": {"rank_scale": 3.0},
+    "do_conv": {},
+}
+AT_INITIALIZATION = ("random", "snip", "grasp")
+AFTER_TRAINING = ("magnitude", "lottery")
+
+Images = ImageTensors | ImageFiles
+
+
+@dataclass
+class ModelOptions:
+    """The model to train, and how its convolutions, all but the first, are factorized."""
+
+    model: str = field(default="resnet20", metadata={"help": f"One of {', '.join(PRESETS)}."})
+    init_from: str | None = field(default=None, metadata={"help": "Go on from this model, a Hub id or folder."})
+    width: int | None = field(default=None, metadata={"help": "Channels of the first convolution. Default: published."})
+    rank_scale: float | None = field(
+        default=None, metadata={"help": "Rank of every convolution as a share of the rows of its kernel's matrix."}
+    )
+    ratio: float | None = field(
+        default=None, metadata={"help": "Share of the parameters of the whole network that is kept."}
+    )
+    conv_scheme: str = field(
+        default="spatial",
+        metadata={"help": f"How a kernel is factorized: {', '.join((*CONV_SCHEMES, *TENSOR_SCHEMES))}."},
+    )
+    factor_init: str | None = field(
+        default=None, metadata={"help": f"{', '.join(INIT_METHODS)}. Default: spectral; default where overcomplete."}
+    )
+    overcomplete: str | None = field(
+        default=None, metadata={"help": f"Train overcomplete and merge at the end: {', '.join(OVERCOMPLETE)}."}
+    )
+    pruning: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Prune to ratio, before training ({', '.join(AT_INITIALIZATION)}) or after it, and train again "
+            f"({', '.join(AFTER_TRAINING)})."
+        },
+    )
+    pruning_rounds: int = field(default=1, metadata={"help": "Rounds of pruning and training again."})
+    pruning_images: int = field(default=512, metadata={"help": "Training images by which snip and grasp choose."})
+    channels_last: bool = field(default=False, metadata={"help": "Hold channels last in memory, as GPUs like it."})
+    keep_on_device: str = field(
+        default="auto", metadata={"help": "Keep all images on the GPU: auto (if they fit), true or false."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.overcomplete not in (None, *OVERCOMPLETE):
+            raise ValueError(f"overcomplete must be one of {', '.join(OVERCOMPLETE)}, got {self.overcomplete!r}")
+        if self.pruning not in (None, *AT_INITIALIZATION, *AFTER_TRAINING):
+            known = ", ".join((*AT_INITIALIZATION, *AFTER_TRAINING))
+            raise ValueError(f"pruning must be one of {known}, got {self.pruning!r}")
+        if self.pruning and (self.ratio is None or self.rank_scale is not None or self.overcomplete):
+            raise ValueError(f"pruning={self.pruning} takes ratio, and neither rank_scale nor overcomplete")
+        if self.overcomplete and self.ratio is not None:
+            raise ValueError(f"overcomplete={self.overcomplete} has more parameters, not a share: leave ratio out")
+
+    @property
+    def kind(self) -> str:
+        """The kind of products that convolutions become."""
+        return "tensor" if self.conv_scheme in TENSOR_SCHEMES else "conv"
+
+    def factorization(self, model: nn.Module) -> FactorizationConfig | None:
+        """What the options say about the layers of a model; ``None`` if they stay dense."""
+        given = {"rank_scale": self.rank_scale, "ratio": self.ratio}
+        rule: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+        if self.overcomplete:
+            rule = {"overcomplete": True, **OVERCOMPLETE[self.overcomplete], **rule}
+        if not rule or self.pruning or self.overcomplete == "do_conv":
+            return None
+        config = FactorizationConfig(
+            kinds=("conv",),
+            include=inner_convolutions(model),
+            conv_scheme=self.conv_scheme,
+            init=self.factor_init or ("default" if self.overcomplete else "spectral"),
+            **rule,
+        )
+        return config if self.ratio is None else share_of_layers(model, config)
+
+
+class Session:
+    """The data and options of a run, from which its trainers are made."""
+
+    def __init__(self, options: ModelOptions, data: ImageOptions, args: ImageTrainingArguments) -> None:
+        self.options, self.args = options, args
+        self.train, self.held_out = (self._placed(images) for images in load_image_sets(data))
+        self.transform = BatchTransform(
+            *self.train.statistics(),
+            crop_padding=data.crop_padding,
+            horizontal_flip=data.horizontal_flip,
+            channels_last=options.channels_last,
+        ).to(args.device)
+
+    def _placed(self, images: Images) -> Images:
+        """Images on the device, if they are to be there."""
+        if isinstance(images, ImageTensors):
+            images = keep_on_device(images, self.args.device, keep=self.options.keep_on_device)
+            self.args.dataloader_pin_memory &= not images.pixel_values.is_cuda
+        return images
+
+    def build_model(self) -> PreTrainedModel:
+        """A fresh model for these images, or the one to go on from."""
+        if self.options.init_from:
+            return AutoModelForImageClassification.from_pretrained(self.options.init_from)
+        return vision_model(
+            self.options.model,
+            num_labels=len(self.train.class_names),
+            image_size=min(self.train.image_size),
+            num_channels=self.train.num_channels,
+            width=self.options.width,
+            id2label=dict(enumerate(self.train.class_names)),
+        )
+
+    def trainer(self, model: nn.Module, phase: int | None = None, **more: Any) -> ImageTrainer:
+        """A trainer of the model; one of several phases has a folder of its own."""
+        args = copy.copy(self.args)
+        if phase is not None:
+            args.output_dir = str(Path(args.output_dir) / f"phase-{phase}")
+        return ImageTrainer(
+            model,
+            args,
+            transform=self.transform,
+            train_dataset=self.train,
+            eval_dataset=self.held_out,
+            data_collator=single_batch,
+            compute_metrics=image_accuracy,
+            preprocess_logits_for_metrics=topk_hits,
+            **more,
+        )
+
+    def batch(self, count: int) -> dict[str, torch.Tensor]:
+        """Training images drawn with the seed of the run, as an evaluation would prepare them, and their labels."""
+        rows = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.args.seed))[:count]
+        batch = single_batch(self.train.__getitems__(rows.tolist()))
+        images = self.transform(batch["pixel_values"].to(self.args.device), training=False)
+        return {"pixel_values": images, "labels": batch["labels"].to(self.args.device)}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return math.ceil(len(self.train) / batch)
+
+
+def train_factorized(session: Session, model: nn.Module, resume: str | None) -> dict[str, Any]:
+    """Train a model, dense or with factors, from the start or after a dense phase; merge what is overcomplete."""
+    options, args = session.options, session.args
+    config = options.factorization(model)
+    factorize: Callable[[nn.Module], object] | None = None
+    if config is not None:
+        args.set_decay(options.kind)
+        factorize = functools.partial(factorize_, config=config)
+    if args.dense_epochs:
+        args.dense_steps = args.dense_epochs * session.steps_per_epoch
+    elif factorize is not None:
+        factorize(model)
+        factorize = None
+    if options.overcomplete == "do_conv":
+        over_parametrize_(model, layers=[model.get_submodule(name) for name in inner_convolutions(model)])
+    trainer = session.trainer(model, factorize=factorize, callbacks=norm_callbacks(model, options, args))
+    metrics = {**trainer.train(resume_from_checkpoint=resume).metrics, "parameters": parameter_count(model)}
+    if options.overcomplete:
+        merge = merge_do_conv_ if options.overcomplete == "do_conv" else merge_
+        metrics["merged"] = merge_overcomplete_(model, merge, session.batch(args.per_device_eval_batch_size))
+    metrics |= trainer.evaluate()
+    trainer.save_state()
+    return metrics
+
+
+def norm_callbacks(model: nn.Module, options: ModelOptions, args: ImageTrainingArguments) -> list[TrainerCallback]:
+    """What records the norms of the products, or holds them to those of another run."""
+    callbacks: list[TrainerCallback] = []
+    if args.norms_from:
+        callbacks.append(FollowNorms(find_products(model, [options.kind]), args.norms_from))
+    if args.record_norms:
+        callbacks.append(RecordNorms(find_products(model, [options.kind])))
+    return callbacks
+
+
+@torch.no_grad()
+def merge_overcomplete_(
+    model: nn.Module, merge: Callable[[nn.Module], object], batch: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Multiply overcomplete layers out, in place; returns the parameters left and the change of the logits."""
+    model.eval()
+    before = model(batch["pixel_values"]).logits
+    merge(model)
+    change = (model(batch["pixel_values"]).logits - before).abs().max()
+    return {"parameters": parameter_count(model)["total"], "largest_change_of_logits": float(change)}
+
+
+def train_pruned(session: Session, model: nn.Module, resume: str | None) -> dict[str, Any]:
+    """Train a model with a part of its weights, chosen before it is trained or after."""
+    options = session.options
+    keep = weights_to_keep(model, options.ratio)
+    if options.pruning in AFTER_TRAINING:
+        rewind = options.pruning == "lottery"
+        phases = train_in_rounds(model, session.trainer, keep, rounds=options.pruning_rounds, rewind=rewind)
+        return {**phases, **phases[f"phase-{options.pruning_rounds + 1}"]}
+    batches = session.batch(options.pruning_images) if options.pruning in ("snip", "grasp") else ()
+    prune_(model.to(session.args.device), keep, method=options.pruning, batches=batches)
+    trainer = session.trainer(model)
+    metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    metrics |= trainer.evaluate()
+    trainer.save_state()
+    finalize_(model)
+    return {**metrics, "parameters": sparsity(model)}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Parse, build, run; returns the metrics."""
+    options, data, args = parse_arguments(argv, ModelOptions, ImageOptions, ImageTrainingArguments)
+    resume = None if options.pruning in AFTER_TRAINING else checkpoint_to_resume(args)
+    set_seed(args.seed)
+    session = Session(options, data, args)
+    model = session.build_model()
+    if options.channels_last:
+        model.to(memory_format=torch.channels_last)
+    metrics = (train_pruned if options.pruning else train_factorized)(session, model, resume)
+    if args.should_save:
+        model.save_pretrained(args.output_dir)
+        write_image_processor(args.output_dir, session.train)
+        finish_run(args.output_dir, metrics, options, data, args)
+    return metrics
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    main()
