@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -122,3 +123,29 @@ def test_a_rank_above_the_matrix_is_an_error_unless_overcomplete():
         factorize_(model, config(model, rank=16))
     factorize_(model, config(model, rank=16, overcomplete=True, init="default"))
     assert {layer.rank for layer in convolutions(model).values() if isinstance(layer, Factorized)} == {16}
+
+
+@pytest.mark.parametrize(("options", "rank"), [(FULL, 5), ({**FULL, "deep": True}, 5), ({**FULL, "rank_scale": 3}, 15)])
+def test_linear_layers_are_overcomplete_as_well(options, rank):
+    model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 11))
+    record = factorize_(model, FactorizationConfig(**options)).to_dict()
+    assert {layer.rank for layer in model.modules() if isinstance(layer, Factorized)} == {rank}
+    other = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 11))
+    restore_(other, record)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(3, 7)
+    expected = model(x)
+    assert torch.equal(other(x), expected)
+    merge_(model)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+def test_a_deep_product_of_a_trained_weight_is_its_truncation():
+    dense = nn.Linear(13, 11)
+    deep, plain = (
+        factorize_(nn.Sequential(copy.deepcopy(dense)), FactorizationConfig(rank=4, deep=d)) for d in (True, False)
+    )
+    (first,), (second,) = deep.replacements, plain.replacements
+    assert first.energy == pytest.approx(second.energy)
+    assert first.parameters_after == second.parameters_after + 4 * 4

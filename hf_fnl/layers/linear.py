@@ -81,7 +81,13 @@ class FactorizedLinear(FactorizedMatrix):
     @classmethod
     @torch.no_grad()
     def from_dense(
-        cls, dense: nn.Linear | Conv1D, rank: int, *, init: str = "spectral", moments: Moments | None = None
+        cls,
+        dense: nn.Linear | Conv1D,
+        rank: int,
+        *,
+        init: str = "spectral",
+        deep: bool = False,
+        moments: Moments | None = None,
     ) -> FactorizedLinear:
         """Split the weight of a linear layer (or GPT-2's ``Conv1D``), which is left as it is.
 
@@ -90,13 +96,14 @@ class FactorizedLinear(FactorizedMatrix):
                 the shapes do.
             rank: Singular triples kept, ``1 <= rank <= min(in_features, out_features)``.
             init: ``"spectral"`` or ``"spectral_ones"``.
+            deep: Holds ``W = U M V^T`` with ``M`` starting as the identity.
             moments: Of the layer's inputs: the product is then the one whose outputs are nearest to those of the layer
                 in mean square, and the bias takes over the mean of what is lost.
 
         Raises:
             ValueError: If ``rank`` or ``init`` is not allowed, or the weight is not finite.
         """
-        layer = cls.empty_like(dense, rank, init=init)
+        layer = cls.empty_like(dense, rank, init=init, deep=deep)
         if layer.U.is_meta:
             return layer
         weight, bias = dense_weight(dense), dense.bias
@@ -104,19 +111,36 @@ class FactorizedLinear(FactorizedMatrix):
             U, V = spectral_init(weight, rank, init)
         else:
             U, V, bias = truncate_linear(weight, bias, rank, moments)
-        layer.set_factors_((U, V))
+        layer.set_factors_(layer.with_identity(U, V))
         layer.set_bias_(bias)
         return layer
 
     @classmethod
-    def empty_like(cls, dense: nn.Linear | Conv1D, rank: int, *, init: str = "spectral") -> FactorizedLinear:
+    def empty_like(
+        cls,
+        dense: nn.Linear | Conv1D,
+        rank: int,
+        *,
+        init: str = "spectral",
+        deep: bool = False,
+        overcomplete: bool = False,
+    ) -> FactorizedLinear:
         """A layer in the place of ``dense`` whose parameters are not set yet; nothing is drawn or decomposed.
 
         Device, dtype, ``requires_grad`` and mode carry over.
         """
         out_features, in_features = dense_weight(dense).shape
-        bias = dense.bias is not None
-        layer = cls(in_features, out_features, rank, bias, init=init, device="meta", dtype=dense.weight.dtype)
+        layer = cls(
+            in_features,
+            out_features,
+            rank,
+            dense.bias is not None,
+            init=init,
+            deep=deep,
+            overcomplete=overcomplete,
+            device="meta",
+            dtype=dense.weight.dtype,
+        )
         layer.dense_class = Conv1D if isinstance(dense, Conv1D) else nn.Linear
         return layer.placed_like(dense)
 

@@ -20,6 +20,7 @@ from hf_fnl.models.cards.record import FACTORIZATION_FILE, Record
 
 TRAINED_ON = ("dataset", "train_dataset")
 PACKAGE = "hf_fnl"
+EMBEDDED = ("embedded", "digits")  # data sets that lie in packages
 _EVALUATED_ON = ("eval_dataset", "validation_dataset")
 _FILES = {".json", ".jsonl", ".parquet", ".txt", ".gz"}
 _SETTINGS = (
@@ -79,13 +80,13 @@ def factorized_layers(model: nn.Module) -> list[Factorized]:
     layers: dict[int, Factorized] = {}
     for module in model.modules():
         if isinstance(module, Factorized):
-            layers.setdefault(id(module.U), module)
+            layers.setdefault(id(module.factors()[0]), module)
     return list(layers.values())
 
 
 def is_hub_id(name: Any) -> TypeGuard[str]:
     """Whether a name is written as an id on the Hub and is no file, folder or embedded data set here."""
-    if not isinstance(name, str) or name == "embedded" or Path(name).exists() or Path(name).suffix in _FILES:
+    if not isinstance(name, str) or name in EMBEDDED or Path(name).exists() or Path(name).suffix in _FILES:
         return False
     try:
         validate_repo_id(name)
