@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import bert, language, loading, optimizer, spectral
+from benchmarks import bert, convolution, language, loading, optimizer, spectral, vision
 
-THEMES = (spectral, optimizer, bert, language, loading)
+THEMES = (spectral, optimizer, bert, language, loading, convolution, vision)
 
 
 def main(argv: list[str] | None = None) -> None:

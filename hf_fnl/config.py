@@ -60,6 +60,10 @@ class RankRule:
     def _largest(self, option: str) -> float:
         return 1
 
+    def __str__(self) -> str:
+        given = {name: getattr(self, name) for name in ("rank", "rank_scale", "ratio", "energy", "budget")}
+        return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FactorizationConfig(RankRule):
@@ -117,9 +121,7 @@ class FactorizationConfig(RankRule):
         if self.overcomplete and self.init != "default":
             raise ValueError(f"overcomplete factors are drawn: set init='default', got {self.init!r}")
         if self.overcomplete and self.rank is None and self.rank_scale is None:
-            raise ValueError(
-                "overcomplete needs rank or rank_scale: other rules look for fewer parameters"
-            )
+            raise ValueError("overcomplete needs rank or rank_scale: other rules look for fewer parameters")
 
     def _check_tensors(self) -> None:
         given = {

@@ -120,8 +120,8 @@ def _ranks_for_ratio(candidates: Sequence[Candidate], ratio: float, multiple_of:
     reached = _total(candidates, ranks) / _dense(candidates)
     if abs(reached - ratio) > TOLERANCE * ratio:
         raise ValueError(
-            f"a ratio of {ratio:.4g} cannot be met within {TOLERANCE:.0%} by ranks that are multiples of "
-            f"{multiple_of}, which come to {reached:.4g}; lower multiple_of or change the ratio"
+            f"a ratio of {ratio:.4g} of the matrices cannot be met within {TOLERANCE:.0%} by ranks that are multiples "
+            f"of {multiple_of}, which come to {reached:.4g}; lower multiple_of or change the ratio"
         )
     return ranks
 

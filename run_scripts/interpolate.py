@@ -33,8 +33,8 @@ from hf_fnl.training.metrics.perplexity import sum_losses
 from hf_fnl.training.runs import parse_arguments
 from hf_fnl.training.tasks.clm import build_blocks
 from hf_fnl.training.tasks.documents import DocumentOptions
-from hf_fnl.training.tasks.image_batches import BatchTransform, load_image_sets, single_batch
-from hf_fnl.training.tasks.images import ImageOptions
+from hf_fnl.training.tasks.image_batches import BatchTransform, single_batch
+from hf_fnl.training.tasks.image_options import ImageOptions, load_image_sets
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 Evaluate = Callable[[nn.Module], dict[str, float]]

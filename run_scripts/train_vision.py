@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from hf_fnl import FactorizationConfig, factorize_, find_products, merge_
 from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.do_conv import merge_do_conv_, over_parametrize_
+from hf_fnl.layers import Factorized
 from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
 from hf_fnl.pruning import finalize_, prune_, sparsity, weights_to_keep
 from hf_fnl.spectral import INIT_METHODS
@@ -37,12 +37,11 @@ from hf_fnl.training.tasks.image_batches import (
     ImageFiles,
     ImageTensors,
     keep_on_device,
-    load_image_sets,
     single_batch,
     write_image_processor,
 )
+from hf_fnl.training.tasks.image_options import ImageOptions, load_image_sets
 from hf_fnl.training.tasks.image_training import ImageTrainer, ImageTrainingArguments
-from hf_fnl.training.tasks.images import ImageOptions
 
 # Khodak et al. 2021, Sec. 5; do_conv is Cao et al. 2020
 OVERCOMPLETE: dict[str, dict[str, Any]] = {
@@ -62,7 +61,10 @@ class ModelOptions:
     """The model to train, and how its convolutions, all but the first, are factorized."""
 
     model: str = field(default="resnet20", metadata={"help": f"One of {', '.join(PRESETS)}."})
-    init_from: str | None = field(default=None, metadata={"help": "Go on from this model, a Hub id or folder."})
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "Go on from this model, a Hub id or folder; a classifier for other classes is drawn anew."},
+    )
     width: int | None = field(default=None, metadata={"help": "Channels of the first convolution. Default: published."})
     rank_scale: float | None = field(
         default=None, metadata={"help": "Rank of every convolution as a share of the rows of its kernel's matrix."}
@@ -89,43 +91,76 @@ class ModelOptions:
     )
     pruning_rounds: int = field(default=1, metadata={"help": "Rounds of pruning and training again."})
     pruning_images: int = field(default=512, metadata={"help": "Training images by which snip and grasp choose."})
-    channels_last: bool = field(default=False, metadata={"help": "Hold channels last in memory, as GPUs like it."})
+    channels_last: bool = field(default=True, metadata={"help": "Hold channels last in memory, which is faster."})
     keep_on_device: str = field(
         default="auto", metadata={"help": "Keep all images on the GPU: auto (if they fit), true or false."}
     )
 
     def __post_init__(self) -> None:
-        if self.overcomplete not in (None, *OVERCOMPLETE):
-            raise ValueError(f"overcomplete must be one of {', '.join(OVERCOMPLETE)}, got {self.overcomplete!r}")
-        if self.pruning not in (None, *AT_INITIALIZATION, *AFTER_TRAINING):
-            known = ", ".join((*AT_INITIALIZATION, *AFTER_TRAINING))
-            raise ValueError(f"pruning must be one of {known}, got {self.pruning!r}")
-        if self.pruning and (self.ratio is None or self.rank_scale is not None or self.overcomplete):
+        known = {
+            "conv_scheme": (*CONV_SCHEMES, *TENSOR_SCHEMES),
+            "factor_init": (None, *INIT_METHODS),
+            "overcomplete": (None, *OVERCOMPLETE),
+            "pruning": (None, *AT_INITIALIZATION, *AFTER_TRAINING),
+        }
+        for option, values in known.items():
+            if (given := getattr(self, option)) not in values:
+                listed = ", ".join(filter(None, values))
+                raise ValueError(f"{option} must be one of {listed}, got {given!r}")
+        self._check_pruning() if self.pruning else self._check_factors()
+
+    def _check_pruning(self) -> None:
+        if self.ratio is None or self.rank_scale is not None or self.overcomplete:
             raise ValueError(f"pruning={self.pruning} takes ratio, and neither rank_scale nor overcomplete")
+        if self.pruning_rounds < 1 or (self.pruning_rounds > 1 and self.pruning in AT_INITIALIZATION):
+            raise ValueError(
+                f"pruning_rounds must be at least 1, and is for {', '.join(AFTER_TRAINING)}; got {self.pruning_rounds} "
+                f"with pruning={self.pruning}"
+            )
+        if self.pruning_images < 1:
+            raise ValueError(f"pruning_images must be at least 1, got {self.pruning_images}")
+
+    def _check_factors(self) -> None:
         if self.overcomplete and self.ratio is not None:
             raise ValueError(f"overcomplete={self.overcomplete} has more parameters, not a share: leave ratio out")
+        if self.overcomplete == "do_conv" and self.rank_scale is not None:
+            raise ValueError("overcomplete=do_conv has no ranks: leave rank_scale out")
+        if self.overcomplete and self.factor_init not in (None, "default"):
+            raise ValueError(f"overcomplete factors are drawn: factor_init must be default, got {self.factor_init!r}")
+        if not self.rule and (self.conv_scheme != "spatial" or self.factor_init):
+            option = "factor_init" if self.factor_init else "conv_scheme"
+            raise ValueError(f"{option} says how factors are made: give rank_scale or ratio as well")
+        if self.pruning_rounds != 1:
+            raise ValueError(f"pruning_rounds={self.pruning_rounds} needs pruning={' or '.join(AFTER_TRAINING)}")
 
     @property
-    def kind(self) -> str:
-        """The kind of products that convolutions become."""
-        return "tensor" if self.conv_scheme in TENSOR_SCHEMES else "conv"
-
-    def factorization(self, model: nn.Module) -> FactorizationConfig | None:
-        """What the options say about the layers of a model; ``None`` if they stay dense."""
+    def rule(self) -> dict[str, Any]:
+        """What ranks follow from; empty if the convolutions stay dense."""
         given = {"rank_scale": self.rank_scale, "ratio": self.ratio}
         rule: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
-        if self.overcomplete:
-            rule = {"overcomplete": True, **OVERCOMPLETE[self.overcomplete], **rule}
-        if not rule or self.pruning or self.overcomplete == "do_conv":
+        if self.pruning or self.overcomplete == "do_conv":
+            return {}
+        return {"overcomplete": True, **OVERCOMPLETE[self.overcomplete], **rule} if self.overcomplete else rule
+
+    def factorization(self, model: nn.Module) -> FactorizationConfig | None:
+        """What the options say about the layers of a model; ``None`` if they stay as they are."""
+        if not self.rule:
             return None
+        if kinds_of(model):
+            raise ValueError(f"{self.init_from} is factorized already: leave rank_scale, ratio and overcomplete out")
         config = FactorizationConfig(
             kinds=("conv",),
             include=inner_convolutions(model),
             conv_scheme=self.conv_scheme,
             init=self.factor_init or ("default" if self.overcomplete else "spectral"),
-            **rule,
+            **self.rule,
         )
         return config if self.ratio is None else share_of_layers(model, config)
+
+
+def kinds_of(model: nn.Module) -> set[str]:
+    """Kinds of the factorized layers of a model."""
+    return {layer.kind for layer in model.modules() if isinstance(layer, Factorized)}
 
 
 class Session:
@@ -150,16 +185,22 @@ class Session:
 
     def build_model(self) -> PreTrainedModel:
         """A fresh model for these images, or the one to go on from."""
-        if self.options.init_from:
-            return AutoModelForImageClassification.from_pretrained(self.options.init_from)
-        return vision_model(
-            self.options.model,
-            num_labels=len(self.train.class_names),
-            image_size=min(self.train.image_size),
-            num_channels=self.train.num_channels,
-            width=self.options.width,
-            id2label=dict(enumerate(self.train.class_names)),
-        )
+        source, names, channels = self.options.init_from, self.train.class_names, self.train.num_channels
+        id2label = dict(enumerate(names))
+        if source is None:
+            return vision_model(
+                self.options.model,
+                num_labels=len(names),
+                image_size=min(self.train.image_size),
+                num_channels=channels,
+                width=self.options.width,
+                id2label=id2label,
+            )
+        labels = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
+        model = AutoModelForImageClassification.from_pretrained(source, ignore_mismatched_sizes=True, **labels)
+        if model.config.num_channels != channels:
+            raise ValueError(f"init_from={source} takes images of {model.config.num_channels} channels, got {channels}")
+        return model
 
     def trainer(self, model: nn.Module, phase: int | None = None, **more: Any) -> ImageTrainer:
         """A trainer of the model; one of several phases has a folder of its own."""
@@ -185,30 +226,25 @@ class Session:
         images = self.transform(batch["pixel_values"].to(self.args.device), training=False)
         return {"pixel_values": images, "labels": batch["labels"].to(self.args.device)}
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
-        batch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return math.ceil(len(self.train) / batch)
-
 
 def train_factorized(session: Session, model: nn.Module, resume: str | None) -> dict[str, Any]:
     """Train a model, dense or with factors, from the start or after a dense phase; merge what is overcomplete."""
     options, args = session.options, session.args
     config = options.factorization(model)
     factorize: Callable[[nn.Module], object] | None = None
-    if config is not None:
-        args.set_decay(options.kind)
+    if config is not None and args.dense_epochs:
         factorize = functools.partial(factorize_, config=config)
-    if args.dense_epochs:
-        args.dense_steps = args.dense_epochs * session.steps_per_epoch
-    elif factorize is not None:
-        factorize(model)
-        factorize = None
+    elif config is not None:
+        factorize_(model, config)
+    later = {"tensor" if options.conv_scheme in TENSOR_SCHEMES else "conv"} if factorize else set()
+    args.set_products(kinds_of(model) | later, len(session.train))
+    plain = parameter_count(model)["total"]
     if options.overcomplete == "do_conv":
         over_parametrize_(model, layers=[model.get_submodule(name) for name in inner_convolutions(model)])
-    trainer = session.trainer(model, factorize=factorize, callbacks=norm_callbacks(model, options, args))
+    trainer = session.trainer(model, factorize=factorize, callbacks=norm_callbacks(model, args))
     metrics = {**trainer.train(resume_from_checkpoint=resume).metrics, "parameters": parameter_count(model)}
+    if options.overcomplete == "do_conv":
+        metrics["parameters"] |= {"dense_equivalent": plain, "ratio": metrics["parameters"]["total"] / plain}
     if options.overcomplete:
         merge = merge_do_conv_ if options.overcomplete == "do_conv" else merge_
         metrics["merged"] = merge_overcomplete_(model, merge, session.batch(args.per_device_eval_batch_size))
@@ -217,13 +253,13 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
     return metrics
 
 
-def norm_callbacks(model: nn.Module, options: ModelOptions, args: ImageTrainingArguments) -> list[TrainerCallback]:
+def norm_callbacks(model: nn.Module, args: ImageTrainingArguments) -> list[TrainerCallback]:
     """What records the norms of the products, or holds them to those of another run."""
     callbacks: list[TrainerCallback] = []
     if args.norms_from:
-        callbacks.append(FollowNorms(find_products(model, [options.kind]), args.norms_from))
+        callbacks.append(FollowNorms(find_products(model), args.norms_from))
     if args.record_norms:
-        callbacks.append(RecordNorms(find_products(model, [options.kind])))
+        callbacks.append(RecordNorms(find_products(model)))
     return callbacks
 
 
@@ -242,6 +278,7 @@ def merge_overcomplete_(
 def train_pruned(session: Session, model: nn.Module, resume: str | None) -> dict[str, Any]:
     """Train a model with a part of its weights, chosen before it is trained or after."""
     options = session.options
+    session.args.set_products((), len(session.train))
     keep = weights_to_keep(model, options.ratio)
     if options.pruning in AFTER_TRAINING:
         rewind = options.pruning == "lottery"

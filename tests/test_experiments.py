@@ -18,8 +18,8 @@ from benchmarks.common import run_once
 from benchmarks.experiments.metrics import measure
 from benchmarks.experiments.rows import SCALES, read_rows
 from benchmarks.experiments.runs import ROOT, Launch
+from hf_fnl.training.tasks.image_options import ImageOptions
 from hf_fnl.training.tasks.image_training import ImageTrainingArguments
-from hf_fnl.training.tasks.images import ImageOptions
 
 PUBLISHED = ROOT / "run_scripts" / "experiments"
 PAPERS = ROOT.parent / "shared" / "papers"

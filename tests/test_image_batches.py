@@ -25,12 +25,12 @@ from hf_fnl.training.tasks.image_batches import (
     ImageFiles,
     ImageTensors,
     keep_on_device,
-    load_image_sets,
     random_box,
     single_batch,
     write_image_processor,
 )
-from hf_fnl.training.tasks.images import ImageOptions, ImageRecords, resize_and_crop, to_array
+from hf_fnl.training.tasks.image_options import ImageOptions, load_image_sets
+from hf_fnl.training.tasks.images import ImageRecords, resize_and_crop, to_array
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.5, 0.25, 0.75], [0.2, 0.3, 0.4]

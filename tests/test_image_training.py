@@ -52,7 +52,8 @@ def arguments(folder, **options):
     ],
 )
 def test_the_schedule_goes_in_steps(tmp_path, options, factors):
-    factor = step_schedule(arguments(tmp_path, num_train_epochs=5, **options), 10)
+    args = arguments(tmp_path, num_train_epochs=5, per_device_train_batch_size=8, **options)
+    factor = step_schedule(args, 10, num_images=13)
     assert [factor(step) for step in range(10)] == pytest.approx(factors)
 
 
@@ -68,7 +69,9 @@ def test_the_schedule_goes_in_steps(tmp_path, options, factors):
         ),
         pytest.param({"lr_scheduler_type": "cosine", "warmup_epochs": 1}, "use warmup_steps", id="warm-up"),
         pytest.param({"lr_gamma": 0.0}, "lr_gamma must be positive", id="gamma"),
-        pytest.param({"dense_epochs": -1}, "dense_epochs must not be negative", id="dense-epochs"),
+        pytest.param({"dense_epochs": -1}, r"dense_epochs must be in \[0, num_train_epochs=4\)", id="dense-epochs"),
+        pytest.param({"dense_epochs": 4}, r"dense_epochs must be in \[0, num_train_epochs=4\)", id="all-dense"),
+        pytest.param({"num_train_epochs": 0}, "num_train_epochs must be positive", id="no-epochs"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, options, message):
@@ -90,7 +93,7 @@ def test_bad_options_are_refused(tmp_path, options, message):
 def test_one_word_says_how_products_are_decayed(tmp_path, decay, frobenius_decay, factor_decay):
     norms = {"norms_from": "runs/fd"} if decay == "normalized" else {}
     args = arguments(tmp_path, frobenius_decay=["linear"], factor_decay="none", decay=decay, **norms)
-    args.set_decay("tensor")
+    args.set_products({"tensor"}, 13)
     assert (args.frobenius_decay, args.factor_decay) == (frobenius_decay, factor_decay)
 
 
@@ -132,3 +135,17 @@ def test_another_schedule_is_transformers_own(tmp_path):
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
     assert rates == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
+
+
+def test_what_follows_from_other_options_is_not_written(tmp_path):
+    args = arguments(tmp_path, decay="frobenius", dense_epochs=1)
+    args.set_products({"conv"}, 13)
+    assert args.dense_steps == 4
+    written = args.to_dict()
+    assert {"momentum", "decay", "dense_epochs"} <= set(written)
+    assert not {"optim_args", "frobenius_mode", "frobenius_decay", "factor_decay", "dense_steps"} & set(written)
+
+
+@pytest.mark.parametrize(("optim", "mode"), [("sgd", "coupled"), ("adamw_torch", "decoupled"), ("flambe", "decoupled")])
+def test_frobenius_decay_is_applied_as_the_optimizer_does_with_ordinary_decay(tmp_path, optim, mode):
+    assert arguments(tmp_path, optim=optim).frobenius_mode == mode

@@ -19,8 +19,8 @@ from hf_fnl.models.vision import CifarResNetConfig, CifarResNetForImageClassific
 from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
 from hf_fnl.training.tasks.clm import build_blocks
 from hf_fnl.training.tasks.documents import load_documents
-from hf_fnl.training.tasks.image_batches import BatchTransform, ImageTensors, load_image_sets
-from hf_fnl.training.tasks.images import ImageOptions
+from hf_fnl.training.tasks.image_batches import BatchTransform, ImageTensors
+from hf_fnl.training.tasks.image_options import ImageOptions, load_image_sets
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 TEXT = "".join(f"A line of text, number {number}, and more of it.\n\n" for number in range(40))

@@ -246,7 +246,9 @@ def test_factors_that_would_save_nothing_are_not_made(rule: RankRule) -> None:
         pytest.param(RankRule(ratio=1.0), "leaves every matrix dense", id="ratio"),
         pytest.param(RankRule(budget=1.0), "leaves every matrix dense", id="budget"),
         pytest.param(RankRule(energy=1.0), "leaves every matrix dense", id="energy"),
-        pytest.param(RankRule(ratio=1e-4), "0.0001 cannot .* multiples of 1, which come to 0.045;", id="ratio-too-low"),
+        pytest.param(
+            RankRule(ratio=1e-4), "0.0001 of .* cannot .* multiples of 1, which come to 0.045;", id="ratio-too-low"
+        ),
         pytest.param(RankRule(budget=1e-4), "multiples of 1 need 0.045 of .* budget is 0.0001;", id="budget-too-low"),
         pytest.param(
             RankRule(ratio=0.8, multiple_of=16), "0.8 .* multiples of 16, which come to 0.72", id="too-coarse"

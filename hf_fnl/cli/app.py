@@ -198,9 +198,7 @@ def inspect(
 def report(
     runs_or_models: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="RUN_OR_MODEL", help="Folders of runs or models, or models' ids on the Hub; up to 5."
-        ),
+        typer.Argument(metavar="RUN_OR_MODEL", help="Folders of runs or models, or models' ids on the Hub; up to 5."),
     ] = None,
     compare: Annotated[
         tuple[str, str] | None, typer.Option(metavar="A B", help="Two runs or models, side by side.")

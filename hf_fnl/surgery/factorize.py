@@ -180,7 +180,7 @@ def share_of_layers(model: nn.Module, config: FactorizationConfig) -> Factorizat
         raise ValueError(
             f"{type(model).__name__} cannot keep {config.ratio:.4g} of its {total:,} parameters: {total - chosen:,} of "
             f"them stay dense, and the smallest factors of the others have {least:,}; the closest ratio is "
-            f"{(total - chosen + least) / total:.4g}"
+            f"{math.ceil((total - chosen + least) / total * 1e4) / 1e4}"
         )
     return dataclasses.replace(config, ratio=min(left / chosen, 1.0))
 

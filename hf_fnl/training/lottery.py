@@ -55,7 +55,7 @@ def train_in_rounds(
 
     Raises:
         ValueError: If ``rounds`` or ``keep`` is out of range, or an output folder holds an earlier run and nothing was
-            said about it.
+            said about it, or a pruned phase of another one.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -63,28 +63,39 @@ def train_in_rounds(
     if not 1 <= keep <= total:
         raise ValueError(f"keep must be in [1, {total}], the number of weights of the chosen layers, got {keep}")
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    metrics = {"phase-1": _run_phase(make_trainer(model, 1), pruned=False)}
+    order = {"keep": keep, "rounds": rounds, "rewind": rewind}
+    metrics = {"phase-1": _run_phase(make_trainer(model, 1), None)}
     for number in range(1, rounds + 1):
         left = round(total * (keep / total) ** (number / rounds))
         masks = choose_masks(model, left, method="magnitude", layers=layers)
         if rewind:
             model.load_state_dict(initial)
         apply_masks_(model, masks)
-        metrics[f"phase-{number + 1}"] = _run_phase(make_trainer(model, number + 1), pruned=True)
+        metrics[f"phase-{number + 1}"] = _run_phase(make_trainer(model, number + 1), order)
     return metrics
 
 
-def _run_phase(trainer: Trainer, *, pruned: bool) -> dict[str, Any]:
-    """Train the model of a trainer to the end, unless that has been done; its weights are plain afterwards."""
+def _run_phase(trainer: Trainer, order: dict[str, Any] | None) -> dict[str, Any]:
+    """Train the model of a trainer to the end, unless that has been done; its weights are plain afterwards.
+
+    Args:
+        trainer: Of a dense model, or of one that was pruned.
+        order: What the pruning was to reach, if it was pruned.
+    """
     folder, model = Path(trainer.args.output_dir), trainer.model
-    finished = _is_finished(folder, trainer.args)
-    metrics = {} if finished else _train(trainer)
-    if pruned:
+    found = _finished(folder, trainer.args)
+    if found and found.get("pruning") != order:
+        raise ValueError(
+            f"{folder} holds a phase of a run with pruning {found.get('pruning')}, and this one has {order}: choose "
+            "another output_dir"
+        )
+    metrics = found or _train(trainer)
+    if order is not None:
         finalize_(model)
-    if finished:
+    if found:
         load_model(model, folder / SAFE_WEIGHTS_NAME)
-        return json.loads((folder / METRICS_FILE).read_text())
-    metrics["parameters"] = sparsity(model)
+        return found
+    metrics |= {"parameters": sparsity(model)} | ({} if order is None else {"pruning": order})
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -97,7 +108,8 @@ def _train(trainer: Trainer) -> dict[str, Any]:
     return metrics if trainer.eval_dataset is None else metrics | trainer.evaluate()
 
 
-def _is_finished(folder: Path, args: TrainingArguments) -> bool:
+def _finished(folder: Path, args: TrainingArguments) -> dict[str, Any]:
+    """The metrics of a phase that was run to its end; empty if it was not."""
     resume, finished = args.resume_from_checkpoint, (folder / METRICS_FILE).is_file()
     if str(resume or "true").lower() != "true":
         raise ValueError(
@@ -109,4 +121,4 @@ def _is_finished(folder: Path, args: TrainingArguments) -> bool:
             f"output_dir {folder} holds a finished phase of an earlier run: set resume_from_checkpoint=true to go on "
             "from it, or another output_dir"
         )
-    return finished
+    return json.loads((folder / METRICS_FILE).read_text()) if finished else {}

@@ -74,6 +74,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     ``resume_from_checkpoint`` may name a checkpoint, or be ``true`` for the newest one in ``output_dir``, if any.
 
     Raises:
+        FileNotFoundError: If the checkpoint that is named is not there.
         ValueError: If ``output_dir`` holds checkpoints and nothing was said about them.
     """
     folder = args.output_dir
@@ -87,6 +88,8 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         return None
     if str(args.resume_from_checkpoint).lower() == "true":
         return newest
+    if not os.path.isdir(args.resume_from_checkpoint):
+        raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {args.resume_from_checkpoint}")
     return str(args.resume_from_checkpoint)
 
 

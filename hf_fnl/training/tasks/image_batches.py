@@ -16,7 +16,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from hf_fnl.training.files import write_json
-from hf_fnl.training.tasks.images import ImageOptions, ImageRecords, resize_and_crop, to_array
+from hf_fnl.training.tasks.images import ImageRecords, resize_and_crop, to_array
 
 KEEP = ("auto", "true", "false")
 SHARE_OF_MEMORY = 0.25  # what images may take of the free memory of a device; training needs the rest
@@ -155,21 +155,6 @@ class ImageFiles(Dataset):
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel of ImageNet, of values from 0 to 1."""
         return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
-
-
-def load_image_sets(options: ImageOptions) -> tuple[ImageTensors | ImageFiles, ImageTensors | ImageFiles]:
-    """The images to train and to evaluate on, of the same classes, channels and size."""
-    training = options.training()
-    evaluation = options.evaluation(training.class_names)
-    size = options.image_size
-    if options.resized_crops:
-        assert size is not None  # as ImageOptions made sure
-        return (
-            ImageFiles(training, image_size=size, training=True),
-            ImageFiles(evaluation, image_size=size, training=False),
-        )
-    images = ImageTensors.decode(training, image_size=size)
-    return images, ImageTensors.decode(evaluation, image_size=size, like=images)
 
 
 def keep_on_device(images: ImageTensors, device: torch.device, *, keep: str = "auto") -> ImageTensors:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -60,7 +62,9 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
     )
     norms_from: str | None = field(default=None, metadata={"help": "Folder of a run with record_norms."})
     record_norms: bool = field(default=False, metadata={"help": "Write the norm of every product after every step."})
-    frobenius_mode: str = field(default="coupled", metadata={"help": f"One of {', '.join(MODES)}."})
+    frobenius_mode: str | None = field(  # type: ignore[assignment]  # a string from here on
+        default=None, metadata={"help": f"One of {', '.join(MODES)}. Default: coupled with sgd, else decoupled."}
+    )
     decay_vectors: bool = field(default=True, metadata={"help": "Decay biases and normalizations as matrices are."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Coefficient of decay."})
     num_train_epochs: float = field(default=200.0, metadata={"help": "Passes over the training images."})
@@ -73,9 +77,14 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps, epoch."})
 
     def __post_init__(self) -> None:
+        self._derived: set[str] = set()
         if self.optim == "sgd" and self.optim_args is None:
-            self.optim_args = f"momentum={self.momentum},nesterov={str(self.nesterov).lower()}"
+            self._derive(optim_args=f"momentum={self.momentum},nesterov={str(self.nesterov).lower()}")
+        if self.frobenius_mode is None:
+            self._derive(frobenius_mode="coupled" if self.optim == "sgd" else "decoupled")
         super().__post_init__()
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(f"num_train_epochs must be positive, got {self.num_train_epochs}")
         self._check_schedule()
         if self.decay not in (None, *DECAYS):
             raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
@@ -84,8 +93,10 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
                 "decay=normalized and norms_from, the run whose norms it keeps to, need each other; got "
                 f"decay={self.decay} and norms_from={self.norms_from}"
             )
-        if self.dense_epochs < 0:
-            raise ValueError(f"dense_epochs must not be negative, got {self.dense_epochs}")
+        if self.dense_epochs < 0 or 0 < self.num_train_epochs <= self.dense_epochs:
+            raise ValueError(
+                f"dense_epochs must be in [0, num_train_epochs={self.num_train_epochs:g}), got {self.dense_epochs}"
+            )
 
     def _check_schedule(self) -> None:
         stepwise = self.lr_scheduler_type == "constant"
@@ -107,22 +118,65 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
         """Whether the model is dense at first."""
         return self.dense_steps > 0 or self.dense_epochs > 0
 
-    def set_decay(self, kind: str) -> None:
-        """Let ``decay`` say how products of a kind, those that the model is factorized into, are decayed."""
-        if self.decay is not None:
-            self.frobenius_decay = [kind] if self.decay == "frobenius" else []
-            self.factor_decay = {"crs": "crs", "none": "none", "normalized": "none"}.get(self.decay, "weight")
+    def set_products(self, kinds: Collection[str], num_images: int) -> None:
+        """Let ``decay`` and ``dense_epochs`` say how the products of a model are trained.
+
+        Args:
+            kinds: Kinds of products that layers of the model are, or will be after its dense phase.
+            num_images: To train on.
+
+        Raises:
+            ValueError: If an option needs products and there are none.
+        """
+        if not kinds:
+            self._check_dense()
+        if kinds and self.decay is not None:
+            factor_decay = {"crs": "crs", "none": "none", "normalized": "none"}.get(self.decay, "weight")
+            self._derive(frobenius_decay=sorted(kinds) if self.decay == "frobenius" else [], factor_decay=factor_decay)
+        if self.dense_epochs:
+            if self.record_norms or self.norms_from:
+                raise ValueError(
+                    "record_norms and norms_from need products from the first step on: leave dense_epochs out"
+                )
+            self._derive(dense_steps=self.dense_epochs * steps_per_epoch(self, num_images))
+
+    def _check_dense(self) -> None:
+        needing = {
+            f"decay={self.decay}": self.decay not in (None, "weight"),
+            f"factor_decay={self.factor_decay}": self.factor_decay != "weight",
+            "dense_epochs": self.dense_epochs > 0,
+            "record_norms": self.record_norms,
+            "diagnostics_steps": self.diagnostics_steps > 0,
+        }
+        if given := [option for option, is_given in needing.items() if is_given]:
+            raise ValueError(f"{given[0]} needs factorized layers: give rank_scale, ratio or overcomplete as well")
+
+    def _derive(self, **values: Any) -> None:
+        """Set what follows from other options."""
+        for name, value in values.items():
+            setattr(self, name, value)
+            self._derived.add(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, without what follows from other options, so that these may be changed in a file."""
+        return {name: value for name, value in super().to_dict().items() if name not in self._derived}
 
 
-def step_schedule(args: ImageTrainingArguments, num_training_steps: int) -> Callable[[int], float]:
+def steps_per_epoch(args: TrainingArguments, num_images: int) -> int:
+    """Optimizer steps of an epoch."""
+    return math.ceil(num_images / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
+
+
+def step_schedule(args: ImageTrainingArguments, num_training_steps: int, num_images: int) -> Callable[[int], float]:
     """The factor of the learning rate at each step, with milestones and a warm-up.
 
     Args:
         args: Which.
         num_training_steps: Steps of the whole training.
+        num_images: To train on.
     """
     milestones = [round(share * num_training_steps) for share in args.lr_milestones or ()]
-    warmup = round(args.warmup_epochs / args.num_train_epochs * num_training_steps)
+    warmup = args.warmup_epochs * steps_per_epoch(args, num_images)
 
     def factor(step: int) -> float:
         passed = sum(step >= milestone for milestone in milestones)
@@ -160,7 +214,7 @@ class ImageTrainer(FLAMBeTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """As in Transformers, or in steps."""
         if self.lr_scheduler is None and self.args.lr_scheduler_type == "constant":
-            schedule = step_schedule(self.args, num_training_steps)
+            schedule = step_schedule(self.args, num_training_steps, len(self.train_dataset))
             self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), schedule)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -169,6 +223,13 @@ class ImageTrainer(FLAMBeTrainer):
         output = super().train(*args, **kwargs)
         output.metrics["seconds_per_epoch"] = self.epoch_seconds.median
         return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Transformers, in all processes with the statistics of normalizations that a checkpoint has."""
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():
+                broadcast(buffer)
+        return super().evaluate(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def load_images(
     return ImageRecords(chosen, torch.from_numpy(labels[rows]), rows, list(class_names), str(source))
 
 
+@functools.cache
 def embedded_digits(split: str) -> datasets.Dataset:
     """The 1797 digits of scikit-learn: 8x8 gray images, their 17 levels spread over 0 to 255.
 
@@ -181,59 +183,6 @@ def resize_and_crop(image: Image.Image, *, shorter_side: int, size: int) -> Imag
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     return resized.crop((left, top, left + size, top + size))
-
-
-@dataclass
-class ImageOptions:
-    """What a script asks for the images to train and to evaluate on."""
-
-    dataset: str = field(default="digits", metadata={"help": "Hub id, parquet file, folder, or digits."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "The same to evaluate on. Default: dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: found."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the classes. Default: found."})
-    max_train_images: int | None = field(default=None, metadata={"help": "Take so many, drawn at random."})
-    max_eval_images: int | None = field(default=None, metadata={"help": "Take so many, drawn at random."})
-    image_size: int | None = field(default=None, metadata={"help": "Resize and crop to this square, in pixels."})
-    resized_crops: bool = field(
-        default=False,
-        metadata={
-            "help": "Decode while training and crop at random sizes (ImageNet), instead of keeping images in memory."
-        },
-    )
-    crop_padding: int | None = field(
-        default=None,
-        metadata={"help": "Black pixels around an image before it is cropped at random. Default: 4, for digits 1."},
-    )
-    horizontal_flip: bool | None = field(
-        default=None, metadata={"help": "Mirror half of the images, at random. Default: all data sets but digits."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.eval_dataset is None and Path(self.dataset).expanduser().is_file():
-            raise ValueError(f"dataset={self.dataset} is one file, which is one split: set eval_dataset to another")
-        if self.resized_crops and self.image_size is None:
-            raise ValueError("resized_crops needs image_size, the side of the crops in pixels")
-        if self.resized_crops and self.crop_padding:
-            raise ValueError("resized_crops and crop_padding are two ways of cropping; set one of them")
-        if self.crop_padding is None:
-            self.crop_padding = 0 if self.resized_crops else 1 if self.dataset == "digits" else 4
-        if self.horizontal_flip is None:
-            self.horizontal_flip = self.dataset != "digits"
-
-    def training(self) -> ImageRecords:
-        """The images to train on."""
-        return self._load(self.dataset, name=self.dataset_config, split=self.train_split, limit=self.max_train_images)
-
-    def evaluation(self, class_names: Sequence[str]) -> ImageRecords:
-        """The images to evaluate on, with the numbers that their classes have in training."""
-        source, name = (self.eval_dataset, None) if self.eval_dataset else (self.dataset, self.dataset_config)
-        return self._load(source, name=name, split=self.eval_split, limit=self.max_eval_images, class_names=class_names)
-
-    def _load(self, source: str, **options: Any) -> ImageRecords:
-        return load_images(source, image_column=self.image_column, label_column=self.label_column, **options)
 
 
 def _load(source: str | Path, split: str, name: str | None) -> datasets.Dataset:

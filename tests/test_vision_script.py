@@ -1,0 +1,525 @@
+"""The vision script as a user runs it, in small: every way to hold a network's weights, resuming, what is refused."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import train_vision
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+
+from hf_fnl.layers import Factorized
+from hf_fnl.models.vision import inner_convolutions, vision_model
+from hf_fnl.training.norms import read_norms
+from hf_fnl.training.tasks.images import load_images
+
+TINY = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "width": 3,
+    "max_train_images": 88,
+    "max_eval_images": 37,
+    "per_device_train_batch_size": 24,
+    "num_train_epochs": 2,  # of 4 steps
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "save_total_limit": 3,
+    "eval_strategy": "no",
+}
+SCHEMES = ("spatial", "channel", "tt", "tucker")
+OVERCOMPLETE = ("full", "deep", "wide", "do_conv")
+PRUNINGS = ("random", "snip", "grasp", "magnitude", "lottery")
+FORMS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "rank-scale": {"rank_scale": 0.3, "decay": "frobenius"},
+    **{scheme: {"ratio": 0.5, "conv_scheme": scheme, "decay": "frobenius"} for scheme in SCHEMES},
+    **{kind: {"overcomplete": kind} for kind in OVERCOMPLETE},
+    **{method: {"ratio": 0.4, "pruning": method} for method in PRUNINGS},
+    "dense-first": {"rank_scale": 0.3, "decay": "frobenius", "dense_epochs": 1},
+}
+FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "metrics.json", "run_config.json"}
+
+Run = tuple[Path, dict[str, Any]]
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
+
+
+def train(folder: Path, **options: Any) -> dict[str, Any]:
+    return train_vision.main(flags({**TINY, "output_dir": folder, **options}))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in read(folder, "trainer_state.json")["log_history"] if "loss" in entry]
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+
+
+def plain_network() -> nn.Module:
+    """What the script builds for digits."""
+    return vision_model("resnet20", num_labels=10, image_size=8, num_channels=1, width=3)
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def products(model: nn.Module) -> dict[str, Factorized]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Factorized)}
+
+
+def load(folder: Path) -> nn.Module:
+    return AutoModelForImageClassification.from_pretrained(folder).eval()
+
+
+def picture(size: int = 24, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8))
+
+
+def parquet(path: Path, pictures: list[Image.Image], classes: tuple[str, ...] = ("ant", "bee", "cow")) -> Path:
+    """A file of pictures whose classes go around."""
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(classes)))
+    labels = [number % len(classes) for number in range(len(pictures))]
+    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_not_searched_for_garbage() -> Iterator[None]:
+    """Every training begins with a collection, which takes longer than these trainings."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Callable[[str], Run]:
+    """Trains a form when it is first asked for."""
+
+    @functools.cache
+    def run(form: str) -> Run:
+        folder = tmp_path_factory.mktemp(form) / "run"
+        return folder, train(folder, **FORMS[form])
+
+    return run
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_written_model_and_image_processor_give_what_was_measured(runs, form):
+    folder, metrics = runs(form)
+    assert {path.name for path in folder.iterdir()} >= FILES
+    assert read(folder, "metrics.json") == metrics
+    assert metrics["train_loss"] > 0
+    assert metrics["seconds_per_epoch"] > 0
+    records = load_images("digits", split="test", limit=37)
+    images = AutoImageProcessor.from_pretrained(folder)(list(records), return_tensors="pt")
+    with torch.no_grad():
+        outputs = load(folder)(**images, labels=records.labels)
+    assert outputs.loss.item() == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert (outputs.logits.argmax(-1) == records.labels).double().mean().item() == metrics["eval_accuracy"]
+
+
+@pytest.mark.parametrize("form", ["rank-scale", *SCHEMES, "dense-first"])
+def test_low_rank_runs_save_their_factors(runs, form):
+    folder, metrics = runs(form)
+    model, plain = load(folder), plain_network()
+    assert metrics["parameters"]["total"] == count(model) < count(plain)
+    assert metrics["parameters"]["dense_equivalent"] == count(plain)
+    assert products(model).keys() <= set(inner_convolutions(plain))
+    assert {layer.scheme for layer in products(model).values()} == {FORMS[form].get("conv_scheme", "spatial")}
+    if "ratio" in FORMS[form]:
+        assert count(model) / count(plain) == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("form", OVERCOMPLETE)
+def test_overcomplete_runs_are_merged_into_the_plain_network(runs, form):
+    folder, metrics = runs(form)
+    plain = plain_network()
+    assert metrics["parameters"]["total"] > count(plain) == metrics["merged"]["parameters"]
+    assert metrics["merged"]["largest_change_of_logits"] < 1e-4
+    assert "quantization_config" not in read(folder, "config.json")
+    assert weights(folder).keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("form", PRUNINGS)
+def test_pruned_runs_are_saved_with_plain_weights_and_as_many_zeros_as_asked_for(runs, form):
+    folder, metrics = runs(form)
+    model, plain = load(folder), plain_network()
+    assert metrics["parameters"]["nonzero"] == round(0.4 * count(plain))
+    kernels = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = count(model) - sum(kernel.numel() for kernel in kernels)
+    assert sum(int(kernel.count_nonzero()) for kernel in kernels) + vectors == round(0.4 * count(plain))
+    assert weights(folder).keys() == plain.state_dict().keys()
+
+
+def test_rounds_of_pruning_are_phases_of_one_run(tmp_path):
+    metrics = train(tmp_path, ratio=0.3, pruning="lottery", pruning_rounds=2, num_train_epochs=1)
+    left = [metrics[f"phase-{number}"]["parameters"]["nonzero"] for number in (1, 2, 3)]
+    prunable = sum(parameter.numel() for parameter in plain_network().parameters() if parameter.ndim > 1)
+    kept = [prunable - count(plain_network()) + nonzero for nonzero in left]
+    assert kept[1] == round(math.sqrt(kept[0] * kept[2]))
+    assert metrics["eval_loss"] == metrics["phase-3"]["eval_loss"]
+
+
+@pytest.mark.parametrize("init", ["spectral", "spectral_ones", "default"])
+def test_factors_start_from_the_drawn_network(tmp_path, init):
+    still = {"learning_rate": 0, "max_steps": 1, "save_strategy": "no"}
+    train(tmp_path / "dense", **still)
+    train(tmp_path / "factors", **still, rank_scale=1.0, factor_init=init)
+    dense = weights(tmp_path / "dense")
+    for name, layer in products(load(tmp_path / "factors")).items():
+        kernel, found = dense[f"{name}.weight"], layer.dense_weight().detach()
+        matrix = found.transpose(1, 2).flatten(0, 1).flatten(1)  # a row for each output channel and row of the kernel
+        if init == "spectral":
+            torch.testing.assert_close(found, kernel, rtol=1e-4, atol=1e-5)
+        elif init == "spectral_ones":
+            values = torch.linalg.svdvals(matrix)
+            torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-4, atol=0)
+        else:
+            assert not torch.allclose(found, kernel, rtol=0.1)
+
+
+def decay_gradients(model: nn.Module, decay: str) -> dict[str, Tensor]:
+    """Gradients of half the squared norms that a decay holds down."""
+    layers = list(products(model).values())
+    factors = [factor for layer in layers for factor in layer.factors()]
+    share = sum(factor.numel() for factor in factors) / sum(math.prod(layer.dense_shape) for layer in layers)
+    if decay == "frobenius":
+        squares = sum(layer.dense_weight().square().sum() for layer in layers)
+    else:
+        scale = {"weight": 1.0, "crs": share, "none": 0.0}[decay]
+        squares = scale * sum(factor.square().sum() for factor in factors)
+    squares += sum(p.square().sum() for p in model.parameters() if all(p is not factor for factor in factors))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(squares / 2, parameters), strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "tt"])
+def test_decay_is_that_of_the_option(tmp_path, scheme):
+    step = {"max_steps": 1, "lr_milestones": 0.9, "momentum": 0, "learning_rate": 0.1, "save_strategy": "no"}
+    step |= {"conv_scheme": scheme, "rank_scale": 0.3}
+    train(tmp_path / "start", **{**step, "learning_rate": 0})
+    train(tmp_path / "free", **step, weight_decay=0)
+    start, free = load(tmp_path / "start"), weights(tmp_path / "free")
+    for decay in ("weight", "frobenius", "crs", "none"):
+        train(tmp_path / decay, **step, decay=decay, weight_decay=2)
+        decayed = weights(tmp_path / decay)
+        for name, gradient in decay_gradients(start, decay).items():
+            torch.testing.assert_close((free[name] - decayed[name]) / 0.2, gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_normalized_run_keeps_to_the_norms_of_another(tmp_path):
+    common = {"rank_scale": 0.3, "record_norms": True}
+    train(tmp_path / "decayed", **common, decay="frobenius", weight_decay=0.1)
+    train(tmp_path / "held", **common, decay="normalized", norms_from=tmp_path / "decayed", seed=1)
+    names, norms = read_norms(tmp_path / "decayed")
+    torch.testing.assert_close(read_norms(tmp_path / "held")[1], norms, rtol=1e-4, atol=0)
+    layers = products(load(tmp_path / "held"))
+    found = torch.stack([layers[name].dense_weight().norm() for name in names])
+    torch.testing.assert_close(found, norms[-1], rtol=1e-4, atol=0)
+
+
+def test_dense_epochs_come_before_the_low_rank_ones(runs):
+    folder, metrics = runs("dense-first")
+    assert count(load(folder / "checkpoint-3")) == count(plain_network())
+    assert count(load(folder / "checkpoint-6")) == metrics["parameters"]["total"]
+    switch = {"step": 4, "low_rank_parameters": metrics["parameters"]["total"]}
+    assert switch in read(folder, "trainer_state.json")["log_history"]
+
+
+@pytest.mark.parametrize(
+    ("form", "step"),
+    [
+        ("dense", 3),
+        ("rank-scale", 3),
+        ("tt", 6),
+        ("do_conv", 3),
+        ("snip", 3),
+        ("lottery", 3),
+        ("dense-first", 3),
+        ("dense-first", 6),
+    ],
+)
+def test_going_on_equals_never_having_stopped(runs, tmp_path, form, step):
+    whole, metrics = runs(form)
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    last_phase = folder / "phase-2" if form == "lottery" else folder
+    for number in {3, 6, 8} - set(range(step + 1)):
+        shutil.rmtree(last_phase / f"checkpoint-{number}")
+    for path in {last_phase / "metrics.json", last_phase / "model.safetensors", *(folder / name for name in FILES)}:
+        path.unlink()
+    with pytest.raises(ValueError, match="of an earlier run: set resume_from_checkpoint=true to go on from it"):
+        train(folder, **FORMS[form])
+    again = train(folder, **FORMS[form], resume_from_checkpoint=True)
+    assert_same(weights(folder), weights(whole))
+    assert again["eval_loss"] == metrics["eval_loss"]
+    assert again["parameters"] == metrics["parameters"]
+
+
+def test_going_on_from_a_trained_model(runs, tmp_path):
+    folder, _ = runs("dense")
+    still = {"learning_rate": 0, "max_steps": 1, "save_strategy": "no"}
+    train(tmp_path / "dense", init_from=folder, **still)
+    train(tmp_path / "factors", init_from=folder, rank_scale=1.0, **still)
+    trained, dense = weights(folder), weights(tmp_path / "dense")
+    for name, _ in plain_network().named_parameters():
+        assert torch.equal(dense[name], trained[name]), name
+    for name, layer in products(load(tmp_path / "factors")).items():
+        torch.testing.assert_close(layer.dense_weight(), trained[f"{name}.weight"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def one_picture(tmp_path) -> dict[str, Any]:
+    """Options for data whose batches all have the same statistics, however they are split."""
+    path = parquet(tmp_path / "same.parquet", [picture()] * 24)
+    data = {"dataset": path, "eval_dataset": path, "crop_padding": 0, "horizontal_flip": False}
+    return {**data, "save_strategy": "no", "logging_strategy": "steps", "logging_steps": 1}
+
+
+@pytest.fixture(params=["ours", "transformers"])
+def network(request, tmp_path) -> dict[str, Any]:
+    """Options for a network of ours, or for one of Transformers'."""
+    if request.param == "ours":
+        return {"rank_scale": 0.3, "decay": "frobenius"}
+    sizes = {"num_channels": 1, "embedding_size": 5, "hidden_sizes": [8, 12], "depths": [1, 1], "num_labels": 3}
+    torch.manual_seed(0)
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "stock")
+    return {"init_from": tmp_path / "stock"}
+
+
+def test_two_accumulation_steps_have_the_losses_of_one(one_picture, network, tmp_path):
+    for steps in (1, 2):
+        batch = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
+        train(tmp_path / str(steps), **one_picture, **network, **batch)
+    assert len(losses(tmp_path / "1")) == 6
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_merge_as_one(one_picture, tmp_path):
+    options = {**one_picture, "overcomplete": "full", "decay": "frobenius"}
+    one = train(tmp_path / "one", **options, per_device_train_batch_size=8)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, train_vision.__file__]
+    given = flags({**TINY, **options, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launch, *given], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = read(tmp_path / "two", "metrics.json")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert (two["parameters"], two["merged"]["parameters"]) == (one["parameters"], one["merged"]["parameters"])
+    assert weights(tmp_path / "two").keys() == weights(tmp_path / "one").keys()
+
+
+@pytest.mark.parametrize("source", ["by hand", "run_config.json"])
+def test_a_configuration_file_equals_flags(runs, tmp_path, source):
+    folder, _ = runs("rank-scale")
+    settings = {**TINY, **FORMS["rank-scale"]} if source == "by hand" else read(folder, source)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "run")}))
+    train_vision.main([str(tmp_path / "config.yaml")])
+    assert_same(weights(tmp_path / "run"), weights(folder))
+    written = read(tmp_path / "run", "run_config.json")
+    assert {**written, "output_dir": str(folder)} == read(folder, "run_config.json")
+
+
+@pytest.mark.parametrize("form", ["rank-scale", "snip"])
+def test_real_images(shared_data, tmp_path, form):
+    if not (shared_data / "cifar10").is_dir():
+        pytest.skip(f"CIFAR-10 not found in {shared_data}")
+    data = {"dataset": shared_data / "cifar10", "max_train_images": 256, "max_eval_images": 101}
+    options = {**FORMS[form], **data, "num_train_epochs": 1, "save_strategy": "no"}
+    metrics = train(tmp_path, **options, per_device_train_batch_size=128)
+    assert metrics["train_loss"] > 0
+    assert metrics["eval_accuracy"] * 101 == pytest.approx(round(metrics["eval_accuracy"] * 101))
+    model = load(tmp_path)
+    assert (model.config.num_channels, model.config.image_size, model.config.num_labels) == (3, 32, 10)
+    assert model.config.id2label[9] == "truck"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "resnet21"}, "one of resnet20, .*, resnet50, got 'resnet21'"),
+        ({"model": "vgg19"}, "image_size must be at least 16, got 8"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"init_from": "./nowhere"}, "nowhere"),
+        ({"rank_scale": 0}, r"rank_scale must be above 0 and at most 1, got 0\.0"),
+        ({"rank_scale": 1.5}, r"rank_scale must be above 0 and at most 1, got 1\.5"),
+        ({"rank_scale": 0.3, "ratio": 0.3}, r"exactly one of .*; got rank_scale=0\.3, ratio=0\.3"),
+        ({"rank_scale": 0.3, "conv_scheme": "svd"}, "conv_scheme must be one of spatial, .*, got 'svd'"),
+        ({"rank_scale": 0.3, "factor_init": "svd"}, "factor_init must be one of spectral, .*, got 'svd'"),
+        ({"ratio": 0.01}, r"cannot keep 0\.01 of its 9,811 parameters: .*; the closest ratio is 0\.11"),
+        ({"overcomplete": "tall"}, "overcomplete must be one of full, deep, wide, do_conv, got 'tall'"),
+        ({"overcomplete": "full", "ratio": 0.3}, "overcomplete=full has more parameters, .*: leave ratio out"),
+        ({"overcomplete": "full", "conv_scheme": "tt"}, "conv_scheme='tt' .* does not go with overcomplete"),
+        ({"pruning": "best", "ratio": 0.4}, "pruning must be one of random, .*, lottery, got 'best'"),
+        ({"pruning": "snip"}, "pruning=snip takes ratio"),
+        ({"pruning": "snip", "ratio": 0.4, "rank_scale": 0.3}, "pruning=snip takes ratio, and neither rank_scale"),
+        ({"pruning": "snip", "ratio": 0.01}, r"ratio=0\.01 of 9,811 parameters cannot be met: .* closest that can is"),
+        ({"pruning": "random", "ratio": 0.029}, "keeps 36 weights of classifier alone, more than keep=17"),
+        ({"pruning": "lottery", "ratio": 0.4, "pruning_rounds": 0}, "pruning_rounds must be at least 1, .*; got 0"),
+        ({"decay": "l1"}, "decay must be one of weight, frobenius, crs, none, normalized, got 'l1'"),
+        ({"rank_scale": 0.3, "decay": "normalized"}, "decay=normalized and norms_from"),
+        ({"rank_scale": 0.3, "decay": "normalized", "norms_from": "./nowhere"}, "nowhere holds no .*--record_norms"),
+        ({"dataset": "./nowhere"}, "no such file or folder: nowhere"),
+        ({"dataset": __file__, "eval_dataset": __file__}, r"test_vision_script\.py is no parquet file"),
+        ({"dataset": __file__}, "is one file, which is one split: set eval_dataset"),
+        ({"eval_split": "validation"}, 'split of the embedded digits must be "train" or "test"'),
+        ({"image_size": 0}, "image_size must be at least 1 pixel"),
+        ({"crop_padding": -1}, "crop_padding must be at least 0 pixels, got -1"),
+        ({"keep_on_device": "gpu"}, "keep_on_device must be one of auto, true, false, got 'gpu'"),
+        ({"decay": "frobenius"}, "decay=frobenius needs factorized layers: give rank_scale, ratio"),
+        ({"conv_scheme": "tt"}, "conv_scheme says how factors are made: give rank_scale or ratio"),
+        ({"factor_init": "svd"}, "factor_init must be one of spectral, spectral_ones, default, got 'svd'"),
+        ({"overcomplete": "do_conv", "rank_scale": 0.5}, "do_conv has no ranks"),
+        ({"overcomplete": "do_conv", "decay": "frobenius"}, "decay=frobenius needs factorized layers"),
+        ({"overcomplete": "full", "factor_init": "spectral"}, "factor_init must be default, got 'spectral'"),
+        ({"pruning": "snip", "ratio": 0.4, "decay": "frobenius"}, "decay=frobenius needs factorized layers"),
+        ({"pruning": "snip", "ratio": 0.4, "dense_epochs": 1}, "dense_epochs needs factorized layers"),
+        ({"pruning": "snip", "ratio": 0.4, "pruning_images": 0}, "pruning_images must be at least 1, got 0"),
+        ({"pruning": "snip", "ratio": 0.4, "pruning_rounds": 3}, "pruning_rounds must be at least 1, and is for magn"),
+        ({"pruning_rounds": 3}, "pruning_rounds=3 needs pruning=magnitude or lottery"),
+        ({"dense_epochs": 2, "rank_scale": 0.3}, r"dense_epochs must be in \[0, num_train_epochs=2\), got 2"),
+        ({"dense_epochs": 1, "rank_scale": 0.3, "record_norms": True}, "record_norms and .*: leave dense_epochs out"),
+        ({"record_norms": True}, "record_norms needs factorized layers"),
+        ({"diagnostics_steps": 5}, "diagnostics_steps needs factorized layers"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be positive"),
+        ({"max_train_images": 0}, "max_train_images must be at least 1, got 0"),
+        ({"ratio": 1.0}, "ratio=1.0 leaves every matrix dense"),
+        ({"resume_from_checkpoint": "no/such/folder"}, "resume_from_checkpoint: there is no folder no/such/folder"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        train(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_images_are_refused_before_anything_is_written(tmp_path):
+    train_file = parquet(tmp_path / "train.parquet", [picture()] * 6)
+    unknown = parquet(tmp_path / "unknown.parquet", [picture()] * 4, ("ant", "bee", "cow", "doe"))
+    mixed = parquet(tmp_path / "mixed.parquet", [picture(), picture(11)] * 3)
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(train_file.read_bytes()[:-9])
+    cases = [
+        (train_file, unknown, r"class doe in record 3 of .*unknown\.parquet is not among the 3 classes"),
+        (mixed, train_file, "has 24x24 pixels .* record 1 of .* has 11x11; set image_size"),
+        (train_file, mixed, "a training image has 24x24 pixels .* has 11x11; set image_size"),
+        (broken, train_file, r"cannot read the train split of .*broken\.parquet as images"),
+    ]
+    for dataset, eval_dataset, message in cases:
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "run", dataset=dataset, eval_dataset=eval_dataset)
+    assert not (tmp_path / "run").exists()
+
+
+def stock(folder: Path, **sizes: Any) -> Path:
+    """A tiny network of Transformers, saved."""
+    config = ResNetConfig(embedding_size=5, hidden_sizes=[8, 12], depths=[1, 1], **{"num_channels": 1, **sizes})
+    ResNetForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_for_other_classes_is_drawn_anew(tmp_path):
+    source = stock(tmp_path / "stock", num_labels=7)
+    train(tmp_path / "run", init_from=source, learning_rate=1e-9, num_train_epochs=1)
+    before, after = weights(source), weights(tmp_path / "run")
+    assert {name for name in after if before[name].shape != after[name].shape} == {
+        "classifier.1.weight",
+        "classifier.1.bias",
+    }
+    kernels = [name for name in after if after[name].ndim == 4]
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in kernels)
+    assert load(tmp_path / "run").config.id2label == {number: str(number) for number in range(10)}
+
+
+def test_images_of_other_channels_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"init_from=.* takes images of 3 channels, got 1"):
+        train(tmp_path / "run", init_from=stock(tmp_path / "stock", num_channels=3))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_factorized_is_not_factorized_again(runs, tmp_path):
+    folder, _ = runs("rank-scale")
+    with pytest.raises(ValueError, match="is factorized already: leave rank_scale"):
+        train(tmp_path / "run", init_from=folder, rank_scale=0.2)
+
+
+def test_the_decay_is_that_of_the_option_also_for_a_model_that_was_low_rank_before(runs, tmp_path):
+    folder, _ = runs("tt")
+    for decay in ("weight", "frobenius"):
+        train(tmp_path / decay, init_from=folder, decay=decay, weight_decay=1, max_steps=1)
+    first, second = weights(tmp_path / "weight"), weights(tmp_path / "frobenius")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "tt"])
+def test_the_closest_ratio_that_is_named_can_be_met(tmp_path, scheme):
+    with pytest.raises(ValueError, match="the closest ratio is") as caught:
+        train(tmp_path / "run", ratio=0.01, conv_scheme=scheme)
+    closest = float(str(caught.value).split()[-1])
+    metrics = train(tmp_path / "run", ratio=closest, conv_scheme=scheme, max_steps=1)
+    assert metrics["parameters"]["ratio"] == pytest.approx(closest, rel=0.01)
+
+
+@pytest.mark.parametrize("other", [{"ratio": 0.5}, {"pruning": "magnitude"}], ids=["ratio", "method"])
+def test_phases_of_another_run_are_not_gone_on_with(runs, tmp_path, other):
+    folder, _ = runs("lottery")
+    run = Path(shutil.copytree(folder, tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"phase-2 holds a phase of a run with pruning .*: choose another output_dir"):
+        train(run, **{**FORMS["lottery"], **other}, resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("optim", ["flambe", "adamw_torch"])
+def test_other_optimizers_decay_products_in_their_own_way(tmp_path, optim):
+    metrics = train(tmp_path / "run", optim=optim, rank_scale=0.3, decay="frobenius", learning_rate=0.001, max_steps=2)
+    assert math.isfinite(metrics["train_loss"])
+
+
+def test_an_edited_run_config_is_followed(runs, tmp_path):
+    folder, _ = runs("dense")
+    settings = read(folder, "run_config.json") | {"momentum": 0.0, "output_dir": str(tmp_path / "run")}
+    (tmp_path / "edited.yaml").write_text(yaml.safe_dump(settings))
+    train_vision.main([str(tmp_path / "edited.yaml")])
+    first, second = weights(folder), weights(tmp_path / "run")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_over_parametrized_network_is_counted_beside_the_plain_one(runs):
+    parameters = runs("do_conv")[1]["parameters"]
+    assert parameters["dense_equivalent"] == count(plain_network()) < parameters["total"]
