@@ -5,7 +5,6 @@ python -m benchmarks.bert [--device cpu|cuda] [--quick] [--out DIR]
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -13,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from transformers import BertConfig, BertForPreTraining, BertModel, PreTrainedModel
 
 from benchmarks.common import count_flops, interleave, parse, write
+from benchmarks.memory import peak_bytes
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining, FactorizedBertModel
 
 BATCH, LENGTH, LABELLED = 8, 128, 0.15
@@ -132,50 +130,10 @@ def time_steps(models: dict[str, PreTrainedModel], step: Step, rounds: int, devi
     return interleave({name: case(model) for name, model in models.items()}, rounds=rounds, warmup=WARMUP)
 
 
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive; memory that an operation uses inside is not seen.
-
-    Args:
-        present: Tensors that are there from the start.
-    """
-
-    def __init__(self, present: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-        for tensor in present:
-            self._count(tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it returns."""
-        returned = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._count, returned)
-        return returned
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage not in self._seen:
-            self._seen.add(storage)
-            self._change(storage.nbytes())
-            weakref.finalize(storage, self._change, -storage.nbytes())
-
-    def _change(self, size: int) -> None:
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-
 def peak_memory(model: PreTrainedModel, step: Step, batch: Batch) -> int:
     """Bytes at the peak of a step: parameters, gradients, activations."""
     model.zero_grad()
-    parameters = list(model.parameters())
-    if model.device.type == "cpu":
-        with LiveMemory(parameters) as memory:
-            step(model, batch)
-        return memory.peak
-    others = torch.cuda.memory_allocated() - sum(p.nbytes for p in parameters)
-    torch.cuda.reset_peak_memory_stats()
-    step(model, batch)
-    return torch.cuda.max_memory_allocated() - others
+    return peak_bytes(lambda: step(model, batch), list(model.parameters()))
 
 
 def measure(workload: Workload, layers: int, rounds: int, device: str) -> list[dict[str, Any]]:
