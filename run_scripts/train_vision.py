@@ -233,6 +233,8 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
     config = options.factorization(model)
     factorize: Callable[[nn.Module], object] | None = None
     if config is not None and args.dense_epochs:
+        if config.init == "default":
+            raise ValueError("dense_epochs trains weights that factor_init=default would draw anew: set it to spectral")
         factorize = functools.partial(factorize_, config=config)
     elif config is not None:
         factorize_(model, config)

@@ -414,6 +414,10 @@ def test_real_images(shared_data, tmp_path, form):
         ({"pruning": "snip", "ratio": 0.4, "pruning_rounds": 3}, "pruning_rounds must be at least 1, and is for magn"),
         ({"pruning_rounds": 3}, "pruning_rounds=3 needs pruning=magnitude or lottery"),
         ({"dense_epochs": 2, "rank_scale": 0.3}, r"dense_epochs must be in \[0, num_train_epochs=2\), got 2"),
+        (
+            {"dense_epochs": 1, "overcomplete": "full"},
+            "dense_epochs trains weights that factor_init=default would draw",
+        ),
         ({"dense_epochs": 1, "rank_scale": 0.3, "record_norms": True}, "record_norms and .*: leave dense_epochs out"),
         ({"record_norms": True}, "record_norms needs factorized layers"),
         ({"diagnostics_steps": 5}, "diagnostics_steps needs factorized layers"),

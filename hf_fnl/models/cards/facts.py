@@ -25,7 +25,8 @@ _EVALUATED_ON = ("eval_dataset", "validation_dataset")
 _FILES = {".json", ".jsonl", ".parquet", ".txt", ".gz"}
 _SETTINGS = (
     *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay"),
-    *("momentum", "frobenius_decay", "frobenius_coefficient", "factor_decay", "overcomplete", "pruning"),
+    *("momentum", "lr_milestones", "num_train_epochs"),
+    *("decay", "frobenius_decay", "frobenius_coefficient", "factor_decay", "overcomplete", "pruning"),
     *("phases", "max_seq_length", "mlm_probability", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("bf16", "fp16", "seed"),
 )
