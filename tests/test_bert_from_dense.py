@@ -189,7 +189,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         pytest.param({"ffn_rank": [3, 22]}, r"ffn_rank must be in \[1, 21\], got 22", id="rank-in-a-list"),
         pytest.param({"ov_rank": [3]}, "ov_rank needs a number or one for each of 2 layers, got 1", id="short-list"),
         pytest.param({"rule": RankRule(rank=8)}, r"rank of qk in layer 0 must be in \[1, 7\], got 8", id="rule-rank"),
-        pytest.param({"rule": RankRule(ratio=0.01)}, r"a ratio of 0\.01 cannot be met", id="ratio"),
+        pytest.param({"rule": RankRule(ratio=0.01)}, r"a ratio of 0\.01 of the matrices cannot be met", id="ratio"),
         pytest.param({"rule": RankRule(energy=1.0)}, "leaves every matrix dense", id="all-dense"),
         pytest.param(
             {"rule": RankRule(rank=3), "kinds": ["qk", "mlp"]}, "any of qk, ov, ffn, embedding, got mlp", id="kind"
