@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
+from hf_fnl.layers import FactorizedConv2d, TensorizedConv2d
+from hf_fnl.layers.conv import kernel_matrix
+from hf_fnl.layers.convolution import Convolution
+
 DOUBLE = {"dtype": torch.float64}
+
+SCHEMES = (*CONV_SCHEMES, *TENSOR_SCHEMES)
+LAYERS = dict.fromkeys(CONV_SCHEMES, FactorizedConv2d) | dict.fromkeys(TENSOR_SCHEMES, TensorizedConv2d)
+ONLY_OF_MATRICES = {"groups", "deep", "overcomplete"}
 
 # Options of a convolution from 6 channels to 10 with a kernel of 3 by 5.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -26,7 +37,40 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "replicate": {"padding": (1, 3), "padding_mode": "replicate"},
     "circular": {"padding": "same", "padding_mode": "circular"},
     "without-bias": {"bias": False},
+    "groups": {"groups": 2, "padding": (1, 2)},
+    "groups-reflected": {"padding": (2, 1), "padding_mode": "reflect", "stride": (1, 2), "groups": 2},
 }
+
+
+def with_each_scheme(**tables: dict[str, dict[str, Any]]) -> pytest.MarkDecorator:
+    """Parametrize by ``scheme`` and by an entry of each table, without what a scheme does not have."""
+    cases = []
+    for scheme, *names in itertools.product(SCHEMES, *tables.values()):
+        options = [table[name] for table, name in zip(tables.values(), names, strict=True)]
+        if scheme in CONV_SCHEMES or ONLY_OF_MATRICES.isdisjoint(itertools.chain(*options)):
+            cases.append(pytest.param(scheme, *options, id="-".join([scheme, *names])))
+    return pytest.mark.parametrize(("scheme", *tables), cases)
+
+
+def convolution(**options: Any) -> nn.Conv2d:
+    return nn.Conv2d(6, 10, (3, 5), **options, **DOUBLE)
+
+
+def full_rank(shape: Sequence[int], scheme: str) -> int:
+    """The rank at which kernels of a shape are held exactly."""
+    if scheme in TENSOR_SCHEMES:
+        return TensorizedConv2d.largest_rank(shape, scheme)
+    return min(kernel_matrix(torch.empty(shape), scheme).shape)
+
+
+def factorized(scheme: str, *sizes: Any, **options: Any) -> Convolution:
+    return LAYERS[scheme](*sizes, scheme=scheme, **options)
+
+
+def from_dense(dense: nn.Conv2d, scheme: str, rank: int | None = None, **options: Any) -> Convolution:
+    """At full rank unless given."""
+    rank = full_rank(dense.weight.shape, scheme) if rank is None else rank
+    return LAYERS[scheme].from_dense(dense, rank, scheme=scheme, **options)
 
 
 def images(*shape: int) -> Tensor:
@@ -53,18 +97,6 @@ def training_flops(layer: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops()
 
 
-def paths_taken(make: Callable[[int], nn.Module], ranks: Sequence[int], shape: tuple[int, ...]) -> list[bool]:
-    """For layers of some ranks, whether they multiply their kernel out; checks that nothing else is cheaper."""
-    x, composes = torch.randn(shape), []
-    for rank in ranks:
-        layer, flops = make(rank), {}
-        for layer.compose in (True, False, None):
-            flops[layer.compose] = training_flops(layer, x)
-        assert flops[None] == min(flops[True], flops[False])
-        composes.append(flops[None] == flops[True])
-    return composes
-
-
 class Convolutions(TorchDispatchMode):
     """Records the inputs and the kernels that convolutions are given."""
 
@@ -76,6 +108,21 @@ class Convolutions(TorchDispatchMode):
         if func is torch.ops.aten.convolution.default:
             self.seen.append(args[:2])
         return func(*args, **(kwargs or {}))
+
+
+def paths_taken(make: Callable[[int], Convolution], ranks: Sequence[int], shape: tuple[int, ...]) -> list[bool]:
+    """For layers of some ranks, whether they multiply their kernel out; checks that nothing else is cheaper."""
+    x, composes = torch.randn(shape), []
+    for rank in ranks:
+        layer, flops = make(rank), {}
+        for layer.compose in (True, False):
+            flops[layer.compose] = training_flops(layer, x)
+        layer.compose = None
+        with Convolutions() as convolutions:
+            layer(x)
+        composes.append(len(convolutions.seen) == 1)
+        assert flops[composes[-1]] == min(flops.values())
+    return composes
 
 
 def poison(module: nn.Module) -> None:

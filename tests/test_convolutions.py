@@ -1,0 +1,276 @@
+"""What holds for factorized convolutions of all schemes, against the dense ones in whose place they stand."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from conv_cases import (
+    DOUBLE,
+    LAYERS,
+    OPTIONS,
+    SCHEMES,
+    Convolutions,
+    convolution,
+    factorized,
+    from_dense,
+    full_rank,
+    images,
+    outputs_and_gradients,
+    paths_taken,
+    poison,
+    randomized,
+    with_each_scheme,
+)
+from torch import nn
+from torch.testing import assert_close
+
+from hf_fnl import tensors
+from hf_fnl.config import CONV_SCHEMES
+from hf_fnl.layers.conv import kernel_matrix
+from hf_fnl.spectral import spectral_init
+
+PATHS = (True, False, None)  # multiplied out, a chain of convolutions, and the one with fewer operations
+FACTORS = {
+    "low": {"rank": 3},
+    "high": {"rank": 10},
+    "deep": {"rank": 3, "deep": True},
+    "overcomplete": {"rank": 40, "overcomplete": True},
+    "deep-overcomplete": {"rank": 40, "deep": True, "overcomplete": True},
+}
+COSTS = {
+    "plain": {},
+    "padding": {"padding": (4, 7)},
+    "stride": {"stride": (1, 3), "dilation": 2},
+    "groups": {"groups": 2},
+    "deep": {"deep": True},
+    "deep-groups": {"deep": True, "groups": 2},
+}
+
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+# Forward and back
+
+
+@with_each_scheme(options=OPTIONS)
+def test_full_rank_is_the_dense_convolution_there_and_back(scheme, options):
+    dense, x = convolution(**options), images()
+    layer = from_dense(dense, scheme)
+    for layer.compose in PATHS:
+        assert_close(layer(x), dense(x))
+        assert_close(layer(x[0]), dense(x[0]))
+    assert_close(layer.dense_weight(), dense.weight)
+    assert layer.weight.shape == layer.dense_shape == dense.weight.shape
+    back = layer.to_dense()
+    assert_close(dict(back.state_dict()), dict(dense.state_dict()))
+    assert back.extra_repr() == dense.extra_repr()
+
+
+@each_scheme
+def test_even_kernels_are_padded_as_by_the_dense_convolution(scheme):
+    dense, x = nn.Conv2d(6, 10, (2, 4), padding="same", padding_mode="circular", **DOUBLE), images()
+    assert_close(from_dense(dense, scheme)(x), dense(x))
+
+
+@with_each_scheme(options=OPTIONS, factors=FACTORS)
+def test_both_paths_their_gradients_and_the_merged_convolution_agree(scheme, options, factors):
+    layer = randomized(factorized(scheme, 6, 10, (3, 5), init="default", **factors, **options, **DOUBLE))
+    x, results = images(), []
+    target = torch.randn_like(layer(x))
+    for layer.compose in (True, False):
+        results.append(outputs_and_gradients(layer, x, target))
+    assert_close(*results)
+    assert_close(layer.to_dense()(x), results[0][0])
+
+
+@each_scheme
+def test_kernels_of_the_chain_are_views_of_the_factors(scheme):
+    layer = factorized(scheme, 3, 7, (2, 5), 4, init="default")
+    for kernel, factor in zip(layer.chain(*layer.factors()), reversed(layer.factors()), strict=True):
+        assert kernel.untyped_storage().data_ptr() == factor.untyped_storage().data_ptr()
+        assert kernel.numel() == factor.numel()
+
+
+@each_scheme
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "without-bias"])
+def test_from_dense_leaves_its_source_and_keeps_dtype_mode_and_what_is_trained(scheme, bias):
+    dense = convolution(bias=bias).bfloat16().eval()
+    dense.weight.requires_grad_(False)
+    before = copy.deepcopy(dense.state_dict())
+    layer = from_dense(dense, scheme, 3)
+    for module in (layer, layer.to_dense()):
+        assert not module.training
+        assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+        assert [n for n, p in module.named_parameters() if p.requires_grad] == ["bias"] * bias
+    randomized(layer)
+    assert_close(dense.state_dict(), before, rtol=0, atol=0)
+
+
+@with_each_scheme(options=OPTIONS)
+def test_meta_convolutions_stay_on_meta(scheme, options):
+    dense, x = convolution(**options).to("meta"), images().to("meta")
+    layer = from_dense(dense, scheme, 3)
+    for module in (layer, layer.to_dense()):
+        assert all(p.is_meta for p in module.parameters())
+    assert layer(x).shape == dense(x).shape
+
+
+@with_each_scheme(options=OPTIONS)
+def test_inputs_kernels_and_outputs_have_one_memory_format(scheme, options):
+    for compose, layout in itertools.product((True, False), (torch.contiguous_format, torch.channels_last)):
+        layer = factorized(scheme, 6, 10, (3, 5), 4, compose=compose, init="default", **options)
+        with Convolutions() as convolutions:
+            y = layer(images().float().contiguous(memory_format=layout))
+        assert len(convolutions.seen) == (1 if compose else len(layer.factors()))
+        assert all(tensor.is_contiguous(memory_format=layout) for pair in convolutions.seen for tensor in (*pair, y))
+
+
+@each_scheme
+def test_the_memory_format_of_a_dense_kernel_carries_over_and_back(scheme):
+    contiguous = nn.Conv2d(6, 10, (3, 5))
+    dense = copy.deepcopy(contiguous).to(memory_format=torch.channels_last)
+    layer, x = copy.deepcopy(from_dense(dense, scheme, 4)), images().float()
+    assert dense(x).is_contiguous(memory_format=torch.channels_last)
+    for layer.compose in PATHS:
+        assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    assert layer.to_dense()(x).is_contiguous(memory_format=torch.channels_last)
+    assert layer.to_dense().weight.is_contiguous(memory_format=torch.channels_last)
+    assert from_dense(contiguous, scheme, 4).to_dense().weight.is_contiguous()
+
+
+@with_each_scheme(options=COSTS)
+def test_the_path_with_fewer_operations_in_training_is_taken(scheme, options):
+    def make(rank: int) -> nn.Module:
+        return factorized(scheme, 6, 10, (3, 2), rank, init="default", **options)
+
+    full = full_rank(make(1).dense_shape, scheme)
+    assert paths_taken(make, (1, full), (16, 6, 9, 13)) == [False, True]
+    assert paths_taken(make, range(2, full), (3, 6, 17, 11))
+    assert not paths_taken(make, [1], (1, 6, 6, 5))[0]  # too small an input to pay for the kernel
+
+
+@each_scheme
+def test_all_paths_compile_without_graph_breaks(scheme):
+    layers = [factorized(scheme, 6, 10, 3, 4, padding=1, compose=compose, **DOUBLE) for compose in PATHS]
+    x = images()
+    compiled = torch.compile(lambda x: [layer(x) for layer in layers], backend="eager", fullgraph=True)
+    assert_close(compiled(x), [layer(x) for layer in layers])
+
+
+# Initialization
+
+
+@pytest.mark.parametrize(
+    ("scheme", "init"), [*((scheme, "spectral") for scheme in SCHEMES), *((s, "spectral_ones") for s in CONV_SCHEMES)]
+)
+def test_it_starts_as_the_split_of_a_dense_kernel(scheme, init):
+    dense = nn.Conv2d(3, 7, (2, 5))
+    torch.manual_seed(0)
+    drawn = factorized(scheme, 3, 7, (2, 5), 3, init=init)
+    if scheme in CONV_SCHEMES:
+        expected = spectral_init(kernel_matrix(dense.weight, scheme), 3, init)
+    else:
+        expected = tensors.decompose(dense.weight, 3, scheme)
+    for layer in (drawn, from_dense(dense, scheme, 3, init=init)):
+        assert_close(layer.factors(), expected, rtol=0, atol=0)
+        assert torch.equal(layer.bias, dense.bias)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fans"),
+    [
+        # Inputs of the last convolution of the chain to the first, in the order of the factors.
+        ("spatial", (29 * 3, 31 * 5)),
+        ("channel", (29, 31 * 15)),
+        ("tt", (29, 29 * 3, 29 * 5, 31)),
+        ("tucker", (29, 29 * 15, 31)),
+    ],
+    ids=SCHEMES,
+)
+def test_default_factors_are_drawn_as_convolutions_of_their_own(scheme, fans):
+    layer = factorized(scheme, 31, 47, (3, 5), 29, init="default")
+    for factor, fan_in in zip(layer.factors(), fans, strict=True):
+        bound = 1 / math.sqrt(fan_in)
+        assert factor.abs().max() <= bound
+        assert factor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+@with_each_scheme(options=OPTIONS)
+def test_an_empty_layer_has_the_options_and_draws_nothing(scheme, options):
+    dense, state = convolution(**options), torch.get_rng_state()
+    layer = LAYERS[scheme].empty_like(dense, 4, scheme=scheme, init="default")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert layer.init == "default"
+    layer.reset_parameters()
+    assert layer.to_dense().extra_repr() == dense.extra_repr()
+    assert all(p.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "names"),
+    [
+        ("spatial", ["U", "V"]),
+        ("channel", ["U", "V"]),
+        ("tt", ["out_core", "height_core", "width_core", "in_core"]),
+        ("tucker", ["out_core", "core", "in_core"]),
+    ],
+    ids=SCHEMES,
+)
+def test_a_saved_layer_loads_bitwise(scheme, names):
+    layer, other = (factorized(scheme, 6, 10, 3, 4, **DOUBLE) for _ in range(2))
+    assert list(layer.state_dict()) == [*names, "bias"]
+    other.load_state_dict(layer.state_dict())
+    x = images()
+    assert torch.equal(other(x), layer(x))
+
+
+@each_scheme
+def test_it_shows_what_it_is(scheme):
+    shown = f"3, 7, kernel_size=(3, 3), rank=2, scheme={scheme}, stride=(2, 2), bias=False"
+    layer = factorized(scheme, 3, 7, 3, 2, stride=2, bias=False)
+    assert repr(layer) == f"{LAYERS[scheme].__name__}({shown})"
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("scheme", "limit"), [("spatial", 9), ("channel", 7), ("tt", 9), ("tucker", 7)], ids=SCHEMES)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_rank_out_of_range_is_refused(scheme, limit, device):
+    for rank in (0, limit + 1):
+        message = rf"rank must be in \[1, {limit}\], got {rank}"
+        with pytest.raises(ValueError, match=message):
+            factorized(scheme, 3, 7, 3, rank, device=device)
+        with pytest.raises(ValueError, match=message):
+            from_dense(nn.Conv2d(3, 7, 3, device=device), scheme, rank)
+
+
+@each_scheme
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "svd"}, "one of .* got 'svd'"),
+        ({"padding_mode": "mirror"}, "mirror"),
+        ({"padding": "same", "stride": 2}, "not supported for strided"),
+    ],
+    ids=["init", "padding-mode", "same"],
+)
+def test_options_that_no_convolution_has_are_refused(scheme, options, message):
+    with pytest.raises(ValueError, match=message):
+        factorized(scheme, 6, 7, 3, 2, **options)
+
+
+@each_scheme
+def test_a_kernel_that_cannot_be_split_is_refused(scheme):
+    dense = nn.Conv2d(3, 7, 3)
+    with pytest.raises(ValueError, match=r"no (weight to split|kernel to decompose)"):
+        from_dense(dense, scheme, 2, init="default")
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        from_dense(dense.apply(poison), scheme, 2)
