@@ -143,7 +143,14 @@ def test_what_follows_from_other_options_is_not_written(tmp_path):
     assert args.dense_steps == 4
     written = args.to_dict()
     assert {"momentum", "decay", "dense_epochs"} <= set(written)
-    assert not {"optim_args", "frobenius_mode", "frobenius_decay", "factor_decay", "dense_steps"} & set(written)
+    assert not {
+        "lr_milestones",
+        "optim_args",
+        "frobenius_mode",
+        "frobenius_decay",
+        "factor_decay",
+        "dense_steps",
+    } & set(written)
 
 
 @pytest.mark.parametrize(("optim", "mode"), [("sgd", "coupled"), ("adamw_torch", "decoupled"), ("flambe", "decoupled")])

@@ -104,8 +104,8 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
             option = "lr_milestones" if self.lr_milestones else "warmup_epochs; use warmup_steps"
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type} does not go with {option}")
         if self.lr_milestones is None:
-            self.lr_milestones = list(MILESTONES) if stepwise else []
-        if any(not 0 < share < 1 for share in self.lr_milestones):
+            self._derive(lr_milestones=list(MILESTONES) if stepwise else [])
+        if any(not 0 < share < 1 for share in self.lr_milestones or ()):
             raise ValueError(f"lr_milestones must be shares between 0 and 1, got {self.lr_milestones}")
         if self.warmup_epochs < 0 or not self.warmup_factor > 0 or not self.lr_gamma > 0:
             raise ValueError(
