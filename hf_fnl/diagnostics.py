@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.functional import non_orthogonality, nuclear_norm_bound
-from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
+from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear, factorized_layers
 from hf_fnl.products import Product
 
 Figures = dict[str, float]
@@ -104,7 +104,7 @@ def parameter_count(model: nn.Module) -> Figures:
     """
     parameters = list(model.parameters())
     total = sum(p.numel() for p in parameters)
-    layers = {id(module.factors()[0]): module for module in model.modules() if isinstance(module, Factorized)}.values()
+    layers = factorized_layers(model)
     in_products = sum(_factor_count(layer) for layer in layers)
     dense = total - in_products + sum(_dense_count(layer) for layer in layers)
     return {

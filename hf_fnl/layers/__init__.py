@@ -1,6 +1,6 @@
 """Layers that hold factors in place of a weight."""
 
-from hf_fnl.layers.base import Factorized, FactorizedMatrix
+from hf_fnl.layers.base import Factorized, FactorizedMatrix, factorized_layers
 from hf_fnl.layers.conv import FactorizedConv2d
 from hf_fnl.layers.embedding import FactorizedEmbedding
 from hf_fnl.layers.linear import FactorizedLinear
@@ -13,4 +13,5 @@ __all__ = [
     "FactorizedLinear",
     "FactorizedMatrix",
     "TensorizedConv2d",
+    "factorized_layers",
 ]

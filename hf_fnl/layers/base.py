@@ -140,6 +140,15 @@ class Factorized(nn.Module):
             self.bias.copy_(values)
 
 
+def factorized_layers(model: nn.Module) -> list[Factorized]:
+    """The factorized layers of a model, of those that share their factors one."""
+    layers: dict[Tensor, Factorized] = {}
+    for module in model.modules():
+        if isinstance(module, Factorized):
+            layers.setdefault(module.factors()[0], module)
+    return list(layers.values())
+
+
 class FactorizedMatrix(Factorized):
     """A layer whose matrix ``W`` of shape ``(m, n)`` is held as ``U V^T``, or as ``U M V^T`` when ``deep``.
 

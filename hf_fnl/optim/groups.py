@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_fnl.layers import Factorized
+from hf_fnl.layers import factorized_layers
 from hf_fnl.products import Factor, Product
 
 FACTOR_DECAYS = ("weight", "crs", "none")
@@ -81,8 +81,7 @@ def _scaled_factors(model: nn.Module, ordinary: Mapping[str, Tensor], factor_dec
     if factor_decay == "weight":
         return 1.0, []
     names = {parameter: name for name, parameter in ordinary.items()}
-    layers = {layer.factors()[0]: layer for layer in model.modules() if isinstance(layer, Factorized)}
-    chosen = [layer for first, layer in layers.items() if first in names]
+    chosen = [layer for layer in factorized_layers(model) if layer.factors()[0] in names]
     if not chosen:
         raise ValueError(f"factor_decay={factor_decay!r} needs trainable factorized layers without Frobenius decay")
     factors = [factor for layer in chosen for factor in layer.factors()]

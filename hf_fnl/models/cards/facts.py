@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from hf_fnl.config import TransformerRanks
 from hf_fnl.diagnostics import parameter_count
-from hf_fnl.layers import Factorized
+from hf_fnl.layers import factorized_layers
 from hf_fnl.models.cards.record import FACTORIZATION_FILE, Record
 
 TRAINED_ON = ("dataset", "train_dataset")
@@ -74,15 +74,6 @@ def model_ranks(model: nn.Module) -> dict[str, Any]:
         return {}
     values = {field.name: getattr(ranks, field.name) for field in fields(ranks) if field.name != "init"}
     return {option: rank for option, rank in values.items() if (any(rank) if isinstance(rank, list) else rank)}
-
-
-def factorized_layers(model: nn.Module) -> list[Factorized]:
-    """The factorized layers of a model, of those that share their factors one."""
-    layers: dict[int, Factorized] = {}
-    for module in model.modules():
-        if isinstance(module, Factorized):
-            layers.setdefault(id(module.factors()[0]), module)
-    return list(layers.values())
 
 
 def is_hub_id(name: Any) -> TypeGuard[str]:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 from transformers.modelcard import TASK_MAPPING
 
-from hf_fnl.models.cards.facts import TRAINED_ON, factorized_layers, is_hub_id, model_ranks
+from hf_fnl.layers import factorized_layers
+from hf_fnl.models.cards.facts import TRAINED_ON, is_hub_id, model_ranks
 from hf_fnl.models.cards.record import Record
 
 
