@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import math
 import os
 import shutil
@@ -15,105 +14,38 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
 import pytest
 import torch
 import train_vision
 import yaml
-from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
+from vision_script_cases import (
+    FILES,
+    FORMS,
+    OVERCOMPLETE,
+    PRUNINGS,
+    SCHEMES,
+    TINY,
+    Run,
+    assert_same,
+    count,
+    flags,
+    load,
+    losses,
+    parquet,
+    picture,
+    plain_network,
+    products,
+    read,
+    stock,
+    train,
+    weights,
+)
 
-from hf_fnl.layers import Factorized
-from hf_fnl.models.vision import inner_convolutions, vision_model
+from hf_fnl.models.vision import inner_convolutions
 from hf_fnl.training.norms import read_norms
 from hf_fnl.training.tasks.images import load_images
-
-TINY = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "width": 3,
-    "max_train_images": 88,
-    "max_eval_images": 37,
-    "per_device_train_batch_size": 24,
-    "num_train_epochs": 2,  # of 4 steps
-    "save_strategy": "steps",
-    "save_steps": 3,
-    "save_total_limit": 3,
-    "eval_strategy": "no",
-}
-SCHEMES = ("spatial", "channel", "tt", "tucker")
-OVERCOMPLETE = ("full", "deep", "wide", "do_conv")
-PRUNINGS = ("random", "snip", "grasp", "magnitude", "lottery")
-FORMS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "rank-scale": {"rank_scale": 0.3, "decay": "frobenius"},
-    **{scheme: {"ratio": 0.5, "conv_scheme": scheme, "decay": "frobenius"} for scheme in SCHEMES},
-    **{kind: {"overcomplete": kind} for kind in OVERCOMPLETE},
-    **{method: {"ratio": 0.4, "pruning": method} for method in PRUNINGS},
-    "dense-first": {"rank_scale": 0.3, "decay": "frobenius", "dense_epochs": 1},
-}
-FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "metrics.json", "run_config.json"}
-
-Run = tuple[Path, dict[str, Any]]
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
-
-
-def train(folder: Path, **options: Any) -> dict[str, Any]:
-    return train_vision.main(flags({**TINY, "output_dir": folder, **options}))
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def read(folder: Path, name: str) -> Any:
-    return json.loads((folder / name).read_text())
-
-
-def losses(folder: Path) -> list[float]:
-    return [entry["loss"] for entry in read(folder, "trainer_state.json")["log_history"] if "loss" in entry]
-
-
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]), name
-
-
-def plain_network() -> nn.Module:
-    """What the script builds for digits."""
-    return vision_model("resnet20", num_labels=10, image_size=8, num_channels=1, width=3)
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def products(model: nn.Module) -> dict[str, Factorized]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Factorized)}
-
-
-def load(folder: Path) -> nn.Module:
-    return AutoModelForImageClassification.from_pretrained(folder).eval()
-
-
-def picture(size: int = 24, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8))
-
-
-def parquet(path: Path, pictures: list[Image.Image], classes: tuple[str, ...] = ("ant", "bee", "cow")) -> Path:
-    """A file of pictures whose classes go around."""
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list(classes)))
-    labels = [number % len(classes) for number in range(len(pictures))]
-    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(path)
-    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -370,95 +302,6 @@ def test_real_images(shared_data, tmp_path, form):
     assert model.config.id2label[9] == "truck"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model": "resnet21"}, "one of resnet20, .*, resnet50, got 'resnet21'"),
-        ({"model": "vgg19"}, "image_size must be at least 16, got 8"),
-        ({"width": 0}, "width must be at least 1, got 0"),
-        ({"init_from": "./nowhere"}, "nowhere"),
-        ({"rank_scale": 0}, r"rank_scale must be above 0 and at most 1, got 0\.0"),
-        ({"rank_scale": 1.5}, r"rank_scale must be above 0 and at most 1, got 1\.5"),
-        ({"rank_scale": 0.3, "ratio": 0.3}, r"exactly one of .*; got rank_scale=0\.3, ratio=0\.3"),
-        ({"rank_scale": 0.3, "conv_scheme": "svd"}, "conv_scheme must be one of spatial, .*, got 'svd'"),
-        ({"rank_scale": 0.3, "factor_init": "svd"}, "factor_init must be one of spectral, .*, got 'svd'"),
-        ({"ratio": 0.01}, r"cannot keep 0\.01 of its 9,811 parameters: .*; the closest ratio is 0\.11"),
-        ({"overcomplete": "tall"}, "overcomplete must be one of full, deep, wide, do_conv, got 'tall'"),
-        ({"overcomplete": "full", "ratio": 0.3}, "overcomplete=full has more parameters, .*: leave ratio out"),
-        ({"overcomplete": "full", "conv_scheme": "tt"}, "conv_scheme='tt' .* does not go with overcomplete"),
-        ({"pruning": "best", "ratio": 0.4}, "pruning must be one of random, .*, lottery, got 'best'"),
-        ({"pruning": "snip"}, "pruning=snip takes ratio"),
-        ({"pruning": "snip", "ratio": 0.4, "rank_scale": 0.3}, "pruning=snip takes ratio, and neither rank_scale"),
-        ({"pruning": "snip", "ratio": 0.01}, r"ratio=0\.01 of 9,811 parameters cannot be met: .* closest that can is"),
-        ({"pruning": "random", "ratio": 0.029}, "keeps 36 weights of classifier alone, more than keep=17"),
-        ({"pruning": "lottery", "ratio": 0.4, "pruning_rounds": 0}, "pruning_rounds must be at least 1, .*; got 0"),
-        ({"decay": "l1"}, "decay must be one of weight, frobenius, crs, none, normalized, got 'l1'"),
-        ({"rank_scale": 0.3, "decay": "normalized"}, "decay=normalized and norms_from"),
-        ({"rank_scale": 0.3, "decay": "normalized", "norms_from": "./nowhere"}, "nowhere holds no .*--record_norms"),
-        ({"dataset": "./nowhere"}, "no such file or folder: nowhere"),
-        ({"dataset": __file__, "eval_dataset": __file__}, r"test_vision_script\.py is no parquet file"),
-        ({"dataset": __file__}, "is one file, which is one split: set eval_dataset"),
-        ({"eval_split": "validation"}, 'split of the embedded digits must be "train" or "test"'),
-        ({"image_size": 0}, "image_size must be at least 1 pixel"),
-        ({"crop_padding": -1}, "crop_padding must be at least 0 pixels, got -1"),
-        ({"keep_on_device": "gpu"}, "keep_on_device must be one of auto, true, false, got 'gpu'"),
-        ({"decay": "frobenius"}, "decay=frobenius needs factorized layers: give rank_scale, ratio"),
-        ({"conv_scheme": "tt"}, "conv_scheme says how factors are made: give rank_scale or ratio"),
-        ({"factor_init": "svd"}, "factor_init must be one of spectral, spectral_ones, default, got 'svd'"),
-        ({"overcomplete": "do_conv", "rank_scale": 0.5}, "do_conv has no ranks"),
-        ({"overcomplete": "do_conv", "decay": "frobenius"}, "decay=frobenius needs factorized layers"),
-        ({"overcomplete": "full", "factor_init": "spectral"}, "factor_init must be default, got 'spectral'"),
-        ({"pruning": "snip", "ratio": 0.4, "decay": "frobenius"}, "decay=frobenius needs factorized layers"),
-        ({"pruning": "snip", "ratio": 0.4, "dense_epochs": 1}, "dense_epochs needs factorized layers"),
-        ({"pruning": "snip", "ratio": 0.4, "pruning_images": 0}, "pruning_images must be at least 1, got 0"),
-        ({"pruning": "snip", "ratio": 0.4, "pruning_rounds": 3}, "pruning_rounds must be at least 1, and is for magn"),
-        ({"pruning_rounds": 3}, "pruning_rounds=3 needs pruning=magnitude or lottery"),
-        ({"dense_epochs": 2, "rank_scale": 0.3}, r"dense_epochs must be in \[0, num_train_epochs=2\), got 2"),
-        (
-            {"dense_epochs": 1, "overcomplete": "full"},
-            "dense_epochs trains weights that factor_init=default would draw",
-        ),
-        ({"dense_epochs": 1, "rank_scale": 0.3, "record_norms": True}, "record_norms and .*: leave dense_epochs out"),
-        ({"record_norms": True}, "record_norms needs factorized layers"),
-        ({"diagnostics_steps": 5}, "diagnostics_steps needs factorized layers"),
-        ({"num_train_epochs": 0}, "num_train_epochs must be positive"),
-        ({"max_train_images": 0}, "max_train_images must be at least 1, got 0"),
-        ({"ratio": 1.0}, "ratio=1.0 leaves every matrix dense"),
-        ({"resume_from_checkpoint": "no/such/folder"}, "resume_from_checkpoint: there is no folder no/such/folder"),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "",
-)
-def test_bad_input_is_refused_before_anything_is_written(tmp_path, options, message):
-    with pytest.raises((ValueError, OSError), match=message):
-        train(tmp_path / "run", **options)
-    assert not (tmp_path / "run").exists()
-
-
-def test_bad_images_are_refused_before_anything_is_written(tmp_path):
-    train_file = parquet(tmp_path / "train.parquet", [picture()] * 6)
-    unknown = parquet(tmp_path / "unknown.parquet", [picture()] * 4, ("ant", "bee", "cow", "doe"))
-    mixed = parquet(tmp_path / "mixed.parquet", [picture(), picture(11)] * 3)
-    broken = tmp_path / "broken.parquet"
-    broken.write_bytes(train_file.read_bytes()[:-9])
-    cases = [
-        (train_file, unknown, r"class doe in record 3 of .*unknown\.parquet is not among the 3 classes"),
-        (mixed, train_file, "has 24x24 pixels .* record 1 of .* has 11x11; set image_size"),
-        (train_file, mixed, "a training image has 24x24 pixels .* has 11x11; set image_size"),
-        (broken, train_file, r"cannot read the train split of .*broken\.parquet as images"),
-    ]
-    for dataset, eval_dataset, message in cases:
-        with pytest.raises(ValueError, match=message):
-            train(tmp_path / "run", dataset=dataset, eval_dataset=eval_dataset)
-    assert not (tmp_path / "run").exists()
-
-
-def stock(folder: Path, **sizes: Any) -> Path:
-    """A tiny network of Transformers, saved."""
-    config = ResNetConfig(embedding_size=5, hidden_sizes=[8, 12], depths=[1, 1], **{"num_channels": 1, **sizes})
-    ResNetForImageClassification(config).save_pretrained(folder)
-    return folder
-
-
 def test_a_classifier_for_other_classes_is_drawn_anew(tmp_path):
     source = stock(tmp_path / "stock", num_labels=7)
     train(tmp_path / "run", init_from=source, learning_rate=1e-9, num_train_epochs=1)
@@ -470,12 +313,6 @@ def test_a_classifier_for_other_classes_is_drawn_anew(tmp_path):
     kernels = [name for name in after if after[name].ndim == 4]
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in kernels)
     assert load(tmp_path / "run").config.id2label == {number: str(number) for number in range(10)}
-
-
-def test_images_of_other_channels_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"init_from=.* takes images of 3 channels, got 1"):
-        train(tmp_path / "run", init_from=stock(tmp_path / "stock", num_channels=3))
-    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_factorized_is_not_factorized_again(runs, tmp_path):
