@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_fnl.optim.groups import by_name, check_factors
-from hf_fnl.products import Factor, Product, beside_factors
-
-_Named = dict[str, tuple[Tensor, dict[str, Any]]]
+from hf_fnl.optim.product_decay import ProductDecay
+from hf_fnl.optim.sharding import shards_of
+from hf_fnl.products import Product, beside_factors
 
 MODES = ("penalty", "coupled", "decoupled")
 
@@ -54,7 +54,8 @@ class FrobeniusDecay:
 
     What a parameter holds beside factors gets ordinary decay by the same coefficient: ``p`` in the place of ``F_p``.
     Parameters without gradient are passed over, as optimizers do. The decay lasts until :meth:`remove`, or to the end
-    of a ``with`` block. Factors are found by name at each step, so that a wrapper may replace the parameters.
+    of a ``with`` block. Factors are found by name at each step, so that a wrapper may replace the parameters; except
+    for a penalty, they may lie in parts on several processes (FSDP2, ZeRO).
 
     Args:
         optimizer: Any optimizer over named parameters.
@@ -78,6 +79,9 @@ class FrobeniusDecay:
         self.optimizer, self.products, self.weight_decay, self.mode = optimizer, tuple(products), weight_decay, mode
         check_factors(self.products, optimizer.param_groups)
         _check_no_ordinary_decay(self.products, optimizer.param_groups)
+        self._factors = {name for product in self.products for name in product.parameter_names}
+        self._decay = ProductDecay(self.products)
+        shards_of(optimizer)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def penalty(self) -> Tensor:
@@ -104,25 +108,17 @@ class FrobeniusDecay:
                 f"Frobenius decay with mode={self.mode!r} needs the gradients before the step, where a closure has not "
                 "computed them yet; use mode='penalty', or call step() without a closure"
             )
-        named = by_name(optimizer.param_groups)
-        for part, gradient in self._gradients(named):
-            parameter, group = named[part.name]
-            if parameter.grad is None:
+        shards = shards_of(optimizer)
+        due = [(fragment, group) for group, fragments in shards.due() for fragment in fragments]
+        self._decay.take(shards, [fragment for fragment, _ in due])
+        for fragment, group in due:
+            if fragment.name not in self._factors or fragment.owner.grad is None:
                 continue
+            gradient = self._decay.term(fragment)
             if self.mode == "coupled":
-                part.view(parameter.grad).add_(gradient, alpha=self.weight_decay)
+                fragment.part(fragment.owner.grad).add_(gradient, alpha=self.weight_decay)
             else:
-                part.view(parameter).sub_(gradient * (group["lr"] * self.weight_decay))
-
-    def _gradients(self, named: _Named) -> list[tuple[Factor, Tensor]]:
-        """``F_p`` of every factor and what lies beside factors, all of them before one moves."""
-        parameters = {name: parameter for name, (parameter, _) in named.items()}
-        gradients = [
-            pair
-            for product in self.products
-            for pair in zip(product.parts, product.decay_gradients(parameters), strict=True)
-        ]
-        return gradients + [(Factor(name), rest) for name, rest in beside_factors(self.products, parameters).items()]
+                fragment.local.sub_(gradient * (group["lr"] * self.weight_decay))
 
 
 def _check_no_ordinary_decay(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:

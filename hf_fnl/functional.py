@@ -53,16 +53,22 @@ def decay_multipliers(*factors: Tensor) -> tuple[tuple[Tensor | None, Tensor], .
         For each factor a pair of ``(..., r, r)`` matrices; ``L`` is ``None`` where it is the identity.
     """
     U, *middle, V = factors
-    gram_u, gram_v = U.mT @ U, V.mT @ V
+    return multipliers_from_grams(U.mT @ U, *middle, V.mT @ V)
+
+
+def multipliers_from_grams(*grams: Tensor) -> tuple[tuple[Tensor | None, Tensor], ...]:
+    """:func:`decay_multipliers` from the Gram matrices ``U^T U`` and ``V^T V``, between them a middle factor if any."""
+    gram_u, *middle, gram_v = grams
     if not middle:
-        return (None, _sum_over_shares(gram_v, U)), (None, _sum_over_shares(gram_u, V))
+        return (None, _sum_over_shares(gram_v, gram_u)), (None, _sum_over_shares(gram_u, gram_v))
     (M,) = middle
     right_u, right_v = M @ gram_v @ M.mT, M.mT @ gram_u @ M
-    return (None, _sum_over_shares(right_u, U)), (gram_u, gram_v), (None, _sum_over_shares(right_v, V))
+    return (None, _sum_over_shares(right_u, gram_u)), (gram_u, gram_v), (None, _sum_over_shares(right_v, gram_v))
 
 
-def _sum_over_shares(matrix: Tensor, p: Tensor) -> Tensor:
-    shared = [d for d in range(p.ndim - 2) if p.shape[d] == 1 and matrix.shape[d] > 1]
+def _sum_over_shares(matrix: Tensor, gram: Tensor) -> Tensor:
+    """``matrix``, summed over the products that share the factor whose Gram matrix is ``gram``."""
+    shared = [d for d in range(gram.ndim - 2) if gram.shape[d] == 1 and matrix.shape[d] > 1]
     return matrix.sum(shared, keepdim=True) if shared else matrix
 
 

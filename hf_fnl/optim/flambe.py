@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hf_fnl.functional import decay_multipliers
 from hf_fnl.optim.groups import by_name, check_factors
 from hf_fnl.optim.lamb import DecayTerm, Lamb
-from hf_fnl.products import Factor, Product
+from hf_fnl.optim.product_decay import ProductDecay
+from hf_fnl.optim.sharding import Fragment, shards_of
+from hf_fnl.products import Product
 
 
 class FLAMBe(Lamb):
@@ -22,7 +20,8 @@ class FLAMBe(Lamb):
     In the update of a factor ``p`` of a product ``W``, ``weight_decay * p`` becomes ``weight_decay * F_p``, where
     ``F_p`` is the gradient of ``||W||_F^2 / 2``, summed over the heads that share ``p``; the trust ratio is that of the
     whole parameter. All other parameters, and what a parameter holds beside factors, are updated as by :class:`Lamb`.
-    All products are taken as they are before the step.
+    All products are taken as they are before the step. Where parameters are divided among processes (FSDP2, ZeRO), the
+    processes add up one ``(heads, r, r)`` matrix per factor in each step, and exchange the rows and heads that are cut.
 
     Args:
         params: Named parameters, ``model.named_parameters()``, or groups of them; see
@@ -57,37 +56,21 @@ class FLAMBe(Lamb):
         _check_matrices(self.products)
         check_factors(self.products, self.param_groups)
         _check_decays(self.products, self.param_groups)
+        self._decay = ProductDecay(self.products)
 
-    def _decay_term(self) -> DecayTerm:
+    def _decay_term(self, due: Sequence[Fragment]) -> DecayTerm:
         """``F_p`` for the factors of products, from what the products are now."""
-        named = by_name(self.param_groups)
-        parameters = {name: parameter for name, (parameter, _) in named.items()}
-        multipliers = defaultdict(list)
-        for product in self.products:
-            _, group = named[product.parts[0].name]
-            if group["weight_decay"] != 0:
-                pairs = zip(product.parts, decay_multipliers(*product.factors(parameters)), strict=True)
-                for part, (left, right) in pairs:
-                    multipliers[parameters[part.name]].append((part, left, right))
-        return functools.partial(_frobenius_term, multipliers)
+        decayed = {name for group in self.param_groups if group["weight_decay"] != 0 for name in group["param_names"]}
+        products = [product for product in self.products if not decayed.isdisjoint(product.parameter_names)]
+        self._decay.take(shards_of(self), due, products)
+        return self._decay.term
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "products": self.products}
 
-
-def _frobenius_term(
-    multipliers: Mapping[Tensor, list[tuple[Factor, Tensor | None, Tensor]]], parameter: Tensor, buffer: Tensor | None
-) -> Tensor:
-    if parameter not in multipliers:
-        return parameter
-    factors = [part.view(parameter) for part, _, _ in multipliers[parameter]]
-    if sum(factor.numel() for factor in factors) == parameter.numel():
-        term = torch.empty_like(parameter) if buffer is None else buffer
-    else:  # the rest gets ordinary decay
-        term = parameter.clone() if buffer is None else buffer.copy_(parameter)
-    for factor, (part, left, right) in zip(factors, multipliers[parameter], strict=True):
-        torch.matmul(factor if left is None else left @ factor, right, out=part.view(term))
-    return term
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._decay = ProductDecay(self.products)
 
 
 def _check_matrices(products: Sequence[Product]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# What `weight_decay` multiplies, given a parameter and, where there is one, a tensor that may be overwritten with it.
-DecayTerm = Callable[[Tensor, Tensor | None], Tensor]
+from hf_fnl.optim.sharding import Collectives, Fragment, shards_of
+
+# What `weight_decay` multiplies, given a fragment and, where there is one, a tensor that may be overwritten with it.
+DecayTerm = Callable[[Fragment, Tensor | None], Tensor]
 
 # On a CPU, tensors of up to the first number of elements are updated together, because calls cost more than their
 # arithmetic. Larger ones go alone, in pieces of the second number of elements, so that the cache still holds what one
@@ -21,6 +23,9 @@ _PIECE = 2**20
 
 
 class _Slot(NamedTuple):
+    """A fragment of a parameter, and the same range of its gradient and state."""
+
+    fragment: Fragment
     parameter: Tensor
     grad: Tensor
     exp_avg: Tensor
@@ -38,6 +43,10 @@ class Lamb(Optimizer):
     where the ratio is 1 if ``weight_decay`` or one of the norms is 0. Half-precision parameters have half-precision
     moments and every result is rounded to their dtype, as in torch's own optimizers; norms are computed in float32.
     Besides the moments, a CPU keeps memory of the size of the largest parameter.
+
+    The result does not depend on how parameters are divided among processes, by FSDP2 (also hybrid) or DeepSpeed's
+    ZeRO: norms are those of whole parameters, at the cost of one message of 8 bytes a parameter in each step. Until it
+    is there, the updates of this process's share of the parameters stay in memory.
 
     Args:
         params: Parameters, named parameters (``model.named_parameters()``) or groups of either.
@@ -72,6 +81,7 @@ class Lamb(Optimizer):
         """Add a group, as torch does, if its options are in range."""
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        shards_of(self).add_group(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -87,35 +97,61 @@ class Lamb(Optimizer):
             RuntimeError: If a gradient is sparse; no parameter has moved then.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        slots = [[self._slot(p, p.grad) for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        shards = shards_of(self)
+        due = shards.due()
+        slots = [[self._slot(f, f.owner.grad) for f in fragments if f.owner.grad is not None] for _, fragments in due]
         if self.max_grad_norm is not None:
-            parameters = [slot.parameter for slots_of_group in slots for slot in slots_of_group]
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        decay_term = self._decay_term()
-        for group, slots_of_group in zip(self.param_groups, slots, strict=True):
-            alone, together = _partition(slots_of_group)
-            for slot in alone:
-                _update_in_pieces(slot, decay_term, self._buffer(slot.parameter), group)
-            for batch in together:
-                _update_together(batch, decay_term, group)
+            self._clip(slots, shards.steps_in_parts)
+        steps = {id(slot.step): slot.step for slots_of_group in slots for slot in slots_of_group}
+        if steps:
+            torch._foreach_add_(list(steps.values()), 1)
+        fragments = [fragment for _, fragments in due for fragment in fragments]
+        decay_term = self._decay_term(fragments)
+        updates: Iterable[_Update] = (
+            self._update(batch, decay_term, group, keep=shards.collectives is not None)
+            for (group, _), slots_of_group in zip(due, slots, strict=True)
+            for batch in _batches(slots_of_group)
+        )
+        if shards.collectives is not None:
+            updates = _with_whole_norms(list(updates), fragments, shards.collectives)
+        for update in updates:
+            update.apply()
         return loss
 
-    def _decay_term(self) -> DecayTerm:
-        """What ``weight_decay`` multiplies in this step; called before any parameter moves."""
-        return lambda parameter, buffer: parameter
+    def _decay_term(self, due: Sequence[Fragment]) -> DecayTerm:
+        """What ``weight_decay`` multiplies in this call of ``step``, which moves ``due``; called before they move."""
+        return lambda fragment, buffer: fragment.local
 
-    def _slot(self, parameter: Tensor, grad: Tensor) -> _Slot:
+    def _slot(self, fragment: Fragment, grad: Tensor) -> _Slot:
+        owner, state = fragment.owner, self.state[fragment.owner]
         if grad.layout is not torch.strided:
             raise RuntimeError(
                 f"{type(self).__name__} takes dense gradients only, got a {grad.layout} one for a parameter of shape "
-                f"{tuple(parameter.shape)}; build the embedding that makes it with sparse=False"
+                f"{tuple(owner.shape)}; build the embedding that makes it with sparse=False"
             )
-        state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-        return _Slot(parameter, grad, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device)
+            state["exp_avg"] = torch.zeros_like(owner, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(owner, memory_format=torch.contiguous_format)
+        moments = fragment.part(state["exp_avg"]), fragment.part(state["exp_avg_sq"])
+        return _Slot(fragment, fragment.local, fragment.part(grad), *moments, state["step"])
+
+    def _clip(self, slots: Iterable[Sequence[_Slot]], steps_in_parts: bool) -> None:
+        if steps_in_parts:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm}: under ZeRO no step sees all gradients, so DeepSpeed has to clip; "
+                "set gradient_clipping in its configuration, and max_grad_norm=None here"
+            )
+        owners = [slot.fragment.owner for slots_of_group in slots for slot in slots_of_group]
+        torch.nn.utils.clip_grad_norm_(owners, self.max_grad_norm)  # type: ignore[arg-type]
+
+    def _update(self, batch: list[_Slot], decay_term: DecayTerm, group: dict[str, Any], *, keep: bool) -> _Update:
+        """The update of a batch; unless it is to be kept, only until the next one is asked for."""
+        if _is_large(batch[0]):
+            (slot,) = batch
+            buffer = torch.empty_like(slot.parameter) if keep else self._buffer(slot.parameter)
+            return _in_pieces(slot, decay_term(slot.fragment, buffer), buffer, group)
+        return _together(batch, [decay_term(slot.fragment, None) for slot in batch], group)
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         """Memory for the update of one tensor at a time, kept because a CPU is slow to hand out new memory."""
@@ -146,45 +182,75 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
-def _partition(slots: list[_Slot]) -> tuple[list[_Slot], list[list[_Slot]]]:
-    """Tensors to be updated one at a time, and batches, each on one device and in one dtype, to be updated at once."""
+def _is_large(slot: _Slot) -> bool:
+    return slot.parameter.is_cpu and slot.parameter.numel() > _SMALL
+
+
+def _batches(slots: Sequence[_Slot]) -> list[list[_Slot]]:
+    """What is updated at once: a large tensor, or all small ones on one device and in one dtype."""
     alone, together = [], defaultdict(list)
     for slot in slots:
-        parameter = slot.parameter
-        # A DTensor knows its operations, but not how to lie in one row that could be cut.
-        if parameter.is_cpu and parameter.numel() > _SMALL and type(slot.grad) is Tensor:
-            alone.append(slot)
+        if _is_large(slot):
+            alone.append([slot])
         else:
-            together[parameter.device, parameter.dtype].append(slot)
-    return alone, list(together.values())
+            together[slot.parameter.device, slot.parameter.dtype].append(slot)
+    return alone + list(together.values())
 
 
-def _update_in_pieces(slot: _Slot, decay_term: DecayTerm, update: Tensor, group: dict[str, Any]) -> None:
-    """Update one large tensor, a piece at a time; its update gathers in ``update``."""
-    slot.step.add_(1)
-    tensors = (slot.parameter, slot.grad, slot.exp_avg, slot.exp_avg_sq, decay_term(slot.parameter, update), update)
-    rows = [tensor.contiguous().view(-1) for tensor in tensors]
+class _Update(NamedTuple):
+    """Updates of some tensors, and the squared norms of tensors and updates, ``(n, 2)``, over what is held here."""
+
+    slots: list[_Slot]
+    group: dict[str, Any]
+    directions: list[Tensor]
+    squares: Tensor
+
+    def apply(self) -> None:
+        """Move the tensors."""
+        parameter_norms, update_norms = self.squares.sqrt().unbind(1)
+        step_sizes = _step_size(parameter_norms, update_norms, self.group)
+        parameters = [slot.parameter for slot in self.slots]
+        torch._foreach_addcmul_(parameters, self.directions, list(step_sizes.unbind()))
+
+
+def _with_whole_norms(updates: list[_Update], fragments: Sequence[Fragment], collectives: Collectives) -> list[_Update]:
+    """The updates with the norms of whole tensors, from one message about all ``fragments`` of this step."""
+    if not updates:
+        return []
+    squares = torch.zeros(len(fragments), 2, dtype=updates[0].squares.dtype, device=updates[0].squares.device)
+    number = {id(fragment): i for i, fragment in enumerate(fragments)}
+    rows = [[number[id(slot.fragment)] for slot in update.slots] for update in updates]
+    for update, where in zip(updates, rows, strict=True):
+        squares[where] = update.squares.to(squares.dtype)
+    if collectives.rank > 0:  # of what every process holds, one norm counts
+        squares[[i for i, fragment in enumerate(fragments) if fragment.group is None]] = 0
+    collectives.sum_(squares, "norms")
+    return [update._replace(squares=squares[where]) for update, where in zip(updates, rows, strict=True)]
+
+
+def _in_pieces(slot: _Slot, decay: Tensor, update: Tensor, group: dict[str, Any]) -> _Update:
+    """Compute the update of one large tensor, a piece at a time."""
+    rows = [
+        tensor.contiguous().view(-1)
+        for tensor in (slot.parameter, slot.grad, slot.exp_avg, slot.exp_avg_sq, decay, update)
+    ]
     squares = []
     for start in range(0, update.numel(), _PIECE):
-        p, grad, exp_avg, exp_avg_sq, decay, u = (row[start : start + _PIECE] for row in rows)
-        torch.mul(decay, group["weight_decay"], out=u)
+        p, grad, exp_avg, exp_avg_sq, term, u = (row[start : start + _PIECE] for row in rows)
+        torch.mul(term, group["weight_decay"], out=u)
         _add_direction([u], [grad], [exp_avg], [exp_avg_sq], [slot.step], group)
         squares += [_squared_norm(p), _squared_norm(u)]
-    parameter_norm, update_norm = torch.stack(squares).view(-1, 2).sum(0).sqrt_().unbind()
-    slot.parameter.addcmul_(update, _step_size(parameter_norm, update_norm, group))
+    return _Update([slot], group, [update], torch.stack(squares).view(-1, 2).sum(0, keepdim=True))
 
 
-def _update_together(slots: list[_Slot], decay_term: DecayTerm, group: dict[str, Any]) -> None:
-    """Update many tensors, one operation on all of them at a time."""
-    parameters, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*slots, strict=True))
-    torch._foreach_add_(steps, 1)
-    decay = [decay_term(p, None).contiguous() for p in parameters]
-    updates = list(torch._foreach_mul(decay, group["weight_decay"]))
+def _together(batch: list[_Slot], decay: list[Tensor], group: dict[str, Any]) -> _Update:
+    """Compute the updates of many tensors, one operation on all of them at a time."""
+    _, parameters, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*batch, strict=True))
+    updates = list(torch._foreach_mul([term.contiguous() for term in decay], group["weight_decay"]))
     _add_direction(updates, [grad.contiguous() for grad in grads], exp_avgs, exp_avg_sqs, steps, group)
     dtype = torch.promote_types(updates[0].dtype, torch.float32)
     norms = [torch.stack(torch._foreach_norm(tensors, 2, dtype)) for tensors in (parameters, updates)]
-    step_sizes = _step_size(norms[0], norms[1], group)
-    torch._foreach_addcmul_(parameters, updates, list(step_sizes.unbind()))
+    return _Update(batch, group, updates, torch.stack(norms, dim=1).square_())
 
 
 def _add_direction(
