@@ -81,7 +81,7 @@ class Lamb(Optimizer):
         """Add a group, as torch does, if its options are in range."""
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        shards_of(self).add_group(self.param_groups[-1])
+        shards_of(self).remember()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -66,14 +66,16 @@ class Shards:
         self._groups: list[Group] = []
         self._layout: Plain | None = None
         self._collectives: Collectives | None = None
-        for group in optimizer.param_groups:
-            self.add_group(group)
+        self.remember()
 
-    def add_group(self, group: Group) -> None:
-        """Remember the parameters of a group that has just been added."""
-        pairs = zip(names_of(group), group["params"], strict=True)
-        key = tuple(names_of(group)) if "param_names" in group else ()
-        self._origins.setdefault(key, []).extend(Origin.of(name, parameter) for name, parameter in pairs)
+    def remember(self) -> None:
+        """Remember the parameters of groups that have just been added, as the model knows them."""
+        for group in self._optimizer().param_groups:  # type: ignore[union-attr]
+            if not any(group is known for known in self._groups):
+                self._groups.append(group)
+                pairs = zip(names_of(group), group["params"], strict=True)
+                key = tuple(names_of(group)) if "param_names" in group else ()
+                self._origins.setdefault(key, []).extend(Origin.of(name, parameter) for name, parameter in pairs)
 
     @property
     def layout(self) -> str:
