@@ -28,7 +28,7 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         ``P`` of shape ``(m, rank)``, ``S`` of shape ``(rank,)``, descending up to rounding, and ``Q`` of shape
-        ``(n, rank)``, in float32, or in float64 for a float64 ``weight``.
+        ``(n, rank)``, in float32, or in float64 for a float64 ``weight``. On the meta device only the shapes.
 
     Raises:
         ValueError: If ``rank`` is out of range or ``weight`` is not finite.
@@ -36,6 +36,8 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if weight.ndim != 2:
         raise ValueError(f"a weight to be decomposed must be a matrix, got shape {tuple(weight.shape)}")
     check_rank(rank, min(weight.shape))
+    if weight.is_meta:
+        return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank), weight.new_empty(weight.shape[1], rank)
     if not torch.stack(weight.aminmax()).isfinite().all():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} to be decomposed holds NaN or Inf")
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -112,12 +114,15 @@ def spectral_init_heads(left: Tensor, right: Tensor, rank: int, method: str = "s
         method: ``"spectral"`` or ``"spectral_ones"``.
 
     Returns:
-        Balanced factors of shapes ``(heads, m, rank)`` and ``(heads, n, rank)``, in the dtypes given.
+        Balanced factors of shapes ``(heads, m, rank)`` and ``(heads, n, rank)``, in the dtypes given. On the meta
+        device only the shapes.
 
     Raises:
         ValueError: If ``rank`` or ``method`` is not allowed, or a factor is not finite.
     """
     check_rank(rank, min(*left.shape[-2:], right.shape[-2]))
+    if left.is_meta:
+        return left[..., :rank].clone(), right[..., :rank].clone()
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise ValueError("the projections of an attention to be decomposed hold NaN or Inf")
     wide = torch.promote_types(left.dtype, torch.float32)

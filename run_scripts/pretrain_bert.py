@@ -17,15 +17,12 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTra
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training.building import build
 from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
 from hf_fnl.training.tasks.documents import DocumentOptions
 from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
-from hf_fnl.training.tasks.pretraining import (
-    EpochCallback,
-    PretrainingCollator,
-    PretrainingOptions,
-    build_pretraining_dataset,
-)
+from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 from hf_fnl.training.tasks.wordpiece import train_wordpiece
 
@@ -104,10 +101,10 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     }
     ranks = {name: getattr(options, name) for name in ("qk_rank", "ov_rank", "ffn_rank", "embedding_rank")}
     if not options.stock:
-        return model_class(FactorizedBertConfig(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
+        return build(model_class, FactorizedBertConfig(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
     if given := [name for name, rank in ranks.items() if rank is not None]:
         raise ValueError(f"stock=True takes no ranks, got {', '.join(given)}")
-    return model_class(BertConfig(**sizes))
+    return build(model_class, BertConfig(**sizes))
 
 
 def train_phase(
@@ -125,8 +122,8 @@ def train_phase(
     validation, held_out = None, data.validation()
     if held_out is not None:
         validation = build_pretraining_dataset(held_out, tokenizer, options, num_proc=data.num_proc)
-    args = copy.copy(args)
-    args.output_dir = str(Path(args.output_dir) / f"phase-{number}")
+    folder, args = args.output_dir, copy.copy(args)
+    args.output_dir = str(Path(folder) / f"phase-{number}")
     args.max_steps = phase.steps or args.max_steps
     args.learning_rate = phase.learning_rate or args.learning_rate
     trainer = FLAMBeTrainer(
@@ -134,15 +131,15 @@ def train_phase(
         args,
         train_dataset=build_pretraining_dataset(documents, tokenizer, options, num_proc=data.num_proc),
         eval_dataset=validation,
-        data_collator=PretrainingCollator(tokenizer, max_length=phase.length if data.streaming else None),
+        data_collator=PretrainingCollator(tokenizer),
         compute_metrics=mlm_metrics,
         preprocess_logits_for_metrics=reduce_logits,
-        callbacks=[EpochCallback()],
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
     if validation is not None:
         metrics |= trainer.evaluate()
     trainer.save_state()
+    trainer.save_model(folder)  # by all processes: each may hold a part of it
     return metrics
 
 
@@ -170,7 +167,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for number, phase in enumerate(phases, start=1):
         metrics[f"phase-{number}"] = train_phase(phase, number, model, tokenizer, data, args)
     if args.should_save:
-        model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         finish_run(args.output_dir, metrics, options, data, args)
     return metrics

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_d
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training.building import build
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
 from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
@@ -124,8 +125,8 @@ def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, int | No
         "attn_pdrop": options.dropout,
     }
     if options.stock:
-        return model_class(GPT2Config(**sizes))
-    return model_class(FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
+        return build(model_class, GPT2Config(**sizes))
+    return build(model_class, FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
 
 
 def held_out_blocks(data: DataOptions, tokenizer: Any, block_size: int) -> BlockDataset | None:
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model,
         args,
         factorize=factorize,
-        train_dataset=build_blocks(documents, tokenizer, block_size=block_size, num_proc=data.num_proc),
+        train_dataset=build_blocks(documents, tokenizer, block_size=block_size, num_proc=data.num_proc, seed=args.seed),
         eval_dataset=held_out,
         data_collator=default_data_collator,
         compute_metrics=functools.partial(perplexities, num_words=held_out.num_words) if held_out else None,

@@ -30,6 +30,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
+from hf_fnl.training.building import build
 from hf_fnl.training.files import write_text
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.bleu import bleu_scores
@@ -178,14 +179,14 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks
         "forced_eos_token_id": tokenizer.eos_token_id,
     }
     if options.stock:
-        model = MarianMTModel(MarianConfig(**settings))
+        model = build(MarianMTModel, MarianConfig(**settings))
     else:
         factors = {
             "factor_init": init_methods(options.factor_init),
             "normalize_before": options.normalize_before,
             **ranks,
         }
-        model = FactorizedMarianMTModel(FactorizedMarianConfig(**settings, **factors))
+        model = build(FactorizedMarianMTModel, FactorizedMarianConfig(**settings, **factors))
     # Padding starts a decoder and must not come up again.
     model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
     return model

@@ -17,7 +17,7 @@ FLOORS = [
     {"products", "calibration", "surgery", "ranks"},
     {"decay", "diagnostics", "optim", "pruning", "interpolation"},
     {"models"},
-    {"training"},
+    {"training", "planning"},
     {"cli", "report"},
     {"__main__"},
 ]

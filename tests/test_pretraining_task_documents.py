@@ -12,8 +12,13 @@ from transformers import AutoTokenizer
 
 from hf_fnl.training.tasks.documents import Document, load_documents, split_sentences, tokenize_documents
 from hf_fnl.training.tasks.embedded import embedded_documents
-from hf_fnl.training.tasks.pretraining import PretrainingOptions, make_instances, pack_sentences, sentence_pairs
-from hf_fnl.training.tasks.pretraining import _truncate as truncate
+from hf_fnl.training.tasks.pretraining_examples import (
+    PretrainingOptions,
+    make_instances,
+    pack_sentences,
+    sentence_pairs,
+)
+from hf_fnl.training.tasks.pretraining_examples import _truncate as truncate
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 from hf_fnl.training.tasks.wordpiece import SPECIAL_TOKENS, Vocabulary, train_wordpiece
 

@@ -10,7 +10,7 @@ import copy
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -77,6 +77,16 @@ class ThreadCollectives:
     def sum_(self, message: Tensor, purpose: str) -> Tensor:
         self.sent[purpose] += message.numel() * message.element_size()
         return message.copy_(torch.stack(self.world.exchange(self.rank, message.clone())).sum(0))
+
+    @property
+    def size(self) -> int:
+        return self.world.size
+
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[int], purpose: str) -> list[Tensor]:
+        self.sent[purpose] += sum(message.numel() * message.element_size() for message in outgoing)
+        received = [messages[self.rank] for messages in self.world.exchange(self.rank, outgoing)]
+        assert [message.numel() for message in received] == list(incoming)
+        return received
 
     def gather(self, value: Any) -> list[Any]:
         return self.world.exchange(self.rank, value)
@@ -285,8 +295,8 @@ def test_what_the_decay_sends_does_not_grow_with_the_matrices():
 
 
 def test_cut_heads_are_exchanged_and_nothing_else():
-    """Of 4 heads of 4 rows each that 3 ranks divide at rows 6 and 12, the one from row 4 on is cut."""
-    assert sent_in_a_step(16, 24, 3)["cuts"] == 4 * (4 * 16)
+    """Of 4 heads of 4 rows each that 3 ranks divide at rows 6 and 12, the one from row 4 on is cut in the middle."""
+    assert sent_in_a_step(16, 24, 3)["cuts"] == 4 * (2 * 16)
 
 
 def test_a_copy_has_shards_of_its_own():

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_fnl.cli.plan import plan
 from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, size_change, sort_rows
 from hf_fnl.cli.terminal import session
 
@@ -168,6 +169,28 @@ def merge(
         terminal.show(result | {"out": str(out)}, f"{classes}: {sizes}\n{checked}\n{out}")
 
 
+@app.command(epilog="Example: `hf-fnl consolidate run/checkpoint-1000 --out bert-1000`")
+def consolidate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint of a training.")],
+    out: Out,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make the folder of a model, for `from_pretrained`, of a checkpoint whose weights were saved in parts.
+
+    Trainings with `--checkpoint_format sharded` write such checkpoints. What only the training needs is left out.
+    """
+    with session(as_json=as_json, debug=debug) as terminal:
+        from hf_fnl.cli.folders import new_folder
+        from hf_fnl.training.checkpoints.consolidate import consolidate as work
+
+        with new_folder(out, source=str(checkpoint), overwrite=overwrite) as folder, terminal.step("consolidating"):
+            result = work(checkpoint, folder)
+        size = f"{result['tensors']:,} tensors, {result['bytes']:,} bytes"
+        terminal.show(result | {"checkpoint": str(checkpoint), "out": str(out)}, f"{size}\n{out}")
+
+
 @app.command(epilog="Example: `hf-fnl inspect bert-half --sort effective-rank`")
 def inspect(
     model: Model,
@@ -220,6 +243,9 @@ def report(
         with terminal.step("decomposing") as advance:
             written = write_report(sources, out, progress=advance)
         terminal.show({"sources": sources, "out": str(written)}, str(written))
+
+
+app.command(epilog="Example: `hf-fnl plan bert-large --gpus 64 --engine fsdp2 --memory 24`")(plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,7 +24,8 @@ class DenseWeight(Tensor):
     @classmethod
     def of(cls, shape: Sequence[int], like: Tensor, compose: Callable[[], Tensor]) -> DenseWeight:
         """A weight of this shape, in the dtype and on the device of ``like``, that ``compose`` multiplies out."""
-        weight = like.new_empty(()).expand(shape).as_subclass(cls)
+        # Not by `like` itself, which under FSDP2 would make a DTensor.
+        weight = torch.empty((), dtype=like.dtype, device=like.device).expand(shape).as_subclass(cls)
         weight._compose = compose
         weight._is_hf_initialized = True  # Transformers' initialization passes it by: what it wrote would be lost
         return weight

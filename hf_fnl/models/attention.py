@@ -59,7 +59,7 @@ class FactorizedAttention(nn.Module):
         Writes only what a checkpoint has not set; draws nothing if it has set everything.
         """
         spans = self.projections(self)
-        fresh = [span for span in spans if not (is_loaded(span.layer.weight) or span.layer.weight.is_meta)]
+        fresh = [span for span in spans if not is_loaded(span.layer.weight)]
         if not fresh:
             return
         query, key, value, output = self.draw_heads(spans[0].weight.shape[1], std)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers import initialization as init
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.calibration import Calibration
@@ -26,7 +27,11 @@ from hf_fnl.models.attention import (
 )
 from hf_fnl.models.cards import UploadsCard
 from hf_fnl.models.conversion import Shared, fill_, ranks_by_rule
-from hf_fnl.models.loading import load_checked
+from hf_fnl.models.division import partition_
+from hf_fnl.models.loading import check_files, load_checked
+from hf_fnl.models.recording import meta_parameters
+from hf_fnl.models.sharded_init import make_partitioned
+from hf_fnl.surgery.swap import check_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,6 +63,35 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        # Under ZeRO-3, Transformers divides each layer as soon as it is made. But a factorized layer needs the sizes of
+        # the one that it replaces, and an attention draws its query, key, value and output together.
+        if not is_deepspeed_zero3_enabled() or modeling_utils._is_ds_init_called:
+            return super()._from_config(config, **kwargs)
+
+        def make() -> Any:
+            with modeling_utils.set_zero3_state():
+                return cls._from_config(config, **kwargs)
+
+        return make_partitioned(make)
+
+    @classmethod
+    def get_init_context(cls, dtype: torch.dtype, is_quantized: bool, is_ds_init_called: bool, *args: Any) -> list[Any]:
+        """As in Transformers; for ZeRO-3 the model is made on the meta device and divided before weights are loaded."""
+        if not is_deepspeed_zero3_enabled() or is_quantized or is_ds_init_called:
+            return super().get_init_context(dtype, is_quantized, is_ds_init_called, *args)
+        contexts = super().get_init_context(dtype, is_quantized, True, *args)
+        return [*contexts, init.no_init_weights(), meta_parameters(), modeling_utils.set_zero3_state()]
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any) -> Any:
+        if is_deepspeed_zero3_enabled() and not load_config.is_quantized:
+            # Only the first process reads the weights, so all look whether they fit, or one would raise alone.
+            check_files(model, load_config.pretrained_model_name_or_path, checkpoint_files or ())
+            partition_(model)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
@@ -119,6 +153,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         """
         if not isinstance(dense, PreTrainedModel):
             dense = load_checked(cls.dense_class.from_pretrained, dense)
+        check_whole(dense, f"{cls.__name__}.from_dense")
         cls._check_source(dense)
         if unknown := sorted(set(ranks) - set(cls.config_class.rank_options())):
             options = ", ".join(cls.config_class.rank_options())
@@ -129,7 +164,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         if rule is not None:
             ranks |= cls._ranks_by_rule(dense, rule, kinds, calibration)
         config = cls.config_class.from_dense(dense.config, **ranks)
-        with init.no_init_weights():
+        with init.no_init_weights(), modeling_utils.set_zero3_state():
             model = cls._from_config(config, dtype=dense.dtype, attn_implementation=dense.config._attn_implementation)
         model.to(dense.device).eval()
         fill_(model, dense, calibration)
@@ -181,6 +216,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             A model of ``dense_class`` on the same device, in the same dtype and mode. It can be saved, loaded and
             deployed without ``hf_fnl``.
         """
+        check_whole(self, "merge")
         with init.no_init_weights():
             dense = self.dense_class(self.config.to_dense())
         dense.to(device=self.device, dtype=self.dtype)
@@ -237,7 +273,7 @@ class FactorizedBackbone(FactorizedPreTrainedModel):
 
 def init_factors(module: Factorized, std: float) -> None:
     """Guarded initialization of a factorized layer: nothing is drawn or decomposed if a checkpoint set all of it."""
-    if not all(is_loaded(factor) or factor.is_meta for factor in module.factors()):
+    if not all(is_loaded(factor) for factor in module.factors()):
         values = module.fresh_factors(lambda weight: draw_as_stock_(module, weight, std))
         for factor, value in zip(module.factors(), values, strict=True):
             init.copy_(factor, value)

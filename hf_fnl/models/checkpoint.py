@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -27,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import hf_fnl.models
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import init_factors
+from hf_fnl.models.division import partition_
 from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery import QUANT_METHOD, restore_
 
@@ -61,6 +63,8 @@ class SurgeryLoader(HfQuantizer):
         self.remove_quantization_config(model)
         if record is not None:
             model.config.quantization_config = record
+        if is_deepspeed_zero3_enabled():
+            partition_(model)
 
     def is_serializable(self) -> bool:
         """Whether the model can be saved."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,41 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
             f"{source} does not fit {type(model).__name__}: {min(faults)}{more}. Leave the ranks as its "
             "config.json has them, or pass ignore_mismatched_sizes=True to start what does not fit anew"
         )
+
+
+def check_files(model: PreTrainedModel, source: object, files: Iterable[str | os.PathLike]) -> None:
+    """Raise a ``ValueError`` if weight files do not fit a model, by their headers alone.
+
+    Args:
+        model: The model, on the meta device or not.
+        source: Folder or Hub id of the files.
+        files: Those in the format of safetensors are looked at.
+    """
+    held: dict[str, list[int]] = {}
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as weights:
+                names = weights.keys()
+                held |= {name: weights.get_slice(name).get_shape() for name in names}
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+
+    def ours(name: str) -> str:  # with the prefix of the backbone, or without
+        return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in wanted), name)
+
+    shapes = {ours(name): tuple(shape) for name, shape in held.items()}
+    mismatched = [(n, shape, wanted[n]) for n, shape in shapes.items() if shape != wanted.get(n, shape)]
+    factors = {"U", "M", "V"}
+    unexpected = [name for name in shapes if name not in wanted]
+    missing = [name for name in wanted if name not in shapes]
+    # A product in another form: elsewhere names may differ, and Transformers translates those of old checkpoints.
+    of_factors = {name.rpartition(".")[0] for name in (*unexpected, *missing) if name.rpartition(".")[2] in factors}
+    keys = {
+        "mismatched_keys": mismatched,
+        "unexpected_keys": [name for name in unexpected if name.rpartition(".")[0] in of_factors],
+        "missing_keys": [name for name in missing if name.rpartition(".")[0] in of_factors],
+    }
+    _check_loaded(model, source, keys)
 
 
 def _unreadable_file(folder: Path) -> Path:

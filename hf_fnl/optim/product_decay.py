@@ -1,13 +1,12 @@
 """The gradients of ``||W||_F^2 / 2`` of products whose factors may be divided among processes.
 
 Only the Gram matrix ``(heads, r, r)`` of each factor is summed over processes, nothing that grows with the height of a
-factor; beside that, what a boundary between processes cuts is exchanged whole: a row of a factor, or a head.
+factor. Beside that, the processes that hold parts of one row of a factor, or of one head, show each other these parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,18 +14,16 @@ import torch
 from torch import Tensor
 
 from hf_fnl.functional import multipliers_from_grams
+from hf_fnl.optim.cuts import Piece, Ranges, cut_pieces, make_whole, ranges_of
 from hf_fnl.optim.sharding import Collectives, Fragment, Shards
 from hf_fnl.optim.units import Units
 from hf_fnl.products import Product
 
-_Cuts = dict[tuple[str, int, int], Tensor]  # by name, first element and size: pieces that no process holds whole
-
 
 class _Term(NamedTuple):
-    """``F_p = left p right`` of a factor, one matrix for each head."""
+    """``F_p = p right`` of a factor, one matrix ``(r, r)`` for each head."""
 
     units: Units
-    left: Tensor | None
     right: Tensor
 
 
@@ -41,10 +38,10 @@ class ProductDecay:
 
     def __init__(self, products: Sequence[Product]) -> None:
         self._products = products
-        self._boundaries: dict[str, set[int]] = {}  # where ranges of processes end in each parameter
-        self._terms: dict[str, list[_Term]] = {}  # of factors of matrices, by parameter
-        self._cores: dict[str, Tensor] = {}  # F_p of cores of tensors, whole
-        self._cuts: _Cuts = {}
+        self._ranges: Ranges = {}
+        self._terms: dict[str, list[_Term]] = {}  # by the name of the parameter
+        self._entire: dict[str, Tensor] = {}  # F_p of the factors that are taken whole
+        self._made_whole: dict[Piece, Tensor] = {}
         self._due: set[str] = set()
         self._later: dict[Product, set[str]] = {}  # factors that move in later steps than others of their product
 
@@ -61,24 +58,25 @@ class ProductDecay:
         """
         for name in self._due:  # in the step before, and nobody asked for them
             self._terms.pop(name, None)
-            self._cores.pop(name, None)
+            self._entire.pop(name, None)
         self._due = {fragment.name for fragment in due}
         taken = self._not_yet_taken(self._products if products is None else products)
         if not taken:
             return
-        fragments, collectives = shards.fragments(), shards.collectives
+        fragments = shards.fragments()
         if not shards.steps_in_parts:
             self._later.clear()
-            self._cuts.clear()
+            self._made_whole.clear()
         units = {product: _units(product, fragments) for product in taken}
         each = [unit for units_of_product in units.values() for unit in units_of_product]
-        self._cuts |= self._exchange(each, fragments, collectives)
-        grams = self._grams(each, fragments, collectives)
+        sums = self._sums(each, fragments, shards.collectives)
         for product, units_of_product in units.items():
+            matrices = [sums[unit] for unit in units_of_product]
             if product.is_tensor:
-                self._take_cores(product, units_of_product)
+                cores = {unit.factor.name: core for unit, core in zip(units_of_product, matrices, strict=True)}
+                self._entire |= dict(zip(cores, product.decay_gradients(cores), strict=True))
             else:
-                self._take_factors(units_of_product, grams)
+                self._take_factors(units_of_product, matrices)
 
     def term(self, fragment: Fragment, buffer: Tensor | None = None) -> Tensor:
         """``F_p`` of a fragment of which a product was taken; the fragment's own tensor otherwise.
@@ -90,9 +88,9 @@ class ProductDecay:
         Returns:
             In the shape of ``fragment.local``.
         """
-        if fragment.name in self._cores:
-            core = self._cores.pop(fragment.name).reshape(-1)
-            return _cut_out(core, fragment.start, fragment.stop).view(fragment.local.shape)
+        if fragment.name in self._entire:
+            flat = self._entire.pop(fragment.name).reshape(-1)
+            return flat.narrow(0, fragment.start, fragment.stop - fragment.start).view(fragment.local.shape)
         if fragment.name not in self._terms:
             return fragment.local
         terms, data = self._terms.pop(fragment.name), fragment.data
@@ -101,10 +99,10 @@ class ProductDecay:
         elif buffer is None:
             buffer = torch.empty_like(fragment.local)
         buffer = buffer.contiguous()
-        result = buffer.view(-1)
         for term in terms:
-            _fill_whole(result, data, fragment, term)
-        self._fill_cut(result, fragment, terms)
+            _fill_whole(buffer.view(-1), data, fragment, term)
+        if self._made_whole:
+            self._fill_cut(buffer.view(-1), fragment, terms)
         return buffer
 
     def _not_yet_taken(self, products: Iterable[Product]) -> list[Product]:
@@ -119,96 +117,63 @@ class ProductDecay:
                 self._later[product] -= due
         return taken
 
-    def _exchange(
-        self, units: Sequence[Units], fragments: Mapping[str, Fragment], collectives: Collectives | None
-    ) -> _Cuts:
-        """Whole pieces of what boundaries cut, and of factors that are needed whole."""
-        if not self._boundaries:
-            self._boundaries = _boundaries(
-                {unit.factor.name for unit in self._all_units(fragments)}, fragments, collectives
-            )
-        keys = {
-            (unit.factor.name, unit.begin(number), unit.size): None
-            for unit in units
-            for number in unit.cut(self._boundaries[unit.factor.name])
-        }
-        if collectives is None:
-            return {key: fragments[key[0]].data for key in keys}
-        if not keys:
-            return {}
-        first = fragments[units[0].factor.name].local
-        message = first.new_zeros(sum(size for _, _, size in keys))
-        cuts = dict(zip(keys, message.split([size for _, _, size in keys]), strict=True))
-        for (name, begin, size), piece in cuts.items():
-            fragment = fragments[name]
-            low, high = max(fragment.start, begin), min(fragment.stop, begin + size)
-            if low < high and _counts(fragment, collectives):
-                here = _cut_out(fragment.data, low - fragment.start, high - fragment.start)
-                _cut_out(piece, low - begin, high - begin).copy_(here)
-        collectives.sum_(message, "cuts")
-        return cuts
-
-    def _all_units(self, fragments: Mapping[str, Fragment]) -> list[Units]:
-        return [unit for product in self._products for unit in _units(product, fragments)]
-
-    def _grams(
+    def _sums(
         self, units: Sequence[Units], fragments: Mapping[str, Fragment], collectives: Collectives | None
     ) -> dict[Units, Tensor]:
-        """``p^T p`` of every factor, ``(heads, r, r)``, except those that are needed whole."""
-        units = [unit for unit in units if not unit.entire]
+        """``p^T p`` of every factor, ``(*heads, r, r)``, or the factor itself if it is taken whole."""
         if collectives is None:
-            matrices = {unit: unit.matrices(_whole_piece(unit, fragments[unit.factor.name])[1]) for unit in units}
-            return {unit: x.mT @ x for unit, x in matrices.items()}
-        if not units:
-            return {}
-        first = fragments[units[0].factor.name].local
-        sizes = [unit.num_heads * unit.width**2 for unit in units]
-        message = first.new_zeros(sum(sizes), dtype=torch.promote_types(first.dtype, torch.float32))
-        grams = {
-            unit: part.view(unit.num_heads, unit.width, unit.width)
-            for unit, part in zip(units, message.split(sizes), strict=True)
-        }
-        for unit, gram in grams.items():
+            return {unit: _sum_here(unit, fragments[unit.factor.name]) for unit in units}
+        pieces = self._make_whole(units, fragments, collectives)
+        sizes = [math.prod(unit.sum_shape) for unit in units]
+        example = fragments[units[0].factor.name].local
+        message = example.new_zeros(sum(sizes), dtype=torch.promote_types(example.dtype, torch.float32))
+        sums = dict(zip(units, message.split(sizes), strict=True))
+        for unit, total in sums.items():
             fragment = fragments[unit.factor.name]
-            low, piece = _whole_piece(unit, fragment)
-            if piece.numel() and _counts(fragment, collectives):
-                _add_gram(unit, gram, low, piece)
+            if fragment.group is not None or collectives.rank == 0:  # of what every process holds, one share counts
+                _add_whole(unit, total, fragment)
+                _add_cut(unit, total, {number: self._made_whole[piece] for number, piece in pieces[unit].items()})
         collectives.sum_(message, "grams")
-        for unit, gram in grams.items():
-            for number in unit.cut(self._boundaries[unit.factor.name]):
-                _add_gram(unit, gram, number, self._cuts[unit.factor.name, unit.begin(number), unit.size])
-        return {unit: gram.to(fragments[unit.factor.name].local.dtype) for unit, gram in grams.items()}
+        return {
+            unit: total.to(fragments[unit.factor.name].local.dtype).view(unit.sum_shape) for unit, total in sums.items()
+        }
 
-    def _take_factors(self, units: Sequence[Units], grams: Mapping[Units, Tensor]) -> None:
-        outer = [grams[unit].view(*(unit.factor.heads or ()), unit.width, unit.width) for unit in (units[0], units[-1])]
-        middle = [self._entire(unit) for unit in units[1:-1]]
-        for unit, (left, right) in zip(units, multipliers_from_grams(outer[0], *middle, outer[1]), strict=True):
-            heads = unit.factor.heads or (1,)
-            self._terms.setdefault(unit.factor.name, []).append(
-                _Term(unit, left, right.expand(*heads, *right.shape[-2:]).reshape(-1, *right.shape[-2:]))
-            )
+    def _make_whole(
+        self, units: Sequence[Units], fragments: Mapping[str, Fragment], collectives: Collectives
+    ) -> dict[Units, dict[int, Piece]]:
+        """Make whole what is held here of cut units; returns those of them that no earlier process holds a part of."""
+        if not self._ranges:
+            names = {name for product in self._products for name in product.parameter_names}
+            self._ranges = ranges_of(sorted(names), fragments, collectives)
+        cut = {unit: cut_pieces(unit, self._ranges) for unit in units}
+        pieces = dict.fromkeys(piece for numbered in cut.values() for piece in numbered.values())
+        self._made_whole |= make_whole(pieces, self._ranges, fragments, collectives)
+        firsts = {piece for piece in pieces if piece.holders(self._ranges)[0] == collectives.rank}
+        return {
+            unit: {number: piece for number, piece in numbered.items() if piece in firsts}
+            for unit, numbered in cut.items()
+        }
 
-    def _take_cores(self, product: Product, units: Sequence[Units]) -> None:
-        cores = {unit.factor.name: self._entire(unit) for unit in units}
-        self._cores |= dict(zip(cores, product.decay_gradients(cores), strict=True))
-
-    def _entire(self, unit: Units) -> Tensor:
-        return self._cuts[unit.factor.name, 0, unit.size].view(unit.shape)
+    def _take_factors(self, units: Sequence[Units], matrices: Sequence[Tensor]) -> None:
+        """``matrices``: the Gram matrices of the outer factors, and between them a middle factor, if any."""
+        for unit, matrix, (left, right) in zip(units, matrices, multipliers_from_grams(*matrices), strict=True):
+            if left is not None:
+                self._entire[unit.factor.name] = left @ matrix @ right
+                continue
+            each = right.expand(*(unit.factor.heads or (1,)), *right.shape[-2:]).flatten(0, -3)
+            self._terms.setdefault(unit.factor.name, []).append(_Term(unit, each))
 
     def _fill_cut(self, result: Tensor, fragment: Fragment, terms: Sequence[_Term]) -> None:
-        """Write what lies here of pieces that no process holds whole; several factors may lie in one piece."""
-        filled: dict[tuple[str, int, int], Tensor] = {}
-        for unit, left, right in terms:
-            for number in unit.cut(self._boundaries[fragment.name]):
-                key = (fragment.name, unit.begin(number), unit.size)
-                piece = self._cuts[key]
-                product = _times(left, unit.matrices(piece), unit.heads_of(right, number, number + 1))
-                unit.matrices(filled.setdefault(key, piece.clone())).copy_(product)
-        for (_, begin, size), piece in filled.items():
-            low, high = max(fragment.start, begin), min(fragment.stop, begin + size)
-            if low < high:
-                here = _cut_out(piece, low - begin, high - begin)
-                _cut_out(result, low - fragment.start, high - fragment.start).copy_(here)
+        """Write what lies here of cut units; several factors may lie in one row."""
+        filled: dict[Piece, Tensor] = {}
+        for unit, right in terms:
+            for number, piece in cut_pieces(unit, self._ranges).items():
+                if (whole := self._made_whole.get(piece)) is not None:
+                    out = unit.matrices(filled.setdefault(piece, whole.clone()))
+                    out.copy_(unit.matrices(whole) @ unit.heads_of(right, number, number + 1))
+        for piece, whole in filled.items():
+            low, high = piece.overlap(fragment.start, fragment.stop)
+            piece.part_of(result, fragment).copy_(whole.narrow(0, low - piece.begin, high - low))
 
 
 def _units(product: Product, fragments: Mapping[str, Fragment]) -> tuple[Units, ...]:
@@ -220,51 +185,47 @@ def _units(product: Product, fragments: Mapping[str, Fragment]) -> tuple[Units, 
     )
 
 
-def _boundaries(
-    names: Iterable[str], fragments: Mapping[str, Fragment], collectives: Collectives | None
-) -> dict[str, set[int]]:
-    """Where in each parameter the range of a process begins or ends."""
-    if collectives is None:
-        return {name: set() for name in names}
-    here = {name: (fragments[name].start, fragments[name].stop) for name in names if fragments[name].group is not None}
-    boundaries: dict[str, set[int]] = defaultdict(set)
-    for ranges in collectives.gather(here):
-        for name, ends in ranges.items():
-            boundaries[name] |= set(ends)
-    return {name: boundaries[name] for name in names}
+def _sum_here(unit: Units, fragment: Fragment) -> Tensor:
+    if unit.entire:
+        return fragment.local
+    x = unit.matrices(_whole_units(unit, fragment)[1])
+    return (x.mT @ x).view(unit.sum_shape)
 
 
-def _counts(fragment: Fragment, collectives: Collectives) -> bool:
-    """Whether this process's share goes into a sum: of what every process holds, that of the first one alone."""
-    return fragment.group is not None or collectives.rank == 0
+def _add_whole(unit: Units, total: Tensor, fragment: Fragment) -> None:
+    """Add to a sum what the units that lie whole in a fragment contribute to it."""
+    if unit.entire:
+        total.narrow(0, fragment.start, fragment.stop - fragment.start).copy_(fragment.data)
+        return
+    low, flat = _whole_units(unit, fragment)
+    if flat.numel():
+        _add_gram(unit, total, low, flat)
 
 
-def _whole_piece(unit: Units, fragment: Fragment) -> tuple[int, Tensor]:
-    """The first whole unit of a fragment, and all of them."""
+def _add_cut(unit: Units, total: Tensor, pieces: Mapping[int, Tensor]) -> None:
+    for number, flat in pieces.items():
+        _add_gram(unit, total, number, flat)
+
+
+def _add_gram(unit: Units, total: Tensor, low: int, flat: Tensor) -> None:
+    x = unit.matrices(flat)
+    grams = total.view(unit.num_heads, unit.width, unit.width)
+    unit.heads_of(grams, low, low + flat.numel() // unit.size).add_(x.mT @ x)
+
+
+def _whole_units(unit: Units, fragment: Fragment) -> tuple[int, Tensor]:
+    """The number of the first unit that lies whole in a fragment, and all of them, flat."""
     low, high = unit.whole(fragment.start, fragment.stop)
-    if low == high:
-        return low, _cut_out(fragment.data, 0, 0)
-    return low, _cut_out(fragment.data, unit.begin(low) - fragment.start, unit.begin(high) - fragment.start)
-
-
-def _add_gram(unit: Units, gram: Tensor, low: int, piece: Tensor) -> None:
-    x = unit.matrices(piece)
-    unit.heads_of(gram, low, low + piece.numel() // unit.size).add_(x.mT @ x)
-
-
-def _cut_out(flat: Tensor, start: int, stop: int) -> Tensor:
-    return flat.narrow(0, start, stop - start)  # unlike a slice, this asks nothing of the device
-
-
-def _times(left: Tensor | None, p: Tensor, right: Tensor) -> Tensor:
-    return p @ right if left is None else left @ p @ right
+    begin = unit.begin(low) - fragment.start if low < high else 0
+    return low, fragment.data.narrow(0, begin, (high - low) * unit.size)
 
 
 def _fill_whole(result: Tensor, data: Tensor, fragment: Fragment, term: _Term) -> None:
     """Write ``F_p`` for the units of a factor that lie whole in a fragment."""
-    unit, left, right = term
+    unit, right = term
     low, high = unit.whole(fragment.start, fragment.stop)
     if low < high:
-        here = unit.begin(low) - fragment.start, unit.begin(high) - fragment.start
-        p, out = (unit.matrices(_cut_out(flat, *here)) for flat in (data, result))
-        torch.matmul(p if left is None else left @ p, unit.heads_of(right, low, high), out=out)
+        # Unlike a slice, `narrow` asks nothing of the device.
+        begin, length = unit.begin(low) - fragment.start, (high - low) * unit.size
+        p, out = (unit.matrices(flat.narrow(0, begin, length)) for flat in (data, result))
+        torch.matmul(p, unit.heads_of(right, low, high), out=out)

@@ -28,7 +28,7 @@ class Collectives:
         device: Device on which they talk.
 
     Attributes:
-        sent: Bytes that this process handed over for summation so far, by purpose.
+        sent: Bytes that this process handed over so far, by purpose.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -50,9 +50,23 @@ class Collectives:
                 message.copy_(there)
         return message
 
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return dist.get_world_size(self._group)
+
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[int], purpose: str) -> Sequence[Tensor]:
+        """Send a flat tensor to each process, and receive one of a length that is known from each."""
+        message = torch.cat(list(outgoing)).to(self._device)
+        self.sent[purpose] += message.numel() * message.element_size()
+        received = message.new_empty(sum(incoming))
+        lengths = [tensor.numel() for tensor in outgoing]
+        dist.all_to_all_single(received, message, list(incoming), lengths, group=self._group)
+        return received.to(outgoing[0].device).split(list(incoming))
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in their order."""
-        values: list[Any] = [None] * dist.get_world_size(self._group)
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
 

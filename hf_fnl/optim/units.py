@@ -64,6 +64,11 @@ class Units:
             return 1
         return self.num_heads if self.are_heads else math.prod(self.shape[:-1])
 
+    @property
+    def sum_shape(self) -> tuple[int, ...]:
+        """Shape of what processes add up: the Gram matrix of each head, or the factor itself if it is taken whole."""
+        return self.shape if self.entire else (*(self.factor.heads or ()), self.width, self.width)
+
     def begin(self, unit: int) -> int:
         """Where a unit begins in the flattened parameter."""
         return self.first + unit * self.size
@@ -75,9 +80,9 @@ class Units:
         return (0, 0) if self.entire or high <= low else (low, high)
 
     def cut(self, boundaries: Iterable[int]) -> list[int]:
-        """The units that are not whole anywhere, given where ranges end."""
+        """The units that ranges which end at ``boundaries`` cut."""
         if self.entire:
-            return [0]
+            return []
         inside = (b - self.first for b in boundaries if self.first < b < self.begin(self.count))
         return sorted({b // self.size for b in inside if b % self.size})
 

@@ -19,7 +19,15 @@ from hf_fnl.functional import kept_energy
 from hf_fnl.layers import Factorized, FactorizedLinear, FactorizedMatrix, TensorizedConv2d
 from hf_fnl.ranks import Candidate, choose_ranks
 from hf_fnl.surgery.select import Target, empty_successor, layer_options, select, split, successor_of
-from hf_fnl.surgery.swap import QUANT_METHOD, check_not_quantized, layer_record, share_factors_, swap_, unwrapped
+from hf_fnl.surgery.swap import (
+    QUANT_METHOD,
+    check_not_quantized,
+    check_whole,
+    layer_record,
+    share_factors_,
+    swap_,
+    unwrapped,
+)
 from hf_fnl.truncation import linear_energies
 
 
@@ -125,10 +133,11 @@ def factorize_(
     Raises:
         ValueError: If nothing matches, a layer that a pattern other than ``"*"`` names cannot be factorized, a rank is
             above a layer's, a rule cannot be met, a weight is not finite or, where values are needed, on the meta
-            device, or the model is quantized by another method.
+            device, or the model is quantized by another method or divided among processes.
     """
     model = unwrapped(model)
     check_not_quantized(model)
+    check_whole(model, "factorize_")
     if calibration is not None and config.init != "spectral":
         raise ValueError(f"calibration cuts trained weights and needs init='spectral', got {config.init!r}")
     targets, skipped = select(model, config)

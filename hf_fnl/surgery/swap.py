@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedMatrix, TensorizedConv2d
@@ -83,6 +84,20 @@ def _write_record_(model: PreTrainedModel) -> None:
         model.config.quantization_config = {"quant_method": QUANT_METHOD, "layers": layers}
     elif hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 divides a parameter among processes, which is then empty but while it is gathered."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def check_whole(model: nn.Module, action: str) -> None:
+    """Raise a ``ValueError`` if this process does not hold all of a model, which ``action`` needs."""
+    if any(is_partitioned(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            f"{action} needs whole parameters, but those of this {type(model).__name__} are divided among processes: "
+            "do it in one process first (`hf-fnl factorize`, `hf-fnl merge`), then load what it wrote"
+        )
 
 
 def check_not_quantized(model: nn.Module) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
 from hf_fnl.decay import MODES
@@ -13,6 +15,7 @@ from hf_fnl.optim.groups import FACTOR_DECAYS
 from hf_fnl.selectors import KINDS, PARTS, Selector
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
+CHECKPOINT_FORMATS = ("full", "sharded")
 
 
 @dataclass
@@ -69,6 +72,15 @@ class FLAMBeTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Factor of the learning rate from then on (Kamalakara et al. 2022: 0.5)."}
     )
 
+    checkpoint_format: str = field(
+        default="full",
+        metadata={
+            "help": "Weights in checkpoints: full, in files for from_pretrained; or sharded, each process its part, so "
+            "that none gathers the whole model (hf-fnl consolidate makes full weights of them)."
+        },
+    )
+    async_save: bool = field(default=False, metadata={"help": "Write checkpoints while training goes on."})
+
     def __post_init__(self) -> None:
         chosen = str(getattr(self.optim, "value", self.optim))
         known = {*OUR_OPTIMIZERS, *(name.value for name in OptimizerNames)}
@@ -82,6 +94,7 @@ class FLAMBeTrainingArguments(TrainingArguments):
             self.optim = chosen
         self._check_decay()
         self._check_dense_steps()
+        self._check_checkpoints()
 
     def _check_decay(self) -> None:
         if self.frobenius_decay is None:
@@ -115,6 +128,26 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"low_rank_lr_scale must be positive, got {self.low_rank_lr_scale}")
         if self.low_rank_lr_scale != 1 and not self.has_dense_phase:
             raise ValueError(f"low_rank_lr_scale={self.low_rank_lr_scale} needs dense_steps, after which it begins")
+
+    def _check_checkpoints(self) -> None:
+        if self.checkpoint_format not in CHECKPOINT_FORMATS:
+            raise ValueError(
+                f"checkpoint_format must be one of {', '.join(CHECKPOINT_FORMATS)}, got {self.checkpoint_format!r}"
+            )
+        if self.checkpoint_format == "sharded" and self.has_dense_phase:
+            raise ValueError("dense_steps needs whole weights in checkpoints: set checkpoint_format=full")
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            for option, given in (("async_save", self.async_save), ("checkpoint_format", self.checkpoint_format)):
+                if given in (True, "sharded"):
+                    raise ValueError(
+                        f"{option}={given} does not work with hub_strategy={self.hub_strategy.value}, which pushes "
+                        "whole weights at each save: set hub_strategy=end"
+                    )
+        if self.save_on_each_node and int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size) < self.world_size:
+            raise ValueError(
+                "save_on_each_node=true would leave each machine with the parts of its own processes: write to one "
+                "output_dir that all machines share"
+            )
 
     @property
     def has_dense_phase(self) -> bool:

@@ -1,4 +1,4 @@
-"""Callbacks that watch products during training."""
+"""Callbacks of every training: diagnostics of products, and epochs that the training set is told of."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_fnl.diagnostics import diagnose, summarize
+from hf_fnl.diagnostics import Figures, diagnose, summarize
 from hf_fnl.products import Product
+from hf_fnl.training.engines import whole_parameters
 
 DIAGNOSTICS_FILE = "diagnostics.jsonl"
 
@@ -20,7 +22,7 @@ class DiagnosticsCallback(TrainerCallback):
     """Logs the diagnostics of products every ``every`` steps.
 
     Means per kind go to ``log``, so to TensorBoard and the console; every product's figures go to ``diagnostics.jsonl``
-    in the output folder, one line a step.
+    in the output folder, one line a step. Where parameters are sharded, all processes gather them, a product at a time.
 
     Args:
         products: What to watch; the attribute may be set anew between steps. Nothing is logged while it is empty.
@@ -53,11 +55,34 @@ class DiagnosticsCallback(TrainerCallback):
     def _record(
         self, args: TrainingArguments, state: TrainerState, *, model: nn.Module, lr_scheduler: Any, **_: Any
     ) -> None:
-        if not (state.is_world_process_zero and self.products):
+        if not self.products:
             return
-        figures = diagnose(model, self.products, learning_rate=lr_scheduler.get_last_lr()[0])
+        figures: dict[str, Figures] = {}
+        for product in self.products:
+            with whole_parameters(model, product.parameter_names) as parameters:
+                if state.is_world_process_zero:
+                    figures |= diagnose(parameters, [product], learning_rate=lr_scheduler.get_last_lr()[0])
+        if not state.is_world_process_zero:
+            return
         path = Path(args.output_dir) / DIAGNOSTICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, "products": figures}) + "\n")
         self.log(summarize(figures, self.products))
+
+
+class EpochCallback(TrainerCallback):
+    """Tell the training set of a Trainer, one that is no stream, which epoch begins, if it has ``set_epoch``.
+
+    accelerate's data loader does so by itself only where it uses the Trainer's batch sampler as it is. Where it wraps
+    that, to share batches out to processes or to skip those that a resumed run has seen, the sampler gets the epoch and
+    the data set does not; streams always do. :class:`~hf_fnl.training.FLAMBeTrainer` has this callback already.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Pass the number of finished epochs on."""
+        dataset: Any = getattr(kwargs["train_dataloader"], "dataset", None)
+        if hasattr(dataset, "set_epoch") and not isinstance(dataset, IterableDataset):
+            dataset.set_epoch(int(state.epoch or 0))

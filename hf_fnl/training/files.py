@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 
+def flush(path: str | os.PathLike[str]) -> None:
+    """Wait until the content of a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write beside ``path``, then rename, so that a failure leaves what was there before; folders are made."""
+    """Write beside ``path``, flush, then rename: a failure leaves what was there before; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         unfinished.write_bytes(content)
+        flush(unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

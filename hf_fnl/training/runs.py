@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_fnl.models.cards.record import CONFIG_FILE, METRICS_FILE
+from hf_fnl.training.checkpoints.folders import checkpoints
+from hf_fnl.training.checkpoints.resume import check_whole, newest_whole
+from hf_fnl.training.checkpoints.together import first_decides
 from hf_fnl.training.files import write_json
 
 # Written by the Trainer for itself, or secret: not settings of a run.
@@ -71,26 +73,29 @@ def init_methods(entries: Sequence[str]) -> str | dict[str, str]:
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint from which a run goes on, or ``None`` to start afresh.
 
-    ``resume_from_checkpoint`` may name a checkpoint, or be ``true`` for the newest one in ``output_dir``, if any.
+    ``resume_from_checkpoint`` may name a checkpoint, or be ``true`` for the newest whole one in ``output_dir``, if any.
+    All processes of a run must call this.
 
     Raises:
         FileNotFoundError: If the checkpoint that is named is not there.
-        ValueError: If ``output_dir`` holds checkpoints and nothing was said about them.
+        ValueError: If ``output_dir`` holds checkpoints and nothing was said about them, or the one that is named, or
+            every one, is not whole.
     """
-    folder = args.output_dir
-    newest = get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    if args.resume_from_checkpoint is None:
-        if newest is not None:
+    run, asked = Path(args.output_dir), args.resume_from_checkpoint
+    if asked is None:
+        if found := first_decides(lambda: checkpoints(run)):
             raise ValueError(
-                f"output_dir {folder} holds {os.path.basename(newest)} of an earlier run: set "
-                "resume_from_checkpoint=true to go on from it, or another output_dir"
+                f"output_dir {run} holds {found[-1].name} of an earlier run: set resume_from_checkpoint=true to go on "
+                "from it, or another output_dir"
             )
         return None
-    if str(args.resume_from_checkpoint).lower() == "true":
-        return newest
-    if not os.path.isdir(args.resume_from_checkpoint):
-        raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {args.resume_from_checkpoint}")
-    return str(args.resume_from_checkpoint)
+    if str(asked).lower() == "true":
+        newest = newest_whole(run)
+        return None if newest is None else str(newest)
+    if not os.path.isdir(asked):
+        raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {asked}")
+    check_whole(Path(asked))
+    return str(asked)
 
 
 def run_settings(*arguments: Any) -> dict[str, Any]:

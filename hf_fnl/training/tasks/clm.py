@@ -3,14 +3,17 @@
 The tokens of all documents make one stream, with an end-of-text token before each document and after the last. Windows
 over the stream are the examples. A window's first token is the last one of the window before, or more are shared where
 the stride is smaller; a token is a label only in the first window that predicts it. So every token of the text is
-predicted exactly once in a pass, and neither batches nor processes nor the end of the corpus lose any. As in GPT-2's
-training, positions count from a window's start, and attention does not stop at the end of a document.
+predicted exactly once in a pass, and neither batches nor processes nor the end of the corpus lose any. A corpus that is
+read while training makes such a stream of tokens of each of its shards. As in GPT-2's training, positions count from a
+window's start, and attention does not stop at the end of a document.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import datasets
@@ -18,8 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from hf_fnl.training.streaming import Example, ShardedStream
+from hf_fnl.training.tasks.document_shards import DocumentShards
 from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
 MIN_BLOCK_SIZE = 2
@@ -119,87 +125,116 @@ class BlockDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self.windows.example(np.concatenate(pieces), index)
 
 
-class StreamingBlocks(torch.utils.data.IterableDataset[dict[str, Tensor]]):
-    """Windows over documents that are read in the meantime; one document is in memory at a time.
+class StreamingBlocks(ShardedStream):
+    """Windows over documents that are read in the meantime, each shard a stream of tokens of its own.
 
-    ``state_dict`` says where a pass has come to, between any two examples, and ``load_state_dict`` lets the next pass
-    go on there; ``datasets`` fills a shuffle buffer anew, though. A Trainer needs neither: it skips what a resumed run
-    has seen. For several passes repeat the documents (``documents.repeat(n)``).
+    The documents of one window are in memory at a time. A place is a document, the first of its tokens that the next
+    window has, and the number of this window; so a run goes on without what it had read and not used up.
 
     Args:
-        documents: Column ``text``.
+        documents: Their shards are those of the stream.
         tokenizer: Tokenizer with an end-of-text token.
-        windows: How windows lie on the stream.
+        windows: How windows lie on the stream of a shard.
+        seed: Seed of the order of shards.
     """
 
+    start = (0, 0, 0)
+
     def __init__(
-        self, documents: datasets.IterableDataset, tokenizer: PreTrainedTokenizerBase, windows: Windows
+        self, documents: DocumentShards, tokenizer: PreTrainedTokenizerBase, windows: Windows, seed: int = 42
     ) -> None:
+        super().__init__()
         self.documents, self.tokenizer, self.windows = documents, tokenizer, windows
-        self._restart()
-        self._is_loaded = False
+        self.num_shards, self.seed = documents.num_shards, seed
 
-    def _restart(self) -> None:
-        self._read: dict[str, Any] | None = None  # state of the documents behind the last one in _pending
-        self._pending = np.array([self.windows.end_of_text], dtype=np.int32)
-        self._index = 0
+    def identity(self) -> dict[str, Any]:
+        """What gives places their meaning."""
+        sizes = {"block_size": self.windows.block_size, "stride": self.windows.stride}
+        return {**self.documents.identity(), "seed": self.seed, **sizes, "vocab_size": len(self.tokenizer)}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffle documents that are shuffled anew."""
-        self.documents.set_epoch(epoch)
+    def files(self) -> dict[str, int]:
+        """The local files that are read, with their sizes in bytes."""
+        return self.documents.files()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the pass stands: the state of the documents, the tokens read and not used up, the next window."""
-        return {"documents": self._read, "pending": self._pending.tolist(), "index": self._index}
+    def read(self, shard: int, epoch: int, place: Sequence[int]) -> Iterator[tuple[Example, tuple[int, ...]]]:
+        """Cut the windows of a shard from a place on."""
+        document, offset, index = place
+        pending = Pending(document, offset)
+        for number, text in enumerate(self.documents.texts(shard, epoch=epoch, start=document), start=document):
+            pending.add(self._tokens(number, text))
+            while len(pending.tokens) >= self.windows.block_size:
+                yield self._take(pending, index)
+                index += 1
+        while len(pending.tokens) > self.windows.known(index):
+            yield self._take(pending, index)
+            index += 1
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass begin where ``state`` was taken."""
-        self._read, self._index, self._is_loaded = state["documents"], state["index"], True
-        self._pending = np.array(state["pending"], dtype=np.int32)
-        if self._read is not None:
-            self.documents.set_epoch(self._read["epoch"])
+    def _tokens(self, number: int, text: str | None) -> list[int]:
+        encoded = encode_documents({"text": [text]}, self.tokenizer)["tokens"]
+        begin = [self.windows.end_of_text] if number == 0 else []
+        return begin + list(chain.from_iterable(encoded))
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if not self._is_loaded:
-            self._restart()
-        self._is_loaded = False
-        self.documents.load_state_dict(self._read)
-        for row in self.documents:
-            self._read = self.documents.state_dict()
-            self._pending = np.concatenate(
-                [self._pending, *encode_documents({"text": [row["text"]]}, self.tokenizer)["tokens"]]
-            )
-            while len(self._pending) >= self.windows.block_size:
-                yield self._take()
-        while len(self._pending) > self.windows.known(self._index):
-            yield self._take()
-        if self._read is not None and self._index == 0:
+    def _take(self, pending: Pending, index: int) -> tuple[Example, tuple[int, ...]]:
+        example = self.windows.example(pending.tokens[: self.windows.block_size], index)
+        return example, (*pending.drop(self.windows.stride), index + 1)
+
+    def __iter__(self) -> Iterator[Example]:
+        example = None
+        for example in super().__iter__():
+            yield example
+        if example is None and get_worker_info() is None:
             raise ValueError(NO_TEXT)
 
-    def _take(self) -> dict[str, Tensor]:
-        block = self.windows.example(self._pending[: self.windows.block_size], self._index)
-        self._pending = self._pending[self.windows.stride :]
-        self._index += 1
-        return block
+
+class Pending:
+    """Tokens that were read and not used up, and where they stand.
+
+    Args:
+        document: Number of the document that is added first.
+        offset: Its tokens that were used up before.
+    """
+
+    def __init__(self, document: int, offset: int) -> None:
+        self.tokens = np.array([], dtype=np.int32)
+        self._document, self._offset = document, offset
+        self._to_drop = offset
+        self._lengths: deque[int] = deque()
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Append the tokens of the next document."""
+        self._lengths.append(len(tokens))
+        self.tokens = np.concatenate([self.tokens, np.array(tokens[self._to_drop :], dtype=np.int32)])
+        self._to_drop = max(0, self._to_drop - len(tokens))
+
+    def drop(self, count: int) -> tuple[int, int]:
+        """Use up the first ``count`` tokens; returns the document and the token in it where the others begin."""
+        self.tokens = self.tokens[count:]
+        self._offset += count
+        while self._lengths and self._offset >= self._lengths[0]:
+            self._offset -= self._lengths.popleft()
+            self._document += 1
+        return self._document, self._offset
 
 
 def build_blocks(
-    documents: datasets.Dataset | datasets.IterableDataset,
+    documents: datasets.Dataset | datasets.IterableDataset | DocumentShards,
     tokenizer: PreTrainedTokenizerBase,
     *,
     block_size: int,
     stride: int | None = None,
     num_proc: int | None = None,
+    seed: int = 42,
 ) -> BlockDataset | StreamingBlocks:
     """Turn documents into examples for a data loader or a Trainer, all of one length.
 
     Args:
         documents: Column ``text``, one document a row. A map-style data set is encoded once, into Arrow files that
-            ``datasets`` caches; an iterable one as it is read.
+            ``datasets`` caches; an iterable one, or one in shards, as it is read.
         tokenizer: Tokenizer with an end-of-text token, such as GPT-2's.
         block_size: Tokens of an example.
         stride: Tokens by which an example is ahead of the one before. Default: ``block_size - 1``, each token once.
         num_proc: Processes that encode a map-style data set; the examples do not depend on it.
+        seed: Seed of the order in which the shards of a stream are read.
 
     Returns:
         A data set of dictionaries with ``input_ids`` and ``labels`` (-100 where nothing is predicted), both of shape
@@ -213,13 +248,15 @@ def build_blocks(
         raise ValueError("the tokenizer has no eos_token, which separates documents")
     stride = block_size - 1 if stride is None else stride
     windows = Windows(end_of_text=tokenizer.eos_token_id, block_size=block_size, stride=stride)
-    first = next(iter(documents), None)
+    if isinstance(documents, datasets.IterableDataset):
+        documents = DocumentShards(documents)
+    first = next(iter(documents.documents if isinstance(documents, DocumentShards) else documents), None)
     if first is None:
         raise ValueError(NO_TEXT)
     if "text" not in first:
         raise ValueError(f"the documents need a column 'text', they have {sorted(first)}")
-    if isinstance(documents, datasets.IterableDataset):
-        return StreamingBlocks(documents, tokenizer, windows)
+    if isinstance(documents, DocumentShards):
+        return StreamingBlocks(documents, tokenizer, windows, seed)
     encoded = documents.map(
         encode_documents,
         fn_kwargs={"tokenizer": tokenizer},

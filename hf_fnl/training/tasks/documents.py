@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from hf_fnl.training.processes import together
+from hf_fnl.training.tasks.document_shards import DocumentShards
 from hf_fnl.training.tasks.embedded import embedded_documents
 
 SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
@@ -104,8 +106,49 @@ def load_documents(
         ValueError: If a file cannot be read, the files are of several kinds or of none that is known, the data set is
             empty, ``text_column`` is not in it or holds no text, or ``limit`` is below 1.
     """
+    documents, _ = _load(source, split, name, text_column, streaming, limit)
+    return documents
+
+
+def load_document_shards(
+    source: str | Path | Sequence[str | Path],
+    *,
+    shards: int = 1,
+    split: str = "train",
+    name: str | None = None,
+    text_column: str = "text",
+    limit: int | None = None,
+) -> DocumentShards:
+    """Open raw documents for readers who share them out, each reading its own shards.
+
+    Args:
+        source: As for :func:`load_documents`.
+        shards: Number of shards at least; see :class:`~hf_fnl.training.tasks.document_shards.DocumentShards`.
+        split: As for :func:`load_documents`.
+        name: As for :func:`load_documents`.
+        text_column: As for :func:`load_documents`.
+        limit: As for :func:`load_documents`.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: As for :func:`load_documents`, or if ``shards`` is below 1.
+    """
+    documents, files = _load(source, split, name, text_column, True, limit)
+    return DocumentShards(documents, shards=shards, files=files, is_one=limit is not None)
+
+
+def _load(
+    source: str | Path | Sequence[str | Path],
+    split: str,
+    name: str | None,
+    text_column: str,
+    streaming: bool,
+    limit: int | None,
+) -> tuple[Any, list[Path]]:
+    """Documents with the one column ``text``, and the local files in which they lie."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 document or None for all, got {limit}")
+    files: list[Path] = []
     if source == "embedded":
         documents, first = _embedded(streaming)
     elif isinstance(source, str) and not looks_like_path(source):
@@ -113,14 +156,15 @@ def load_documents(
         first = next(iter(documents), None)
     else:
         paths = [source] if isinstance(source, str | Path) else source
-        documents, first = _read_files(
-            _data_files([Path(path).expanduser() for path in paths], split), split, streaming
-        )
+        files = _data_files([Path(path).expanduser() for path in paths], split)
+        documents, first = _read_files(files, split, streaming)
     _check_first(first, text_column, source)
     documents = documents.select_columns([text_column])
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
-    return documents if limit is None else documents.take(limit if streaming else min(limit, len(documents)))
+    if limit is not None:
+        documents = documents.take(limit if streaming else min(limit, len(documents)))
+    return documents, files
 
 
 @dataclass
@@ -136,29 +180,40 @@ class DocumentOptions:
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     max_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
     streaming: bool = field(default=False, metadata={"help": "Read while training; memory does not grow."})
+    stream_shards: int = field(
+        default=8,
+        metadata={
+            "help": "Divide streamed data into so many shards at least, that is as many processes times data loader "
+            "workers as are to read it; the same in a resumed run."
+        },
+    )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder. Default: train one."})
 
-    def training(self, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
-        """The documents to train on; all of them at once unless ``streaming``."""
-        return load_documents(
-            self.dataset,
-            split=self.split,
-            name=self.dataset_config,
-            text_column=self.text_column,
-            streaming=streaming,
-            limit=self.max_documents,
-        )
+    def training(self, *, streaming: bool = False) -> datasets.Dataset | DocumentShards:
+        """The documents to train on; all of them at once unless ``streaming``. All processes call this together."""
+        source: dict[str, Any] = {
+            "source": self.dataset,
+            "split": self.split,
+            "name": self.dataset_config,
+            "text_column": self.text_column,
+            "limit": self.max_documents,
+        }
+        if streaming:
+            return together(lambda: load_document_shards(shards=self.stream_shards, **source))
+        return together(lambda: load_documents(**source))
 
     def validation(self) -> datasets.Dataset | None:
         """The documents to evaluate on, if any."""
-        if self.validation_dataset is None:
+        if (source := self.validation_dataset) is None:
             return None
-        return load_documents(
-            self.validation_dataset,
-            split=self.validation_split,
-            text_column=self.text_column,
-            limit=self.max_validation_documents,
+        return together(
+            lambda: load_documents(
+                source,
+                split=self.validation_split,
+                text_column=self.text_column,
+                limit=self.max_validation_documents,
+            )
         )
 
 

@@ -1,0 +1,206 @@
+"""What the engines that share a training among processes are asked for: DDP, FSDP2 and DeepSpeed's ZeRO."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from transformers.utils import strtobool
+
+from hf_fnl.training.arguments import FLAMBeTrainingArguments
+
+_OFFLOADS = ("offload_optimizer", "offload_param")
+
+
+def check_engine(accelerator: Accelerator, model: nn.Module, args: FLAMBeTrainingArguments) -> None:
+    """Refuse, before anything is trained, what an engine would do other than ``args`` say.
+
+    The configuration of DeepSpeed gets what it lacks: permission to run an optimizer that is not its own, also where
+    the state of optimizers is offloaded, and the batch sizes and the clipping of ``args``.
+
+    Args:
+        accelerator: That of the Trainer.
+        model: Unwrapped.
+        args: How it is trained.
+
+    Raises:
+        ValueError: If the engine cannot do what is asked for, or its configuration contradicts ``args``.
+    """
+    fsdp, deepspeed = (getattr(accelerator.state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed"))
+    _check_fsdp(fsdp, accelerator, args)
+    if deepspeed is not None:
+        _complete_deepspeed(deepspeed.hf_ds_config.config, args)
+    if args.frobenius_mode == "penalty" and args.frobenius_decay and is_sharded(accelerator):
+        raise ValueError(
+            "frobenius_mode=penalty needs whole factors in every process, and FSDP and ZeRO stage 3 hold parts; set "
+            "frobenius_mode to decoupled or coupled, or take DDP or ZeRO stage 0 to 2"
+        )
+    for name, parameter in model.named_parameters():
+        if any(placement.is_shard() and placement.dim != 0 for placement in getattr(parameter, "placements", ())):
+            raise ValueError(
+                f"{name} is divided along another dimension than its first, by tensor parallelism; "
+                "train with FSDP2 or DeepSpeed instead"
+            )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether processes hold parts of parameters between steps: under FSDP and ZeRO stage 3."""
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    return fsdp is not None or (deepspeed is not None and deepspeed.zero_stage == 3)
+
+
+def _check_fsdp(plugin: Any, accelerator: Accelerator, args: FLAMBeTrainingArguments) -> None:
+    version = (args.fsdp_plugin_args or {}).get("fsdp_version", getattr(plugin, "fsdp_version", 2))
+    if version != 2:
+        raise ValueError(
+            f"FSDP version {version} flattens many parameters into one, without products: choose version 2, by "
+            "fsdp_version: 2 in the accelerate config, or fsdp_config={'version': 2}"
+        )
+    wanted = args.fsdp_plugin_args is not None or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+    if wanted and plugin is None and getattr(accelerator.state, "deepspeed_plugin", None) is None:
+        raise ValueError(
+            f"FSDP was asked for and accelerate runs {accelerator.distributed_type.value} instead: it has FSDP for "
+            "several processes on accelerators only; leave --fsdp out, or use_fsdp in the accelerate config"
+        )
+
+
+def _complete_deepspeed(config: dict[str, Any], args: FLAMBeTrainingArguments) -> None:
+    """Check a configuration of DeepSpeed and fill in what would otherwise get a default that ``args`` contradict."""
+    if "optimizer" in config:
+        raise ValueError(
+            f'the DeepSpeed config has an "optimizer" section ({config["optimizer"].get("type")}), which would run '
+            f"in the place of optim={args.optim}: remove that section"
+        )
+    zero = config.get("zero_optimization", {})
+    devices = {name: (zero.get(name) or {}).get("device", "none") for name in _OFFLOADS}
+    if on_disk := [name for name, device in devices.items() if device == "nvme"]:
+        raise ValueError(
+            f"zero_optimization.{on_disk[0]} of the DeepSpeed config puts parameters on NVMe, where their products "
+            'cannot be decayed: set its device to "cpu" or "none"'
+        )
+    if (size := config.get("tensor_parallel", {}).get("autotp_size", 1)) > 1:
+        raise ValueError(f"tensor_parallel.autotp_size={size} of the DeepSpeed config divides products: remove it")
+    needed = {"zero_allow_untested_optimizer": True}
+    if any(device == "cpu" for device in devices.values()):
+        needed["zero_force_ds_cpu_optimizer"] = False
+    for option, value in needed.items():
+        if config.setdefault(option, value) != value:
+            raise ValueError(
+                f"{option} of the DeepSpeed config must be {str(value).lower()} for optim={args.optim}: remove it"
+            )
+    if "train_batch_size" not in config:
+        config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
+    config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
+    config.setdefault("gradient_clipping", args.max_grad_norm)
+    if zero.get("stage", 0) == 0 and (args.bf16 or args.fp16):
+        raise ValueError(
+            "DeepSpeed without ZeRO steps once with zero gradients when it starts in half precision, which moves the "
+            "weights: set zero_optimization.stage to 1 in the DeepSpeed config, or train with DDP"
+        )
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_optimizer(running: Any, built: Optimizer) -> None:
+    """Raise a ``RuntimeError`` unless the optimizer that an engine runs, wrapped or not, is the one that was built."""
+    if innermost(running) is not built:
+        raise RuntimeError(
+            f"the engine runs {type(innermost(running)).__name__} in the place of {type(built).__name__}; remove "
+            '"optimizer" and "zero_force_ds_cpu_optimizer" from the DeepSpeed config, and optimizer settings from the '
+            "accelerate config"
+        )
+
+
+@contextmanager
+def ties_in_one_unit(model: nn.Module, plugin: Any) -> Iterator[None]:
+    """While accelerate shards a model by FSDP2: leave what shares parameters to the unit of the whole model.
+
+    accelerate makes units of input and output embeddings, and of the classes in ``_no_split_modules``; torch refuses a
+    parameter in two units. That of the whole model keeps its parameters gathered from the forward to the backward pass,
+    as accelerate does with a tied embedding that it knows as one.
+
+    Args:
+        model: Unwrapped.
+        plugin: accelerate's FSDP plugin; ``None`` where there is none, and nothing is done.
+    """
+    tied = _tied_modules(model)
+    if plugin is None or not tied:
+        yield
+        return
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = list(getattr(model, "_no_split_modules", None) or ())
+    holding = {type(module).__name__ for module in model.modules() if tied & set(module.modules())}
+    plugin.transformer_cls_names_to_wrap = [n for n in plugin.transformer_cls_names_to_wrap if n not in holding]
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    for getter in getters:
+        setattr(model, getter, lambda: None)
+    try:
+        yield
+    finally:
+        for getter in getters:
+            delattr(model, getter)
+
+
+def _tied_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules with a parameter of their own that another module has too."""
+    owned = [(module, p) for module in model.modules() for p in module.parameters(recurse=False)]
+    counts = Counter(parameter for _, parameter in owned)
+    return {module for module, parameter in owned if counts[parameter] > 1}
+
+
+def shard_for_evaluation(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Shard a model by FSDP2 as for training. accelerate wants an optimizer with it, so it gets one that is dropped."""
+    sharded, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    accelerator._optimizers.clear()
+    return sharded
+
+
+def reshard_(model: nn.Module) -> None:
+    """Let go of what FSDP2 gathered of a model in a forward pass that no backward pass follows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def forget_evaluation(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let accelerate wrap a model for training by several processes that it has seen in an evaluation.
+
+    It would take the model for wrapped already, and every process would train on its own.
+    """
+    if getattr(model, "_is_accelerate_prepared", False):
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
+def whole_parameters(model: nn.Module, names: Iterable[str]) -> AbstractContextManager[Mapping[str, Tensor]]:
+    """Parameters of a model by name, for reading, whole also where they are sharded.
+
+    All processes must ask for the same ones, a few at a time: they are in memory until the end of the block.
+    """
+    parameters = {name: model.get_parameter(name) for name in names}
+    if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        return _gathered_by_deepspeed(parameters)
+    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in parameters.items()}
+    return nullcontext(whole)
+
+
+@contextmanager
+def _gathered_by_deepspeed(parameters: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    from deepspeed import zero
+
+    with torch.no_grad(), zero.GatheredParameters(list(parameters.values())):
+        yield parameters

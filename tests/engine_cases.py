@@ -1,0 +1,183 @@
+"""What the engines are tested with: their options, and the models and runs that all of them are to give alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.parallelism_config import ParallelismConfig
+from torch import Tensor
+from training_cases import SIZES, losses, tiny_examples, tiny_model, tiny_trainer
+
+from hf_fnl import (
+    FactorizedBertConfig,
+    FactorizedBertForPreTraining,
+    FactorizedGPT2Config,
+    FactorizedGPT2LMHeadModel,
+    FactorizedMarianConfig,
+    FactorizedMarianMTModel,
+    FLAMBeTrainer,
+)
+
+STEPS = 5
+# The tiny matrices are far below DeepSpeed's usual limit, under which ZeRO-3 leaves parameters whole.
+_ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
+_OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+
+
+def _zero(stage: int, **options: Any) -> dict[str, Any]:
+    zero = {**(_ZERO3 if stage == 3 else {"stage": stage}), **options}
+    batch = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    return {"deepspeed": {**batch, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": zero}}
+
+
+# Training arguments by engine; "one" is a single process, which all others are compared with, and "launched" whatever
+# the launcher chose.
+ENGINES: dict[str, dict[str, Any]] = {
+    "one": {},
+    "launched": {},
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "hsdp": {"fsdp": True, "fsdp_config": {"version": 2}},
+    **{f"zero{stage}": _zero(stage) for stage in range(4)},
+    **{f"zero{stage}-offload": _zero(stage, **_OFFLOAD) for stage in (2, 3)},
+}
+
+
+def tiny_gpt2() -> FactorizedGPT2LMHeadModel:
+    """A GPT-2 with factorized heads and a factorized embedding that is tied to the output."""
+    torch.manual_seed(0)
+    config = FactorizedGPT2Config(
+        vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3, n_inner=40, initializer_range=0.2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, qk_rank=5, ov_rank=6, ffn_rank=7, embedding_rank=11,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return FactorizedGPT2LMHeadModel(config)
+
+
+def tiny_marian() -> FactorizedMarianMTModel:
+    """A Marian with factorized heads and one factorized embedding for both sides and the output."""
+    torch.manual_seed(0)
+    config = FactorizedMarianConfig(
+        vocab_size=61, d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=3,
+        decoder_attention_heads=3, encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=16, init_std=0.2,
+        dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, qk_rank=5, ov_rank=6, ffn_rank=7,
+        embedding_rank=11, pad_token_id=0, decoder_start_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return FactorizedMarianMTModel(config)
+
+
+def tiny_dense_bert() -> torch.nn.Module:
+    """Our BERT with a dense embedding, which is tied to the decoder as it is."""
+    torch.manual_seed(0)
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return FactorizedBertForPreTraining(FactorizedBertConfig(**SIZES, ov_rank=6, **rates))
+
+
+MODELS = {
+    "bert": tiny_model,
+    "dense-bert": tiny_dense_bert,
+    "stock-bert": lambda: tiny_model(stock=True),
+    "gpt2": tiny_gpt2,
+    "marian": tiny_marian,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that every engine is to do alike.
+
+    Args:
+        model: A name in ``MODELS``.
+        accumulation: Parts that a batch is split into, one after another.
+        options: Training arguments.
+        evaluates: Whether it evaluates and predicts before and after.
+    """
+
+    model: str = "bert"
+    accumulation: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    evaluates: bool = False
+
+
+_ADAMW = {"optim": "adamw_torch", "learning_rate": 5e-3}
+
+RUNS = {
+    "flambe": Run(),
+    "accumulated": Run(accumulation=2),
+    "clipped": Run(options={"max_grad_norm": 0.3}),
+    "everything": Run(accumulation=2, options={"max_grad_norm": 0.3, "frobenius_decay": ["ov", "qk", "linear"]}),
+    "split groups": Run(options={"frobenius_decay": ["linear", "ov"], "frobenius_coefficient": 0.3}),
+    "adamw": Run(options=_ADAMW),
+    "adamw coupled": Run(options=_ADAMW | {"frobenius_mode": "coupled", "frobenius_decay": ["ov"]}),
+    "adamw decoupled": Run(options=_ADAMW | {"frobenius_decay": ["ov", "linear"]}),
+    "bf16": Run(options={"bf16": True, "learning_rate": 4e-3}),
+    "stock-bert": Run("stock-bert", options={"learning_rate": 1e-2}),
+    "dense-bert": Run("dense-bert"),
+    "evaluated": Run(options={"diagnostics_steps": 2}, evaluates=True),
+    "gpt2": Run("gpt2", accumulation=2),
+    "marian": Run("marian", accumulation=2),
+}
+
+
+def engine_trainer(folder: Path, engine: str, name: str, world_size: int) -> FLAMBeTrainer:
+    """The trainer of a run under an engine; a batch holds 12 examples, however many processes there are."""
+    run = RUNS[name]
+    assert 12 % (world_size * run.accumulation) == 0
+    options = {
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 12 // world_size // run.accumulation,
+        "per_device_eval_batch_size": 12 // world_size,
+        "gradient_accumulation_steps": run.accumulation,
+        **ENGINES[engine],
+        **run.options,
+    }
+    if engine == "hsdp":
+        options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=world_size // 2)
+    trainer = tiny_trainer(folder, MODELS[run.model](), **options)
+    trainer.train_dataset = trainer.eval_dataset = examples_of(run.model)
+    return trainer
+
+
+def train_and_measure(trainer: FLAMBeTrainer, name: str, *, evaluates_before: bool = True) -> dict[str, Any]:
+    """Do a run; what it logged, and what evaluations gave if it has any.
+
+    Args:
+        trainer: That of the run.
+        name: Name of the run.
+        evaluates_before: Whether the engine can evaluate before a training, which DeepSpeed can in stage 3 only.
+    """
+    facts: dict[str, Any] = {}
+    evaluates = RUNS[name].evaluates
+    if evaluates and evaluates_before:
+        facts["before"] = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    if evaluates:
+        facts["after"] = trainer.evaluate()["eval_loss"]
+        outputs = trainer.predict(trainer.eval_dataset).predictions
+        facts["predicted"] = sum(float(abs(output).sum()) for output in outputs)
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    return {**facts, "losses": losses(trainer), "norms": norms}
+
+
+def examples_of(model: str) -> list[dict[str, Tensor]]:
+    """Examples in the form that a model takes."""
+    examples = tiny_examples()
+    if model == "stock-bert":  # it averages over its own part of a batch, so all are to hold equally many labels
+        for example in examples:
+            example["labels"] = torch.where(torch.arange(13) % 4 == 1, example["input_ids"], -100)
+    keys = ("input_ids", "labels") if model in ("gpt2", "marian") else ("input_ids", "labels", "next_sentence_label")
+    return [{key: example[key] for key in keys} for example in examples]
+
+
+def largest_difference(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Of all weights but biases of keys: their true gradient is zero, and Adam's normalization blows up its rounding.
+
+    GPT-2 keeps them in ``c_attn.bias``.
+    """
+    assert weights.keys() == expected.keys()
+    names = [name for name in expected if not name.endswith(("key.bias", "k_proj.bias", "c_attn.bias"))]
+    return max((weights[name] - expected[name]).abs().max().item() for name in names)

@@ -1,0 +1,104 @@
+"""Two hosts, which are network namespaces joined by a cable of their own, train what one process trains."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import engine_trainer, largest_difference, train_and_measure
+
+WORKER = Path(__file__).parent / "workers" / "engine_runs.py"
+PORT = "29540"  # nobody else listens in a namespace of one's own
+NAME = "everything"
+LAUNCHES = {
+    "DDP": ["--multi_gpu"],
+    "FSDP2": ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"],
+    "ZeRO-2": ["--use_deepspeed", "--deepspeed_multinode_launcher", "standard", "--deepspeed_config_file"],
+}
+ZERO2 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 2},
+}
+TYPES = {"DDP": "MULTI_CPU", "FSDP2": "FSDP", "ZeRO-2": "DEEPSPEED"}
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[list[str]]]:
+    """For each of two hosts, with which words a command begins that is to run there; addresses are 10.77.0.1 and .2."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("two hosts are network namespaces, which need root and iproute2")
+    # Names of interfaces have at most 15 characters.
+    names = [f"fnl{os.getpid() % 10**6}n{next(_numbers) % 10**3}h{host}" for host in range(2)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=30)
+
+    try:
+        made = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True, timeout=30)
+        if made.returncode:
+            pytest.skip(f"this machine makes no network namespaces: {made.stderr.strip()}")
+        ip("netns", "add", names[1])
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        for host, name in enumerate(names, start=1):
+            ip("-n", name, "addr", "add", f"10.77.0.{host}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={name}"] for name in names]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=30)
+
+
+@pytest.fixture
+def run_on_both(hosts: list[list[str]], tmp_path: Path) -> Iterator[Callable[[list[str]], str]]:
+    """Launches a run on both hosts, waits for it and returns what they said; none of its processes stays."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(options: list[str]) -> str:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        for rank, host in enumerate(hosts):
+            command = [*host, sys.executable, "-m", "accelerate.commands.launch", *options]
+            command += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
+            command += ["--main_process_ip", "10.77.0.1", "--main_process_port", PORT, "--mixed_precision", "no"]
+            command += ["--dynamo_backend", "no", str(WORKER), str(tmp_path), f"launched/{NAME}"]
+            with (tmp_path / f"host{rank}.log").open("w") as log:
+                started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+        for process in started:
+            process.wait(timeout=300)
+        return "".join((tmp_path / f"host{rank}.log").read_text()[-3000:] for rank in range(2))
+
+    yield run
+    for process in started:
+        process.terminate()  # the launcher ends its processes then
+    for process in started:
+        process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("engine", LAUNCHES)
+def test_two_hosts_give_what_one_process_gives(run_on_both, tmp_path, engine):
+    options = list(LAUNCHES[engine])
+    if engine == "ZeRO-2":
+        pytest.importorskip("deepspeed")
+        (tmp_path / "zero2.json").write_text(json.dumps(ZERO2))
+        options.append(str(tmp_path / "zero2.json"))
+    said = run_on_both(options)
+    written = tmp_path / "launched" / NAME
+    assert (written / "facts.json").exists(), said
+    facts = json.loads((written / "facts.json").read_text())
+    trainer = engine_trainer(tmp_path / "one", "one", NAME, 1)
+    one = train_and_measure(trainer, NAME)
+    weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    assert (facts["distributed_type"], facts["optimizer"]) == (f"DistributedType.{TYPES[engine]}", "FLAMBe")
+    assert facts["losses"] == pytest.approx(one["losses"], rel=1e-6)
+    assert largest_difference(torch.load(written / "weights.pt"), weights) < 2e-6
