@@ -57,11 +57,11 @@ class Recorder(TrainerCallback):
     """Writes a line for the beginning of a training, every loss and every checkpoint, at once."""
 
     def __init__(self) -> None:
-        name = f"events-{os.environ.get('RANK', 0)}.jsonl"
-        self._file = (Path(os.environ["FAULTS_FOLDER"]) / name).open("a", buffering=1)
+        self._path = Path(os.environ["FAULTS_FOLDER"]) / f"events-{os.environ.get('RANK', 0)}.jsonl"
 
     def _write(self, **event: Any) -> None:
-        self._file.write(json.dumps(event) + "\n")
+        with self._path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Write from which step the training goes on."""

@@ -29,7 +29,7 @@ WORKER = ROOT / "tests" / "workers" / "traffic.py"
 CASES = tuple(
     f"{engine}/{rest}"
     for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-    for rest in ("1/fp32/flambe", "2/bf16/flambe", "1/fp32/lamb")
+    for rest in ("1/fp32/flambe", "2/bf16/flambe")
 )
 # Beside what the plan lists, a step sends the number of labels, norms of all gradients, and flags.
 MARGIN = 256  # bytes

@@ -103,13 +103,13 @@ def parameter_count(model: nn.Module) -> Figures:
         ``total / dense_equivalent``.
     """
     parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
+    total = sum(map(_numel, parameters))
     layers = factorized_layers(model)
     in_products = sum(_factor_count(layer) for layer in layers)
     dense = total - in_products + sum(_dense_count(layer) for layer in layers)
     return {
         "total": total,
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "trainable": sum(_numel(p) for p in parameters if p.requires_grad),
         "in_products": in_products,
         "dense_equivalent": dense,
         "ratio": total / max(dense, 1),
@@ -134,18 +134,22 @@ def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
     ours = dense = 0
     for module in model.modules():
         if isinstance(module, FactorizedEmbedding):
-            ours += module.V.numel()
+            ours += _numel(module.V)
         elif isinstance(module, FactorizedLinear):
             ours += _factor_count(module)
             dense += _dense_count(module)
         elif isinstance(module, nn.Linear | Conv1D):
-            ours += module.weight.numel()
-            dense += module.weight.numel()
+            ours += _numel(module.weight)
+            dense += _numel(module.weight)
     return {"factorized": 2 * tokens * ours, "dense_equivalent": 2 * tokens * dense, "ratio": ours / max(dense, 1)}
 
 
+def _numel(parameter: Tensor) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor behind
+
+
 def _factor_count(layer: Factorized) -> int:
-    return sum(factor.numel() for factor in layer.factors())
+    return sum(map(_numel, layer.factors()))
 
 
 def _dense_count(layer: Factorized) -> int:

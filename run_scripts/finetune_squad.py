@@ -58,12 +58,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
     metrics |= answer_questions(trainer, examples, tokenizer, options, folder=args.output_dir)
+    trainer.save_state()
     if args.should_save:
-        finish_run(
-            args.output_dir, metrics, data, args
-        )  # first: saving the model may push it, with a card made of this
-        trainer.save_model()
-        trainer.save_state()
+        finish_run(args.output_dir, metrics, data, args)
+    trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
     return metrics
 
 

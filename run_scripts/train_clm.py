@@ -166,9 +166,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metrics |= trainer.evaluate()
     trainer.save_state()
     if args.should_save:
-        model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         finish_run(args.output_dir, metrics, options, data, args)
+    trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
     return metrics
 
 

@@ -63,7 +63,7 @@ def plan(
     if nodes is not None and gpus not in (1, nodes * gpus_per_node):
         raise typer.BadParameter(f"{nodes} nodes of {gpus_per_node} GPUs are not --gpus {gpus}; leave one of them out")
     with session(as_json=as_json, debug=debug) as terminal:
-        from hf_fnl import planning
+        import hf_fnl.planning as planning
 
         setup = planning.Setup(
             engine=engine,

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_fnl.optim.groups import parameter_groups
+from hf_fnl.optim.units import Units
 from hf_fnl.planning.setup import Setup
 from hf_fnl.products import find_products
 
@@ -32,15 +33,19 @@ class FactorFacts:
         rows: Rows of the factor of a head, ``m`` of ``(heads, m, rank)``.
         rank: Its rank.
         heads: Heads; 1 where there are none.
-        atom: Elements that have to be together for a Gram matrix: a head of a parameter that is stored head by head,
+        unit: Elements of a piece that has to be whole somewhere: a head of a parameter that is stored head by head,
             otherwise a row.
+        first: Where the first piece begins in the flattened parameter.
+        count: Pieces.
     """
 
     name: str
     rows: int
     rank: int
     heads: int
-    atom: int
+    unit: int
+    first: int
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +136,8 @@ def _factors(products: list, model: nn.Module) -> Iterator[FactorFacts]:
     for product in products:
         for part, factor in zip(product.parts, product.factors(model), strict=True):
             *heads, rows, rank = factor.shape
-            width = math.prod(heads) * rank
-            by_head = part.heads is not None and part.dim == 0
-            yield FactorFacts(part.name, rows, rank, math.prod(heads), rank * rows if by_head else width)
+            units = Units(part, tuple(model.get_parameter(part.name).shape))
+            yield FactorFacts(part.name, rows, rank, math.prod(heads), units.size, units.first, units.count)
 
 
 def _run(model: PreTrainedModel, setup: Setup) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
 from dataclasses import dataclass
 
-from hf_fnl.planning.facts import Facts
+from hf_fnl.planning.facts import FactorFacts, Facts
 from hf_fnl.planning.setup import FP32, Setup
 
-ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST = "all_reduce", "all_gather", "reduce_scatter", "broadcast"
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all_reduce", "all_gather", "reduce_scatter"
+BROADCAST, EXCHANGE = "broadcast", "all_to_all"
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class Message:
 
     Args:
         purpose: What for.
-        collective: ``all_reduce``, ``all_gather``, ``reduce_scatter`` or ``broadcast``.
-        payload: Bytes of the whole tensors: what is reduced, or what is there once everything is gathered.
+        collective: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``broadcast`` or ``all_to_all``.
+        payload: Bytes of the whole tensors: what is reduced, or what is there once everything is gathered; of an
+            exchange what the process that sends most hands over.
         group: Processes that take part, ``n``.
     """
 
@@ -34,6 +36,8 @@ class Message:
 
         In a broadcast a process passes on what it receives, ``(n - 1) / n`` of the payload on average.
         """
+        if self.collective == EXCHANGE:
+            return self.payload
         rounds = 2 if self.collective == ALL_REDUCE else 1
         return rounds * self.payload * (self.group - 1) / self.group
 
@@ -110,11 +114,10 @@ def _optimizer(facts: Facts, setup: Setup) -> list[Message]:
     """LAMB's two norms of a parameter, the Gram matrices of decayed factors, and what a boundary cuts, in fp32."""
     if setup.shards == 1 or setup.optimizer == "adamw_torch":
         return []
-    cuts = cut_atoms(facts, setup)
     return [
         Message("norms", ALL_REDUCE, 2 * FP32 * len(facts.shapes), setup.shards),
         Message("Grams", ALL_REDUCE, sum(FP32 * f.heads * f.rank**2 for f in facts.factors), setup.shards),
-        Message("cut heads and rows", ALL_REDUCE, FP32 * cuts, setup.shards),
+        Message("cut heads and rows", EXCHANGE, FP32 * max(exchanged(facts, setup)), setup.shards),
     ]
 
 
@@ -139,21 +142,36 @@ def persistent(facts: Facts) -> set[str]:
     return {name for name, shape in facts.shapes.items() if math.prod(shape) <= 10 * facts.hidden_size}
 
 
-def cut_atoms(facts: Facts, setup: Setup) -> int:
-    """Elements of the heads and rows of decayed factors that lie on both sides of a boundary."""
-    begins = _begins(facts, setup)
-    total = 0
+def exchanged(facts: Facts, setup: Setup) -> list[int]:
+    """Elements that each process sends so that heads and rows that boundaries cut become whole.
+
+    Who holds a part of one sends it to all others that do.
+    """
+    begins, sent = _begins(facts, setup), [0] * setup.shards
     for factor in facts.factors:
-        name, shape = factor.name, facts.shapes[factor.name]
-        row = math.prod(shape[1:])
-        length = factor.atom if factor.atom % row == 0 else row  # a part of a wider row is cut where the row is
-        cuts = {cut // length for cut in begins[name] if 0 < cut < math.prod(shape) and cut % length}
-        total += len(cuts) * factor.atom
-    return total
+        whole = math.prod(facts.shapes[factor.name])
+        ends = [min(max(begin, 0), whole) for begin in begins[factor.name]]
+        for parts in _cut_units(factor, [*ends, whole]).values():
+            for rank, length in parts.items():
+                sent[rank] += length * (len(parts) - 1)
+    return sent
 
 
-def _begins(facts: Facts, setup: Setup) -> dict[str, Iterable[int]]:
-    """Where in each parameter the shares of processes begin."""
+def _cut_units(factor: FactorFacts, ends: list[int]) -> dict[int, dict[int, int]]:
+    """How much of which unit each process holds; units that one process holds whole are left out."""
+    last = factor.first + factor.count * factor.unit
+    held: dict[int, dict[int, int]] = defaultdict(dict)
+    for rank, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
+        low, high = max(start, factor.first), min(stop, last)
+        if low < high:
+            for unit in {(low - factor.first) // factor.unit, (high - 1 - factor.first) // factor.unit}:
+                begin = factor.first + unit * factor.unit
+                held[unit][rank] = min(high, begin + factor.unit) - max(low, begin)
+    return {unit: parts for unit, parts in held.items() if len(parts) > 1}
+
+
+def _begins(facts: Facts, setup: Setup) -> dict[str, list[int]]:
+    """Where in each parameter the shares of all processes but the first begin."""
     shards = setup.shards
     if setup.is_fsdp:
         rows = {name: (-(-shape[0] // shards), math.prod(shape[1:])) for name, shape in facts.shapes.items()}
@@ -161,7 +179,7 @@ def _begins(facts: Facts, setup: Setup) -> dict[str, Iterable[int]]:
     if setup.engine == "zero3":
         shares = {name: padded_flat(math.prod(shape), shards) // shards for name, shape in facts.shapes.items()}
         return {name: [k * share for k in range(1, shards)] for name, share in shares.items()}
-    begins: dict[str, Iterable[int]] = {}
+    begins: dict[str, list[int]] = {}
     for names, partition in zip(facts.groups, partitions(facts, shards), strict=True):
         offset = 0
         for name in names:

@@ -131,21 +131,22 @@ def ties_in_one_unit(model: nn.Module, plugin: Any) -> Iterator[None]:
 
     accelerate makes units of input and output embeddings, and of the classes in ``_no_split_modules``; torch refuses a
     parameter in two units. That of the whole model keeps its parameters gathered from the forward to the backward pass,
-    as accelerate does with a tied embedding that it knows as one.
+    as accelerate does with a tied embedding that it knows as one. Models that name no such classes get a unit for each
+    of their repeated layers.
 
     Args:
         model: Unwrapped.
         plugin: accelerate's FSDP plugin; ``None`` where there is none, and nothing is done.
     """
-    tied = _tied_modules(model)
-    if plugin is None or not tied:
+    if plugin is None:
         yield
         return
+    tied = _tied_modules(model)
     if plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = list(getattr(model, "_no_split_modules", None) or ())
+        plugin.transformer_cls_names_to_wrap = list(getattr(model, "_no_split_modules", None) or _repeated(model))
     holding = {type(module).__name__ for module in model.modules() if tied & set(module.modules())}
     plugin.transformer_cls_names_to_wrap = [n for n in plugin.transformer_cls_names_to_wrap if n not in holding]
-    getters = ("get_input_embeddings", "get_output_embeddings")
+    getters = ("get_input_embeddings", "get_output_embeddings") if tied else ()
     for getter in getters:
         setattr(model, getter, lambda: None)
     try:
@@ -153,6 +154,12 @@ def ties_in_one_unit(model: nn.Module, plugin: Any) -> Iterator[None]:
     finally:
         for getter in getters:
             delattr(model, getter)
+
+
+def _repeated(model: nn.Module) -> list[str]:
+    """Names of the classes of layers that are in a list of a model."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return sorted({type(layer).__name__ for layers in lists for layer in layers})
 
 
 def _tied_modules(model: nn.Module) -> set[nn.Module]:

@@ -1,22 +1,34 @@
-"""What the processes of a run agree upon: objects from all of them, and errors that end all of them."""
+"""What the processes of a run agree upon: values of all of them, and errors that end all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import distributed
+import torch.distributed as dist
 
 T = TypeVar("T")
 
 
-def gather(item: T) -> list[T]:
-    """The items of all processes in the order of their ranks; of this one alone where there is no process group."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [item]
-    items: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(items, item)
-    return items
+def process() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that does what is done once."""
+    return process()[0] == 0
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order; of this one alone where there is no process group."""
+    count = process()[1]
+    values: list[Any] = [value] * count
+    if count > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def together(action: Callable[[], T]) -> T:
@@ -46,3 +58,30 @@ def together(action: Callable[[], T]) -> T:
     if failed := [f"process {rank}: {message}" for rank, message in enumerate(messages) if message is not None]:
         raise RuntimeError("; ".join(failed))
     return result
+
+
+def first_decides(action: Callable[[], T]) -> T:
+    """What an action returns on the first process, on all of them.
+
+    Raises:
+        Exception: As :func:`together`.
+    """
+    return gather(together(lambda: action() if is_first() else None))[0]  # type: ignore[return-value]
+
+
+def replica(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Among how many copies of what ``group`` divides this process holds a part, and of which.
+
+    All processes must call this, with groups that divide the same tensors.
+
+    Args:
+        group: The processes that divide tensors; ``None`` if each holds them whole.
+
+    Returns:
+        The number of the copy, and how many there are.
+    """
+    if group is None:
+        return process()
+    head = min(dist.get_process_group_ranks(group))
+    heads = sorted(set(gather(head)))
+    return heads.index(head), len(heads)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_cases import engine_trainer, train_and_measure
@@ -23,6 +24,9 @@ def train(folder: Path, engine: str, name: str) -> None:
     if trainer.is_world_process_zero():
         torch.save(weights, folder / "weights.pt")
         facts["distributed_type"] = str(trainer.accelerator.distributed_type)
+        facts["units"] = sorted(
+            {type(module).__name__ for module in trainer.model.modules() if isinstance(module, FSDPModule)}
+        )
         facts["optimizer"] = type(trainer.running_optimizer()).__name__
         (folder / "facts.json").write_text(json.dumps(facts))
 

@@ -39,6 +39,7 @@ COLLECTIVES = {
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
     "broadcast_": ("broadcast", 0),
     "reduce_": ("reduce", 0),
+    "alltoall_base_": ("all_to_all", 1),
 }
 
 

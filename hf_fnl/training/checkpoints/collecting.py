@@ -26,7 +26,7 @@ from hf_fnl.training.checkpoints.contents import (
     whole_copies,
 )
 from hf_fnl.training.checkpoints.pieces import PIECES_FILES, Pieces, Range, write_pieces
-from hf_fnl.training.checkpoints.together import replica
+from hf_fnl.training.processes import replica
 
 OPTIMIZER_FILE = "optimizer.json"
 

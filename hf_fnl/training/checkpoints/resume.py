@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_fnl.training.checkpoints.folders import checkpoints, clean
 from hf_fnl.training.checkpoints.manifest import fault
-from hf_fnl.training.checkpoints.together import first_decides, gathered, is_first, process, together
+from hf_fnl.training.processes import first_decides, gather, is_first, process, together
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def newest_whole(run: Path) -> Path | None:
 
 def fault_of(checkpoint: Path) -> str | None:
     """Why a checkpoint is not whole; processes, which must all call this, share the work and agree."""
-    return next((told for told in gathered(together(lambda: fault(checkpoint, process()))) if told), None)
+    return next((told for told in gather(together(lambda: fault(checkpoint, process()))) if told), None)
 
 
 def check_whole(checkpoint: Path) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from hf_fnl.training.checkpoints.folders import publish, unfinished_folder
 from hf_fnl.training.checkpoints.receipts import await_receipts, give_receipt, seal
-from hf_fnl.training.checkpoints.together import first_decides, gathered, is_first, process, together
+from hf_fnl.training.processes import first_decides, gather, is_first, process, together
 
 _PAUSE = 0.02
 # How long a training that broke off waits for the other processes' parts of its last checkpoint.
 _PATIENCE = 5.0
+# Bytes that may be left on a disk that is full.
+_FULL = 1 << 16
 # File systems that machines share may show what one has written to the others this many seconds later.
 _VISIBLE_WITHIN = 120.0
 
@@ -80,7 +82,7 @@ class Saving:
         if self._thread is None:
             return
         running = self._thread.is_alive()
-        states = gathered((running, self._error and f"{type(self._error).__name__}: {self._error}"))
+        states = gather((running, self._error and f"{type(self._error).__name__}: {self._error}"))
         faults = [f"process {number}: {text}" for number, (_, text) in enumerate(states) if text]
         if faults:
             self._cancelled.set()
@@ -116,10 +118,11 @@ class Saving:
             yield
         except Exception as error:
             assert self._checkpoint is not None
+            reason = _reason(error, self._checkpoint.parent)
             if is_first():
                 shutil.rmtree(unfinished_folder(self._checkpoint), ignore_errors=True)
             raise RuntimeError(
-                f"could not write {self._checkpoint}: {error}; earlier checkpoints are as they were"
+                f"could not write {self._checkpoint}: {reason}; earlier checkpoints are as they were"
             ) from error
 
     def _run_in_background(self, write: Write, done: Callable[[], None]) -> None:
@@ -141,3 +144,10 @@ class Saving:
         seal(folder, processes=count)
         publish(self._checkpoint)
         done()
+
+
+def _reason(error: Exception, run: Path) -> str:
+    """Why a checkpoint could not be written; torch's writer of archives does not say that the disk is full."""
+    if "No space left" in str(error) or not run.is_dir() or shutil.disk_usage(run).free > _FULL:
+        return str(error)
+    return f"No space left on device ({error})"

@@ -37,9 +37,9 @@ from hf_fnl.training.checkpoints.pieces import PIECES_FILES, pieces_file
 from hf_fnl.training.checkpoints.random_numbers import restore_random_numbers
 from hf_fnl.training.checkpoints.resume import check_whole, newest_whole
 from hf_fnl.training.checkpoints.saving import Saving
-from hf_fnl.training.checkpoints.together import first_decides, process, together
 from hf_fnl.training.engines import innermost
 from hf_fnl.training.files import write_json
+from hf_fnl.training.processes import first_decides, process, together
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,6 @@ class CheckpointingTrainer(Trainer):
         built = super().create_optimizer(model)
         shards_of(innermost(built))
         return built
-
-    # Writing
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in Transformers, but whole or not at all, and on every engine in one format."""
@@ -174,8 +172,6 @@ class CheckpointingTrainer(Trainer):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._saving.finish()
         return super()._finalize_training(*args, **kwargs)
-
-    # Going on
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; goes on only from a whole checkpoint, and from the newest of those if told ``True``."""
