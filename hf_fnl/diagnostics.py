@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.functional import non_orthogonality, nuclear_norm_bound
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear, factorized_layers
+from hf_fnl.layers.whole import whole_shape
 from hf_fnl.products import Product
 
 Figures = dict[str, float]
@@ -145,7 +146,7 @@ def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
 
 
 def _numel(parameter: Tensor) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor behind
+    return whole_shape(parameter).numel()
 
 
 def _factor_count(layer: Factorized) -> int:

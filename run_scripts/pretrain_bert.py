@@ -7,6 +7,7 @@ python run_scripts/pretrain_bert.py config.yaml
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBe
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
+from hf_fnl.training.engines import let_go
 from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
 from hf_fnl.training.tasks.documents import DocumentOptions
 from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
@@ -109,7 +111,7 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
 
 def train_phase(
     phase: Phase, number: int, model: PreTrainedModel, tokenizer: Any, data: DataOptions, args: FLAMBeTrainingArguments
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], FLAMBeTrainer]:
     """Train on sequences of one length, with an optimizer and checkpoints of its own; go on if it was broken off."""
     options = PretrainingOptions(
         max_seq_length=phase.length,
@@ -140,7 +142,7 @@ def train_phase(
         metrics |= trainer.evaluate()
     trainer.save_state()
     trainer.save_model(folder)  # by all processes: each may hold a part of it
-    return metrics
+    return metrics, trainer
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -164,8 +166,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if too_long := [phase.length for phase in phases if phase.length > longest]:
         raise ValueError(f"phases: the model's max_position_embeddings is {longest}, got a length of {too_long[0]}")
     metrics: dict[str, Any] = {"parameters": parameter_count(model)}
+    saved = dataclasses.replace(options, init_from=args.output_dir)
     for number, phase in enumerate(phases, start=1):
-        metrics[f"phase-{number}"] = train_phase(phase, number, model, tokenizer, data, args)
+        metrics[f"phase-{number}"], trainer = train_phase(phase, number, model, tokenizer, data, args)
+        if number < len(phases) and let_go(trainer):
+            del model, trainer  # what an engine took over cannot be trained by the next one
+            model = build_model(saved, data.next_sentence, tokenizer)
     if args.should_save:
         tokenizer.save_pretrained(args.output_dir)
         finish_run(args.output_dir, metrics, options, data, args)

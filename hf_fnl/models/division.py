@@ -35,11 +35,6 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """Shape of a parameter before it was divided."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 @contextmanager
 def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Parameters that ZeRO-3 divides are whole here, and divided again with what the first process wrote to them."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized
-from hf_fnl.models.division import holders, partition_, whole_shape, world, write_
+from hf_fnl.layers.whole import whole_shape
+from hf_fnl.models.division import holders, partition_, world, write_
 from hf_fnl.models.draws import Draws, Group, matrix_cost
 from hf_fnl.surgery.swap import layer_record
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import Factorized
+from hf_fnl.layers.whole import whole_shape
 from hf_fnl.products.attention import AttentionProjections, Projection, Section, size
 
 Adapter = Callable[[nn.Module], AttentionProjections | None]
@@ -89,7 +90,7 @@ def _torch(module: nn.Module) -> AttentionProjections | None:
         return None
     if module.in_proj_weight is None:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        inputs = [section for weight in weights for section in _split(weight, len(weight))]
+        inputs = [section for weight in weights for section in _split(weight, whole_shape(weight)[0])]
     else:
         inputs = _split(module.in_proj_weight, *[module.embed_dim] * 3)
     return _fitted(module, [*inputs, module.out_proj])

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from hf_fnl.layers import Factorized
+from hf_fnl.layers.whole import whole_shape
 from hf_fnl.products.adapters import attention_of
 from hf_fnl.products.attention import AttentionProjections
 from hf_fnl.products.core import Factor, Product
@@ -92,7 +93,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
     """Whether a module is called one and holds at least inputs and an output, none of which somebody has factorized."""
     if not type(module).__name__.endswith("Attention"):
         return False
-    matrices = sum(parameter.ndim == 2 for parameter in module.parameters())
+    matrices = sum(len(whole_shape(parameter)) == 2 for parameter in module.parameters())
     return matrices >= 2 and not any(isinstance(inner, Factorized) for inner in module.modules())
 
 

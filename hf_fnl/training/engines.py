@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -191,6 +192,22 @@ def forget_evaluation(accelerator: Accelerator, model: nn.Module) -> None:
     if getattr(model, "_is_accelerate_prepared", False):
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
+def let_go(trainer: Any) -> bool:
+    """End what FSDP2 or DeepSpeed does for a Trainer, when it has saved its model.
+
+    Returns:
+        Whether one of them held the model, which can then not be trained by another Trainer: load the saved one.
+    """
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return False
+    if hasattr(trainer.model_wrapped, "destroy"):
+        trainer.model_wrapped.destroy()
+    trainer.accelerator.wait_for_everyone()  # the first process has written
+    trainer.accelerator.free_memory()
+    AcceleratorState._reset_state()  # or accelerate refuses the DeepSpeed plugin of the next Trainer
+    return True
 
 
 def whole_parameters(model: nn.Module, names: Iterable[str]) -> AbstractContextManager[Mapping[str, Tensor]]:

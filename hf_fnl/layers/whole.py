@@ -1,0 +1,11 @@
+"""Parameters that an engine divides among processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of a parameter before it was divided; DeepSpeed's ZeRO-3 leaves an empty vector in its place."""
+    return getattr(parameter, "ds_shape", parameter.shape)
