@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,26 +68,32 @@ def make_whole(
         return {}
     mine = {piece: holders for piece, holders in shared.items() if collectives.rank in holders}
     parts = {piece: piece.part_of(fragments[piece.name].data, fragments[piece.name]) for piece in mine}
-    outgoing: list[list[Tensor]] = [[] for _ in range(collectives.size)]
+    dtypes = [fragments[piece.name].local.dtype for piece in shared]
+    nothing = next(iter(fragments.values())).local.new_empty(0, dtype=functools.reduce(torch.promote_types, dtypes))
+    arrived = _swap(parts, mine, ranges, nothing, collectives)
+    whole = {}
     for piece, holders in mine.items():
-        for other in set(holders) - {collectives.rank}:
-            outgoing[other].append(parts[piece])
-    lengths = [
-        [_length(piece, ranges, other) for piece, holders in mine.items() if other in holders]
-        for other in range(collectives.size)
-    ]
-    lengths[collectives.rank] = []
-    example = next(iter(fragments.values())).local
-    received = collectives.exchange(
-        [torch.cat(tensors) if tensors else example.new_empty(0) for tensors in outgoing],
-        [sum(each) for each in lengths],
-        "cuts",
-    )
-    arrived = [iter(message.split(each)) for message, each in zip(received, lengths, strict=True)]
-    return {
-        piece: torch.cat([parts[piece] if rank == collectives.rank else next(arrived[rank]) for rank in holders])
-        for piece, holders in mine.items()
-    }
+        each = [parts[piece] if rank == collectives.rank else next(arrived[rank]) for rank in holders]
+        whole[piece] = torch.cat(each).to(parts[piece].dtype)
+    return whole
+
+
+def _swap(
+    parts: Mapping[Piece, Tensor],
+    holders: Mapping[Piece, Sequence[int]],
+    ranges: Ranges,
+    nothing: Tensor,
+    collectives: Collectives,
+) -> list[Iterator[Tensor]]:
+    """Send each part to the other holders of its piece; returns theirs, by process, in the order of the pieces."""
+    outgoing: list[list[Tensor]] = [[nothing] for _ in range(collectives.size)]
+    lengths: list[list[int]] = [[] for _ in range(collectives.size)]
+    for piece, part in parts.items():
+        for other in set(holders[piece]) - {collectives.rank}:
+            outgoing[other].append(part)
+            lengths[other].append(_length(piece, ranges, other))
+    received = collectives.exchange([torch.cat(tensors) for tensors in outgoing], list(map(sum, lengths)), "cuts")
+    return [iter(message.split(each)) for message, each in zip(received, lengths, strict=True)]
 
 
 def _length(piece: Piece, ranges: Ranges, rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +18,8 @@ from torch.optim import Optimizer
 from transformers.utils import strtobool
 
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
@@ -36,6 +39,8 @@ def check_engine(accelerator: Accelerator, model: nn.Module, args: FLAMBeTrainin
         ValueError: If the engine cannot do what is asked for, or its configuration contradicts ``args``.
     """
     fsdp, deepspeed = (getattr(accelerator.state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed"))
+    if accelerator.is_main_process:
+        _warn_of_restarts()
     _check_fsdp(fsdp, accelerator, args)
     if deepspeed is not None:
         _complete_deepspeed(deepspeed.hf_ds_config.config, args)
@@ -50,6 +55,18 @@ def check_engine(accelerator: Accelerator, model: nn.Module, args: FLAMBeTrainin
                 f"{name} is divided along another dimension than its first, by tensor parallelism; "
                 "train with FSDP2 or DeepSpeed instead"
             )
+
+
+def _warn_of_restarts() -> None:
+    """The agent of torch 2.13 keeps one store over all restarts, in which workers find the addresses of dead ones."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts > 0 and shares:
+        logger.warning(
+            "torchrun may restart workers %d times, and restarted ones can wait for dead ones for ever: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it is launched, as run_scripts/launch/elastic.sh does",
+            restarts,
+        )
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -202,11 +219,11 @@ def let_go(trainer: Any) -> bool:
     """
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return False
-    if hasattr(trainer.model_wrapped, "destroy"):
+    trainer.accelerator.wait_for_everyone()  # until the first process has written
+    if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.destroy()
-    trainer.accelerator.wait_for_everyone()  # the first process has written
+        AcceleratorState._reset_state()  # or accelerate refuses the plugin of the next Trainer
     trainer.accelerator.free_memory()
-    AcceleratorState._reset_state()  # or accelerate refuses the DeepSpeed plugin of the next Trainer
     return True
 
 
