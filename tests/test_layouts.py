@@ -1,0 +1,113 @@
+"""Where optimizers look for their parameters, and which layouts they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing import assert_close
+
+from hf_fnl.optim import Lamb
+from hf_fnl.optim.sharding import shards_of
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """One process that takes itself for a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def as_zero2(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Lay parameters out as ZeRO-2 does for one process: views of a flat buffer, a copy of which is optimized."""
+    group = optimizer.param_groups[0]
+    flat = torch.cat([p.detach().view(-1) for p in group["params"]])
+    offset = 0
+    for parameter in module.parameters():
+        parameter.data = flat.narrow(0, offset, parameter.numel()).view(parameter.shape)
+        offset += parameter.numel()
+        parameter._hp_mapping, parameter._dp_group = None, dist.group.WORLD
+    group["params"] = [nn.Parameter(flat.clone())]
+
+
+@pytest.mark.usefixtures("mesh")
+def test_zero2_is_followed_to_its_flat_weights():
+    plain, divided = model(), model()
+    expected, optimizer = Lamb(plain.named_parameters()), Lamb(divided.named_parameters())
+    as_zero2(divided, optimizer)
+    for parameter in plain.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    (owner,) = optimizer.param_groups[0]["params"]
+    owner.grad = torch.cat([p.grad.view(-1) for p in plain.parameters()])
+    expected.step()
+    optimizer.step()
+    assert shards_of(optimizer).layout == "zero12"
+    for name, fragment in shards_of(optimizer).fragments().items():
+        assert_close(fragment.local.view(fragment.shape), plain.get_parameter(name).detach())
+
+
+@pytest.mark.usefixtures("mesh")
+def test_weights_that_are_not_those_of_the_model_are_noticed():
+    module = model()
+    optimizer = Lamb(module.named_parameters())
+    as_zero2(module, optimizer)
+    optimizer.param_groups[0]["params"][0].data[3] += 1
+    optimizer.param_groups[0]["params"][0].grad = torch.zeros(59 + 7)
+    with pytest.raises(RuntimeError, match=r"optimized for 0\.weight are not those of the model: .*than zero12 is"):
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("mesh")
+@pytest.mark.parametrize(
+    ("named", "options", "message"),
+    [
+        (False, {}, "under ZeRO parameters are found by name and these have none: build the optimizer from"),
+        (True, {"max_grad_norm": 1.0}, "max_grad_norm=1.0: under ZeRO no step sees all gradients.*gradient_clipping"),
+    ],
+    ids=["names", "clipping"],
+)
+def test_what_zero_cannot_do(named, options, message):
+    module = model()
+    optimizer = Lamb(module.named_parameters() if named else module.parameters(), **options)
+    as_zero2(module, optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+def test_fsdp_1_is_refused():
+    module = model()
+    optimizer = Lamb(module.named_parameters())
+    optimizer.param_groups[0]["params"] = [nn.Parameter(p.detach().view(-1)) for p in module.parameters()]
+    with pytest.raises(ValueError, match=r"0\.weight is flat and 35 long where the model has \(7, 5\).*fsdp_version"):
+        optimizer.step()
+
+
+def test_one_flat_tensor_without_zero_is_refused():
+    module = model()
+    optimizer = Lamb(module.named_parameters())
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(66))]
+    with pytest.raises(ValueError, match=r"steps once with zero gradients already when it starts.*ZeRO stage 1, or DDP"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("placement", [Shard(1), Shard(0), Replicate()], ids=str)
+def test_tensors_are_divided_along_their_first_dimension_only(mesh, placement):
+    parameter = nn.Parameter(distribute_tensor(torch.randn(5, 3), mesh, [placement]))
+    optimizer = Lamb([("p", parameter)])
+    if placement == Shard(1):
+        with pytest.raises(ValueError, match=r"p is distributed as .*first dimension.*leave tensor parallelism off"):
+            shards_of(optimizer).fragments()
+        return
+    (fragment,) = shards_of(optimizer).fragments().values()
+    assert (fragment.start, fragment.stop, fragment.group is None) == (0, 15, placement == Replicate())
