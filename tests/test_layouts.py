@@ -97,7 +97,7 @@ def test_one_flat_tensor_without_zero_is_refused():
     module = model()
     optimizer = Lamb(module.named_parameters())
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(66))]
-    with pytest.raises(ValueError, match=r"steps once with zero gradients already when it starts.*ZeRO stage 1, or DDP"):
+    with pytest.raises(ValueError, match=r"steps once with zero gradients already .*ZeRO stage 1, or DDP"):
         optimizer.step()
 
 
