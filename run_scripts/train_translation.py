@@ -31,6 +31,7 @@ from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.building import build
+from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.files import write_text
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.bleu import bleu_scores
@@ -223,7 +224,9 @@ def encode(
 
 
 def check_averaging(count: int, args: TranslationArguments) -> None:
-    """Refuse to average more checkpoints than the run will keep."""
+    """Refuse to average more checkpoints than the run will keep, or such as cannot be averaged."""
+    if count and args.checkpoint_format == "sharded":
+        raise ValueError(f"average_checkpoints={count} needs whole weights in checkpoints: set checkpoint_format=full")
     kept = 0 if args.save_strategy == SaveStrategy.NO else args.save_total_limit
     if count and kept is not None and kept < count:
         raise ValueError(
@@ -232,13 +235,20 @@ def check_averaging(count: int, args: TranslationArguments) -> None:
         )
 
 
-def score(model: Any, tokenizer: Any, pairs: datasets.Dataset, data: DataOptions, folder: str) -> dict[str, Any]:
-    """Translate pairs, every process its share, write what came out, and return its BLEU."""
-    with PartialState().split_between_processes(list(pairs["source"])) as share:
-        options = {"num_beams": data.num_beams, "length_penalty": data.length_penalty}
-        found = gather_object(translate(model, tokenizer, share, **options))
+def score(trainer: TranslationTrainer, tokenizer: Any, pairs: datasets.Dataset, data: DataOptions) -> dict[str, Any]:
+    """Translate pairs, write what came out, and return its BLEU.
+
+    Every process translates its share; or all translate all of them together if each holds a part of the model only.
+    """
+    model, in_step = trainer.model, is_sharded(trainer.accelerator)
+    sources, options = list(pairs["source"]), {"num_beams": data.num_beams, "length_penalty": data.length_penalty}
+    if in_step:
+        found = translate(model, tokenizer, sources, **options)
+    else:
+        with PartialState().split_between_processes(sources) as share:
+            found = gather_object(translate(model, tokenizer, share, **options))
     if PartialState().is_main_process:
-        write_text(Path(folder) / "translations.txt", "".join(f"{text}\n" for text in found))
+        write_text(Path(trainer.args.output_dir) / "translations.txt", "".join(f"{text}\n" for text in found))
     return bleu_scores(found, list(pairs["target"]), detokenize_lang=data.languages[1] if data.moses else None)
 
 
@@ -269,11 +279,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if validation is not None:
         metrics |= trainer.evaluate()
     if test is not None:
-        metrics["test"] = score(model, tokenizer, test, data, args.output_dir)
+        metrics["test"] = score(trainer, tokenizer, test, data)
+    trainer.save_state()
     if args.should_save:
         finish_run(args.output_dir, metrics, options, data, args)
-        trainer.save_model()
-        trainer.save_state()
+    trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
     return metrics
 
 

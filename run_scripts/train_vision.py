@@ -207,7 +207,7 @@ class Session:
         args = copy.copy(self.args)
         if phase is not None:
             args.output_dir = str(Path(args.output_dir) / f"phase-{phase}")
-        return ImageTrainer(
+        self.last_trainer = ImageTrainer(
             model,
             args,
             transform=self.transform,
@@ -218,6 +218,18 @@ class Session:
             preprocess_logits_for_metrics=topk_hits,
             **more,
         )
+        self._check_engine(self.last_trainer)
+        return self.last_trainer
+
+    def _check_engine(self, trainer: ImageTrainer) -> None:
+        """Refuse what changes a model that an engine holds."""
+        given = {option: getattr(self.options, option) for option in ("overcomplete", "pruning")}
+        changing = [f"{option}={value}" for option, value in given.items() if value]
+        if changing and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise ValueError(
+                f"{changing[0]} changes weights beside the training, which FSDP2 and DeepSpeed, who hold them, do not "
+                "see: train with DDP (run_scripts/launch/ddp.yaml) or in one process"
+            )
 
     def batch(self, count: int) -> dict[str, torch.Tensor]:
         """Training images drawn with the seed of the run, as an evaluation would prepare them, and their labels."""
@@ -307,9 +319,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model.to(memory_format=torch.channels_last)
     metrics = (train_pruned if options.pruning else train_factorized)(session, model, resume)
     if args.should_save:
-        model.save_pretrained(args.output_dir)
         write_image_processor(args.output_dir, session.train)
         finish_run(args.output_dir, metrics, options, data, args)
+    session.last_trainer.save_model(args.output_dir)  # by all processes, who may each hold a part
     return metrics
 
 

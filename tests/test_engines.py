@@ -131,7 +131,7 @@ def accelerator_with(fsdp_version: int | None = None, deepspeed: dict[str, Any] 
     if deepspeed is not None:
         stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
         state.deepspeed_plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=deepspeed), zero_stage=stage)
-    return SimpleNamespace(state=state, distributed_type=SimpleNamespace(value="MULTI_CPU"))
+    return SimpleNamespace(state=state, distributed_type=SimpleNamespace(value="MULTI_CPU"), is_main_process=True)
 
 
 PENALTY = {"optim": "sgd", "frobenius_mode": "penalty", "frobenius_decay": ["ov"]}
@@ -159,6 +159,8 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
             "zero_force_ds_cpu_optimizer of the DeepSpeed config must be false",
         ),
         ({"deepspeed": {}}, {"bf16": True}, "set zero_optimization.stage to 1"),
+        ({"fsdp_version": 2}, {"optim": "adafactor"}, "optim=adafactor needs whole matrices"),
+        ({"deepspeed": {"zero_optimization": {"stage": 1}}}, {"optim": "adafactor"}, "needs whole matrices"),
     ],
     ids=[
         "FSDP1",
@@ -170,6 +172,8 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
         "untested",
         "CPUAdam",
         "ZeRO-0 bf16",
+        "adafactor FSDP2",
+        "adafactor ZeRO-1",
     ],
 )
 def test_what_an_engine_cannot_do_is_refused(tmp_path, engine, options, message):

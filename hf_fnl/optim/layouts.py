@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -185,20 +185,15 @@ class Zero3(Zero12):
         return parameter.ds_tensor.detach().view(-1)[: fragment.stop - fragment.start]
 
 
-def layout_of(groups: Sequence[Group], origins: Sequence[Origin]) -> Plain:
-    """The layout in which parameters are now.
-
-    Raises:
-        ValueError: If it is one that is not supported: FSDP version 1, or DeepSpeed in half precision without ZeRO.
-    """
-    if any(origin.has("ds_id", "_z3_optimizer") for origin in origins):
+def layout_of(groups: Sequence[Group], origins: Iterable[Origin]) -> Plain:
+    """The layout in which parameters are now."""
+    marked = next((origin for origin in origins if origin.has()), None)  # an engine marks all of them
+    if marked is not None and marked.has("ds_id", "_z3_optimizer"):
         return Zero3()
-    if any(origin.has("_hp_mapping") for origin in origins):
+    if marked is not None and marked.has("_hp_mapping"):
         return Zero12()
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
+    if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
         return Distributed()
-    _check_whole(groups, origins)
     return Plain()
 
 
@@ -207,7 +202,11 @@ def names_of(group: Group) -> list[str]:
     return group["param_names"] if "param_names" in group else [str(i) for i in range(len(group["params"]))]
 
 
-def _check_whole(groups: Sequence[Group], origins: Sequence[Origin]) -> None:
+def check_whole(groups: Sequence[Group], origins: Sequence[Origin]) -> None:
+    """Raise a ``ValueError`` unless groups hold parameters as the model has them, not flattened.
+
+    FSDP version 1 flattens parameters, and DeepSpeed does in half precision without ZeRO.
+    """
     shapes = {origin.name: origin.shape for origin in origins}
     for group in groups:
         if len(names_of(group)) != len(group["params"]):

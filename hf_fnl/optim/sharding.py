@@ -5,6 +5,7 @@ Optimizers, decay and checkpoints ask here, so that they know nothing of engines
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_fnl.optim.layouts import Fragment, Group, Origin, Plain, layout_of, names_of
+from hf_fnl.optim.layouts import Fragment, Group, Origin, Plain, check_whole, layout_of, names_of
 
 __all__ = ["Collectives", "Fragment", "Shards", "shards_of"]
 
@@ -141,14 +142,17 @@ class Shards:
         # While ZeRO-1 and 2 step they show the optimizer one group only.
         if len(groups) >= len(self._groups):
             self._groups = list(groups)
-        layout = layout_of(self._groups, [origin for group in self._origins.values() for origin in group])
+        layout = layout_of(self._groups, itertools.chain.from_iterable(self._origins.values()))
         if self._layout is None or layout.name != self._layout.name:
             self._collectives = self._connect(layout)
             self._layout = layout
-        return layout
+        return self._layout
 
     def _connect(self, layout: Plain) -> Collectives | None:
         origins = {origin.name: origin for group in self._origins.values() for origin in group}
+        if layout.name == "plain":
+            check_whole(self._groups, list(origins.values()))
+            return None
         fragments = [fragment for group in self._groups for fragment in self._held(layout, group)]
         divided = [fragment for fragment in fragments if fragment.group is not None]
         if not divided:

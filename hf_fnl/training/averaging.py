@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_fnl.training.checkpoints.contents import WEIGHT, Held, aliases, held_weights, whole_copies
+from hf_fnl.training.checkpoints.trainer import holds_parts
 
 
 def newest_checkpoints(folder: str | os.PathLike[str], count: int) -> list[Path]:
@@ -67,19 +70,44 @@ def average_checkpoints(folders: Sequence[str | os.PathLike[str]]) -> dict[str, 
     }
 
 
+@torch.no_grad()
 def load_average_(model: nn.Module, folders: Sequence[str | os.PathLike[str]]) -> None:
     """Replace the weights of ``model`` by the average of its checkpoints.
 
+    Args:
+        model: Unwrapped. Where FSDP2 or ZeRO-3 divides it, each process takes its part of the average.
+        folders: Its checkpoints.
+
     Raises:
-        ValueError: As :func:`average_checkpoints`, or if the checkpoints hold a weight that the model lacks.
+        ValueError: As :func:`average_checkpoints`, or if the checkpoints hold a weight that the model lacks or has in
+            another shape.
     """
+    mean, names = average_checkpoints(folders), aliases(model)
     # Tied weights and constant ones are not in a checkpoint, so some are missing.
-    unexpected = model.load_state_dict(average_checkpoints(folders), strict=False).unexpected_keys
-    if unexpected:
+    held = [each for each in (*held_weights(model), *whole_copies(model)) if mean.keys() & _names(each, names)]
+    if unexpected := sorted(mean.keys() - {name for each in held for name in _names(each, names)}):
         raise ValueError(f"the checkpoints hold weights that the model lacks: {', '.join(unexpected)}")
+    for each in held:
+        (name, *_) = sorted(mean.keys() & _names(each, names))
+        if mean[name].shape != each.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(mean[name].shape)} in the checkpoints and {each.shape} in the model"
+            )
+        here = each.tensors[WEIGHT]
+        here.copy_(mean[name].reshape(-1)[each.start : each.stop].view(here.shape))
+
+
+def _names(held: Held, names: Mapping[str, Sequence[str]]) -> set[str]:
+    """All names of a weight, of which a checkpoint has one."""
+    return {held.name, *names.get(held.name, ())}
 
 
 def _load_weights(folder: Path) -> dict[str, Tensor]:
+    if holds_parts(folder):
+        raise FileNotFoundError(
+            f"{folder} holds its weights in parts: make whole ones of them with hf-fnl consolidate, or train with "
+            "checkpoint_format=full"
+        )
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     names = {SAFE_WEIGHTS_NAME}
     if index.is_file():

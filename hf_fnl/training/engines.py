@@ -22,6 +22,8 @@ from hf_fnl.training.arguments import FLAMBeTrainingArguments
 logger = logging.getLogger(__name__)
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
+# Beginnings of the names of Transformers' optimizers that look at a matrix as one.
+_BY_MATRIX = ("adafactor", "apollo", "galore", "lomo", "adalomo")
 
 
 def check_engine(accelerator: Accelerator, model: nn.Module, args: FLAMBeTrainingArguments) -> None:
@@ -48,6 +50,13 @@ def check_engine(accelerator: Accelerator, model: nn.Module, args: FLAMBeTrainin
         raise ValueError(
             "frobenius_mode=penalty needs whole factors in every process, and FSDP and ZeRO stage 3 hold parts; set "
             "frobenius_mode to decoupled or coupled, or take DDP or ZeRO stage 0 to 2"
+        )
+    divided = fsdp is not None or (deepspeed is not None and deepspeed.zero_stage > 0)
+    optim = str(getattr(args.optim, "value", args.optim))
+    if divided and optim.startswith(_BY_MATRIX):
+        raise ValueError(
+            f"optim={optim} needs whole matrices, and FSDP and ZeRO hand over parts: set optim to flambe, lamb or "
+            "an optimizer that treats each weight for itself, such as adamw_torch; or take DDP"
         )
     for name, parameter in model.named_parameters():
         if any(placement.is_shard() and placement.dim != 0 for placement in getattr(parameter, "placements", ())):
@@ -150,7 +159,7 @@ def ties_in_one_unit(model: nn.Module, plugin: Any) -> Iterator[None]:
     accelerate makes units of input and output embeddings, and of the classes in ``_no_split_modules``; torch refuses a
     parameter in two units. That of the whole model keeps its parameters gathered from the forward to the backward pass,
     as accelerate does with a tied embedding that it knows as one. Models that name no such classes get a unit for each
-    of their repeated layers.
+    of their repeated layers. One that raises when it is asked for embeddings, as models of images do, is not asked.
 
     Args:
         model: Unwrapped.
@@ -164,7 +173,7 @@ def ties_in_one_unit(model: nn.Module, plugin: Any) -> Iterator[None]:
         plugin.transformer_cls_names_to_wrap = list(getattr(model, "_no_split_modules", None) or _repeated(model))
     holding = {type(module).__name__ for module in model.modules() if tied & set(module.modules())}
     plugin.transformer_cls_names_to_wrap = [n for n in plugin.transformer_cls_names_to_wrap if n not in holding]
-    getters = ("get_input_embeddings", "get_output_embeddings") if tied else ()
+    getters = ("get_input_embeddings", "get_output_embeddings") if tied or _lacks_embeddings(model) else ()
     for getter in getters:
         setattr(model, getter, lambda: None)
     try:
@@ -178,6 +187,14 @@ def _repeated(model: nn.Module) -> list[str]:
     """Names of the classes of layers that are in a list of a model."""
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return sorted({type(layer).__name__ for layers in lists for layer in layers})
+
+
+def _lacks_embeddings(model: nn.Module) -> bool:
+    try:
+        getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _tied_modules(model: nn.Module) -> set[nn.Module]:

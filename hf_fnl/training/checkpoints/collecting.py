@@ -113,10 +113,11 @@ def restore_weights(stored: Pieces, model: nn.Module, optimizer: Optimizer | Non
     # Located before the weights change: an engine's copies are compared with the model's when first met.
     fragments = shards_of(optimizer).fragments().values() if optimizer is not None else ()
     masters = [Held(f.name, f.shape, f.start, f.stop, f.group, {WEIGHT: f.local}) for f in fragments]
+    constant = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # as sinusoidal positions: in no model file
     for held in (*held_weights(model), *whole_copies(model), *masters):
         tensor = held.tensors[WEIGHT]
-        if held.stop > held.start:
-            key = _stored_key(stored, names.get(held.name, [held.name]))
+        key = _stored_key(stored, names.get(held.name, [held.name]))
+        if held.stop > held.start and (key in stored or held.name not in constant):
             _check_shape(stored, key, held)
             tensor.copy_(stored.read(key, held.start, held.stop).view(tensor.shape))
 

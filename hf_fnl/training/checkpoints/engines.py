@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from hf_fnl.training.checkpoints.contents import aliases
 
@@ -27,6 +28,18 @@ def restore_counters(saved: dict[str, Any], engine: Any) -> None:
         setattr(engine, name, saved["counters"][name])
     for name in now["scale"].keys() & saved["scale"].keys():
         setattr(engine.optimizer.loss_scaler, name, saved["scale"][name])
+
+
+def forget_old_names_(model: nn.Module) -> None:
+    """Have weights saved under the names that the model gives them, by which checkpoints are put back.
+
+    Transformers undoes in saving how it renamed the weights of an old checkpoint (``LayerNorm.gamma``) in loading, and
+    under ZeRO-3 also where it had nothing to rename.
+    """
+    noted = getattr(model, "_weight_conversions", None)
+    if noted is not None:
+        old = [each.source_patterns for each in get_checkpoint_conversion_mapping("legacy")]
+        model._weight_conversions = [each for each in noted if each.source_patterns not in old]  # type: ignore[assignment]
 
 
 def whole_state_dict(trainer: Any) -> dict[str, Tensor] | None:

@@ -30,7 +30,7 @@ from hf_fnl.training.checkpoints.collecting import (
     restore_weights,
 )
 from hf_fnl.training.checkpoints.contents import UnsupportedStateError
-from hf_fnl.training.checkpoints.engines import counters_of, restore_counters, whole_state_dict
+from hf_fnl.training.checkpoints.engines import counters_of, forget_old_names_, restore_counters, whole_state_dict
 from hf_fnl.training.checkpoints.folders import checkpoint_folder, clean, rotate
 from hf_fnl.training.checkpoints.manifest import MANIFEST_FILE
 from hf_fnl.training.checkpoints.pieces import PIECES_FILES, pieces_file
@@ -56,6 +56,7 @@ class CheckpointingTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        forget_old_names_(self.accelerator.unwrap_model(self.model))
         self._saving = Saving(self.args.ddp_timeout)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:

@@ -1,0 +1,25 @@
+"""Scripts of ``run_scripts/`` one after another, as a launcher starts them, also where accelerate is to shard on CPUs.
+
+Takes a JSON file with the flags of each run by the name of its script. The scripts write what there is to look at.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import cpu_fsdp  # noqa: F401
+from accelerate.state import AcceleratorState
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "run_scripts"))
+
+
+def main(path: str) -> None:
+    for script, flags in json.loads(Path(path).read_text()).items():
+        importlib.import_module(script).main(flags)
+        if getattr(AcceleratorState(), "deepspeed_plugin", None) is not None:
+            AcceleratorState._reset_state()  # as if the next script were started anew
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
