@@ -3,4 +3,4 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export TOKENIZERS_PARALLELISM=false
-exec python -m pytest --numprocesses "$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')" "$@"
+exec python -m pytest --dist loadgroup --numprocesses "$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0))))')" "$@"

@@ -17,6 +17,9 @@ from training_cases import losses
 from hf_fnl import FactorizedBertForPreTraining
 from hf_fnl.training.checkpoints.consolidate import consolidate
 
+# One process launches once for all of these tests.
+pytestmark = pytest.mark.xdist_group("checkpoints across engines")
+
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 WORKER = Path(__file__).parent / "workers" / "checkpoint_runs.py"
 BF16 = {"bf16": True, "learning_rate": 1e-3}

@@ -17,6 +17,9 @@ from benchmarks.fault_worker import Recorder
 from hf_fnl.training.tasks.embedded import embedded_documents
 from hf_fnl.training.tasks.wordpiece import train_wordpiece
 
+# One process launches once for all of these tests.
+pytestmark = pytest.mark.xdist_group("elastic")
+
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "workers" / "fault_elastic.py"
 STEPS, SAVE_STEPS, LOST_AT = 11, 3, 6

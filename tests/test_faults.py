@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# One process launches once for all of these tests.
+pytestmark = pytest.mark.xdist_group("faults")
+
 ROOT = Path(__file__).parents[1]
 FAULTS = ("kill", "disk", "damage", "data")
 

@@ -18,6 +18,9 @@ from huggingface_hub import ModelCard
 from hf_fnl.models.cards import is_automatic
 from hf_fnl.models.cards.card import MARK
 
+# One process launches once for all of these tests.
+pytestmark = pytest.mark.xdist_group("hub")
+
 WORKER = Path(__file__).parent / "workers" / "hub_client.py"
 WEIGHTS = "model.safetensors"
 FILES = {"README.md", "config.json", WEIGHTS}

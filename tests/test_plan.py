@@ -28,6 +28,9 @@ from hf_fnl.planning import (
 )
 from hf_fnl.planning.facts import counted
 
+# One process launches once for all of these tests.
+pytestmark = pytest.mark.xdist_group("plan")
+
 # With dropout, the CPU's attention keeps all of its weights, and its masks are numbers of the width of what they mask.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SMALL = {

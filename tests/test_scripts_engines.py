@@ -27,6 +27,9 @@ from hf_fnl.training.averaging import average_checkpoints, newest_checkpoints
 from hf_fnl.training.tasks.beam_search import translate
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 
+# One process launches once for all of these tests.
+pytestmark = pytest.mark.xdist_group("scripts and engines")
+
 ROOT = Path(__file__).parents[1]
 QUIET = "--use_cpu --report_to none --disable_tqdm true --logging_steps 1"
 SIZE = "--vocab_size 300 --max_documents 12 --ov_rank 5 --ffn_rank 7 --embedding_rank 11 --weight_decay 0.1 --dropout 0"

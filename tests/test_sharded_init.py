@@ -17,6 +17,9 @@ from hf_fnl.models.draws import Draws, matrix_cost
 from hf_fnl.models.sharded_init import initialize_
 from hf_fnl.training.building import build
 
+# One process launches once for all of these tests.
+pytestmark = pytest.mark.xdist_group("sharded init")
+
 WORKER = Path(__file__).parent / "workers" / "init_runs.py"
 LAYOUTS = ("zero3", "ddp", "fsdp2", "fsdp2-parts-sent")
 MADE = [f"{layout} {case}" for layout in LAYOUTS for case in CASES] + [

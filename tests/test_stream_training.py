@@ -17,6 +17,9 @@ from training_cases import losses, tiny_examples, tiny_model
 
 from hf_fnl import FLAMBeTrainer, FLAMBeTrainingArguments
 
+# One process launches once for all of these tests.
+pytestmark = pytest.mark.xdist_group("stream training")
+
 ROOT = Path(__file__).parents[1]
 SIZES = [7, 1, 4, 5, 3]
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:.*worker processes:UserWarning")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -21,21 +20,9 @@ from hf_fnl.selectors import ATTENTION_KINDS, Selector
 from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
-from hf_fnl.training.checkpoints.trainer import CheckpointingTrainer
-from hf_fnl.training.engines import (
-    check_engine,
-    check_optimizer,
-    forget_evaluation,
-    innermost,
-    reshard_,
-    shard_for_evaluation,
-    ties_in_one_unit,
-)
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
-from hf_fnl.training.stream_evaluation import EvaluationLoader
-from hf_fnl.training.stream_loader import StreamLoader, StreamProgress, reading_options
-from hf_fnl.training.streaming import ShardedStream
+from hf_fnl.training.stream_trainer import StreamingTrainer
 
 
 def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool = False) -> torch.optim.Optimizer:
@@ -89,7 +76,7 @@ def _lamb_arguments(args: FLAMBeTrainingArguments) -> dict[str, Any]:
     return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
-class FLAMBeTrainer(CheckpointingTrainer):
+class FLAMBeTrainer(StreamingTrainer):
     """Transformers' Trainer with the optimizers and the decay of :class:`FLAMBeTrainingArguments`.
 
     Works with every model that has the products asked for, stock models included. Everything else, from callbacks to
@@ -108,9 +95,6 @@ class FLAMBeTrainer(CheckpointingTrainer):
             ``model_init``, DeepSpeed or FSDP.
     """
 
-    args: FLAMBeTrainingArguments
-    model: nn.Module
-
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -125,7 +109,6 @@ class FLAMBeTrainer(CheckpointingTrainer):
             kwargs["optimizer_cls_and_kwargs"] = (lambda: self._build_optimizer, {})
         super().__init__(model, args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
-        check_engine(self.accelerator, unwrapped, args)
         if _averages_over_its_own_batch(unwrapped):
             self.model_accepts_loss_kwargs = False
         self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters
@@ -135,38 +118,10 @@ class FLAMBeTrainer(CheckpointingTrainer):
         self._diagnostics = DiagnosticsCallback((), args.diagnostics_steps, self.log)
         if args.diagnostics_steps:
             self.add_callback(self._diagnostics)
-        self.add_callback(StreamProgress())
         self._watch_products()
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(model, self.args, dense=self._is_dense)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in Transformers; what is built here is what the engine has to run."""
-        self._built = super().create_optimizer(model)
-        return self._built
-
-    def running_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer that runs, without the wrappers of accelerate and DeepSpeed."""
-        return innermost(self.optimizer)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers; under FSDP2 also before any training."""
-        if self.is_fsdp_enabled and not self.accelerator._models:
-            with ties_in_one_unit(self.model, self.accelerator.state.fsdp_plugin):
-                self.model = self.model_wrapped = shard_for_evaluation(self.accelerator, self.model)
-        output = super().evaluation_loop(*args, **kwargs)
-        reshard_(self.model)
-        return output
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, which hands model and optimizer over to the engine here."""
-        if self.model_wrapped is self.model and self.accelerator.distributed_type.value.startswith("MULTI_"):
-            forget_evaluation(self.accelerator, self.model)
-        with ties_in_one_unit(self.model, getattr(self.accelerator.state, "fsdp_plugin", None)):
-            prepared = super()._prepare_for_training(*args, **kwargs)
-        check_optimizer(self.optimizer, self._built)
-        return prepared
 
     def _watch_products(self) -> None:
         """Find the products that are penalized and watched, in the form that the model has now."""
@@ -238,38 +193,6 @@ class FLAMBeTrainer(CheckpointingTrainer):
             self._take_form(self.state.best_model_checkpoint)
         super()._load_best_model()
 
-    def get_train_dataloader(self) -> DataLoader | StreamLoader:
-        """As in Transformers; a stream is read by every process for itself, and goes on where a checkpoint says."""
-        if not isinstance(self.train_dataset, ShardedStream):
-            return super().get_train_dataloader()
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        options = reading_options(self.args)
-        return StreamLoader(self.train_dataset, collate, batch_size=self._train_batch_size, **options)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader | EvaluationLoader:
-        """As in Transformers; of a stream every process reads its own part."""
-        if isinstance(eval_dataset, str):
-            stream = self.eval_dataset[eval_dataset]
-        else:
-            stream = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(stream, ShardedStream):
-            return super().get_eval_dataloader(eval_dataset)
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="evaluation")
-        options = reading_options(self.args)
-        return EvaluationLoader(stream, collate, batch_size=self.args.eval_batch_size, **options)
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """As in Transformers, with no batch to skip of a stream, which begins behind them."""
-        epochs, steps = super()._init_training_state(*args, **kwargs)
-        return epochs, 0 if isinstance(self.train_dataset, ShardedStream) else steps
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As in Transformers, where a run that had all its steps trains one more when it is resumed."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
     def _get_num_items_in_batch(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
         """As in Transformers; also tells models with a next-sentence loss over how many sequences it is averaged."""
         num_items_in_batch = super()._get_num_items_in_batch(batches, device)
@@ -280,11 +203,6 @@ class FLAMBeTrainer(CheckpointingTrainer):
             for batch in batches:
                 batch["num_sequences_in_batch"] = count
         return num_items_in_batch
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in :class:`CheckpointingTrainer`; also how far a stream has been taken."""
-        StreamProgress.record(self.state, self.callback_handler.train_dataloader)
-        super()._save_checkpoint(model, trial)
 
     def create_model_card(self, **stated: Any) -> None:
         """Write the card of the run, with what :func:`~hf_fnl.training.card.write_trainer_card` lets you state."""

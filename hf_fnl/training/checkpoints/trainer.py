@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_fnl.optim.sharding import shards_of
-from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.checkpoints.collecting import (
     OPTIMIZER_FILE,
     Part,
@@ -37,22 +35,19 @@ from hf_fnl.training.checkpoints.pieces import PIECES_FILES, pieces_file
 from hf_fnl.training.checkpoints.random_numbers import restore_random_numbers
 from hf_fnl.training.checkpoints.resume import check_whole, newest_whole
 from hf_fnl.training.checkpoints.saving import Saving
-from hf_fnl.training.engines import innermost
+from hf_fnl.training.engines import EngineTrainer, innermost
 from hf_fnl.training.files import write_json
 from hf_fnl.training.processes import first_decides, process, together
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(EngineTrainer):
     """Transformers' Trainer with checkpoints of :mod:`hf_fnl.training.checkpoints`.
 
     A checkpoint holds the weights, whole as Transformers writes them or in parts; the state of the optimizer in parts,
     one file a process, see :mod:`~hf_fnl.training.checkpoints.pieces`; what else the Trainer writes; and a manifest.
     """
-
-    args: FLAMBeTrainingArguments
-    model: nn.Module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -233,6 +228,13 @@ class CheckpointingTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
         self._load_scaler(str(checkpoint))
         restore_counters(record["engine"], self.model_wrapped)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in Transformers, where a run that had all its steps trains one more when it is resumed."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in Transformers; also weights that were saved in parts."""
