@@ -98,7 +98,7 @@ class Lamb(Optimizer):
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         shards = shards_of(self)
-        due = shards.due()
+        due, collectives = shards.due(), shards.collectives
         slots = [[self._slot(f, f.owner.grad) for f in fragments if f.owner.grad is not None] for _, fragments in due]
         if self.max_grad_norm is not None:
             self._clip(slots, shards.steps_in_parts)
@@ -108,12 +108,12 @@ class Lamb(Optimizer):
         fragments = [fragment for _, fragments in due for fragment in fragments]
         decay_term = self._decay_term(fragments)
         updates: Iterable[_Update] = (
-            self._update(batch, decay_term, group, keep=shards.collectives is not None)
+            self._update(batch, decay_term, group, keep=collectives is not None)
             for (group, _), slots_of_group in zip(due, slots, strict=True)
             for batch in _batches(slots_of_group)
         )
-        if shards.collectives is not None:
-            updates = _with_whole_norms(list(updates), fragments, shards.collectives)
+        if collectives is not None:
+            updates = _with_whole_norms(list(updates), fragments, collectives)
         for update in updates:
             update.apply()
         return loss

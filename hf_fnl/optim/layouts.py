@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 Group: TypeAlias = dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Fragment:
     """The range ``[start, stop)`` of a row-major flattened parameter that this process holds.
 
