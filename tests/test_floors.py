@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_fnl"
 FLOORS = [
-    {"functional", "tensors", "spectral", "truncation", "selectors", "config", "vocabulary_loss", "choose"},
+    {
+        "functional",
+        "tensors",
+        "spectral",
+        "truncation",
+        "selectors",
+        "config",
+        "vocabulary_loss",
+        "choose",
+        "processes",
+    },
     {"layers", "do_conv"},
     {"products", "calibration", "surgery", "ranks"},
     {"decay", "diagnostics", "optim", "pruning", "interpolation"},

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import deepspeed_config
 
-from hf_fnl.surgery.swap import is_partitioned
+from hf_fnl.layers.whole import is_partitioned
 
 Holders = dict[nn.Parameter, list[tuple[nn.Module, str]]]
 
@@ -28,11 +27,6 @@ def holders(model: nn.Module) -> Holders:
             if parameter is not None:
                 found.setdefault(parameter, []).append((module, name))
     return found
-
-
-def world() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized
 from hf_fnl.layers.whole import whole_shape
-from hf_fnl.models.division import holders, partition_, world, write_
+from hf_fnl.models.division import holders, partition_, write_
 from hf_fnl.models.draws import Draws, Group, matrix_cost
+from hf_fnl.processes import process
 from hf_fnl.surgery.swap import layer_record
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -91,7 +92,7 @@ def initialize_(model: PreTrainedModel, draws: Draws | None = None, *, keep: boo
             write_(held, job.parameters, job.compute())
     # The costliest first, so that what is computed side by side takes about as long.
     costly = sorted((job for job in jobs if job.cost), key=lambda job: -job.cost)
-    count = world()[1]
+    count = process()[1]
     for start in range(0, len(costly), count):
         for job, values in _computed(costly[start : start + count]):
             if keep:
@@ -167,7 +168,7 @@ def _split(dense: nn.Module, weight: Tensor, layer: Factorized) -> list[Tensor]:
 
 def _computed(jobs: Sequence[_Job]) -> Iterator[tuple[_Job, list[Tensor]]]:
     """Jobs, one for each process at most, with values that their process has computed and sent."""
-    rank, count = world()
+    rank, count = process()
     own = _compute(jobs[rank]) if rank < len(jobs) else None
     _check_all(own if isinstance(own, Exception) else None)
     for owner, job in enumerate(jobs):
@@ -185,7 +186,7 @@ def _compute(job: _Job) -> list[Tensor] | Exception:
 def _check_all(error: Exception | None) -> None:
     """Raise in all processes if there is an error in one: the others would wait for it for ever."""
     failures = torch.tensor(float(error is not None), device=_exchange_device())
-    if world()[1] > 1:
+    if process()[1] > 1:
         dist.all_reduce(failures)
     if error is not None:
         raise error
@@ -207,7 +208,7 @@ def _sent(values: list[Tensor] | None, parameters: Sequence[nn.Parameter], owner
 
 def _exchange_device() -> torch.device:
     """Where tensors must be to be sent."""
-    if world()[1] == 1 or "cpu:" in dist.get_backend_config():
+    if process()[1] == 1 or "cpu:" in dist.get_backend_config():
         return torch.device("cpu")
     accelerator: Any = torch.accelerator.current_accelerator()
     return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from hf_fnl.layers.whole import whole_shape
+
 Group: TypeAlias = dict[str, Any]
 
 
@@ -54,10 +56,6 @@ class Fragment:
         local = _local(tensor)
         return local if self.offset is None else local.view(-1).narrow(0, self.offset, self.stop - self.start)
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """:meth:`part`, flat; a copy where it does not lie in a row."""
-        return self.part(tensor).reshape(-1)
-
 
 class Origin(NamedTuple):
     """A parameter as the model knew it when the optimizer was built; weak, for sharding must free what was whole."""
@@ -69,7 +67,7 @@ class Origin(NamedTuple):
     @classmethod
     def of(cls, name: str, parameter: Tensor) -> Origin:
         """Remember a parameter; one that ``zero.Init`` emptied says its shape itself."""
-        return cls(name, tuple(getattr(parameter, "ds_shape", parameter.shape)), weakref.ref(parameter))
+        return cls(name, tuple(whole_shape(parameter)), weakref.ref(parameter))
 
     def has(self, *attributes: str) -> bool:
         """Whether the parameter is still there and an engine marked it so."""
@@ -165,15 +163,14 @@ class Zero3(Zero12):
         for name, shape, reference in origins:
             parameter: Any = reference()
             engine = parameter._z3_optimizer
-            number, offset, length = engine.grad_position[engine.get_param_id(parameter)]
-            owner, numel = engine.fp32_partitioned_groups_flat[number], math.prod(shape)
+            number, offset, _ = engine.grad_position[engine.get_param_id(parameter)]
+            owner = engine.fp32_partitioned_groups_flat[number]
             if owner.numel() == 0:
                 raise ValueError(
                     "weights that DeepSpeed offloads to NVMe cannot be optimized here: set the device of "
                     "offload_optimizer and offload_param to cpu or none"
                 )
-            start = min(dist.get_rank(parameter.ds_process_group) * length, numel)
-            stop = min(start + length, numel)
+            start, stop = zero3_range(parameter)
             local = owner.detach().narrow(0, offset, stop - start)
             fragments.append(Fragment(name, shape, start, stop, local, owner, offset, parameter.ds_process_group))
         return fragments
@@ -195,6 +192,13 @@ def layout_of(groups: Sequence[Group], origins: Iterable[Origin]) -> Plain:
     if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
         return Distributed()
     return Plain()
+
+
+def zero3_range(parameter: Any) -> tuple[int, int]:
+    """First element and end of what this process holds of a flattened parameter that ZeRO-3 divides."""
+    length = parameter.ds_tensor.ds_numel
+    start = min(dist.get_rank(parameter.ds_process_group) * length, parameter.ds_numel)
+    return start, min(start + length, parameter.ds_numel)
 
 
 def names_of(group: Group) -> list[str]:

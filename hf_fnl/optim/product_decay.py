@@ -45,7 +45,7 @@ class ProductDecay:
         self._due: set[str] = set()
         self._later: dict[Product, set[str]] = {}  # factors that move in later steps than others of their product
 
-    def take(self, shards: Shards, due: Iterable[Fragment], products: Iterable[Product] | None = None) -> None:
+    def take(self, shards: Shards, due: Sequence[Fragment], products: Iterable[Product] | None = None) -> None:
         """Take the products of all parameters in ``due`` as they are, before one of their factors moves.
 
         An engine may move the factors of a product in different steps. So what was taken for a factor is kept until
@@ -63,8 +63,10 @@ class ProductDecay:
         taken = self._not_yet_taken(self._products if products is None else products)
         if not taken:
             return
-        fragments = shards.fragments()
-        if not shards.steps_in_parts:
+        if shards.steps_in_parts:
+            fragments = shards.fragments()
+        else:
+            fragments = {fragment.name: fragment for fragment in due}
             self._later.clear()
             self._made_whole.clear()
         units = {product: _units(product, fragments) for product in taken}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedMatrix, TensorizedConv2d
+from hf_fnl.layers.whole import is_partitioned
 
 QUANT_METHOD = "hf_fnl"  # what `config.json` calls a model that went through surgery
 
@@ -84,11 +85,6 @@ def _write_record_(model: PreTrainedModel) -> None:
         model.config.quantization_config = {"quant_method": QUANT_METHOD, "layers": layers}
     elif hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 divides a parameter among processes, which is then empty but while it is gathered."""
-    return hasattr(parameter, "ds_tensor")
 
 
 def check_whole(model: nn.Module, action: str) -> None:

@@ -8,8 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.division import world
 from hf_fnl.models.sharded_init import Factorize, make_partitioned, make_whole
+from hf_fnl.processes import process
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -38,7 +38,7 @@ def build(model_class: type[Model], config: PreTrainedConfig, *, factorize: Fact
 
     if is_deepspeed_zero3_enabled():
         return make_partitioned(make, factorize)
-    rank, count = world()
+    rank, count = process()
     sends_parts = is_fsdp_enabled() and count > 1
     decomposes = factorize is not None or issubclass(model_class, FactorizedPreTrainedModel)
     if sends_parts or (count > 1 and decomposes):

@@ -13,10 +13,10 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_fnl.models.cards.record import CONFIG_FILE, METRICS_FILE
+from hf_fnl.processes import first_decides
 from hf_fnl.training.checkpoints.folders import checkpoints
 from hf_fnl.training.checkpoints.resume import check_whole, newest_whole
 from hf_fnl.training.files import write_json
-from hf_fnl.training.processes import first_decides
 
 # Written by the Trainer for itself, or secret: not settings of a run.
 _NOT_SETTINGS = {"hub_token", "deepspeed_plugin", "distributed_state"}

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
-from hf_fnl.training.processes import gather
+from hf_fnl.processes import gather
 from hf_fnl.training.stream_loader import Collator, check_alike
-from hf_fnl.training.streaming import Example, Reader, ShardedStream
+from hf_fnl.training.streaming import Example, Reader, ShardedStream, this_worker
 
 
 class EvaluationLoader(DataLoaderStateMixin):
@@ -103,8 +103,7 @@ class _Shares(IterableDataset):
         self.stream, self.rank, self.world = stream, rank, world
 
     def __iter__(self) -> Iterator[Example]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, workers = this_worker()
         reader = Reader(self.stream, rank=self.rank, world=self.world, worker=worker, workers=workers, only_epoch=0)
         return (placed.example for placed in reader)
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_fnl.training.processes import gather, together
-from hf_fnl.training.streaming import Example, Placed, Reader, ShardedStream
+from hf_fnl.processes import gather, together
+from hf_fnl.training.streaming import Example, Placed, Reader, ShardedStream, this_worker
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +119,7 @@ class _Readers(IterableDataset):
         self.stream, self.rank, self.world, self.progress, self.batches = stream, rank, world, progress, batches
 
     def __iter__(self) -> Iterator[Placed]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, workers = this_worker()
         # Batches come from the workers in turn: the first to come is that of the worker whose turn it was.
         turn = (worker + self.batches) % workers
         reader = Reader(

@@ -73,10 +73,15 @@ class ShardedStream(Epoch, IterableDataset, ABC):
         return {}
 
     def __iter__(self) -> Iterator[Example]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, workers = this_worker()
         for placed in Reader(self, worker=worker, workers=workers, only_epoch=int(self._epoch)):
             yield placed.example
+
+
+def this_worker() -> tuple[int, int]:
+    """Number of this data loader worker, and how many this process has; one where it reads without any."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
 
 
 class Placed(NamedTuple):

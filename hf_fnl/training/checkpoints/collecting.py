@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_fnl.optim.sharding import shards_of
+from hf_fnl.processes import replica
 from hf_fnl.training.checkpoints.contents import (
     MASTER,
     WEIGHT,
@@ -26,7 +27,6 @@ from hf_fnl.training.checkpoints.contents import (
     whole_copies,
 )
 from hf_fnl.training.checkpoints.pieces import PIECES_FILES, Pieces, Range, write_pieces
-from hf_fnl.training.processes import replica
 
 OPTIMIZER_FILE = "optimizer.json"
 

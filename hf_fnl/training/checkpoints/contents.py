@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from hf_fnl.optim.layouts import Distributed, Fragment
+from hf_fnl.layers.whole import is_partitioned
+from hf_fnl.optim.layouts import Distributed, Fragment, zero3_range
 from hf_fnl.optim.sharding import shards_of
 
 WEIGHT, MASTER = "weight", "master"
@@ -50,7 +51,7 @@ class Held:
 def held_weights(model: nn.Module) -> Iterator[Held]:
     """What this process holds of each weight and persistent buffer of a model, those that are tied once."""
     for name, tensor in _named_tensors(model):
-        if hasattr(tensor, "ds_tensor"):
+        if is_partitioned(tensor):
             yield _held_by_zero3(name, tensor)
         elif isinstance(tensor, DTensor):
             (fragment,) = Distributed.fragments({"params": [tensor], "param_names": [name]}, ())
@@ -64,7 +65,7 @@ def whole_copies(model: nn.Module) -> Iterator[Held]:
     """The small parameters that ZeRO-3 keeps whole, besides the part of each that is in :func:`held_weights`."""
     parameter: Any
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_tensor") and parameter.numel() == parameter.ds_numel:
+        if is_partitioned(parameter) and parameter.numel() == parameter.ds_numel:
             span = (tuple(parameter.ds_shape), 0, parameter.ds_numel)
             yield Held(name, *span, None, {WEIGHT: parameter.detach()})
 
@@ -129,11 +130,9 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _held_by_zero3(name: str, parameter: Any) -> Held:
-    length, group = parameter.ds_tensor.ds_numel, parameter.ds_process_group
-    start = min(dist.get_rank(group) * length, parameter.ds_numel)
-    stop = min(start + length, parameter.ds_numel)
+    start, stop = zero3_range(parameter)
     part = parameter.ds_tensor.detach().view(-1)[: stop - start]
-    return Held(name, tuple(parameter.ds_shape), start, stop, group, {WEIGHT: part})
+    return Held(name, tuple(parameter.ds_shape), start, stop, parameter.ds_process_group, {WEIGHT: part})
 
 
 def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:

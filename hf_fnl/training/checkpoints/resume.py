@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from hf_fnl.processes import first_decides, gather, is_first, process, together
 from hf_fnl.training.checkpoints.folders import checkpoints, clean
 from hf_fnl.training.checkpoints.manifest import fault
-from hf_fnl.training.processes import first_decides, gather, is_first, process, together
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_fnl.optim.sharding import shards_of
+from hf_fnl.processes import first_decides, process, together
 from hf_fnl.training.checkpoints.collecting import (
     OPTIMIZER_FILE,
     Part,
@@ -37,7 +38,6 @@ from hf_fnl.training.checkpoints.resume import check_whole, newest_whole
 from hf_fnl.training.checkpoints.saving import Saving
 from hf_fnl.training.engines import EngineTrainer, innermost
 from hf_fnl.training.files import write_json
-from hf_fnl.training.processes import first_decides, process, together
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from hf_fnl.training.processes import together
+from hf_fnl.processes import together
 from hf_fnl.training.tasks.document_shards import DocumentShards
 from hf_fnl.training.tasks.embedded import embedded_documents
 
