@@ -31,6 +31,18 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def leave() -> None:
+    """Wait for the other processes and close what connects them: the last that a script of several processes does.
+
+    Without this the threads of the process group run on while the interpreter ends, which now and then aborts a process
+    whose work is all done, and its launcher reports a failure.
+    """
+    if process()[1] > 1:
+        dist.barrier()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def together(action: Callable[[], T]) -> T:
     """Do in every process what may fail in some of them, and let it fail in all.
 

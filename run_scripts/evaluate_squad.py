@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
 
 import hf_fnl  # noqa: F401  registers the factorized models
+from hf_fnl.processes import leave
 from hf_fnl.training.runs import finish_run, parse_arguments
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, SquadPredictions, load_squad, score_predictions
 from hf_fnl.training.tasks.squad_evaluation import answer_questions
@@ -74,3 +75,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     main()
+    leave()

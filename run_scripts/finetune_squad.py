@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoModelForQuestionAnswering, set_seed
 
 from hf_fnl.diagnostics import parameter_count
+from hf_fnl.processes import leave
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
@@ -68,3 +69,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     main()
+    leave()

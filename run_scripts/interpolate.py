@@ -27,6 +27,7 @@ from hf_fnl import Factorized, load, merge_
 from hf_fnl.interpolation import INTERPOLATION_FILE, loss_along_line
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards.record import CONFIG_FILE, read_json
+from hf_fnl.processes import leave
 from hf_fnl.training.files import write_json
 from hf_fnl.training.metrics.accuracy import topk_hits
 from hf_fnl.training.metrics.perplexity import sum_losses
@@ -175,3 +176,4 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     main()
+    leave()

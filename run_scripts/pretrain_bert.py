@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTra
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
 from hf_fnl.diagnostics import parameter_count
+from hf_fnl.processes import leave
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
 from hf_fnl.training.engines import let_go
@@ -181,3 +182,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     main()
+    leave()

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_d
 
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.diagnostics import parameter_count
+from hf_fnl.processes import leave
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
 from hf_fnl.training.low_rank_phase import later_ranks
@@ -175,3 +176,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     main()
+    leave()

@@ -29,6 +29,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.diagnostics import parameter_count
+from hf_fnl.processes import leave
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.building import build
 from hf_fnl.training.engines import is_sharded
@@ -290,3 +291,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     main()
+    leave()

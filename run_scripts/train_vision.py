@@ -25,6 +25,7 @@ from hf_fnl.diagnostics import parameter_count
 from hf_fnl.do_conv import merge_do_conv_, over_parametrize_
 from hf_fnl.layers import Factorized
 from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
+from hf_fnl.processes import leave
 from hf_fnl.pruning import finalize_, prune_, sparsity, weights_to_keep
 from hf_fnl.spectral import INIT_METHODS
 from hf_fnl.surgery import share_of_layers
@@ -328,3 +329,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     main()
+    leave()

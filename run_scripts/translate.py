@@ -15,6 +15,7 @@ from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM
 
 import hf_fnl  # noqa: F401  registers the factorized models
+from hf_fnl.processes import leave
 from hf_fnl.training.files import write_text
 from hf_fnl.training.runs import parse_arguments
 from hf_fnl.training.tasks.beam_search import translate
@@ -61,3 +62,4 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     main()
+    leave()

@@ -18,6 +18,8 @@ import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
 import torch
 from transformers import TrainerCallback
 
+from hf_fnl.processes import leave
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint_cases import checkpoint_trainer, rewritten
 from engine_runs import whole
@@ -77,8 +79,8 @@ def main(plan: str) -> None:
             number = torch.distributed.get_rank()
             (Path(job["folder"]) / f"error-{number}.txt").write_text(traceback.format_exc())
         gc.collect()
-    torch.distributed.barrier()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

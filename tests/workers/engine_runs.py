@@ -12,6 +12,8 @@ import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from hf_fnl.processes import leave
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_cases import engine_trainer, train_and_measure
 
@@ -58,8 +60,8 @@ def main(folder: str, *runs: str) -> None:
         into.mkdir(parents=True, exist_ok=True)
         train(into, engine, name)
         gc.collect()
-    torch.distributed.barrier()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from hf_fnl.processes import leave
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "run_scripts"))
 import pretrain_bert
@@ -30,3 +32,4 @@ class Loss(TrainerCallback):
 if __name__ == "__main__":
     transformers_trainer.DEFAULT_CALLBACKS.extend([Recorder, Loss])
     pretrain_bert.main(sys.argv[1:])
+    leave()

@@ -29,6 +29,7 @@ from init_cases import CASES, Case
 from hf_fnl import FactorizationConfig, FactorizedBertConfig, FactorizedBertForMaskedLM, factorize_, spectral
 from hf_fnl.models.checkpoint import load
 from hf_fnl.models.sharded_init import initialize_
+from hf_fnl.processes import leave
 from hf_fnl.training.building import build
 from hf_fnl.training.engines import ties_in_one_unit
 
@@ -295,8 +296,7 @@ def main(folder: Path) -> None:
     facts |= {"errors": errors(folder), "memory": peak_memory()}
     facts |= {f"prepared {name}": prepared(CASES[name]) for name in ("bert", "gpt2", "surgery")}
     (folder / f"facts-{dist.get_rank()}.json").write_text(json.dumps(facts))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

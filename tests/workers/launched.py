@@ -10,6 +10,8 @@ from pathlib import Path
 import cpu_fsdp  # noqa: F401
 from accelerate.state import AcceleratorState
 
+from hf_fnl.processes import leave
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "run_scripts"))
 import pretrain_bert
 
@@ -30,3 +32,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

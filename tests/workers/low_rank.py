@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from hf_fnl.processes import leave
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from low_rank_cases import low_rank_trainer, tiny_gpt2
 from training_cases import losses
@@ -31,3 +33,4 @@ def main(output_dir: str, batch_size: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

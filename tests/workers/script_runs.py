@@ -11,6 +11,8 @@ from pathlib import Path
 import cpu_fsdp  # noqa: F401
 from accelerate.state import AcceleratorState
 
+from hf_fnl.processes import leave
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "run_scripts"))
 
 
@@ -23,3 +25,4 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from sharded_cases import batches, build, optimizer_for
 from torch import nn
 
+from hf_fnl.processes import leave
+
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -112,8 +114,7 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
             torch.save({name: w.detach().float().clone() for name, w in weights.items()}, folder / f"{case['name']}.pt")
     if RANK == 0:
         (folder / "facts.json").write_text(json.dumps(facts))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from hf_fnl.processes import leave
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stream_cases import EVALUATED, TRAINED, Recorder, RecordExamples, pad
 from training_cases import losses, tiny_model
@@ -79,3 +81,4 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
+from hf_fnl.processes import leave
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from traffic_cases import LENGTH, STEPS, traffic_examples, traffic_model
 
@@ -136,8 +138,8 @@ def main(folder: str, *cases: str) -> None:
             del os.environ[variable]  # what accelerate noted of the engine before
         train(Path(folder) / case.replace("/", "-"), *case.split("/"))
         gc.collect()
-    torch.distributed.barrier()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

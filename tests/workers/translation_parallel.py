@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from hf_fnl.processes import leave
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate.utils import gather_object
 from translation_cases import losses, tiny_trainer
@@ -45,3 +47,4 @@ def main(output_dir: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()
