@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine
 from benchmarks.fault_site import Site, write_corpus
 from benchmarks.fault_trials import FAULTS, STEPS, Trial, can_mount, run_trial, training_flags
 from benchmarks.fault_worker import ENGINES, call, import_engines
+from benchmarks.house.machine import machine
 from hf_fnl.training.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "faults.json"

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import add_cell, run_once
+from benchmarks.house.grids import add_cell, run_once
 
 HEAD_DIM = 64
 CELLS = {f"{optim}-{rank}": (optim, rank) for rank in (HEAD_DIM, HEAD_DIM // 2) for optim in ("lamb", "flambe")}

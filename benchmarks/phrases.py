@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, run_once
+from benchmarks.house.grids import run_once
+from benchmarks.house.machine import machine
 from hf_fnl.training.files import write_json
 
 RESULT = Path(__file__).parent / "results" / "phrases.json"

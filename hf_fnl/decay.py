@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_fnl.functional import squared_frobenius_norm
 from hf_fnl.optim.groups import by_name, check_factors
+from hf_fnl.optim.lamb import is_large
 from hf_fnl.optim.product_decay import ProductDecay
 from hf_fnl.optim.sharding import shards_of
 from hf_fnl.products import Product, beside_factors
@@ -37,9 +39,27 @@ def frobenius_penalty(
     """
     if not products:
         raise ValueError("a Frobenius penalty needs at least one product, got none")
-    squares = [product.squared_frobenius_norm(source).sum() for product in products]
+    squares = [_squares(alike, source).sum() for alike in _alike(products, source)]
     squares += [rest.square().sum() for rest in beside_factors(products, source).values()]
     return weight_decay / 2 * torch.stack(squares).sum()
+
+
+def _alike(products: Sequence[Product], source: nn.Module | Mapping[str, Tensor]) -> list[list[Product]]:
+    """Products with factors of the same shapes, together; but for large ones, whose copies would cost more."""
+    together: dict[Hashable, list[Product]] = {}
+    for product in products:
+        factors = product.factors(source)
+        alone = product.is_tensor or any(is_large(factor) for factor in factors)
+        key = product.name if alone else tuple((factor.shape, factor.dtype, factor.device) for factor in factors)
+        together.setdefault(key, []).append(product)
+    return list(together.values())
+
+
+def _squares(alike: Sequence[Product], source: nn.Module | Mapping[str, Tensor]) -> Tensor:
+    if len(alike) == 1:
+        return alike[0].squared_frobenius_norm(source)
+    each = zip(*(product.factors(source) for product in alike), strict=True)
+    return squared_frobenius_norm(*(torch.stack(factors) for factors in each))
 
 
 class FrobeniusDecay:

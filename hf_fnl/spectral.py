@@ -2,7 +2,7 @@ r"""Truncated singular value decompositions and the initializations built on the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ INIT_METHODS = ("spectral", "spectral_ones", "default")
 # orthonormal and ``P diag(S) Q^T = P P^T W`` holds; what is lost, and measured, is the orthogonality of ``Q``.
 _ORTHOGONALITY_TOLERANCE = 1e-4
 
-_GRAM_BLOCK = 192  # rows; a quarter of BERT-base's width, where the saving below levels off on CPU
+# On a CPU, rows of the blocks that a Gram matrix is not halved below, and columns that are read at once: together they
+# stay in the cache.
+_GRAM_ROWS, _GRAM_COLUMNS = 96, 3072
 
 
 def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,10 +40,15 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     check_rank(rank, min(weight.shape))
     if weight.is_meta:
         return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank), weight.new_empty(weight.shape[1], rank)
+    return _finite_svd(weight, rank)
+
+
+def _finite_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Truncated SVDs of a matrix or of each of a stack ``(..., m, n)``, unless one is not finite."""
     if not torch.stack(weight.aminmax()).isfinite().all():
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} to be decomposed holds NaN or Inf")
+        raise ValueError(f"a weight of shape {tuple(weight.shape[-2:])} to be decomposed holds NaN or Inf")
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    if weight.shape[0] <= weight.shape[1]:
+    if weight.shape[-2] <= weight.shape[-1]:
         return _wide_svd(weight, rank)
     Q, S, P = _wide_svd(weight.mT, rank)
     return P, S, Q
@@ -54,29 +61,44 @@ def _wide_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
             P, S, Q = triples
             return P.to(weight.dtype), S.to(weight.dtype), Q.to(weight.dtype)
     P, S, Qt = torch.linalg.svd(weight, full_matrices=False)
-    return P[:, :rank], S[:rank], Qt[:rank].mT
+    return P[..., :rank], S[..., :rank], Qt[..., :rank, :].mT
 
 
 def _gram_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Truncated SVD of a wide matrix from ``W W^T``, or ``None`` where its rounding error would show."""
+    """Truncated SVDs of wide matrices from ``W W^T``, or ``None`` where the rounding error of one would show."""
     gram = _lower_gram(weight)
-    if not gram.diagonal().isfinite().all():  # squares overflow; ``eigh`` may raise on what they leave
+    if not gram.diagonal(dim1=-2, dim2=-1).isfinite().all():  # squares overflow; ``eigh`` may raise on what they leave
         return None
-    P = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    P = torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
     Q = weight.mT @ P
-    S = Q.norm(dim=0)
-    Q = Q / S
-    error = Q.mT @ Q - torch.eye(rank, dtype=Q.dtype, device=Q.device)
-    return (P, S, Q) if error.abs().max() < _ORTHOGONALITY_TOLERANCE else None
+    overlaps = Q.mT @ Q
+    S = overlaps.diagonal(dim1=-2, dim2=-1).sqrt()
+    error = overlaps / (S.unsqueeze(-1) * S.unsqueeze(-2)) - torch.eye(rank, dtype=S.dtype, device=S.device)
+    return (P, S, Q / S.unsqueeze(-2)) if error.abs().max() < _ORTHOGONALITY_TOLERANCE else None
 
 
 def _lower_gram(weight: Tensor) -> Tensor:
-    """``W W^T`` up to its block diagonal and zero above: ``eigh`` reads the lower triangle only."""
+    """``W W^T`` of a matrix with zeros above its block diagonal, of a stack in full: ``eigh`` reads the lower triangle.
+
+    One product is quickest for a stack, which is on a GPU.
+    """
+    if weight.ndim > 2:
+        return weight @ weight.mT
     gram = weight.new_zeros(len(weight), len(weight))
-    for start in range(0, len(weight), _GRAM_BLOCK):
-        stop = start + _GRAM_BLOCK
-        gram[start:stop, :stop] = weight[start:stop] @ weight[:stop].mT
+    for columns in weight.split(_GRAM_COLUMNS, 1):
+        _add_lower_gram_(gram, columns)
     return gram
+
+
+def _add_lower_gram_(gram: Tensor, weight: Tensor) -> None:
+    half = len(weight) // 2
+    if half < _GRAM_ROWS:
+        gram.addmm_(weight, weight.mT)
+        return
+    upper, lower = weight[:half], weight[half:]
+    _add_lower_gram_(gram[:half, :half], upper)
+    _add_lower_gram_(gram[half:, half:], lower)
+    gram[half:, :half].addmm_(lower, upper.mT)
 
 
 def spectral_init(weight: Tensor, rank: int, method: str = "spectral") -> tuple[Tensor, Tensor]:
@@ -96,16 +118,42 @@ def spectral_init(weight: Tensor, rank: int, method: str = "spectral") -> tuple[
     Raises:
         ValueError: If ``rank`` or ``method`` is not allowed, or ``weight`` is not finite.
     """
-    P, S, Q = truncated_svd(weight, rank)
-    root = _root(S, method)
-    return (P * root).to(weight.dtype).contiguous(), (Q * root).to(weight.dtype).contiguous()
+    return _balanced(truncated_svd(weight, rank), method, weight.dtype)
+
+
+def spectral_init_stack(weights: Sequence[Tensor], rank: int, method: str = "spectral") -> tuple[Tensor, Tensor]:
+    r"""What :func:`spectral_init` makes of matrices of one shape, decomposed together.
+
+    On a GPU the host waits for the device once for all of them. On a CPU it is no quicker than one after the other.
+
+    Args:
+        weights: Dense matrices, each of shape ``(m, n)``, on one device.
+        rank: Singular triples kept, ``1 <= rank <= min(m, n)``.
+        method: ``"spectral"`` or ``"spectral_ones"``.
+
+    Returns:
+        ``U`` of shape ``(len(weights), m, rank)`` and ``V`` of shape ``(len(weights), n, rank)``.
+
+    Raises:
+        ValueError: If ``rank`` or ``method`` is not allowed, or a weight is not finite.
+    """
+    check_rank(rank, min(weights[0].shape))
+    return _balanced(_finite_svd(torch.stack(list(weights)), rank), method, weights[0].dtype)
+
+
+def _balanced(triples: tuple[Tensor, Tensor, Tensor], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    P, S, Q = triples
+    root = _root(S, method).unsqueeze(-2)
+    return (P * root).to(dtype).contiguous(), (Q * root).to(dtype).contiguous()
 
 
 def spectral_init_heads(left: Tensor, right: Tensor, rank: int, method: str = "spectral") -> tuple[Tensor, Tensor]:
     r"""Spectral initialization of every ``left_h right_h^T`` without forming these ``(m, n)`` matrices.
 
-    QR of both factors leaves a ``(d, d)`` core to decompose. Cutting biased projections is the same call on the
-    *augmented* factors ``[Q; b_q]`` and ``[K; b_k]``, for ``(x Q + b_q)(x K + b_k)^T`` is their product.
+    With ``left^T left = L L^T`` the eigenvectors ``Z`` of ``L^T (right^T right) L`` are the left singular vectors in
+    the orthonormal basis ``left L^{-T}``; the roots of its eigenvalues are the singular values. Cutting biased
+    projections is the same call on the *augmented* factors ``[Q; b_q]`` and ``[K; b_k]``, for
+    ``(x Q + b_q)(x K + b_k)^T`` is their product.
 
     Args:
         left: Left factors, shape ``(heads, m, d)``.
@@ -115,7 +163,7 @@ def spectral_init_heads(left: Tensor, right: Tensor, rank: int, method: str = "s
 
     Returns:
         Balanced factors of shapes ``(heads, m, rank)`` and ``(heads, n, rank)``, in the dtypes given. On the meta
-        device only the shapes.
+        device only the shapes. What a head has no singular value for is zero.
 
     Raises:
         ValueError: If ``rank`` or ``method`` is not allowed, or a factor is not finite.
@@ -123,15 +171,28 @@ def spectral_init_heads(left: Tensor, right: Tensor, rank: int, method: str = "s
     check_rank(rank, min(*left.shape[-2:], right.shape[-2]))
     if left.is_meta:
         return left[..., :rank].clone(), right[..., :rank].clone()
-    if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+    # Small ones, which torch gives to a GPU one by one, each for longer than a CPU takes (pytorch/pytorch#174674).
+    factors = left.double(), right.double()
+    grams = torch.stack([factor.mT @ factor for factor in factors]).cpu()
+    if not grams.isfinite().all():
         raise ValueError("the projections of an attention to be decomposed hold NaN or Inf")
-    wide = torch.promote_types(left.dtype, torch.float32)
-    left_basis, left_core = torch.linalg.qr(left.to(wide))
-    right_basis, right_core = torch.linalg.qr(right.to(wide))
-    P, S, Qt = torch.linalg.svd(left_core @ right_core.mT)
-    root = _root(S[..., :rank], method).unsqueeze(-2)
-    U, V = left_basis @ P[..., :rank] * root, right_basis @ Qt.mT[..., :rank] * root
-    return U.to(left.dtype), V.to(right.dtype)
+    maps = torch.stack(_head_maps(grams[0], grams[1], rank, method)).to(left.device)
+    return (factors[0] @ maps[0]).to(left.dtype), (factors[1] @ maps[1]).to(right.dtype)
+
+
+def _head_maps(left_gram: Tensor, right_gram: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor]:
+    """Maps ``(heads, d, rank)`` from the factors of each head to its balanced ones, from the Gram matrices of those."""
+    size, eps = left_gram.shape[-1], torch.finfo(left_gram.dtype).eps
+    # More than rounding may have taken from the smallest eigenvalue: a singular matrix has a Cholesky factor, too.
+    ridge = (size**2 * eps * left_gram.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=eps**2)
+    identity = torch.eye(size, dtype=left_gram.dtype, device=left_gram.device)
+    L = torch.linalg.cholesky(left_gram + ridge[:, None, None] * identity)
+    squares, Z = torch.linalg.eigh(L.mT @ right_gram @ L)
+    S = squares[..., -rank:].flip(-1).clamp(min=0).sqrt().unsqueeze(-2)
+    Z = Z[..., -rank:].flip(-1)
+    root = _root(S, method)
+    in_right = L @ Z * torch.where(size * eps * S[..., :1] < S, root / S, 0)
+    return torch.linalg.solve_triangular(L.mT, Z * root, upper=True), in_right
 
 
 def initial_factors(

@@ -61,10 +61,9 @@ def vocabulary_loss(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    options = {"reduction": "sum", "label_smoothing": label_smoothing, "ignore_index": ignore_index}
     inputs = (hidden_states.flatten(0, -2), weight, bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    total = _SummedLoss.apply(*inputs, labels.flatten(), wanted, chunk_size, options)
+    total = _SummedLoss.apply(*inputs, labels.flatten(), wanted, chunk_size, label_smoothing, ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != ignore_index).sum().clamp(min=1)
     return total / num_items_in_batch
@@ -82,52 +81,105 @@ class _SummedLoss(torch.autograd.Function):
         labels: Tensor,
         wanted: list[bool],
         chunk_size: int,
-        options: dict[str, Any],
+        label_smoothing: float,
+        ignore_index: int,
     ) -> Tensor:
         device = rows.device.type
         is_autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_autocast else torch.promote_types(rows.dtype, weight.dtype)
-        accurate = torch.promote_types(dtype, torch.float32)  # of sums, whatever the dtype of the matrix products
-        x, w, b = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        total = torch.zeros((), dtype=accurate, device=rows.device)
-        d_rows = torch.empty_like(rows) if wanted[0] else None
-        d_weight = torch.zeros_like(weight, dtype=accurate) if wanted[1] else None
-        d_bias = torch.zeros_like(weight[:, 0], dtype=accurate) if wanted[2] else None
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(rows), chunk_size):
-                chunk = slice(start, start + chunk_size)
-                logits = F.linear(x[chunk], w, b)
-                loss, d_logits = _loss_and_gradient(logits, labels[chunk], any(wanted), options)
-                total += loss
-                if d_rows is not None:
-                    d_rows[chunk] = d_logits @ w
-                if d_weight is not None:
-                    d_weight += d_logits.mT @ x[chunk]
-                if d_bias is not None:
-                    d_bias += d_logits.sum(0, dtype=accurate)
-        ctx.save_for_backward(d_rows, d_weight, d_bias)
+        # A graph of torch.compile that held the loop would have been made for one number of chunks.
+        compute = _summed_loss_op if torch.compiler.is_compiling() else _summed_loss
+        total, *made = compute(rows, weight, bias, labels, wanted, dtype, chunk_size, label_smoothing, ignore_index)
+        gradients = [gradient if is_wanted else None for gradient, is_wanted in zip(made, wanted, strict=True)]
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if gradient is None else gradient * d_total for gradient in ctx.saved_tensors]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
+
+
+def _summed_loss(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    wanted: list[bool],
+    dtype: torch.dtype,
+    chunk_size: int,
+    label_smoothing: float,
+    ignore_index: int,
+) -> list[Tensor]:
+    """The summed loss and its gradients of rows, weight and bias, without elements where they are not wanted."""
+    accurate = torch.promote_types(dtype, torch.float32)  # of sums, whatever the dtype of the matrix products
+    total, d_rows, d_weight, d_bias = made = _empty(rows, weight, wanted, accurate)
+    for sums in (total, d_weight, d_bias):
+        sums.zero_()
+    x, w, b = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        for start in range(0, len(rows), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            logits = F.linear(x[chunk], w, b)
+            loss, d_logits = _loss_and_gradient(logits, labels[chunk], any(wanted), label_smoothing, ignore_index)
+            total += loss
+            if wanted[0]:
+                d_rows[chunk] = d_logits @ w
+            if wanted[1]:
+                _add_product_(d_weight, d_logits.mT, x[chunk])
+            if wanted[2]:
+                d_bias += d_logits.sum(0, dtype=accurate)
+    return made
+
+
+def _empty(rows: Tensor, weight: Tensor, wanted: list[bool], accurate: torch.dtype) -> list[Tensor]:
+    """What :func:`_summed_loss` returns, without values."""
+    shapes = rows.shape, weight.shape, weight.shape[:1]
+    dtypes = rows.dtype, accurate, accurate
+    gradients = [
+        rows.new_empty(shape if is_wanted else (0,), dtype=dtype)
+        for shape, dtype, is_wanted in zip(shapes, dtypes, wanted, strict=True)
+    ]
+    return [rows.new_empty((), dtype=accurate), *gradients]
+
+
+_summed_loss_op = torch.library.custom_op("hf_fnl::summed_loss", _summed_loss, mutates_args=())
+
+
+@_summed_loss_op.register_fake
+def _(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, wanted: list[bool], dtype: torch.dtype, *_: Any
+) -> list[Tensor]:
+    return _empty(rows, weight, wanted, torch.promote_types(dtype, torch.float32))
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right``; in the dtype of the total without a matrix in between."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _loss_and_gradient(
-    logits: Tensor, labels: Tensor, is_wanted: bool, options: dict[str, Any]
+    logits: Tensor, labels: Tensor, is_wanted: bool, label_smoothing: float, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of a chunk and, if it is wanted, the gradient of its logits (otherwise the logits).
 
-    By formula, softmax minus target: a call of autograd in here would break the graph of ``torch.compile``.
+    By formula, softmax minus target, so that the logits are gone through as few times as can be.
     """
-    accurate = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(accurate, labels, **options)
+    dtype = logits.dtype
+    log_p = logits.log_softmax(-1, dtype=torch.promote_types(dtype, torch.float32))
+    loss = (1 - label_smoothing) * F.nll_loss(log_p, labels, reduction="sum", ignore_index=ignore_index)
+    counts, even = (labels != ignore_index).unsqueeze(-1), label_smoothing / log_p.shape[-1]
+    if label_smoothing:
+        loss = loss - even * log_p.sum(-1, keepdim=True).where(counts, 0).sum()
     if not is_wanted:
         return loss, logits
-    smoothing, counts = options["label_smoothing"], (labels != options["ignore_index"]).unsqueeze(-1)
-    difference = accurate.softmax(-1).sub_(smoothing / accurate.shape[-1])
-    on_label = difference.new_full((len(labels), 1), smoothing - 1)
+    difference = log_p.exp_()
+    if label_smoothing:
+        difference -= even
+    on_label = difference.new_full((len(labels), 1), label_smoothing - 1)
     difference.scatter_add_(-1, labels.unsqueeze(-1).where(counts, 0), on_label)
-    return loss, difference.mul_(counts).to(logits.dtype)
+    return loss, difference.mul_(counts).to(dtype)

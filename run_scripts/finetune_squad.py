@@ -14,11 +14,13 @@ from transformers import AutoModelForQuestionAnswering, set_seed
 
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.processes import leave
-from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.tasks.packing import PACKED_LENGTH_HELP, PACKING_HELP, check_packing, packing_collator
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
 from hf_fnl.training.tasks.squad_evaluation import answer_questions
 from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.training.tasks.workers import TextTrainingArguments
 
 
 @dataclass
@@ -36,11 +38,13 @@ class DataOptions:
     doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
     max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; the rest is cut off."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    packing: bool = field(default=False, metadata={"help": PACKING_HELP})
+    packed_length: int | None = field(default=None, metadata={"help": PACKED_LENGTH_HELP})
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    data, args = parse_arguments(argv, DataOptions, FLAMBeTrainingArguments)
+    data, args = parse_arguments(argv, DataOptions, TextTrainingArguments)
     options = SquadOptions(
         max_seq_length=data.max_seq_length, doc_stride=data.doc_stride, max_query_length=data.max_query_length
     )
@@ -50,11 +54,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     examples = load_squad(data.eval_dataset or data.train_dataset, split=data.eval_split, limit=data.max_eval_questions)
     tokenizer = load_tokenizer(data.model)
     model = AutoModelForQuestionAnswering.from_pretrained(data.model)
+    packed = packing_collator(tokenizer, data.max_seq_length, packing=data.packing, packed_length=data.packed_length)
+    collator = packed or SquadCollator(tokenizer)
+    check_packing(collator, model, args)
     trainer = FLAMBeTrainer(
         model,
         args,
         train_dataset=build_squad_features(train, tokenizer, options, train=True, num_proc=data.num_proc),
-        data_collator=SquadCollator(tokenizer),
+        data_collator=collator,
         processing_class=tokenizer,
     )
     metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}

@@ -24,10 +24,18 @@ from hf_fnl.training.engines import let_go
 from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
 from hf_fnl.training.tasks.documents import DocumentOptions
 from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
+from hf_fnl.training.tasks.packing import (
+    PACKED_LENGTH_HELP,
+    PACKING_HELP,
+    PackingCollator,
+    check_packing,
+    packing_collator,
+)
 from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
 from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 from hf_fnl.training.tasks.wordpiece import train_wordpiece
+from hf_fnl.training.tasks.workers import TextTrainingArguments
 
 
 @dataclass
@@ -62,6 +70,8 @@ class DataOptions(DocumentOptions):
     next_sentence: bool = field(default=True, metadata={"help": "False: masked language modelling only (RoBERTa)."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
     whole_word_mask: bool = field(default=False, metadata={"help": "Mask all pieces of a word together."})
+    packing: bool = field(default=False, metadata={"help": PACKING_HELP})
+    packed_length: int | None = field(default=None, metadata={"help": PACKED_LENGTH_HELP})
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,12 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     return build(model_class, BertConfig(**sizes))
 
 
+def build_collator(phase: Phase, data: DataOptions, tokenizer: Any) -> PretrainingCollator | PackingCollator:
+    """What makes batches of a phase, padded or packed."""
+    packed = packing_collator(tokenizer, phase.length, packing=data.packing, packed_length=data.packed_length)
+    return packed or PretrainingCollator(tokenizer)
+
+
 def train_phase(
     phase: Phase, number: int, model: PreTrainedModel, tokenizer: Any, data: DataOptions, args: FLAMBeTrainingArguments
 ) -> tuple[dict[str, Any], FLAMBeTrainer]:
@@ -134,7 +150,7 @@ def train_phase(
         args,
         train_dataset=build_pretraining_dataset(documents, tokenizer, options, num_proc=data.num_proc),
         eval_dataset=validation,
-        data_collator=PretrainingCollator(tokenizer),
+        data_collator=build_collator(phase, data, tokenizer),
         compute_metrics=mlm_metrics,
         preprocess_logits_for_metrics=reduce_logits,
     )
@@ -148,7 +164,7 @@ def train_phase(
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, FLAMBeTrainingArguments)
+    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, TextTrainingArguments)
     phases = [Phase.parse(text) for text in data.phases]
     if len(phases) > 1 and str(args.resume_from_checkpoint or "true").lower() != "true":
         raise ValueError(
@@ -166,6 +182,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     longest = model.config.max_position_embeddings
     if too_long := [phase.length for phase in phases if phase.length > longest]:
         raise ValueError(f"phases: the model's max_position_embeddings is {longest}, got a length of {too_long[0]}")
+    for phase in phases:
+        check_packing(build_collator(phase, data, tokenizer), model, args)
     metrics: dict[str, Any] = {"parameters": parameter_count(model)}
     saved = dataclasses.replace(options, init_from=args.output_dir)
     for number, phase in enumerate(phases, start=1):

@@ -14,10 +14,10 @@ import yaml
 from experiment_cases import DATASETS, ROWS, STAND_IN, TABLE, row
 from transformers import HfArgumentParser
 
-from benchmarks.common import run_once
 from benchmarks.experiments.metrics import measure
 from benchmarks.experiments.rows import SCALES, read_rows
 from benchmarks.experiments.runs import ROOT, Launch
+from benchmarks.house.grids import run_once
 from hf_fnl.training.tasks.image_options import ImageOptions
 from hf_fnl.training.tasks.image_training import ImageTrainingArguments
 

@@ -42,6 +42,7 @@ NEIGHBOURS = {
     ("surgery", "calibration"),
     ("surgery", "ranks"),
     ("cli", "report"),
+    ("training", "planning"),
 }
 HEAVY = {"datasets", "evaluate", "deepspeed", "matplotlib", "typer"}
 

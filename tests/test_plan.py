@@ -11,7 +11,7 @@ from traffic_cases import BATCH, LENGTH, planned, traffic_examples, traffic_mode
 from transformers import BertConfig, BertForPreTraining
 from typer.testing import CliRunner
 
-from benchmarks.sharded import MARGIN, count
+from benchmarks.themes.sharded import MARGIN, count
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining, FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.cli import app
 from hf_fnl.planning import (

@@ -430,3 +430,19 @@ def test_packing_loses_no_token_and_cuts_no_sentence_that_fits(limit, longest):
 )
 def test_packing_by_hand(sentences, limit, packed):
     assert [part.tolist() for part in pack_sentences(numbered_documents(*sentences), limit, SEP)] == packed
+
+
+@pytest.mark.parametrize("change", ["none", "truncation", "padding", "special tokens"])
+def test_tokens_are_those_of_the_tokenizer_called_whatever_it_was_used_for_before(change):
+    tokenizer = train_wordpiece(CORPUS, vocab_size=400)
+    if change == "truncation":
+        tokenizer.backend_tokenizer.enable_truncation(3)
+    if change == "padding":
+        tokenizer.backend_tokenizer.enable_padding(length=99)
+    if change == "special tokens":
+        tokenizer.backend_tokenizer.encode_special_tokens = True
+    texts = [*CORPUS[:2], "A [SEP] inside. And [MASK] too."]
+    found = [document.tokens.tolist() for document in tokenize_documents(texts, tokenizer)]
+    only_ids = {"add_special_tokens": False, "verbose": False}
+    called = [tokenizer(split_sentences(text), **only_ids)["input_ids"] for text in texts]
+    assert found == [[token for sentence in sentences for token in sentence] for sentences in called]

@@ -13,6 +13,7 @@ SHAPES = {
     "rank-one": (7, 5, 1),
     "row": (1, 7, 1),
     "several-blocks": (203, 211, 60),
+    "several-reads": (5, 3089, 3),
 }
 # Spectra of trained weights, 60 values each: initial ones are flat.
 SPECTRA = {
@@ -140,6 +141,23 @@ def test_heads_of_rank_one_and_zero_heads_are_finite():
     left[0], left[1, :, 1:] = 0, 0
     U, V = spectral_init_heads(left, right, 2)
     torch.testing.assert_close(U @ V.mT, left @ right.mT)
+
+
+def test_heads_whose_columns_repeat_are_cut_to_what_they_hold():
+    left, right = torch.randn(2, 701, 1).expand(2, 701, 24), torch.randn(2, 7, 24)
+    U, V = spectral_init_heads(left, right, 5)
+    torch.testing.assert_close(U @ V.mT, left @ right.mT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [2, 3], ids="rank-{}".format)
+def test_heads_with_columns_of_very_different_size_keep_the_best_approximation(rank):
+    sizes = torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)
+    left, right = (torch.randn(2, n, 3, dtype=torch.float64) * sizes for n in (5, 7))
+    U, V = (factor.double() for factor in spectral_init_heads(left.float(), right.float(), rank))
+    product = left @ right.mT
+    best_error = (product - best_approximation(product, rank)).norm()
+    assert (U @ V.mT - product).norm() - best_error <= 1e-6 * product.norm()
+    torch.testing.assert_close(U.mT @ U, V.mT @ V, rtol=1e-4, atol=1e-7)
 
 
 def test_spectral_ones_of_heads():

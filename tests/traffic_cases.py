@@ -25,11 +25,11 @@ SIZES: dict[str, Any] = {
 }
 
 
-def traffic_model(device: str = "cpu") -> FactorizedBertForPreTraining:
+def traffic_model(device: str = "cpu", hidden_size: int | str = SIZES["hidden_size"]) -> FactorizedBertForPreTraining:
     """A BERT with three heads, which two processes cannot share evenly."""
     torch.manual_seed(0)
     with torch.device(device):
-        return FactorizedBertForPreTraining(FactorizedBertConfig(**SIZES))
+        return FactorizedBertForPreTraining(FactorizedBertConfig(**SIZES | {"hidden_size": int(hidden_size)}))
 
 
 def traffic_examples(length: int) -> list[dict[str, Tensor]]:
@@ -45,8 +45,8 @@ def traffic_examples(length: int) -> list[dict[str, Tensor]]:
 
 
 def planned(case: str) -> Plan:
-    """The plan of ``ENGINE/ACCUMULATION/DTYPE/OPTIMIZER`` on two processes."""
-    engine, accumulation, dtype, optimizer = case.split("/")
+    """The plan of ``ENGINE/ACCUMULATION/DTYPE/OPTIMIZER``, or with ``/HIDDEN_SIZE`` behind, on two processes."""
+    engine, accumulation, dtype, optimizer, *hidden_size = case.split("/")
     setup = Setup(
         engine=engine,
         gpus=2,
@@ -57,4 +57,4 @@ def planned(case: str) -> Plan:
         sequence_length=LENGTH,
         labelled_share=2 / LENGTH,
     )
-    return plan(lambda: traffic_model(device="meta"), setup)
+    return plan(lambda: traffic_model("meta", *hidden_size), setup)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import machine, markdown_table
 from benchmarks.experiments.metrics import measure
 from benchmarks.experiments.runs import Run, suffix
+from benchmarks.house.machine import machine
+from benchmarks.house.tables import markdown_table
 from hf_fnl.training.files import write_json, write_text
 
 # Figures of a run that stand beside its metrics.

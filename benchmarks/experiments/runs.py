@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.common import run_once
 from benchmarks.experiments.rows import SCALES, Row, Settings
+from benchmarks.house.grids import run_once
 from hf_fnl.training.files import write_text
 
 ROOT = Path(__file__).parents[2]  # where trainings run, so that their commands hold no path of this machine

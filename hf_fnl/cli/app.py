@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_fnl.cli.plan import plan
+from hf_fnl.cli.profile import profile
 from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, size_change, sort_rows
 from hf_fnl.cli.terminal import session
 
@@ -246,6 +247,7 @@ def report(
 
 
 app.command(epilog="Example: `hf-fnl plan bert-large --gpus 64 --engine fsdp2 --memory 24`")(plan)
+app.command(epilog="Example: `hf-fnl profile bert-base --ffn-rank 192 --bf16 --compile --json profile.json`")(profile)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,17 +1,22 @@
 """Layers that hold factors in place of a weight."""
 
 from hf_fnl.layers.base import Factorized, FactorizedMatrix, factorized_layers
+from hf_fnl.layers.checkpointing import keep_narrow
+from hf_fnl.layers.composing import ComposedWeights, compose_
 from hf_fnl.layers.conv import FactorizedConv2d
 from hf_fnl.layers.embedding import FactorizedEmbedding
 from hf_fnl.layers.linear import FactorizedLinear
 from hf_fnl.layers.tensorized import TensorizedConv2d
 
 __all__ = [
+    "ComposedWeights",
     "Factorized",
     "FactorizedConv2d",
     "FactorizedEmbedding",
     "FactorizedLinear",
     "FactorizedMatrix",
     "TensorizedConv2d",
+    "compose_",
     "factorized_layers",
+    "keep_narrow",
 ]

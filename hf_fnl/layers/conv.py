@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_fnl.config import CONV_SCHEMES
+from hf_fnl.functional import product
 from hf_fnl.layers.base import FactorizedMatrix
 from hf_fnl.layers.convolution import Convolution, KernelShape, Pair, options_of
 from hf_fnl.spectral import check_rank, spectral_init
@@ -116,9 +118,9 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         self.add_bias_(out_channels if bias else None)
         self.reset_parameters()
 
-    def dense_weight(self) -> Tensor:
+    def multiplied(self, *operands: Tensor) -> Tensor:
         """The dense kernel."""
-        return matrix_kernel(self.composed(), self.dense_shape, self.scheme)
+        return matrix_kernel(product(*operands), self.dense_shape, self.scheme)
 
     def outer_factors(self, draw: Callable[[Tensor], object]) -> tuple[Tensor, Tensor]:
         """New ``U`` and ``V`` from kernels that ``draw`` fills: the dense one, or those of the two convolutions."""
@@ -132,25 +134,23 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         U, V = factors
         return factor_kernels(U, V, self.dense_shape, self.scheme)
 
-    def kernels(self) -> tuple[Tensor, ...]:
-        """The kernels of the two convolutions; ``M`` is multiplied to ``U``, which takes the same in both ways."""
-        first, second = self.chain(self.U if self.M is None else self.U @ self.M, self.V)
-        if self.groups > 1:
-            first = first.repeat(self.groups, 1, 1, 1)
-        return first, second
+    def operands(self) -> tuple[Tensor, ...]:
+        """``U`` and ``V``; ``M`` is multiplied to ``U``, which takes the same in both ways."""
+        return self.U if self.M is None else self.U @ self.M, self.V
 
-    def chain_sizes(self) -> tuple[int, ...]:
-        """Numbers of entries of :meth:`kernels`."""
-        return self.groups * self.V.numel(), self.U.numel()
+    def kernels(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        """The kernels of the two convolutions."""
+        first, second = self.chain(*operands)
+        return first.repeat(self.groups, 1, 1, 1) if self.groups > 1 else first, second
 
     def composing_cost(self) -> int:
         """Multiplications of ``U V^T``."""
         m, n = self.shape
         return m * n * self.rank
 
-    def _composing_is_cheaper(self, x: Tensor, padding: Pair) -> bool:
-        # At a rank above that of W, a chain would also keep more channels for the backward pass.
-        return self.rank > min(self.shape) or super()._composing_is_cheaper(x, padding)
+    def _composing_is_cheaper(self, chain: Sequence[Any], x: Tensor, padding: Pair) -> bool:
+        # At a rank above that of W, a chain would also have more channels between.
+        return self.rank > min(self.shape) or super()._composing_is_cheaper(chain, x, padding)
 
     @classmethod
     def from_dense(

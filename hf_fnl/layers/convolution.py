@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_fnl.layers.base import Factorized
+from hf_fnl.layers.recomputing import Options, RecomputingConvolution
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,6 +36,10 @@ class Convolution(Factorized):
     Either the factors are the kernels of a chain of small convolutions, or they are multiplied out and the kernel is
     applied at once. Channels-last inputs give channels-last outputs, as do inputs of a layer that was made from a
     convolution with a channels-last kernel.
+
+    In training, what lies between the input and the output is computed again in the backward pass where keeping it
+    would take more memory than the layer has fewer weights than the dense one: no layer with fewer parameters needs
+    more memory than the dense layer.
     """
 
     scheme: str
@@ -56,24 +63,63 @@ class Convolution(Factorized):
         """Factors as kernels of convolutions, in the order in which those are applied; views of the factors."""
         raise NotImplementedError
 
-    def kernels(self) -> tuple[Tensor, ...]:
-        """The kernels of the chain of convolutions, in the order in which they are applied."""
-        return self.chain(*self.factors())
+    def operands(self) -> tuple[Tensor, ...]:
+        """What the kernels of both ways are made of, in the order of :meth:`factors`."""
+        return self.factors()
 
-    def chain_sizes(self) -> tuple[int, ...]:
-        """Numbers of entries of :meth:`kernels`."""
-        return tuple(factor.numel() for factor in reversed(self.factors()))
+    def kernels(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        """The kernels of the chain of convolutions, in the order in which they are applied."""
+        return self.chain(*operands)
+
+    def multiplied(self, *operands: Tensor) -> Tensor:
+        """The dense kernel."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor:
+        """The dense kernel."""
+        return self.multiplied(*self.operands())
 
     def composing_cost(self) -> int:
         """Multiplications that it takes to multiply the factors out."""
         raise NotImplementedError
 
+    def factored_cost(self) -> int:
+        """Multiplications of the chain at each position of an input."""
+        return sum(kernel.numel() for kernel in self.kernels(*self.operands()))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``([batch,] in_channels, height, width)`` to ``([batch,] out_channels, new height, new width)``."""
+        if x.ndim == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         x, padding = self._padded(x)
-        if self._composing_is_cheaper(x, padding) if self.compose is None else self.compose:
-            return self._convolve(x, padding, (self.dense_weight(),), ("hw",))
-        return self._convolve(x, padding, self.kernels(), _AXES[self.scheme])
+        channels_last = torch.channels_last in (self.memory_format, _memory_format(x))
+        if (held := self.held_weight()) is not None:
+            return F.conv2d(x, _laid_out(held, channels_last), self.bias, *self._options("hw", padding))
+        operands = self.operands()
+        chain = self._chain_on(x, padding, self.kernels(*operands))
+        composes = self._composing_is_cheaper(chain, x, padding) if self.compose is None else self.compose
+        options = self._options("hw" if composes else chain[-1].along, padding)
+        prepare = partial(self._composed_for if composes else self._chained_for, padding, channels_last)
+        if _trains(operands) and (composes or self._keeps_much(chain, x)):
+            return cast(Tensor, RecomputingConvolution.apply(prepare, options, x, self.bias, *operands))
+        x, kernel = prepare(x, *operands)
+        return F.conv2d(x, kernel, self.bias, *options)
+
+    def _composed_for(self, padding: Pair, channels_last: bool, x: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and the dense kernel."""
+        return x, _laid_out(self.multiplied(*operands), channels_last)
+
+    def _chained_for(self, padding: Pair, channels_last: bool, x: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        """The input of the last convolution of the chain, and its kernel."""
+        *kernels, last = (_laid_out(kernel, channels_last) for kernel in self.kernels(*operands))
+        for kernel, along in zip(kernels, _AXES[self.scheme], strict=False):
+            x = F.conv2d(x, kernel, None, *self._options(along, padding))
+        return x, last
+
+    def _options(self, along: str, padding: Pair) -> Options:
+        """What a convolution along some axes is given besides its kernel."""
+        stride, pads = _along(along, self.stride, 1), _along(along, padding, 0)
+        return stride, pads, _along(along, self.dilation, 1), self.groups
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Pair]:
         """The input, padded where the convolution cannot do it, and the padding that is left to it."""
@@ -83,34 +129,45 @@ class Convolution(Factorized):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(x, self._pads, mode=mode).contiguous(memory_format=_memory_format(x)), (0, 0)
 
-    def _convolve(self, x: Tensor, padding: Pair, kernels: Sequence[Tensor], axes: Sequence[str]) -> Tensor:
-        for number, (kernel, along) in enumerate(zip(kernels, axes, strict=True), 1):
-            bias = self.bias if number == len(kernels) else None
-            # In the layout of the input: that of the output follows the kernel's as well as the input's.
-            channels_last = torch.channels_last in (self.memory_format, _memory_format(x))
-            kernel = kernel.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-            stride, pads = _along(along, self.stride, 1), _along(along, padding, 0)
-            x = F.conv2d(x, kernel, bias, stride, pads, _along(along, self.dilation, 1), self.groups)
-        return x
+    def _chain_on(self, x: Tensor, padding: Pair, kernels: Sequence[Tensor]) -> list[_Link]:
+        """The convolutions of the chain, by what they take on an input."""
+        positions, links = list(x.shape[-2:]), []
+        after = self._positions_after(x, padding)
+        for kernel, along in zip(kernels, _AXES[self.scheme], strict=True):
+            positions = [new if axis in along else old for axis, old, new in zip("hw", positions, after, strict=True)]
+            count = x.shape[0] * math.prod(positions)
+            links.append(_Link(along, kernel.numel(), count, kernel.shape[0] * count))
+        return links
 
-    def _composing_is_cheaper(self, x: Tensor, padding: Pair) -> bool:
-        """Compare multiplications of both ways; the kernel is multiplied out once for a whole batch.
-
-        Those of a forward pass, for a backward pass takes twice as many of each convolution and each product.
-        """
-        batch, (height, width) = x.shape[0] if x.ndim == 4 else 1, x.shape[-2:]
-        new_height, new_width = (
+    def _positions_after(self, x: Tensor, padding: Pair) -> list[int]:
+        """Height and width of the output."""
+        sizes = zip(x.shape[-2:], padding, self.dilation, self.kernel_size, self.stride, strict=True)
+        return [
             (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-            for size, pad, dilation, kernel, stride in zip(
-                (height, width), padding, self.dilation, self.kernel_size, self.stride, strict=True
-            )
-        )
-        at_once = math.prod(self.dense_shape) * new_height * new_width
-        chained = 0
-        for size, along in zip(self.chain_sizes(), _AXES[self.scheme], strict=True):
-            height, width = new_height if "h" in along else height, new_width if "w" in along else width
-            chained += size * height * width
-        return self.composing_cost() + batch * at_once < batch * chained
+            for size, pad, dilation, kernel, stride in sizes
+        ]
+
+    def _composing_is_cheaper(self, chain: Sequence[_Link], x: Tensor, padding: Pair) -> bool:
+        """Compare multiplications of both ways in training; the kernel is multiplied out once for a whole batch.
+
+        A backward pass takes twice as many as the forward pass of each convolution and each product, and once more what
+        it computes again. Without gradients the way is the same, so that the outputs are.
+        """
+        at_once = math.prod(self.dense_shape) * x.shape[0] * math.prod(self._positions_after(x, padding))
+        costs = [link.weights * link.positions for link in chain]
+        if torch.compiler.is_compiling():  # which decides itself what is computed again
+            return self.composing_cost() + at_once < sum(costs)
+        again = sum(costs[:-1]) if self._keeps_much(chain, x) else 0
+        return 4 * self.composing_cost() + 3 * at_once < 3 * sum(costs) + again
+
+    def _keeps_much(self, chain: Sequence[_Link], x: Tensor) -> bool:
+        """Whether what the chain would keep takes more memory than the layer has fewer weights."""
+        factors = self.factors()
+        fewer = math.prod(self.dense_shape) - sum(factor.numel() for factor in factors)
+        kept = sum(link.weights for link in chain) + sum(
+            link.values for link in chain[:-1]
+        )  # kernels are laid out anew
+        return kept * x.element_size() > fewer * factors[0].element_size()
 
     def draw_kernel(self, draw: Callable[[Tensor], object]) -> Tensor:
         """A dense kernel that ``draw`` filled."""
@@ -149,6 +206,28 @@ def options_of(layer: nn.Conv2d | Convolution) -> dict[str, Any]:
     """What a convolution was made with, under the names of the constructor of :class:`torch.nn.Conv2d`."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
+
+
+@dataclass(frozen=True)
+class _Link:
+    """A convolution of a chain: the axes along which it extends, and its weights, positions and values on an input."""
+
+    along: str
+    weights: int
+    positions: int
+    values: int
+
+
+def _trains(factors: Sequence[Tensor]) -> bool:
+    """Whether all factors get gradients, and by autograd as it runs: a compiler decides itself what it keeps."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return all(factor.requires_grad for factor in factors)
+
+
+def _laid_out(kernel: Tensor, channels_last: bool) -> Tensor:
+    """A kernel in the layout of the input: that of the output follows the kernel's as well as the input's."""
+    return kernel.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _along(along: str, values: Sequence[int], neutral: int) -> list[int]:

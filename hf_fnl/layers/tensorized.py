@@ -96,9 +96,13 @@ class TensorizedConv2d(Convolution):
         """The cores, from that of the output channels to that of the input channels."""
         return tuple(getattr(self, name) for name in _CORES[self.scheme])
 
-    def dense_weight(self) -> Tensor:
+    def multiplied(self, *operands: Tensor) -> Tensor:
         """The dense kernel."""
-        return product(*self.factors())
+        device = operands[0].device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return product(*operands)
+        with torch.autocast(device, enabled=False):  # which casts some of the products and not others
+            return product(*operands)
 
     def chain(self, *factors: Tensor) -> tuple[Tensor, ...]:
         """Cores as kernels of convolutions, from that of the input channels to that of the output channels; views."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,6 +32,7 @@ from hf_fnl.models.division import partition_
 from hf_fnl.models.loading import check_files, load_checked
 from hf_fnl.models.recording import meta_parameters
 from hf_fnl.models.sharded_init import make_partitioned
+from hf_fnl.models.splitting import split_later, splitting_together
 from hf_fnl.surgery.swap import check_whole
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         # Transformers skips modules without parameters of their own in classes that are not its own, to protect loaded
         # weights from unguarded writes. An attention is such a module and draws its heads; all writes here are guarded.
         super()._initialize_weights(module, is_custom_code=False)
+
+    def initialize_weights(self) -> None:
+        """As in Transformers; what is drawn on a GPU is decomposed together where shapes are equal."""
+        with splitting_together():
+            super().initialize_weights()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -79,8 +86,13 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
 
     @classmethod
     def get_init_context(cls, dtype: torch.dtype, is_quantized: bool, is_ds_init_called: bool, *args: Any) -> list[Any]:
-        """As in Transformers; for ZeRO-3 the model is made on the meta device and divided before weights are loaded."""
-        if not is_deepspeed_zero3_enabled() or is_quantized or is_ds_init_called:
+        """As in Transformers, but layers draw nothing for the meta device, where torch is slow to draw nothing.
+
+        For ZeRO-3 the model is made on the meta device, too, and divided before weights are loaded.
+        """
+        if not is_deepspeed_zero3_enabled():
+            return [*super().get_init_context(dtype, is_quantized, is_ds_init_called, *args), init.no_init_weights()]
+        if is_quantized or is_ds_init_called:
             return super().get_init_context(dtype, is_quantized, is_ds_init_called, *args)
         contexts = super().get_init_context(dtype, is_quantized, True, *args)
         return [*contexts, init.no_init_weights(), meta_parameters(), modeling_utils.set_zero3_state()]
@@ -274,9 +286,10 @@ class FactorizedBackbone(FactorizedPreTrainedModel):
 def init_factors(module: Factorized, std: float) -> None:
     """Guarded initialization of a factorized layer: nothing is drawn or decomposed if a checkpoint set all of it."""
     if not all(is_loaded(factor) for factor in module.factors()):
-        values = module.fresh_factors(lambda weight: draw_as_stock_(module, weight, std))
-        for factor, value in zip(module.factors(), values, strict=True):
-            init.copy_(factor, value)
+        draw = functools.partial(draw_as_stock_, module, std=std)
+        if not split_later(module, draw):
+            for factor, value in zip(module.factors(), module.fresh_factors(draw), strict=True):
+                init.copy_(factor, value)
     if getattr(module, "bias", None) is not None:
         init.zeros_(module.bias)
 

@@ -9,7 +9,9 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as stock
+from transformers.utils.generic import can_return_tuple
 
 from hf_fnl.config import LayerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
@@ -18,6 +20,7 @@ from hf_fnl.models.attention import FactorizedAttention, HeadProjection, Spans, 
 from hf_fnl.models.base import FactorizedBackbone, FactorizedPreTrainedModel
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
+from hf_fnl.models.packing import Packing, packed_attention, unpack
 from hf_fnl.models.vocabulary import vocabulary_layer
 
 
@@ -143,9 +146,10 @@ class FactorizedBertLMPredictionHead(stock.BertLMPredictionHead):
         dense = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.decoder = vocabulary_layer(dense, config.embedding_rank, config.ranks.method("embedding"))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Vocabulary logits of hidden states of any leading shape."""
-        logits = self.decoder(self.transform(hidden_states))
+    def forward(self, hidden_states: Tensor, table: Tensor | None = None) -> Tensor:
+        """Vocabulary logits of hidden states of any leading shape; by ``table`` if that is the decoder's weight."""
+        hidden_states = self.transform(hidden_states)
+        logits = self.decoder(hidden_states) if table is None else nn.functional.linear(hidden_states, table)
         return logits.add_(self.bias)  # in place: nothing else in a step is as large
 
 
@@ -155,6 +159,7 @@ class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel, stock.BertPreTrai
     config: FactorizedBertConfig
     config_class = FactorizedBertConfig
     attention_class = FactorizedBertAttention
+    takes_packing = True  # see hf_fnl.models.packing
     # Most stock heads return the mean over their own batch, whatever the number of items that the Trainer passes.
     accepts_loss_kwargs = False
 
@@ -182,6 +187,51 @@ class FactorizedBertModel(FactorizedBackbone, FactorizedBertPreTrainedModel, sto
     """The backbone of BERT with its matrices held as products, as its configuration says."""
 
     dense_class = stock.BertModel
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        packing: Packing | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """As the stock model; of a packed batch the outputs are those of a padded one, a sequence a row.
+
+        Args:
+            packing: How the sequences lie in the rows; see :mod:`hf_fnl.models.packing`. Takes the place of
+                ``attention_mask``. ``hidden_states`` and ``attentions``, where asked for, stay in rows.
+        """
+        if packing is not None:
+            if attention_mask is not None or past_key_values is not None or self.config.is_decoder:
+                raise ValueError("packing is for encoders and takes the place of attention_mask: leave one of them out")
+            kwargs |= packed_attention(packing, self.config, self.dtype)
+            attention_mask = kwargs.pop("attention_mask")
+        outputs = super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        if packing is not None:
+            outputs.last_hidden_state = unpack(outputs.last_hidden_state, packing)
+            if self.pooler is not None:
+                outputs.pooler_output = self.pooler(outputs.last_hidden_state)
+        return outputs
 
     def _replace_modules(self) -> None:
         config, all_ranks = self.config, self.config.ranks

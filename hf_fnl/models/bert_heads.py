@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers.modeling_outputs import MaskedLMOutput, QuestionAnsweringModelOutput
 from transformers.models.bert import modeling_bert as stock
 from transformers.utils.generic import can_return_tuple
 
@@ -32,6 +33,8 @@ from hf_fnl.models.bert import (
     FactorizedBertModel,
     FactorizedBertPreTrainedModel,
 )
+from hf_fnl.models.packing import Packing, inside
+from hf_fnl.models.tied_rows import tied_inputs
 from hf_fnl.models.vocabulary import TiedVocabulary, tied_factors
 from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
@@ -59,12 +62,22 @@ class _WithLMHead(TiedVocabulary, FactorizedBertPreTrainedModel):
         bias.data = F.pad(bias.data, (0, missing))
         return embeddings
 
-    def _predict(self, hidden_states: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _look_up(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Inputs of the backbone, and the matrix of the vocabulary if its gradient is to meet that of the embedding."""
+        if input_ids is None or inputs_embeds is not None:
+            return input_ids, inputs_embeds, None
+        return tied_inputs(self.bert.embeddings.word_embeddings, self.cls.predictions.decoder, input_ids)
+
+    def _predict(
+        self, hidden_states: Tensor, labels: Tensor | None, table: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Vocabulary logits and their labels: at labelled positions only in training with ``sparse_prediction``."""
         if labels is not None and self.training and self.config.sparse_prediction:
             labelled = labels != IGNORE_INDEX
             hidden_states, labels = hidden_states[labelled], labels[labelled]
-        return self.cls.predictions(hidden_states), labels
+        return self.cls.predictions(hidden_states, table), labels
 
 
 def masked_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -143,6 +156,7 @@ class FactorizedBertForPreTraining(_WithLMHead, stock.BertForPreTraining):
             The stock output. ``prediction_logits`` are ``(labelled positions, vocab_size)`` in training with
             ``sparse_prediction``, else ``(batch, length, vocab_size)``.
         """
+        input_ids, inputs_embeds, table = self._look_up(input_ids, inputs_embeds)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -152,7 +166,7 @@ class FactorizedBertForPreTraining(_WithLMHead, stock.BertForPreTraining):
             return_dict=True,
             **kwargs,
         )
-        logits, kept = self._predict(outputs.last_hidden_state, labels)
+        logits, kept = self._predict(outputs.last_hidden_state, labels, table)
         relationship = self.cls.seq_relationship(outputs.pooler_output)
         loss = None
         if kept is not None and next_sentence_label is not None:
@@ -204,6 +218,7 @@ class FactorizedBertForMaskedLM(_WithLMHead, stock.BertForMaskedLM):
             The stock output. ``logits`` are ``(labelled positions, vocab_size)`` in training with
             ``sparse_prediction``, else ``(batch, length, vocab_size)``.
         """
+        input_ids, inputs_embeds, table = self._look_up(input_ids, inputs_embeds)
         outputs = self.bert(
             input_ids,
             attention_mask=attention_mask,
@@ -215,7 +230,7 @@ class FactorizedBertForMaskedLM(_WithLMHead, stock.BertForMaskedLM):
             return_dict=True,
             **kwargs,
         )
-        logits, kept = self._predict(outputs.last_hidden_state, labels)
+        logits, kept = self._predict(outputs.last_hidden_state, labels, table)
         return MaskedLMOutput(
             loss=None if kept is None else masked_lm_loss(logits, kept, num_items_in_batch),
             logits=logits,
@@ -229,6 +244,7 @@ class FactorizedBertLMHeadModel(_WithLMHead, stock.BertLMHeadModel):
 
     dense_class = stock.BertLMHeadModel
     accepts_loss_kwargs = True
+    takes_packing = False
 
     def __init__(self, config: FactorizedBertConfig) -> None:
         PreTrainedModel.__init__(self, config)
@@ -273,6 +289,7 @@ class FactorizedBertForMultipleChoice(FactorizedBertPreTrainedModel, stock.BertF
     """Choice among several sequences, as for SWAG."""
 
     dense_class = stock.BertForMultipleChoice
+    takes_packing = False
 
     def __init__(self, config: FactorizedBertConfig) -> None:
         PreTrainedModel.__init__(self, config)
@@ -296,6 +313,17 @@ class FactorizedBertForTokenClassification(FactorizedBertPreTrainedModel, stock.
         self.post_init()
 
 
+def span_loss(logits: Tensor, positions: Tensor) -> Tensor:
+    """Cross-entropy of one end of an answer, averaged over the sequences in which it lies, as the stock model has it.
+
+    Args:
+        logits: ``(sequences, length)``.
+        positions: ``(sequences,)``.
+    """
+    length = logits.shape[1]
+    return F.cross_entropy(logits, positions.clamp(0, length), ignore_index=length)
+
+
 class FactorizedBertForQuestionAnswering(FactorizedBertPreTrainedModel, stock.BertForQuestionAnswering):
     """Extractive question answering, as for SQuAD."""
 
@@ -307,6 +335,47 @@ class FactorizedBertForQuestionAnswering(FactorizedBertPreTrainedModel, stock.Be
         self.bert = FactorizedBertModel(config, add_pooling_layer=False)
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        packing: Packing | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """As the stock model; of a packed batch the logits are ``(sequences, longest)``, the lowest number behind ends.
+
+        So the loss of a packed batch is that of its sequences one by one. The stock model's softmax takes in whatever
+        comes out at the padding of a padded batch.
+        """
+        positions = {"start_positions": start_positions, "end_positions": end_positions}
+        outputs = super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            packing=packing,
+            return_dict=True,
+            **(positions if packing is None else {}),
+            **kwargs,
+        )
+        if packing is None:
+            return outputs
+        outside = ~inside(packing)
+        for name in ("start_logits", "end_logits"):
+            outputs[name] = outputs[name].masked_fill(outside, torch.finfo(outputs[name].dtype).min)
+        if start_positions is not None and end_positions is not None:
+            outputs.loss = (
+                span_loss(outputs.start_logits, start_positions) + span_loss(outputs.end_logits, end_positions)
+            ) / 2
+        return outputs
 
 
 AutoConfig.register(FactorizedBertConfig.model_type, FactorizedBertConfig, exist_ok=True)

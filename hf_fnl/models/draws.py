@@ -119,8 +119,8 @@ def _decomposition_cost(module: nn.Module) -> float:
     if isinstance(module, FactorizedAttention):
         hidden, ranks = module.projections(module)[0].weight.shape[1], module.ranks
         cut = [kind for kind, rank in (("qk", ranks.qk), ("ov", ranks.ov)) if rank and ranks.init[kind] != "default"]
-        # Two orthogonal bases of each head; the factor was measured as that of `matrix_cost`.
-        return 75.0 * len(cut) * hidden**2 * (hidden // module.num_heads)
+        # Two Gram matrices of each head, in float64; the factor was measured as that of `matrix_cost`.
+        return 100.0 * len(cut) * hidden**2 * (hidden // module.num_heads)
     if isinstance(module, Factorized) and module.init != "default":
         m, *others = module.shape
         return matrix_cost(m, math.prod(others))

@@ -25,6 +25,7 @@ from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.utils.generic import can_return_tuple
 
 from hf_fnl.models.gpt2 import FactorizedGPT2Config, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
+from hf_fnl.models.tied_rows import tied_inputs
 from hf_fnl.models.vocabulary import TiedVocabulary, head_loss, tied_factors, vocabulary_layer
 from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
@@ -102,10 +103,14 @@ class FactorizedGPT2LMHeadModel(_WithLMHead, stock.GPT2LMHeadModel):
         if labels is None or return_logits:
             counted = {"labels": labels, "num_items_in_batch": num_items_in_batch, "logits_to_keep": logits_to_keep}
             return super().forward(input_ids, **counted, **options)
+        table = None
+        if input_ids is not None and inputs_embeds is None:
+            input_ids, options["inputs_embeds"], table = tied_inputs(self.transformer.wte, self.lm_head, input_ids)
         outputs = self.transformer(input_ids, **options)
         shifted = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+        head, hidden_states = self.lm_head, outputs.last_hidden_state
         return CausalLMOutputWithCrossAttentions(
-            loss=head_loss(self.lm_head, outputs.last_hidden_state, shifted, num_items_in_batch=num_items_in_batch),
+            loss=head_loss(head, hidden_states, shifted, table=table, num_items_in_batch=num_items_in_batch),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -50,6 +50,7 @@ def head_loss(
     hidden_states: Tensor,
     labels: Tensor,
     *,
+    table: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """Cross-entropy of an output matrix, dense or factorized, without all of its logits in memory.
@@ -58,9 +59,10 @@ def head_loss(
         head: The output matrix.
         hidden_states: ``(..., hidden)``.
         labels: ``(...)``, -100 where nothing is to be predicted.
+        table: In the place of the weight of a dense ``head``; see :func:`~hf_fnl.models.tied_rows.tied_inputs`.
         num_items_in_batch: As in :func:`~hf_fnl.vocabulary_loss.vocabulary_loss`.
     """
-    weight: Tensor = head.weight
+    weight: Tensor = head.weight if table is None else table
     if isinstance(head, FactorizedLinear):
         hidden_states, weight = hidden_states @ head.V, head.U
     return vocabulary_loss(hidden_states, weight, labels, bias=head.bias, num_items_in_batch=num_items_in_batch)

@@ -33,6 +33,7 @@ class FLAMBe(Lamb):
         eps: Added to the root of the second moment.
         weight_decay: Coefficient of decay, of products and of all other parameters.
         max_grad_norm: As in :class:`Lamb`.
+        fused: As in :class:`Lamb`.
 
     Raises:
         ValueError: If the parameters have no names, there is no product, a product is a tensor, a factor is missing,
@@ -50,8 +51,9 @@ class FLAMBe(Lamb):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         max_grad_norm: float | None = None,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
+        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm, fused=fused)
         self.products = tuple(products)
         _check_matrices(self.products)
         check_factors(self.products, self.param_groups)
@@ -64,6 +66,9 @@ class FLAMBe(Lamb):
         products = [product for product in self.products if not decayed.isdisjoint(product.parameter_names)]
         self._decay.take(shards_of(self), due, products)
         return self._decay.term
+
+    def _writes_term(self, fragment: Fragment) -> bool:
+        return self._decay.writes_term(fragment)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "products": self.products}

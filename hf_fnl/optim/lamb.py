@@ -1,15 +1,16 @@
-"""LAMB, at the speed of torch's fused Adam kernel, which computes its direction."""
+"""LAMB, compiled, or at the speed of torch's fused Adam kernel, which computes its direction."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_fnl.optim import fused as kernels
 from hf_fnl.optim.sharding import Collectives, Fragment, shards_of
 
 # What `weight_decay` multiplies, given a fragment and, where there is one, a tensor that may be overwritten with it.
@@ -20,6 +21,8 @@ DecayTerm = Callable[[Fragment, Tensor | None], Tensor]
 # operation wrote when the next one reads it. The fastest of the powers of two on 2 cores with 32 MB of shared cache.
 _SMALL = 2**14
 _PIECE = 2**20
+# Elements on a CPU from which kernels are compiled without being asked to: a hundred steps earn what that takes.
+_COMPILED = 2**22
 
 
 class _Slot(NamedTuple):
@@ -56,6 +59,11 @@ class Lamb(Optimizer):
         weight_decay: Coefficient of decay.
         max_grad_norm: Gradients are first clipped, in place, to this norm over all groups. ``None`` leaves them as
             they are, which is right wherever a Trainer or an engine clips.
+        fused: Whether kernels of our own update what they can, faster: on a CPU one that a C++ compiler on this
+            machine builds in a second or two, in each process, on a GPU three that Triton compiles. ``None``: on a
+            CPU, if the step moves 4 million elements or more and there is a compiler. What kernels do not take, and
+            everything with ``False``, is updated by operations of torch, as is what a CUDA graph captures. States are
+            the same; results differ by rounding, so that replicas want all the same: a compiler, or ``False``.
 
     Raises:
         ValueError: If an option, here or in a group, is out of range.
@@ -70,10 +78,11 @@ class Lamb(Optimizer):
         weight_decay: float = 0.01,
         *,
         max_grad_norm: float | None = None,
+        fused: bool | None = None,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}")
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.fused = max_grad_norm, fused
         self._scratch: dict[torch.dtype, Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -94,26 +103,29 @@ class Lamb(Optimizer):
             What ``closure`` returned, or ``None``.
 
         Raises:
-            RuntimeError: If a gradient is sparse; no parameter has moved then.
+            RuntimeError: If a gradient is sparse, or ``fused`` is true and there is no compiler; no parameter has
+                moved then.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         shards = shards_of(self)
         due, collectives = shards.due(), shards.collectives
         slots = [[self._slot(f, f.owner.grad) for f in fragments if f.owner.grad is not None] for _, fragments in due]
+        compiled = self._compiled_devices(slots)
         if self.max_grad_norm is not None:
             self._clip(slots, shards.steps_in_parts)
         steps = {id(slot.step): slot.step for slots_of_group in slots for slot in slots_of_group}
         if steps:
-            torch._foreach_add_(list(steps.values()), 1)
+            _count(list(steps.values()))
         fragments = [fragment for _, fragments in due for fragment in fragments]
         decay_term = self._decay_term(fragments)
-        updates: Iterable[_Update] = (
-            self._update(batch, decay_term, group, keep=collectives is not None)
+        updates: Iterable[_Update | _Compiled] = (
+            update
             for (group, _), slots_of_group in zip(due, slots, strict=True)
-            for batch in _batches(slots_of_group)
+            for update in self._updates(slots_of_group, decay_term, group, compiled, keep=collectives is not None)
         )
         if collectives is not None:
-            updates = _with_whole_norms(list(updates), fragments, collectives)
+            kept = [update for update in updates if isinstance(update, _Update)]
+            updates = _with_whole_norms(kept, fragments, collectives)
         for update in updates:
             update.apply()
         return loss
@@ -121,6 +133,22 @@ class Lamb(Optimizer):
     def _decay_term(self, due: Sequence[Fragment]) -> DecayTerm:
         """What ``weight_decay`` multiplies in this call of ``step``, which moves ``due``; called before they move."""
         return lambda fragment, buffer: fragment.local
+
+    def _writes_term(self, fragment: Fragment) -> bool:
+        """Whether the decay term of a fragment is written into the buffer that it is given."""
+        return False
+
+    def _compiled_devices(self, slots: Iterable[Sequence[_Slot]]) -> set[torch.device]:
+        """The devices on which kernels do this step."""
+        if self.fused is False or torch.compiler.is_compiling():
+            return set()
+        sizes: Counter[torch.device] = Counter()
+        for slots_of_group in slots:
+            for slot in slots_of_group:
+                if kernels.takes(slot.parameter, slot.grad):
+                    sizes[slot.parameter.device] += slot.parameter.numel()
+        asked = self.fused is True
+        return {at for at, size in sizes.items() if kernels.are_for(at, asked=asked, worth=size >= _COMPILED)}
 
     def _slot(self, fragment: Fragment, grad: Tensor) -> _Slot:
         owner, state = fragment.owner, self.state[fragment.owner]
@@ -145,9 +173,47 @@ class Lamb(Optimizer):
         owners = [slot.fragment.owner for slots_of_group in slots for slot in slots_of_group]
         torch.nn.utils.clip_grad_norm_(owners, self.max_grad_norm)  # type: ignore[arg-type]
 
+    def _updates(
+        self,
+        slots: Sequence[_Slot],
+        decay_term: DecayTerm,
+        group: dict[str, Any],
+        compiled: set[torch.device],
+        *,
+        keep: bool,
+    ) -> Iterator[_Update | _Compiled]:
+        """The updates of a group; each of them, unless it is to be kept, only until the next one is asked for."""
+        others, alone, together = [], [], defaultdict(list)
+        for slot in slots:
+            if slot.parameter.device not in compiled or not kernels.takes(slot.parameter, slot.grad):
+                others.append(slot)
+            elif slot.parameter.is_cpu and not keep and self._writes_term(slot.fragment):
+                alone.append([slot])  # its term takes the memory that updates share
+            else:
+                together[slot.parameter.device, slot.parameter.dtype].append(slot)
+        for batch in (*alone, *together.values()):
+            yield self._compiled(batch, decay_term, group, keep=keep)
+        for batch in _batches(others):
+            yield self._update(batch, decay_term, group, keep=keep)
+
+    def _compiled(
+        self, batch: list[_Slot], decay_term: DecayTerm, group: dict[str, Any], *, keep: bool
+    ) -> _Update | _Compiled:
+        if batch[0].parameter.is_cpu and not keep:
+            largest = max((slot.parameter for slot in batch), key=Tensor.numel)
+            rows = _rows(batch, decay_term, [self._buffer(largest)] * len(batch))
+            return _Compiled(rows, group)
+        updates = _one_memory([slot.parameter for slot in batch])
+        rows = _rows(batch, decay_term, updates)
+        if batch[0].parameter.is_cpu:
+            return _Update(batch, group, updates, kernels.update_rows(rows, group, moves=False))
+        from hf_fnl.optim.fused_gpu import Launches  # needs Triton
+
+        launched = Launches([row[:-1] for row in rows])
+        return _Update(batch, group, updates, launched.directions([row.step for row in rows], group), launched.move)
+
     def _update(self, batch: list[_Slot], decay_term: DecayTerm, group: dict[str, Any], *, keep: bool) -> _Update:
-        """The update of a batch; unless it is to be kept, only until the next one is asked for."""
-        if _is_large(batch[0]):
+        if is_large(batch[0].parameter):
             (slot,) = batch
             buffer = torch.empty_like(slot.parameter) if keep else self._buffer(slot.parameter)
             return _in_pieces(slot, decay_term(slot.fragment, buffer), buffer, group)
@@ -161,7 +227,7 @@ class Lamb(Optimizer):
         return scratch[: parameter.numel()].view(parameter.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "fused": self.fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also called by ``load_state_dict``, which takes steps and the order in memory as they were saved."""
@@ -182,15 +248,23 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
 
 
-def _is_large(slot: _Slot) -> bool:
-    return slot.parameter.is_cpu and slot.parameter.numel() > _SMALL
+def _count(steps: list[Tensor]) -> None:
+    if steps[0].is_cpu:  # where a number would be made a tensor for each of them
+        torch._foreach_add_(steps, torch.ones(()), alpha=1)
+    else:
+        torch._foreach_add_(steps, 1)
+
+
+def is_large(tensor: Tensor) -> bool:
+    """Whether its arithmetic costs more than its calls, so that it goes alone."""
+    return tensor.is_cpu and tensor.numel() > _SMALL
 
 
 def _batches(slots: Sequence[_Slot]) -> list[list[_Slot]]:
     """What is updated at once: a large tensor, or all small ones on one device and in one dtype."""
     alone, together = [], defaultdict(list)
     for slot in slots:
-        if _is_large(slot):
+        if is_large(slot.parameter):
             alone.append([slot])
         else:
             together[slot.parameter.device, slot.parameter.dtype].append(slot)
@@ -204,13 +278,43 @@ class _Update(NamedTuple):
     group: dict[str, Any]
     directions: list[Tensor]
     squares: Tensor
+    move: Callable[[Tensor], None] | None = None  # a kernel that takes the step sizes
 
     def apply(self) -> None:
         """Move the tensors."""
         parameter_norms, update_norms = self.squares.sqrt().unbind(1)
         step_sizes = _step_size(parameter_norms, update_norms, self.group)
+        if self.move is not None:
+            self.move(step_sizes)
+            return
         parameters = [slot.parameter for slot in self.slots]
         torch._foreach_addcmul_(parameters, self.directions, list(step_sizes.unbind()))
+
+
+class _Compiled(NamedTuple):
+    """Updates that are computed when they are applied, all in one call."""
+
+    rows: list[kernels.Row]
+    group: dict[str, Any]
+
+    def apply(self) -> None:
+        """Move the tensors, and their moments."""
+        kernels.update_rows(self.rows, self.group, moves=True)
+
+
+def _rows(batch: Sequence[_Slot], decay_term: DecayTerm, updates: Sequence[Tensor]) -> list[kernels.Row]:
+    terms = (decay_term(slot.fragment, update).contiguous() for slot, update in zip(batch, updates, strict=True))
+    return [
+        kernels.Row(slot.parameter, slot.grad.contiguous(), slot.exp_avg, slot.exp_avg_sq, term, update, slot.step)
+        for slot, term, update in zip(batch, terms, updates, strict=True)
+    ]
+
+
+def _one_memory(like: Sequence[Tensor]) -> list[Tensor]:
+    """Uninitialized tensors like those given, in one allocation."""
+    sizes = [tensor.numel() for tensor in like]
+    parts = like[0].new_empty(sum(sizes)).split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _with_whole_norms(updates: list[_Update], fragments: Sequence[Fragment], collectives: Collectives) -> list[_Update]:

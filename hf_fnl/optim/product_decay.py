@@ -7,7 +7,7 @@ factor. Beside that, the processes that hold parts of one row of a factor, or of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_fnl.functional import multipliers_from_grams
 from hf_fnl.optim.cuts import Piece, Ranges, cut_pieces, make_whole, ranges_of
+from hf_fnl.optim.lamb import is_large
 from hf_fnl.optim.sharding import Collectives, Fragment, Shards
 from hf_fnl.optim.units import Units
 from hf_fnl.products import Product
@@ -79,6 +80,12 @@ class ProductDecay:
                 self._entire |= dict(zip(cores, product.decay_gradients(cores), strict=True))
             else:
                 self._take_factors(units_of_product, matrices)
+        if shards.collectives is None:
+            self._compute_alike(fragments)
+
+    def writes_term(self, fragment: Fragment) -> bool:
+        """Whether :meth:`term` will write into the buffer that it is given."""
+        return fragment.name in self._terms
 
     def term(self, fragment: Fragment, buffer: Tensor | None = None) -> Tensor:
         """``F_p`` of a fragment of which a product was taken; the fragment's own tensor otherwise.
@@ -124,7 +131,7 @@ class ProductDecay:
     ) -> dict[Units, Tensor]:
         """``p^T p`` of every factor, ``(*heads, r, r)``, or the factor itself if it is taken whole."""
         if collectives is None:
-            return {unit: _sum_here(unit, fragments[unit.factor.name]) for unit in units}
+            return _sums_here(units, fragments)
         pieces = self._make_whole(units, fragments, collectives)
         sizes = [math.prod(unit.sum_shape) for unit in units]
         example = fragments[units[0].factor.name].local
@@ -165,6 +172,19 @@ class ProductDecay:
             each = right.expand(*(unit.factor.heads or (1,)), *right.shape[-2:]).flatten(0, -3)
             self._terms.setdefault(unit.factor.name, []).append(_Term(unit, each))
 
+    def _compute_alike(self, fragments: Mapping[str, Fragment]) -> None:
+        """Compute ``F_p`` of parameters that are one factor each and alike, several in one operation."""
+        alone = {name: terms[0] for name, terms in self._terms.items() if len(terms) == 1 and name in fragments}
+        filled = {name: term for name, term in alone.items() if term.units.numel == math.prod(term.units.shape)}
+        for units in _alike([term.units for term in filled.values()], fragments):
+            if len(units) > 1:
+                names = [unit.factor.name for unit in units]
+                factors = torch.stack([fragments[name].data for name in names])
+                results = torch.empty_like(factors)
+                rights = torch.stack([self._terms.pop(name)[0].right for name in names])
+                torch.matmul(units[0].matrices(factors), rights, out=units[0].matrices(results))
+                self._entire |= dict(zip(names, results.unbind(), strict=True))
+
     def _fill_cut(self, result: Tensor, fragment: Fragment, terms: Sequence[_Term]) -> None:
         """Write what lies here of cut units; several factors may lie in one row."""
         filled: dict[Piece, Tensor] = {}
@@ -187,11 +207,28 @@ def _units(product: Product, fragments: Mapping[str, Fragment]) -> tuple[Units, 
     )
 
 
-def _sum_here(unit: Units, fragment: Fragment) -> Tensor:
-    if unit.entire:
-        return fragment.local
-    x = unit.matrices(_whole_units(unit, fragment)[1])
-    return (x.mT @ x).view(unit.sum_shape)
+def _alike(units: Sequence[Units], fragments: Mapping[str, Fragment]) -> list[list[Units]]:
+    """Units that lie alike in parameters of one shape, together; but for large ones, whose copies would cost more."""
+    together: dict[tuple[Hashable, ...], list[Units]] = {}
+    for unit in units:
+        local = fragments[unit.factor.name].local
+        where = unit.factor.name if is_large(local) else (local.device, local.dtype)
+        key = (where, unit.shape, unit.entire, unit.factor.dim, unit.factor.heads, unit.factor.section)
+        together.setdefault(key, []).append(unit)
+    return list(together.values())
+
+
+def _sums_here(units: Sequence[Units], fragments: Mapping[str, Fragment]) -> dict[Units, Tensor]:
+    """``p^T p`` of every factor that lies here as a whole, of those that are alike in one operation."""
+    sums: dict[Units, Tensor] = {}
+    for alike in _alike(units, fragments):
+        if alike[0].entire:
+            sums |= {unit: fragments[unit.factor.name].local for unit in alike}
+            continue
+        flat = [_whole_units(unit, fragments[unit.factor.name])[1] for unit in alike]
+        x = alike[0].matrices(flat[0][None] if len(flat) == 1 else torch.stack(flat))
+        sums |= dict(zip(alike, (x.mT @ x).view(len(alike), *alike[0].sum_shape).unbind(), strict=True))
+    return sums
 
 
 def _add_whole(unit: Units, total: Tensor, fragment: Fragment) -> None:

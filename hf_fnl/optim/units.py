@@ -87,13 +87,14 @@ class Units:
         return sorted({b // self.size for b in inside if b % self.size})
 
     def matrices(self, flat: Tensor) -> Tensor:
-        """Some whole units that follow one another, as ``(heads, rows, r)``; a view."""
+        """Some whole units that follow one another, ``(..., elements)``, as ``(..., heads, rows, r)``; a view."""
+        batch = flat.shape[:-1]
         if self.are_heads:
-            return flat.view(-1, self.width, self.shape[-1]).mT
-        rows = flat.view(-1, self.shape[-1])
+            return flat.view(*batch, -1, self.width, self.shape[-1]).mT
+        rows = flat.view(*batch, -1, self.shape[-1])
         if self.factor.heads is None:
-            return rows[None]
-        return rows.narrow(1, *self.section).unflatten(1, (self.num_heads, -1)).movedim(1, 0)
+            return rows.unsqueeze(-3)
+        return rows.narrow(-1, *self.section).unflatten(-1, (self.num_heads, -1)).movedim(-2, -3)
 
     def heads_of(self, matrices: Tensor, low: int, high: int) -> Tensor:
         """Of one matrix for each head, those of the heads that units from ``low`` to ``high`` belong to."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, register_flop_formula
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -22,6 +22,9 @@ from hf_fnl.optim.groups import parameter_groups
 from hf_fnl.optim.units import Units
 from hf_fnl.planning.setup import Setup
 from hf_fnl.products import find_products
+
+# torch counts the operation that writes a new tensor only; the formula that it hands out is prepared already.
+register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(addmm_flop)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def _run(model: PreTrainedModel, setup: Setup) -> dict[str, Any]:
     kept = Kept(model)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not setup.is_zero)
     with FakeTensorMode():
-        _give_storage(model)
+        give_storage(model)
         model.train()
         inputs = _inputs(model, setup)
         with autocast, OnGPU(setup.labelled_share), kept, FlopCounterMode(display=False) as forward:
@@ -172,7 +175,7 @@ def _inputs(model: PreTrainedModel, setup: Setup) -> dict[str, Tensor]:
     return inputs
 
 
-def _give_storage(model: nn.Module) -> None:
+def give_storage(model: nn.Module) -> None:
     """Put parameters on the CPU, where autocast works; under a FakeTensorMode they take no memory. Ties stay."""
     made: dict[int, Any] = {}
 
@@ -254,6 +257,8 @@ class OnGPU(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace what depends on the device or on values."""
         kwargs = kwargs or {}
+        if func is Tensor.__bool__:
+            return False  # some versions of Transformers ask a random number whether to drop a layer
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         if func is F.dropout:

@@ -1,7 +1,8 @@
-"""Models without values: their structure, on the ``meta`` device."""
+"""Models by name or configuration: without values, on the ``meta`` device, or with values that are drawn."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from hf_fnl.models.base import FactorizedPreTrainedModel
 _BERT: tuple[Any, Any] = (FactorizedBertForPreTraining, FactorizedBertConfig)
 _GPT2: tuple[Any, Any] = (FactorizedGPT2LMHeadModel, FactorizedGPT2Config)
 _MARIAN: tuple[Any, Any] = (FactorizedMarianMTModel, FactorizedMarianConfig)
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 # Sizes that the configurations of these models on the Hub have; what is not named is the default of their family.
 PRESETS: dict[str, tuple[tuple[Any, Any], dict[str, int]]] = {
@@ -52,16 +55,22 @@ PRESETS: dict[str, tuple[tuple[Any, Any], dict[str, int]]] = {
 
 
 def meta_model(source: str, **ranks: int | None) -> PreTrainedModel:
-    """Build a model on ``meta``; nothing is downloaded and no weight is read.
+    """Build a model on ``meta``; no weight is downloaded or read.
 
     Args:
-        source: A name in :data:`PRESETS`, a model's folder, or its ``config.json``.
+        source: A name in :data:`PRESETS`, a model's folder, its ``config.json``, or an id on the Hub, ``USER/MODEL``.
         **ranks: Ranks as our configurations take them; ``None`` leaves what the configuration says.
 
     Raises:
-        FileNotFoundError: If ``source`` is neither.
+        FileNotFoundError: If ``source`` is none of these.
         ValueError: If the configuration names no known class, or the class cannot take the ranks.
     """
+    with torch.device("meta"):
+        return fresh_model(source, **ranks)
+
+
+def fresh_model(source: str, **ranks: int | None) -> PreTrainedModel:
+    """Build a model as :func:`meta_model` does, with values that are drawn."""
     given = {name: rank for name, rank in ranks.items() if rank is not None}
     if source in PRESETS:
         (model_class, config_class), sizes = PRESETS[source]
@@ -70,15 +79,15 @@ def meta_model(source: str, **ranks: int | None) -> PreTrainedModel:
         model_class, config = _of_file(source)
     if given:
         model_class, config = _with_ranks(model_class, config, given)
-    with torch.device("meta"):
-        return model_class(config)
+    return model_class(config)
 
 
 def _of_file(source: str) -> tuple[Any, Any]:
     path = Path(source).expanduser()
-    if not path.exists():
+    on_hub = not path.exists() and bool(_HUB_ID.fullmatch(source))
+    if not path.exists() and not on_hub:
         raise FileNotFoundError(f"no such folder or configuration: {source}; by name there are {', '.join(PRESETS)}")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = AutoConfig.from_pretrained(source if on_hub else path, local_files_only=not on_hub)
     for name in config.architectures or []:
         for library in (hf_fnl.models, transformers):
             if hasattr(library, name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -11,11 +12,13 @@ from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
 from hf_fnl.decay import MODES
+from hf_fnl.layers import keep_narrow
 from hf_fnl.optim.groups import FACTOR_DECAYS
 from hf_fnl.selectors import KINDS, PARTS, Selector
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
 CHECKPOINT_FORMATS = ("full", "sharded")
+CHECKPOINTING_OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the name now and before
 
 
 @dataclass
@@ -67,9 +70,25 @@ class FLAMBeTrainingArguments(TrainingArguments):
         default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
     )
 
+    profile_steps: int = field(
+        default=0, metadata={"help": "Say where the time of so many steps goes (profile.json, and a table); 0: none."}
+    )
+    profile_after: int = field(default=3, metadata={"help": "Steps before those that are profiled."})
+    profile_trace: str | None = field(
+        default=None, metadata={"help": "File of a Chrome trace of two further steps, by torch.profiler."}
+    )
+
     dense_steps: int = field(default=0, metadata={"help": "Steps before the model is factorized; 0: none."})
     low_rank_lr_scale: float = field(
         default=1.0, metadata={"help": "Factor of the learning rate from then on (Kamalakara et al. 2022: 0.5)."}
+    )
+
+    keep_narrow: bool = field(
+        default=False,
+        metadata={
+            "help": "With activation_checkpointing: keep what a product made narrower than its input, such as the "
+            "(tokens, rank) middle of factorized layers, and compute only the rest again."
+        },
     )
 
     checkpoint_format: str = field(
@@ -88,13 +107,39 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"optim must be flambe, lamb or one of Transformers' optimizers, got {chosen!r}")
         # Transformers accepts only its own names here; ours is put back when it has checked the rest.
         self.optim = OptimizerNames.ADAMW_TORCH if chosen in OUR_OPTIMIZERS else chosen
+        is_ours = self.accelerator_config is None
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # torch warns where there is nothing to pin for
+        if is_ours and self.dataloader_pin_memory:
+            self.accelerator_config.non_blocking = True  # or each batch would wait until the GPU is done with the last
         if chosen in OUR_OPTIMIZERS:
             self.optim = chosen
+        self._keep_narrow()
         self._check_decay()
+        self._check_profile()
         self._check_dense_steps()
         self._check_checkpoints()
+
+    def _keep_narrow(self) -> None:
+        if not self.keep_narrow:
+            return
+        if not self.gradient_checkpointing:
+            raise ValueError("keep_narrow=true says what activation checkpointing keeps: set activation_checkpointing")
+        given = self.gradient_checkpointing_kwargs or {}
+        if given.get("use_reentrant") or given.get("context_fn", keep_narrow) is not keep_narrow:
+            raise ValueError(f"keep_narrow sets use_reentrant=False and context_fn itself, got {given}")
+        options = {**given, "use_reentrant": False, "context_fn": keep_narrow}
+        for name in CHECKPOINTING_OPTIONS:
+            setattr(self, name, options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, without the function that ``keep_narrow`` stands for."""
+        values: dict[str, Any] = super().to_dict()
+        if self.keep_narrow:
+            for name in CHECKPOINTING_OPTIONS:
+                given = values.get(name) or {}
+                values[name] = {key: value for key, value in given.items() if key != "context_fn"} or None
+        return values
 
     def _check_decay(self) -> None:
         if self.frobenius_decay is None:
@@ -118,6 +163,18 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"factor_decay must be one of {', '.join(FACTOR_DECAYS)}, got {self.factor_decay!r}")
         if self.diagnostics_steps < 0:
             raise ValueError(f"diagnostics_steps must not be negative, got {self.diagnostics_steps}")
+
+    def _check_profile(self) -> None:
+        for name in ("profile_steps", "profile_after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.profile_steps and 0 < self.max_steps <= self.profile_after:
+            raise ValueError(
+                f"profile_steps={self.profile_steps}: no step is left to profile, because profile_after="
+                f"{self.profile_after} is not below max_steps={self.max_steps}"
+            )
+        if self.profile_trace is not None and not self.profile_steps:
+            raise ValueError(f"profile_trace={self.profile_trace} needs profile_steps, after which it is taken")
 
     def _check_dense_steps(self) -> None:
         if self.dense_steps < 0:

@@ -22,7 +22,9 @@ from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
+from hf_fnl.training.profiling import StepProfiler
 from hf_fnl.training.stream_trainer import StreamingTrainer
+from hf_fnl.training.tasks.packing import check_packing
 
 
 def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool = False) -> torch.optim.Optimizer:
@@ -91,8 +93,8 @@ class FLAMBeTrainer(StreamingTrainer):
 
     Raises:
         ValueError: If the model has no product of a kind in ``args.frobenius_decay``; only one of ``dense_steps`` and
-            ``factorize`` is given; or ``dense_steps`` meets what cannot follow it: an optimizer that was built before,
-            ``model_init``, DeepSpeed or FSDP.
+            ``factorize`` is given; ``dense_steps`` meets what cannot follow it: an optimizer that was built before,
+            ``model_init``, DeepSpeed or FSDP; or batches are packed that the model would not keep apart.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class FLAMBeTrainer(StreamingTrainer):
             kwargs["optimizer_cls_and_kwargs"] = (lambda: self._build_optimizer, {})
         super().__init__(model, args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
+        check_packing(self.data_collator, unwrapped, args)
         if _averages_over_its_own_batch(unwrapped):
             self.model_accepts_loss_kwargs = False
         self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters
@@ -119,6 +122,19 @@ class FLAMBeTrainer(StreamingTrainer):
         if args.diagnostics_steps:
             self.add_callback(self._diagnostics)
         self._watch_products()
+        self.profiler: StepProfiler | None = None
+        if args.profile_steps:
+            steps, after, trace = args.profile_steps, args.profile_after, args.profile_trace
+            self.profiler = StepProfiler(self, steps=steps, after=after, trace=trace)
+            self.add_callback(self.profiler)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.profiler is not None:
+                self.profiler.remove()
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(model, self.args, dense=self._is_dense)
@@ -220,11 +236,14 @@ class FLAMBeTrainer(StreamingTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self._penalized and model.training):
             return result
-        penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
+        penalty = self._penalty(model)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # A loss normalized over the whole batch is not divided by the accumulation steps afterwards.
             penalty = penalty / self.current_gradient_accumulation_steps
         return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
+
+    def _penalty(self, model: nn.Module) -> Tensor:
+        return frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
 
 
 def _averages_over_its_own_batch(model: nn.Module) -> bool:

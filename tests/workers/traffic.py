@@ -1,7 +1,7 @@
 """One of two processes: trains a tiny BERT under engines one after another, and counts what it hands to the others.
 
-``torchrun ... tests/workers/traffic.py FOLDER ENGINE/ACCUMULATION/DTYPE/OPTIMIZER ...``; with the name of a network
-interface as ``WIRE`` in the environment, also what that sent.
+``torchrun ... tests/workers/traffic.py FOLDER ENGINE/ACCUMULATION/DTYPE/OPTIMIZER[/HIDDEN_SIZE] ...``; with the name of
+a network interface as ``WIRE`` in the environment, also what that sent.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ def options_of(engine: str, accumulation: str, dtype: str, optimizer: str) -> di
     return options
 
 
-def train(folder: Path, *case: str) -> None:
-    dtype = case[2]
+def train(folder: Path, engine: str, accumulation: str, dtype: str, optimizer: str, *hidden_size: str) -> None:
     args = FLAMBeTrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -114,11 +113,12 @@ def train(folder: Path, *case: str) -> None:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
-        **options_of(*case),
+        **options_of(engine, accumulation, dtype, optimizer),
     )
     payloads = Payloads()
     snapshots = Snapshots(payloads)
-    trainer = FLAMBeTrainer(traffic_model(), args, train_dataset=traffic_examples(LENGTH), callbacks=[snapshots])
+    model = traffic_model("cpu", *hidden_size)
+    trainer = FLAMBeTrainer(model, args, train_dataset=traffic_examples(LENGTH), callbacks=[snapshots])
     snapshots.optimizer = trainer.running_optimizer
     if trainer.is_fsdp_enabled and dtype == "bf16":
         # accelerate does so where it selects FSDP itself.

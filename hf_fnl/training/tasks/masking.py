@@ -49,14 +49,16 @@ def _choose_words(
 ) -> NDArray[np.int64]:
     """Positions of whole words in random order, passing over those that exceed what is left of ``count``."""
     starts_word = ~continues | (np.diff(candidates, prepend=-2) > 1)
-    words = np.split(candidates, np.flatnonzero(starts_word)[1:])
-    order = rng.permutation(len(words))
-    chosen: list[NDArray[np.int64]] = []
-    for index in order:
-        if len(words[index]) <= count:
-            chosen.append(words[index])
-            count -= len(words[index])
-    return np.concatenate(chosen or [words[order[0]]])
+    bounds = [0, *np.flatnonzero(starts_word)[1:].tolist(), len(candidates)]
+    order = rng.permutation(len(bounds) - 1).tolist()
+    chosen = []
+    for word in order:
+        if bounds[word + 1] - bounds[word] <= count:
+            chosen.append(candidates[bounds[word] : bounds[word + 1]])
+            count -= len(chosen[-1])
+            if not count:
+                break
+    return np.concatenate(chosen or [candidates[bounds[order[0]] : bounds[order[0] + 1]]])
 
 
 def make_example(

@@ -250,12 +250,12 @@ class PretrainingCollator:
         """
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         width = self._width(int(lengths.max()))
+        is_token = torch.arange(width) < lengths[:, None]
         padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": 0, "labels": IGNORE_INDEX}
-        batch = {"attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+        batch = {"attention_mask": is_token.long()}
         for name, value in padding.items():
-            batch[name] = torch.full((len(examples), width), value)
-            for row, example in zip(batch[name], examples, strict=True):
-                row[: len(example[name])] = example[name]
+            padded = torch.full(is_token.shape, value)
+            batch[name] = padded.masked_scatter_(is_token, torch.cat([example[name] for example in examples]))
         if "next_sentence_label" in examples[0]:
             batch["next_sentence_label"] = torch.stack([example["next_sentence_label"] for example in examples])
         return batch

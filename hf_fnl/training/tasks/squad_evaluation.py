@@ -41,7 +41,8 @@ def answer_questions(
     """Answer every question, write the official prediction files into ``folder`` and score them.
 
     Args:
-        trainer: Holds the model, any with start and end logits, and a ``SquadCollator``.
+        trainer: Holds the model, any with start and end logits, and a ``SquadCollator`` or a
+            ``PackingCollator``.
         examples: Questions, as ``load_squad`` gives them.
         tokenizer: The model's tokenizer.
         options: How contexts are cut and answers read off.

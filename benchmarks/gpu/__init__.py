@@ -1,0 +1,1 @@
+"""All themes on one GPU, in pieces."""

@@ -1,0 +1,82 @@
+"""Grids of trainings: each runs once, goes on where it was broken off, and its results are written as they come."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.house.machine import machine
+from benchmarks.house.tables import markdown_table
+from hf_fnl.training.files import write_json, write_text
+
+
+def run_once(
+    command: list[str], done: Path, *, working_folder: Path | None = None, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Run a script unless it is done: its metrics, its command, and what its processes took.
+
+    Args:
+        command: Path of the script and its arguments, which have to let it go on where it was broken off.
+        done: The file of metrics that it writes at the end; its log is beside that file's folder.
+        working_folder: Where it runs; that of this process unless given.
+        environment: Its variables; those of this process unless given.
+
+    Returns:
+        The metrics, ``command``, and ``seconds`` and ``peak_memory_bytes`` over all parts in which it ran.
+
+    Raises:
+        RuntimeError: If it failed, or ended without its metrics.
+    """
+    usage_file = done.parent.with_name(f"{done.parent.name}.usage.json")
+    if not done.exists():
+        log = done.parent.with_name(f"{done.parent.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started = time.time()
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=working_folder,
+                env=environment,
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)  # or Popen takes it for running still
+        earlier = json.loads(usage_file.read_text()) if usage_file.exists() else {"seconds": 0, "peak_memory_bytes": 0}
+        spent = {
+            "seconds": earlier["seconds"] + time.time() - started,
+            "peak_memory_bytes": max(earlier["peak_memory_bytes"], usage.ru_maxrss * 1024),
+        }
+        write_json(usage_file, spent)
+        if status != 0 or not done.exists():
+            raise RuntimeError(f"{shlex.join(command)} failed; its output is in {log}")
+    usage_found = json.loads(usage_file.read_text()) if usage_file.exists() else {}
+    return {"command": shlex.join(["python", *command]), **usage_found, **json.loads(done.read_text())}
+
+
+def add_cell(path: Path, name: str, cell: dict[str, Any], command: str) -> dict[str, Any]:
+    """Add a finished cell of a grid of trainings to its results: JSON, and a table of Markdown beside it.
+
+    Args:
+        path: The JSON; what other cells wrote there stays.
+        name: Of the cell.
+        cell: Its figures, and the commands that gave them, which the table leaves out.
+        command: The command that runs the grid.
+
+    Returns:
+        All that the JSON holds.
+    """
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result |= {"command": command, "machine": machine("cpu")}
+    result["cells"] = {**result.get("cells", {}), name: cell}
+    write_json(path, result)
+    rows = [{key: row[key] for key in row if not key.startswith("command")} for row in result["cells"].values()]
+    write_text(path.with_suffix(".md"), f"{markdown_table(rows)}\n\n`{command}`\n")
+    return result

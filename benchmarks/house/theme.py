@@ -1,0 +1,137 @@
+"""A theme of the benchmarks: what it checks, what it times, and how its cost grows."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.house.machine import machine
+from benchmarks.house.sweeps import Sweep, draw
+from benchmarks.house.tables import markdown_table
+from benchmarks.house.timing import Row
+from hf_fnl.training.files import write_json, write_text
+
+T = TypeVar("T")
+RESULTS = Path("benchmarks/results")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a theme runs.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        size: ``"full"``, ``"quick"`` (minutes, smaller) or ``"tiny"`` (seconds: whether it runs at all).
+        command: The command line that measures the same again.
+        out: Folder of the results.
+        sweeps: Whether the sweeps run, too.
+    """
+
+    device: str
+    size: str
+    command: str
+    out: Path
+    sweeps: bool = True
+
+    def pick(self, *, full: T, quick: T, tiny: T) -> T:
+        """The one that belongs to the size."""
+        return {"full": full, "quick": quick, "tiny": tiny}[self.size]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on a GPU."""
+        return torch.device(self.device).type == "cuda"
+
+
+@dataclass(frozen=True)
+class Theme:
+    """What is measured together.
+
+    Args:
+        name: As given on the command line, and of the files.
+        check: Raises a ``RuntimeError`` if something that would be timed gives a wrong answer.
+        measure: Rows, most of them from :class:`~benchmarks.house.timing.Comparison`; what a peer that is missing
+            would have been is a row with ``not_measured``, the reason.
+        sweeps: How the costs grow.
+    """
+
+    name: str
+    check: Callable[[Options], object]
+    measure: Callable[[Options], Iterable[Row]]
+    sweeps: Callable[[Options], Iterable[Sweep]]
+
+    def run(self, options: Options) -> dict[str, Any]:
+        """Check, measure, sweep; the results are written as they come and returned."""
+        self.check(options)
+        result: dict[str, Any] = {
+            "theme": self.name,
+            "command": options.command,
+            "machine": machine(options.device),
+            "rows": [],
+            "sweeps": [],
+            "complete": False,
+        }
+        for row in self.measure(options):
+            result["rows"].append(row)
+            self._write(result, options)
+        for sweep in self.sweeps(options) if options.sweeps else ():
+            result["sweeps"].append(sweep.record())
+            self._write(result, options)
+        result["complete"] = True
+        self._write(result, options)
+        return result
+
+    def _write(self, result: dict[str, Any], options: Options) -> None:
+        path = options.out / f"{self.name}-{options.device}.json"
+        write_json(path, result)
+        if result["complete"]:
+            render(path)
+
+
+def render(path: Path) -> None:
+    """Write the table and the plot that belong to a result beside it; no plot where matplotlib is missing."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    parts = [markdown_table(result["rows"])]
+    if result["sweeps"] and importlib.util.find_spec("matplotlib"):
+        picture = draw(result["sweeps"], path.with_suffix(".png"))
+        parts.append(f"![how the costs grow]({picture.name})")
+    for sweep in result["sweeps"]:
+        powers = "; ".join(f"{name}: {power:.2f}" for name, power in sweep["grows_with_power"].items() if power)
+        note = f" {sweep['note']}" if sweep["note"] else ""
+        parts.append(f"*{sweep['title']}*, power of {sweep['xlabel']} with which it grows: {powers}.{note}")
+    write_text(path.with_suffix(".md"), "\n\n".join([*parts, f"`{result['command']}`"]) + "\n")
+
+
+def theme(name: str) -> Theme:
+    """The theme of this name."""
+    found: Theme = importlib.import_module(f"benchmarks.themes.{name}").THEME
+    return found
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Of the options that every theme has."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    options.add_argument("--quick", dest="size", action="store_const", const="quick", default="full", help="smaller")
+    options.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="only to see that it runs")
+    options.add_argument("--no-sweeps", dest="sweeps", action="store_false", help="leave out how the costs grow")
+    options.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON, Markdown and PNG")
+    return options
+
+
+def options_of(name: str, given: argparse.Namespace, argv: Sequence[str] | None) -> Options:
+    """The options of one theme among those that were asked for."""
+    arguments = [argument for argument in (sys.argv[1:] if argv is None else argv) if argument.startswith("--")]
+    flags = [argument for argument in arguments if argument.partition("=")[0] in ("--quick", "--tiny", "--no-sweeps")]
+    command = ["python", "-m", "benchmarks", name, "--device", given.device, *flags]
+    return Options(given.device, given.size, shlex.join(command), given.out, given.sweeps)

@@ -1,0 +1,213 @@
+"""One optimizer step on the tensors of BERT-base: LAMB and FLAMBe beside torch's AdamW and the public LAMBs."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import BertConfig, BertForPreTraining
+
+from benchmarks.house.limits import copy_rate, count_flops, matrix_rate
+from benchmarks.house.sweeps import Sweep, time_sweep
+from benchmarks.house.theme import Options, Theme
+from benchmarks.house.timing import Case, Comparison, Goal, Row
+from hf_fnl.layers import FactorizedLinear
+from hf_fnl.optim import FLAMBe, Lamb, fused, parameter_groups
+from hf_fnl.products import Product, find_products
+from tests.reference.flambe import ReferenceFLAMBe
+from tests.reference.lamb import ReferenceLamb
+
+ADAMW, LAMB, FLAMBE = "torch AdamW (fused)", "hf_fnl Lamb", "hf_fnl FLAMBe"
+EAGER = ", operations of torch only"
+# Sec. 8 of the design.
+GOALS = {
+    "cpu": {LAMB: Goal(ADAMW, slower=1.8), FLAMBE: Goal(LAMB, slower=1.15)},
+    "cuda": {LAMB: Goal(ADAMW, slower=1.6), FLAMBE: Goal(LAMB, slower=1.05)},
+}
+# Where other packages keep theirs, what it takes to compare like with like (no clipping inside of the step), and
+# whether it is for GPUs only.
+PUBLIC_LAMBS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
+    "pytorch_optimizer": ("pytorch_optimizer", "Lamb", {}, False),
+    "timm": ("timm.optim", "Lamb", {"max_grad_norm": None}, False),
+    "deepspeed": ("deepspeed.ops.lamb", "FusedLamb", {}, True),
+    "apex": ("apex.optimizers", "FusedLAMB", {"max_grad_norm": 0.0}, True),
+}
+# Bytes an element, in float32. AdamW reads parameter, gradient and moments and writes all but the gradient; LAMB knows
+# its rate only when it has seen a whole tensor: it writes the update, and reads that and the parameter once more.
+ADAMW_BYTES, LAMB_BYTES = 28, 40
+TOLERANCE = 1e-4  # of the way that a tensor goes in two steps, in float32
+SWEEP_ROUNDS = {"full": 9, "quick": 5, "tiny": 2}
+
+Model = tuple[nn.Module, list[Product]]
+Groups = list[dict[str, Any]]
+
+
+def bert(options: Options) -> Model:
+    """A BERT with random gradients, and the products that FLAMBe decays."""
+    tiny = {"hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 52, "vocab_size": 101}
+    sizes: dict[str, int] = options.pick(
+        full={}, quick={"num_hidden_layers": 2, "vocab_size": 5000}, tiny={"num_hidden_layers": 1, **tiny}
+    )
+    return _with_gradients(BertForPreTraining(BertConfig(**sizes)), ["ov"], options)
+
+
+def _with_gradients(model: nn.Module, kinds: Sequence[str], options: Options) -> Model:
+    torch.manual_seed(0)
+    model.to(options.device)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    return model, find_products(model, kinds)
+
+
+def groups_of(model: nn.Module, products: Sequence[Product], lr: float = 1e-7) -> Groups:
+    """Decay on matrices, none on vectors. At the default rate many steps leave the tensors what they are."""
+    return [{**group, "lr": lr} for group in parameter_groups(model, weight_decay=0.01, products=products)]
+
+
+def ours(options: Options, model: nn.Module, products: Sequence[Product], lr: float = 1e-7) -> dict[str, Optimizer]:
+    """Our optimizers in every form that there is on the device."""
+    found: dict[str, Optimizer] = {}
+    for ending, compiled in _forms(options).items():
+        found[LAMB + ending] = Lamb(groups_of(model, products, lr), fused=compiled)
+        found[FLAMBE + ending] = FLAMBe(groups_of(model, products, lr), products=products, fused=compiled)
+    return found
+
+
+def _forms(options: Options) -> dict[str, bool]:
+    """With our kernels, if they work on the device, and without them."""
+    return {EAGER: False} if _problem(options) else {"": True, EAGER: False}
+
+
+def _problem(options: Options) -> str | None:
+    try:
+        fused.are_for(torch.device(options.device), asked=True, worth=True)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def check(options: Options) -> None:
+    """Raise a ``RuntimeError`` if one of our optimizers does not arrive where its oracle does, in float64."""
+    for name in ours(options, *bert(options)):
+        model, products = bert(options)
+        start = copy.deepcopy(model).double()
+        gradients = {path: p.grad.double() for path, p in model.named_parameters() if p.grad is not None}
+        exact = groups_of(start, products, lr=1e-2)
+        oracle = ReferenceFLAMBe(exact, products) if name.startswith(FLAMBE) else ReferenceLamb(exact)
+        optimizer = ours(options, model, products, lr=1e-2)[name]
+        for _ in range(2):
+            optimizer.step()
+            oracle.step(gradients)
+        for path, parameter in model.named_parameters():
+            target = oracle.parameters[path]
+            error = (parameter - target).norm() / (target - start.get_parameter(path)).norm()
+            if not error < TOLERANCE:
+                raise RuntimeError(f"{name} is {error:.1e} of its way beside its oracle at {path}; nothing was timed")
+
+
+def peers(options: Options, groups: Callable[[], Groups]) -> tuple[dict[str, Optimizer], dict[str, str]]:
+    """The optimizers of others; and why those are missing that are."""
+    found: dict[str, Optimizer] = {"torch AdamW (foreach)": torch.optim.AdamW(groups(), foreach=True)}
+    missing = {}
+    for package, (module, name, extra, gpu_only) in PUBLIC_LAMBS.items():
+        if gpu_only and not options.on_gpu:
+            missing[f"{package} {name}"] = "it is for GPUs only"
+            continue
+        try:
+            optimizer = getattr(importlib.import_module(module), name)(groups(), **extra)
+            optimizer.step()
+            found[f"{package} {metadata.version(package)} {name}"] = optimizer
+        except Exception as error:  # whatever a package that was built for something else may raise
+            missing[f"{package} {name}"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found, missing
+
+
+def measure(options: Options) -> Iterator[Row]:
+    """A step of every optimizer, in turns."""
+    model, products = bert(options)
+    adamw = torch.optim.AdamW(groups_of(model, products), fused=True)
+    mine = ours(options, model, products)
+    others, missing = peers(options, lambda: groups_of(model, products))
+    if problem := _problem(options):
+        missing |= dict.fromkeys((LAMB, FLAMBE), problem)
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    workload = f"step over {numel / 1e6:.3g} million parameters, {len(products)} ov products"
+    flops = count_flops(mine[FLAMBE + EAGER].step)
+    limits = {name: _limit(options, numel, flops if name.startswith(FLAMBE) else 0) for name in mine}
+    cases: dict[str, Case] = {name: each.step for name, each in {ADAMW: adamw, **mine, **others}.items()}
+    facts = {name: {"decay_gflop": flops / 1e9} for name in mine if name.startswith(FLAMBE)}
+    rounds = options.pick(full=25, quick=9, tiny=3)
+    goals = {case: goal for case, goal in GOALS[options.device].items() if {case, goal.against} <= cases.keys()}
+    comparison = Comparison(workload, cases, ADAMW, limits, goals, facts)
+    yield from comparison.measure(options.device, rounds=rounds)
+    for name, reason in missing.items():
+        yield {"workload": workload, "case": name, "not_measured": reason}
+
+
+def least_seconds(options: Options, numel: int, flops: int = 0) -> float:
+    """What a step of LAMB takes at least, by its bytes and by the operations of its decay."""
+    return LAMB_BYTES * numel / copy_rate(options.device) + flops / matrix_rate(options.device)
+
+
+def _limit(options: Options, numel: int, flops: int) -> float:
+    """How many times as fast as AdamW it can be, if both reach their limits."""
+    return ADAMW_BYTES * numel / copy_rate(options.device) / least_seconds(options, numel, flops)
+
+
+def sweeps(options: Options) -> Iterator[Sweep]:
+    """Against parameters, products and rank."""
+    widths = options.pick(full=(192, 384, 768, 1152), quick=(96, 192, 384), tiny=(12, 24, 48))
+    shapes = {_numel(model): model for model in (_bert_of(width, 2, options) for width in widths)}
+    yield _sweep("step against parameters", "parameters", shapes, options)
+    layers = options.pick(full=(1, 2, 4, 8), quick=(1, 2, 4), tiny=(1, 2, 3))
+    width = options.pick(full=768, quick=192, tiny=12)
+    yield _sweep("step against products", "products", {n: _bert_of(width, n, options) for n in layers}, options)
+    ranks = options.pick(full=(16, 64, 256, 1024), quick=(16, 64, 256), tiny=(2, 4, 8))
+    matrices = {rank: _matrices_of(rank, options) for rank in ranks}
+    yield _sweep("step against the rank", "rank", matrices, options)
+
+
+def _bert_of(width: int, layers: int, options: Options) -> Model:
+    """BERT's proportions without its vocabulary."""
+    sizes = {"hidden_size": width, "num_attention_heads": 12, "intermediate_size": 4 * width, "vocab_size": width}
+    return _with_gradients(BertForPreTraining(BertConfig(num_hidden_layers=layers, **sizes)), ["ov"], options)
+
+
+def _matrices_of(rank: int, options: Options) -> Model:
+    width = options.pick(full=1024, quick=512, tiny=16)
+    layers = (FactorizedLinear(width, width, rank, init="default") for _ in range(4))
+    return _with_gradients(nn.Sequential(*layers), ["linear"], options)
+
+
+def _numel(model: Model) -> int:
+    return sum(parameter.numel() for parameter in model[0].parameters())
+
+
+def _sweep(title: str, xlabel: str, models: dict[int, Model], options: Options) -> Sweep:
+    names = (LAMB + EAGER, FLAMBE + EAGER) if _problem(options) else (LAMB, FLAMBE)
+    optimizers = {size: ours(options, *model) for size, model in models.items()}
+    flops = {size: count_flops(found[FLAMBE + EAGER].step) for size, found in optimizers.items()}
+
+    def limit(size: int) -> dict[str, float]:
+        numel = _numel(models[size])
+        return {
+            "LAMB by bytes": least_seconds(options, numel),
+            "FLAMBe by bytes and FLOPs": least_seconds(options, numel, flops[size]),
+        }
+
+    def cases(size: int) -> dict[str, Case]:
+        adamw = torch.optim.AdamW(groups_of(*models[size]), fused=True)
+        return {ADAMW: adamw.step, **{name: optimizers[size][name].step for name in names}}
+
+    rounds = SWEEP_ROUNDS[options.size]
+    note = "Small steps are bound by what Python does for each tensor."
+    return time_sweep(title, xlabel, models, cases, limit, device=options.device, rounds=rounds, note=note)
+
+
+THEME = Theme("optimizer", check, measure, sweeps)

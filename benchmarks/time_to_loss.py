@@ -1,0 +1,183 @@
+"""Minutes to a masked-language-modelling loss on Wikipedia: stock BERT with AdamW and with LAMB, ours with FLAMBe.
+
+Each is trained once on the same sequences, by ``run_scripts/pretrain_bert.py``, and evaluated on held-out articles as
+it goes. What else a machine does meanwhile, it does to one of them; so the time of a whole update (forward, backward,
+clipping, optimizer) is measured apart from that, for all of them in turns, and minutes are updates times its median.
+
+    python -m benchmarks.time_to_loss --data ../shared/data --runs runs/time_to_loss
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.house.grids import run_once
+from benchmarks.house.machine import machine
+from benchmarks.house.tables import markdown_table
+from benchmarks.house.timing import interleave, ratio
+from hf_fnl.report.drawing import draw_png
+from hf_fnl.report.panels import PALETTE, Key, Line, Panel
+from hf_fnl.training.files import write_json, write_text
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "time_to_loss.json"
+LOW_RANK = "--qk_rank 32 --ov_rank 32 --ffn_rank 64"
+CELLS = {
+    "stock BERT, AdamW": "--stock true --optim adamw_torch_fused --learning_rate 1e-3",
+    "stock BERT, LAMB": "--stock true --optim lamb --learning_rate 1e-2",
+    "factorized BERT, FLAMBe": f"{LOW_RANK} --optim flambe --frobenius_decay qk ov linear --learning_rate 1e-2",
+}
+REFERENCE = "stock BERT, AdamW"
+BATCH, WARMUP = 32, 100
+
+Curve = list[tuple[int, float]]
+
+
+def flags(cell: str, steps: int, data: Path, run: Path) -> list[str]:
+    """Options of ``pretrain_bert.py`` for a cell."""
+    text = f"""
+        --dataset {data}/wikipedia/train.parquet --validation_dataset {data}/wikipedia/validation.parquet
+        --max_validation_documents 20 --vocab_size 8192 --phases 128:{steps} --next_sentence false
+        --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --dropout 0 {CELLS[cell]}
+        --weight_decay 0.01 --warmup_steps {WARMUP} --lr_scheduler_type constant_with_warmup
+        --per_device_train_batch_size {BATCH} --per_device_eval_batch_size {BATCH}
+        --logging_steps 50 --eval_strategy steps --eval_steps 100 --save_steps 500 --save_total_limit 1
+        --bf16 --use_cpu --seed 42 --report_to none --disable_tqdm true
+        --output_dir {run} --resume_from_checkpoint true
+    """
+    return text.split()
+
+
+def slug(cell: str) -> str:
+    """Name of a cell's folder."""
+    return cell.lower().replace(",", "").replace(" ", "-")
+
+
+def train(cell: str, options: argparse.Namespace) -> tuple[Curve, str]:
+    """Train a cell, or go on with it; its losses on held-out articles by update, and the command."""
+    run = options.runs / slug(cell)
+    metrics = run_once(
+        ["run_scripts/pretrain_bert.py", *flags(cell, options.steps, options.data, run)], run / "metrics.json"
+    )
+    state = json.loads((run / "phase-1" / "trainer_state.json").read_text())
+    curve = [(entry["step"], entry["eval_mlm_loss"]) for entry in state["log_history"] if "eval_mlm_loss" in entry]
+    return curve, metrics["command"]
+
+
+def update(cell: str, options: argparse.Namespace) -> Callable[[], object]:
+    """A whole update of a cell's trained model, on batches of its own data."""
+    sys.path.insert(0, str(ROOT / "run_scripts"))
+    from pretrain_bert import DataOptions, ModelOptions, build_model
+
+    from hf_fnl.training import FLAMBeTrainingArguments
+    from hf_fnl.training.runs import parse_arguments
+    from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+    from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
+    from hf_fnl.training.tasks.tokenization import load_tokenizer
+    from hf_fnl.training.trainer import build_optimizer
+
+    run = options.runs / slug(cell)
+    given = flags(cell, options.steps, options.data, run)
+    sizes, data, args = parse_arguments(given, ModelOptions, DataOptions, FLAMBeTrainingArguments)
+    tokenizer = load_tokenizer(str(run))
+    sizes.init_from = str(run)
+    model = build_model(sizes, data.next_sentence, tokenizer).train()
+    optimizer = build_optimizer(model, args)
+    examples = build_pretraining_dataset(
+        data.validation(), tokenizer, PretrainingOptions(next_sentence=False, seed=args.seed)
+    )
+    loader = torch.utils.data.DataLoader(examples, BATCH, collate_fn=PretrainingCollator(tokenizer), drop_last=True)
+    batches = _forever(loader)
+
+    def step() -> None:
+        batch = next(batches)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _forever(loader: Any) -> Iterator[Any]:
+    batches = list(loader)
+    while True:
+        yield from batches
+
+
+def first_below(curve: Curve, loss: float) -> float | None:
+    """The update at which a loss is reached, between two evaluations on the straight line."""
+    for (before, high), (after, low) in itertools.pairwise(curve):
+        if low <= loss:
+            return before + (after - before) * max(0.0, high - loss) / (high - low) if high > low else after
+    return None
+
+
+def draw(rows: Sequence[dict[str, Any]], curves: dict[str, Curve], target: Path) -> None:
+    """Losses by minutes."""
+    lines = [
+        Line(row["case"], [(step * row["seconds_per_update"] / 60, loss) for step, loss in curves[row["case"]]], colour)
+        for row, colour in zip(rows, PALETTE, strict=False)
+    ]
+    panel = Panel("Masked-language-modelling loss on held-out articles", "minutes of training", "loss", lines, [])
+    draw_png([panel], [Key(line.label, line.colour) for line in lines], target, columns=1)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train what is missing, time updates, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real data sets")
+    parser.add_argument("--runs", type=Path, default=Path("runs/time_to_loss"), help="where models and logs go")
+    parser.add_argument("--steps", type=int, default=3000, help="updates of every cell")
+    parser.add_argument("--loss", type=float, default=5.0, help="the loss to reach")
+    parser.add_argument("--only", choices=CELLS, help="train this one and stop")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    trained = {cell: train(cell, options) for cell in ([options.only] if options.only else CELLS)}
+    if options.only:
+        return {}
+    seconds = interleave({cell: update(cell, options) for cell in CELLS}, "cpu", rounds=25, warmup=3)
+    rows: list[dict[str, Any]] = []
+    for cell, (curve, command) in trained.items():
+        updates, pace = first_below(curve, options.loss), median(seconds[cell])
+        rows.append(
+            {
+                "case": cell,
+                "updates": updates,
+                "seconds_per_update": pace,
+                "speed_of_an_update": ratio(seconds[REFERENCE], seconds[cell]),
+                "minutes": None if updates is None else updates * pace / 60,
+                "last_loss": curve[-1][1],
+                "command": command,
+            }
+        )
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.time_to_loss", *arguments]),
+        "machine": machine("cpu"),
+        "loss": options.loss,
+        "rows": rows,
+        "curves": {cell: curve for cell, (curve, _) in trained.items()},
+    }
+    write_json(RESULT, result)
+    draw(rows, result["curves"], RESULT.with_suffix(".png"))
+    table = markdown_table([{key: row[key] for key in row if key != "command"} for row in rows])
+    write_text(RESULT.with_suffix(".md"), f"{table}\n\n`{result['command']}`\n")
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()["rows"], indent=2))

@@ -1,0 +1,137 @@
+"""What convolutions keep for the backward pass, and that computing it again changes no gradient."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from conv_cases import DOUBLE, SCHEMES, factorized, images, randomized
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+from vision_cases import OURS
+
+from hf_fnl import FactorizationConfig, factorize_
+from hf_fnl.layers import convolution
+from hf_fnl.models.vision import inner_convolutions
+
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+WAYS = {"chain": False, "composed": True}
+each_way = pytest.mark.parametrize("compose", WAYS.values(), ids=WAYS)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def kept_elements(layer, x):
+    """Numbers that autograd keeps besides the input and the parameters, and the output."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters())}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().size() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    return sum(kept.values()), y
+
+
+@each_scheme
+@each_way
+@pytest.mark.parametrize("rank", [2, 5, 7])
+def test_no_layer_with_fewer_parameters_keeps_more_than_the_dense_one(scheme, compose, rank):
+    layer = factorized(scheme, 11, 13, 3, rank, padding=1, bias=False, compose=compose, init="default")
+    fewer = 13 * 11 * 9 - sum(parameter.numel() for parameter in layer.parameters())
+    assert fewer > 0
+    for size in (2, 5, 17):
+        assert kept_elements(layer, torch.randn(3, 11, size, size))[0] <= fewer
+
+
+@each_scheme
+@each_way
+@pytest.mark.parametrize("casts", [False, True], ids=["float32", "autocast"])
+def test_gradients_are_those_of_what_is_kept(scheme, compose, casts, monkeypatch):
+    layer = randomized(factorized(scheme, 6, 10, (3, 5), 4, stride=(1, 2), compose=compose, init="default"))
+    x, results = images().float().requires_grad_(), []
+    for keeps in (False, True):
+        if keeps:
+            monkeypatch.setattr(convolution, "_trains", lambda factors: False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            y = layer(x)
+        results.append((y, *torch.autograd.grad(y.float().sin().sum(), [x, *layer.parameters()])))
+    assert_close(*results)
+
+
+@each_scheme
+@each_way
+def test_second_derivatives_are_those_of_the_convolution(scheme, compose):
+    layer = randomized(factorized(scheme, 3, 2, (2, 3), 2, compose=compose, init="default", **DOUBLE))
+    x = torch.randn(2, 3, 4, 5, **DOUBLE, requires_grad=True)
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradgradcheck(run, (x, *values), atol=1e-4)
+
+
+def test_hooks_of_parameters_and_inputs_run_once():
+    layer, seen = factorized("spatial", 6, 10, 3, 2, init="default"), []
+    x = torch.randn(2, 6, 9, 9, requires_grad=True)
+    for tensor in (x, *layer.parameters()):
+        tensor.register_hook(lambda _: seen.append(1))
+    layer(x).sum().backward()
+    assert len(seen) == 4
+
+
+def test_frozen_factors_get_no_gradients_and_inputs_need_none():
+    layer = factorized("spatial", 6, 10, 3, 2, init="default")
+    x = torch.randn(2, 6, 9, 9)
+    layer(x).sum().backward()
+    everything = [parameter.grad for parameter in layer.parameters()]
+    layer.zero_grad()
+    layer.V.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.V.grad is None
+    assert_close([layer.U.grad, layer.bias.grad], [everything[0], everything[2]])
+
+
+def differ_only_by_rounding(model, compiled, batches):
+    for batch in batches:
+        results = []
+        for each in (model, compiled):
+            outputs = each(**batch)[0]
+            results.append((outputs, torch.autograd.grad(outputs.sin().sum(), list(each.parameters()))))
+        assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def compiled_for_all_sizes(model, backend):
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend(backend)
+    return graphs, torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend=graphs)
+
+
+def test_all_schemes_and_ways_compile_with_their_backward_pass_for_batches_of_all_sizes():
+    layers = (
+        factorized(scheme, 6, 6, 3, 2, padding=1, compose=compose, init="default")
+        for scheme, compose in itertools.product(SCHEMES, (False, True))
+    )
+    model = nn.Sequential(*layers)
+    graphs, compiled = compiled_for_all_sizes(model, "aot_eager")
+    differ_only_by_rounding(model, compiled, [{"input": torch.randn(count, 6, 7, 13)} for count in (5, 8, 11)])
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize(("scheme", "name"), list(zip(SCHEMES, itertools.islice(OURS, 4), strict=True)))
+def test_factorized_networks_are_one_graph_for_batches_of_all_sizes(scheme, name):
+    case = OURS[name]
+    model = case.build().train()
+    layers = inner_convolutions(model)
+    factorize_(model, FactorizationConfig(kinds=("conv",), include=layers, rank=2, conv_scheme=scheme, init="default"))
+    graphs, compiled = compiled_for_all_sizes(model, "eager")
+    differ_only_by_rounding(model, compiled, [case.batch(count) for count in (5, 8, 11)])
+    assert graphs.frame_count == 1
