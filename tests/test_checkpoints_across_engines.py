@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_cases import SAVED, STEPS, checkpoint_trainer, contents, rewritten
+from launching import launch
 from training_cases import losses
 
 from hf_fnl import FactorizedBertForPreTraining
@@ -60,15 +58,10 @@ def run_here(folder: Path, form: str, resume: str | None) -> None:
     (folder / "facts.json").write_text(json.dumps({"losses": losses(trainer)}))
 
 
-def launch(root: Path, jobs: list[dict]) -> None:
+def run_jobs(root: Path, jobs: list[dict]) -> None:
     plan = root / "plan.json"
     plan.write_text(json.dumps(jobs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    subprocess.run([*command, str(WORKER), str(plan)], capture_output=True, timeout=300, env=environment)
+    launch(WORKER, str(plan))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +82,7 @@ def root(tmp_path_factory) -> Path:
     for way, background in FAILING.items():
         options = {"async_save": background, "checkpoint_format": "sharded", "save_steps": 1, "max_steps": 40}
         jobs.append({"folder": str(root / way), "engine": "ddp", "fails_on": 1, "options": options})
-    launch(root, jobs)
+    run_jobs(root, jobs)
     for name, (engine, form, resume, _) in RUNS.items():
         if engine == "one":
             run_here(root / name, form, str(root / resume / f"checkpoint-{SAVED}"))

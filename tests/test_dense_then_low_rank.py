@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from launching import launch
 from low_rank_cases import (
     DEFAULTS,
     SWITCH,
@@ -230,14 +227,8 @@ def test_the_best_model_comes_back_in_its_form(tmp_path, best, layers):
 
 def run_worker(folder: Path, processes: int, batch_size: int) -> dict:
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder), str(batch_size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, output = launch(WORKER, str(folder), str(batch_size), processes=processes)
+    assert not any(codes), output
     return json.loads((folder / "facts.json").read_text()) | {"weights": torch.load(folder / "weights.pt")}
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import MODELS, RUNS, STEPS, engine_trainer, largest_difference, train_and_measure
+from launching import launch
 from torch import nn
 from torch.distributed.tensor import Shard
 from training_cases import tiny_examples, tiny_model, tiny_trainer
@@ -49,20 +46,10 @@ FAMILIES = {
 EXPECTED_TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "hsdp": "FSDP"}
 
 
-def launch(folder: Path, runs: list[tuple[str, str]], processes: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder), *map("/".join, runs)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
+def run_all(folder: Path, runs: list[tuple[str, str]], processes: int) -> None:
+    _, output = launch(WORKER, str(folder), *map("/".join, runs), processes=processes, timeout=600)
     missing = [run for run in runs if not (folder / "/".join(run) / "facts.json").exists()]
-    assert not missing, f"{missing}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    assert not missing, f"{missing}\n{output}"
 
 
 def run_alone(folder: Path, name: str) -> dict[str, Any]:
@@ -92,7 +79,7 @@ def test_every_engine_gives_what_one_process_gives(tmp_path, family):
     if family == "deepspeed":
         pytest.importorskip("deepspeed")
     runs = FAMILIES[family]
-    launch(tmp_path, runs, processes=4 if family == "four processes" else 2)
+    run_all(tmp_path, runs, processes=4 if family == "four processes" else 2)
     alone = {name: run_alone(tmp_path, name) for name in {name for _, name in runs}}
     errors = {}
     for engine, name in runs:

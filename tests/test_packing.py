@@ -1,10 +1,6 @@
 """Packed batches: what a model computes from rows of several sequences is what it computes from each of them."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +12,7 @@ import pytest
 import torch
 from bert_cases import HEADS, LOW, NO_DROPOUT, SIZES
 from family import gradients, random_vectors_, run
+from launching import launch
 from torch import Tensor
 from torch.nn import functional as F
 from training_cases import tiny_model
@@ -360,14 +357,9 @@ def pretrained(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_packing_in_two_processes_gives_the_losses_of_padding_in_one(pretrained, tmp_path):
     _, expected = pretrained
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(probe.getsockname()[1])}
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "run_scripts/launch/two_cpu_processes.yaml"]
     flags = [*PRETRAIN, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path), "--packing", "true"]
-    command = [sys.executable, *launch, "run_scripts/pretrain_bert.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, output = launch(pretrain_bert.__file__, *flags)
+    assert codes == [0, 0], output
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["phase-1"]["train_loss"] == pytest.approx(expected["phase-1"]["train_loss"], rel=1e-4)
 

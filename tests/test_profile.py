@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from torch.utils.flop_counter import FlopCounterMode
 from training_cases import SIZES, losses, tiny_examples, tiny_model, tiny_trainer
 from transformers import (
@@ -287,14 +284,8 @@ def test_bad_input_is_refused_with_a_reason(arguments, message):
 
 def test_two_processes_see_what_they_wait_for(tmp_path):
     """Under DDP and FSDP2; the losses are those of a training without a profile."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port = bound.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    command = [sys.executable, *launch, "--master_port", str(port), str(WORKER), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, output = launch(WORKER, str(tmp_path))
+    assert codes == [0, 0], output
     for engine in ("ddp", "fsdp2"):
         found = json.loads((tmp_path / engine / "profile.json").read_text())
         assert found["settings"]["processes"] == 2

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from reference.flambe import ReferenceFLAMBe
 from sharded_cases import batches, build, groups_of, products_of
 
@@ -74,22 +71,10 @@ def largest_difference(weights: dict[str, torch.Tensor], expected: dict[str, tor
     return max((weights[name] - expected[name]).abs().max().item() for name in names)
 
 
-def launch(folder: Path, cases: list[dict[str, Any]]) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
-    done = subprocess.run(
-        [*command, str(WORKER), str(folder), json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=environment,
-    )
+def run(folder: Path, cases: list[dict[str, Any]]) -> dict[str, str]:
+    _, output = launch(WORKER, str(folder), json.dumps(cases), timeout=400)
     facts = folder / "facts.json"
-    assert facts.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    assert facts.exists(), output
     return json.loads(facts.read_text())
 
 
@@ -108,7 +93,7 @@ def test_two_processes_equal_the_oracle(family, tmp_path):
     if family == "deepspeed":
         pytest.importorskip("deepspeed")
     cases = TORCH if family == "torch" else [{"engine": "deepspeed", **case} for case in DEEPSPEED]
-    assert launch(tmp_path, cases) == {case["name"]: "FLAMBe" for case in cases}
+    assert run(tmp_path, cases) == {case["name"]: "FLAMBe" for case in cases}
     errors = {case["name"]: error_of(case, torch.load(tmp_path / f"{case['name']}.pt")) for case in cases}
     limits = {case["name"]: BF16_LIMIT.get(case["name"], 0.2) if "dtype" in case else 2e-6 for case in cases}
     assert {name: error for name, error in errors.items() if error > limits[name]} == {}

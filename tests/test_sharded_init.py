@@ -1,16 +1,13 @@
 """Models made or loaded by two processes are those of one, in every layout."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from init_cases import CASES
+from launching import launch
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 from hf_fnl.models.draws import Draws, matrix_cost
@@ -39,24 +36,14 @@ STOCK = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both processes wrote."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("runs")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*launch, str(WORKER), str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    _, output = launch(WORKER, str(folder))
     files = [folder / f"facts-{rank}.json" for rank in range(2)]
-    assert all(file.is_file() for file in files), done.stderr[-4000:]
+    assert all(file.is_file() for file in files), output
     return [json.loads(file.read_text()) for file in files]
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from stream_cases import EVALUATED, TRAINED, Recorder, RecordExamples, pad
 from training_cases import losses, tiny_examples, tiny_model
 
@@ -128,18 +125,9 @@ def two(tmp_path_factory):
     """The folder of two processes that ran, and what each of them saw."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "here.jsonl").write_text('{"text": "Here."}\n')
-    config = ROOT / "run_scripts" / "launch" / "two_cpu_processes.yaml"
-    worker = ROOT / "tests" / "workers" / "stream_runs.py"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = ["accelerate.commands.launch", "--config_file", str(config), str(worker), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
-    done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=300, env=environment
-    )
+    _, output = launch(ROOT / "tests" / "workers" / "stream_runs.py", str(folder))
     found = [folder / f"facts-{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in found), done.stderr[-3000:]
+    assert all(path.exists() for path in found), output
     return folder, [json.loads(path.read_text()) for path in found]
 
 

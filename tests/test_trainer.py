@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from training_cases import losses, tiny_model, tiny_trainer
 
 from hf_fnl import FLAMBe, FLAMBeTrainingArguments, Lamb, find_products
@@ -142,16 +139,9 @@ def test_diagnostics_are_logged_and_survive_a_resume(tmp_path):
 
 def run_worker(folder: Path, processes: int, batch_size: int, accumulation: int = 1, stock: bool = False) -> dict:
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER)]
-    command += [str(folder), str(batch_size), str(accumulation), str(int(stock))]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = str(folder), str(batch_size), str(accumulation), str(int(stock))
+    codes, output = launch(WORKER, *arguments, processes=processes)
+    assert not any(codes), output
     return json.loads((folder / "facts.json").read_text()) | {"weights": torch.load(folder / "weights.pt")}
 
 

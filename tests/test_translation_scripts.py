@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import train_translation
 import translate as translate_script
+from launching import launch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 from translation_cases import PAIRS, phrases, tiny_marian, tiny_tokenizer
 
@@ -122,15 +118,9 @@ def test_a_broken_off_run_is_not_overwritten_and_goes_on(trained):
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     flags = [*TINY.split(), "--save_strategy", "no", "--dropout", "0"]
-    script = [str(Path(train_translation.__file__)), *flags, "--output_dir", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launch, *script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, output = launch(train_translation.__file__, *flags, "--output_dir", str(tmp_path / "two"))
+    assert not any(codes), output
     one = train(tmp_path / "one", "--dropout", "0", "--gradient_accumulation_steps", "2")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (tmp_path / "two" / "translations.txt").read_text() == (tmp_path / "one" / "translations.txt").read_text()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import launch
 from torch.nn import functional as F
 from transformers import EvalPrediction
 from translation_cases import losses, tiny_trainer
@@ -194,19 +191,8 @@ def test_a_pair_that_no_batch_holds_is_refused_before_training(tmp_path):
 
 
 def run_two_processes(folder: Path) -> dict:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    worker = str(ROOT / "tests/workers/translation_parallel.py")
-    done = subprocess.run(
-        [sys.executable, *command, worker, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, output = launch(ROOT / "tests/workers/translation_parallel.py", str(folder))
+    assert not any(codes), output
     return json.loads((folder / "facts.json").read_text())
 
 

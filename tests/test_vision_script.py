@@ -5,11 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ import pytest
 import torch
 import train_vision
 import yaml
+from launching import launch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
 from vision_script_cases import (
@@ -263,14 +260,9 @@ def test_two_accumulation_steps_have_the_losses_of_one(one_picture, network, tmp
 def test_two_processes_train_and_merge_as_one(one_picture, tmp_path):
     options = {**one_picture, "overcomplete": "full", "decay": "frobenius"}
     one = train(tmp_path / "one", **options, per_device_train_batch_size=8)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port, train_vision.__file__]
     given = flags({**TINY, **options, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launch, *given], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, output = launch(train_vision.__file__, *given)
+    assert not any(codes), output
     two = read(tmp_path / "two", "metrics.json")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     assert (two["parameters"], two["merged"]["parameters"]) == (one["parameters"], one["merged"]["parameters"])

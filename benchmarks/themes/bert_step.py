@@ -31,6 +31,7 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 LARGE_LOW = {"qk_rank": 32, "ov_rank": 32, "ffn_rank": 256}
 TINY = {"vocab_size": 500, "hidden_size": 96, "num_hidden_layers": 1, "intermediate_size": 384}
 TINY_LOW = {"qk_rank": 4, "ov_rank": 4, "ffn_rank": 24}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TOLERANCE = 1e-3  # of logits of order one, through 12 layers of float32 whose weights were decomposed
 
 
@@ -117,7 +118,9 @@ def measure(options: Options) -> Iterator[Row]:
         yield from _pretraining(options)
         if options.size != "tiny":
             yield from _compiled(options)
-    yield from _encoder(options)
+    yield from _encoder(options, "encoder")
+    if not options.on_gpu:  # where random numbers take as long as some of the products
+        yield from _encoder(options, "encoder without dropout", **NO_DROPOUT)
     yield from _fine_tuning(options)
 
 
@@ -171,9 +174,9 @@ def _pretraining_on_gpu(options: Options) -> Iterator[Row]:
         yield from steps.measure(contenders, COMPILED, rounds=rounds(options))
 
 
-def _encoder(options: Options) -> Iterator[Row]:
+def _encoder(options: Options, name: str, **more: float) -> Iterator[Row]:
     """The layers alone: embeddings go in, so that no gradient of a table is made."""
-    fields, device, (sequences, length) = sizes(options), options.device, shape(options)
+    fields, device, (sequences, length) = {**sizes(options), **more}, options.device, shape(options)
     cases = {"a third: qk and ov 32, ffn 192": low(options)}
     if options.size != "tiny":
         cases = {
@@ -183,14 +186,14 @@ def _encoder(options: Options) -> Iterator[Row]:
             "a quarter: qk and ov 16, ffn 152": QUARTER,
         }
     contenders = {STOCK: Contender(stock(BertModel, device, **fields))}
-    for name, ranks in cases.items():
-        contenders[name] = Contender(ours(FactorizedBertModel, device, **fields, **ranks), share_of_limit=0.85)
+    for case, ranks in cases.items():
+        contenders[case] = Contender(ours(FactorizedBertModel, device, **fields, **ranks), share_of_limit=0.85)
     width = contenders[STOCK].model.config.hidden_size
     inputs = [
         {"inputs_embeds": torch.randn(sequences, length, width, device=device)} for _ in range(rounds(options) + 3)
     ]
     steps = Steps(
-        f"encoder, {sequences} x {length}",
+        f"{name}, {sequences} x {length}",
         inputs,
         sequences * length,
         device,

@@ -1,0 +1,68 @@
+"""Processes that torch connects, forked from one that has imported what they need: a launch costs no imports."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["datasets", "torch.distributed", "hf_fnl.training.trainer"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(script: Path | str, *arguments: str, processes: int = 2, timeout: float = 300) -> tuple[list[int], str]:
+    """Run a script in some processes, as torchrun does; one process is on its own.
+
+    Returns:
+        The exit code of every process, and the end of what they printed. Where one fails, the others are ended.
+    """
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    torchrun |= {"LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"{rank}.log" for rank in range(processes)]
+        running = []
+        for rank, log in enumerate(logs):
+            places = torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            work = str(script), list(map(str, arguments)), common | places, str(log)
+            running.append(_FORKS.Process(target=_run, args=work))
+        for process in running:
+            process.start()
+        _wait(running, time.monotonic() + timeout)
+        output = "\n".join(log.read_text()[-4000:] for log in logs if log.exists())
+    return [process.exitcode for process in running], output
+
+
+def _wait(running: list, until: float) -> None:
+    try:
+        while any(process.is_alive() for process in running):
+            if time.monotonic() > until or any(process.exitcode for process in running):
+                break
+            time.sleep(0.05)
+    finally:
+        for process in running:
+            process.join(1)  # of those that fail each may have something to say
+            process.kill()
+            process.join()
+
+
+def _run(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    written = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(written, stream)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
