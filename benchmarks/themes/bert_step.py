@@ -236,14 +236,17 @@ def sweeps(options: Options) -> Iterator[Sweep]:
     tables = options.pick(full=(4000, 8000, 16000, 32000), quick=(4000, 8000, 16000), tiny=(100, 200, 400))
     on_gpu = 8 if options.on_gpu else 1
     sequences, length = options.pick(full=(8 * on_gpu, 128), quick=(4, 64), tiny=(2, 8))
-    yield _sweep(options, "length", lengths, lambda n: ({}, (sequences, n)))
+    squares = "Softmax and dropout of the attention take the square of the length, and are no products of matrices."
+    yield _sweep(options, "length", lengths, lambda n: ({}, (sequences, n)), squares)
     yield _sweep(options, "sequences in a batch", [n * on_gpu for n in counts], lambda n: ({}, (n, length)))
     yield _sweep(options, "rank of the feed-forward block", ranks, lambda n: ({"ffn_rank": n}, (sequences, length)))
     yield _sweep(options, "layers", layers, lambda n: ({"num_hidden_layers": n}, (sequences, length)))
     yield _sweep(options, "vocabulary", tables, lambda n: ({"vocab_size": n}, (sequences, length)))
 
 
-def _sweep(options: Options, size: str, values: Any, at: Callable[[int], tuple[dict[str, Any], Any]]) -> Sweep:
+def _sweep(
+    options: Options, size: str, values: Any, at: Callable[[int], tuple[dict[str, Any], Any]], note: str = ""
+) -> Sweep:
     layers = {"num_hidden_layers": options.pick(full=2, quick=1, tiny=1)}
     count = options.pick(full=5, quick=3, tiny=1)
 
@@ -267,7 +270,7 @@ def _sweep(options: Options, size: str, values: Any, at: Callable[[int], tuple[d
         return seconds_at_least(steps, model)
 
     title = f"pretraining step, {size}"
-    return time_sweep(title, size, values, cases, limit, device=options.device, rounds=count)
+    return time_sweep(title, size, values, cases, limit, device=options.device, rounds=count, note=note)
 
 
 THEME = Theme("bert_step", check, measure, sweeps)

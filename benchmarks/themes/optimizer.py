@@ -34,7 +34,7 @@ GOALS = {
 # whether it is for GPUs only.
 PUBLIC_LAMBS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
     "pytorch_optimizer": ("pytorch_optimizer", "Lamb", {}, False),
-    "timm": ("timm.optim", "Lamb", {"max_grad_norm": None}, False),
+    "timm": ("benchmarks.peers.timm_lamb", "Lamb", {"max_grad_norm": None}, False),
     "deepspeed": ("deepspeed.ops.lamb", "FusedLamb", {}, True),
     "apex": ("apex.optimizers", "FusedLAMB", {"max_grad_norm": 0.0}, True),
 }

@@ -164,9 +164,8 @@ class Convolution(Factorized):
         """Whether what the chain would keep takes more memory than the layer has fewer weights."""
         factors = self.factors()
         fewer = math.prod(self.dense_shape) - sum(factor.numel() for factor in factors)
-        kept = sum(link.weights for link in chain) + sum(
-            link.values for link in chain[:-1]
-        )  # kernels are laid out anew
+        kernels = sum(link.weights for link in chain)  # which are laid out anew
+        kept = kernels + sum(link.values for link in chain[:-1])
         return kept * x.element_size() > fewer * factors[0].element_size()
 
     def draw_kernel(self, draw: Callable[[Tensor], object]) -> Tensor:

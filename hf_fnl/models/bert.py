@@ -57,11 +57,15 @@ class _Heads(nn.Module):
     """Projections whose heads are ``qk_rank`` and ``ov_rank`` wide in place of ``hidden_size / heads``."""
 
     num_attention_heads: int
+    attention_head_size: int
     layer_idx: int
     dropout: nn.Dropout
 
-    def __init__(self, config: FactorizedBertConfig, ranks: LayerRanks, **kwargs: Any) -> None:
-        super().__init__(config, **kwargs)
+    def __init__(self, config: FactorizedBertConfig, ranks: LayerRanks, dense: Any) -> None:
+        nn.Module.__init__(self)
+        # Of the stock module all but its projections: to make others of their size would only cost time.
+        vars(self).update({name: value for name, value in vars(dense).items() if not name.startswith("_")})
+        self.dropout = dense.dropout
         heads, head_dim = config.num_attention_heads, self.attention_head_size
         self.query = HeadProjection(config.hidden_size, heads * (ranks.qk or head_dim))
         self.key = HeadProjection(config.hidden_size, heads * (ranks.qk or head_dim))
@@ -126,7 +130,7 @@ class FactorizedBertAttention(FactorizedAttention, stock.BertAttention):
         nn.Module.__init__(self)
         self.is_cross_attention = dense.is_cross_attention
         inner = FactorizedBertCrossAttention if self.is_cross_attention else FactorizedBertSelfAttention
-        self.self: Any = inner(config, ranks, is_causal=dense.self.is_causal, layer_idx=dense.self.layer_idx)
+        self.self: Any = inner(config, ranks, dense.self)
         self.output: Any = dense.output
         self.output.dense = HeadProjection(self.self.value.out_features, config.hidden_size)
         self.num_heads, self.ranks = config.num_attention_heads, ranks
