@@ -19,7 +19,7 @@ from benchmarks.house.theme import Options
 from hf_fnl.training.files import write_json, write_text
 
 ROOT = Path(__file__).parents[2]
-TURNS = 3
+TURNS = 4  # even, so that each goes first as often as the other
 
 
 def compare_with(ref: str, name: str, options: Options) -> dict[str, Any]:
@@ -77,18 +77,19 @@ def _rows(tree: Path, name: str, options: Options, out: Path) -> list[dict[str, 
 
 
 def _joined(before: list[list[dict[str, Any]]], now: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Median over the turns of time by time, for rows that both have."""
+    """Medians over the turns, and their ratio, for rows that both have."""
     times = [_times(rows) for rows in before], [_times(rows) for rows in now]
     keys = [key for key in times[1][0] if all(key in found for side in times for found in side)]
+    medians = {key: [median(found[key] for found in side) for side in times] for key in keys}
     return [
         {
             "workload": workload,
             "case": case,
-            "milliseconds_before": median(found[workload, case] for found in times[0]),
-            "milliseconds_now": median(found[workload, case] for found in times[1]),
-            "now_by_before": median(b[workload, case] / a[workload, case] for a, b in zip(*times, strict=True)),
+            "milliseconds_before": old,
+            "milliseconds_now": new,
+            "now_by_before": new / old,
         }
-        for workload, case in keys
+        for (workload, case), (old, new) in medians.items()
     ]
 
 
