@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import traceback
@@ -20,6 +19,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 from transformers import trainer as transformers_trainer
+
+from benchmarks.two_processes import free_port
 
 ROOT = Path(__file__).parents[1]
 # What accelerate calls the engines; where it cannot have one it takes another without a word.
@@ -94,9 +95,7 @@ def _import_script(name: str) -> Any:
 def start(job: Job) -> list[BaseProcess]:
     """Fork the processes of a job."""
     job.folder.mkdir(parents=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [_FORK.Process(target=_run, args=(job, rank, port)) for rank in range(len(job.hosts))]
     for process in processes:
         process.start()

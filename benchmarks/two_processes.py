@@ -20,7 +20,7 @@ def run_two(work: Sequence[str], logs: Path, *, hosts: Sequence[str] = (), timeo
         hosts: Names of two hosts from :func:`two_hosts`; this machine unless given.
         timeout: Seconds for all of it.
     """
-    launch = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(_free_port())]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(free_port())]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WIRE": ""}
     commands = [[*launch, "--nproc_per_node", "2", "--master_addr", "127.0.0.1", *work]]
     if hosts:
@@ -78,7 +78,8 @@ def _address(rank: int) -> str:
     return f"10.77.1.{rank + 1}"
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return bound.getsockname()[1]

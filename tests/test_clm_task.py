@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from itertools import chain, islice
@@ -18,6 +17,7 @@ import pytest
 import torch
 import train_clm
 from accelerate.data_loader import prepare_data_loader
+from launching import free_port
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
@@ -398,9 +398,6 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, held_out):
     one = run(tmp_path / "one", *flags, *held_out)
     config = ROOT / "run_scripts" / "launch" / "two_cpu_processes.yaml"
     command = ["accelerate.commands.launch", "--config_file", str(config), str(ROOT / "run_scripts" / "train_clm.py")]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     given = [
         *TINY.split(),
         *flags,
@@ -410,7 +407,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, held_out):
         "--per_device_train_batch_size",
         "2",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
         [sys.executable, "-m", *command, *given], capture_output=True, text=True, timeout=300, env=environment
     )

@@ -6,9 +6,11 @@ import copy
 from collections import Counter
 from typing import Any
 
+import lamb_cases
 import pytest
 import torch
 from flambe_cases import build, groups_of, set_gradients
+from lamb_cases import assert_same, train
 from reference.flambe import ReferenceFLAMBe
 from reference.lamb import ReferenceLamb
 from torch import Tensor, nn
@@ -41,25 +43,6 @@ def options_of(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     ]
 
 
-def gradients(named: dict[str, nn.Parameter], seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in named.values():
-        gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.grad = gradient.to(parameter.dtype)
-    return {name: parameter.grad.double() for name, parameter in named.items()}
-
-
-def train(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], seeds: range) -> None:
-    for seed in seeds:
-        gradients(named, seed)
-        optimizer.step()
-
-
-def assert_same(named: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> None:
-    for name, parameter in named.items():
-        assert torch.equal(parameter, other[name]), name
-
-
 @COMPILES
 @pytest.mark.parametrize(
     ("betas", "eps"), [pytest.param((0.9, 0.999), 1e-6, id="default"), pytest.param((0.5, 0.7), 0.1, id="other")]
@@ -69,7 +52,8 @@ def test_equals_the_oracle(betas, eps):
     oracle = ReferenceLamb(options_of(named), betas=betas, eps=eps)
     optimizer = Lamb(options_of(named), betas=betas, eps=eps, fused=True)
     for seed in range(5):
-        oracle.step(gradients(named, seed))
+        lamb_cases.set_gradients(named, seed)
+        oracle.step({name: parameter.grad.double() for name, parameter in named.items()})
         optimizer.step()
         for name, parameter in named.items():
             assert_close(parameter.detach(), oracle.parameters[name], rtol=1e-13, atol=1e-13)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lamb_cases import assert_same, set_gradients, train
 from reference.lamb import ReferenceLamb
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,26 +40,8 @@ def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
     }
 
 
-def set_gradients(named: dict[str, nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in named.values():
-        gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.grad = gradient.to(parameter.dtype)
-
-
 def gradients(named: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in named.items()}
-
-
-def train(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], seeds: range) -> None:
-    for seed in seeds:
-        set_gradients(named, seed)
-        optimizer.step()
-
-
-def assert_same(named: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> None:
-    for name, parameter in named.items():
-        assert torch.equal(parameter, other[name]), name
 
 
 def groups_of(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from launching import free_port
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "run_scripts" / "launch"
@@ -165,9 +165,3 @@ def test_a_launcher_trains_under_the_engine_that_it_names(name, tmp_path):
     facts = json.loads((tmp_path / "engine.json").read_text())
     assert tuple(facts.values()) == RUNS[name]
     assert (tmp_path / "model.safetensors").is_file()
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]

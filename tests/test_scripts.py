@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import pretrain_bert
 import pytest
 import torch
 import yaml
+from launching import free_port
 from transformers import AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
@@ -146,10 +146,7 @@ def launch(processes: str, folder: Path, batch_size: int) -> list[float]:
     phases = "--phases 16:4 --learning_rate 0.01 --dropout 0"
     flags = f"{TINY_MODEL} {QUIET} {phases} --per_device_train_batch_size {batch_size} --output_dir {folder}"
     command = ["accelerate.commands.launch", "--config_file", str(config), str(ROOT / "run_scripts/pretrain_bert.py")]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
         [sys.executable, "-m", *command, *flags.split()], capture_output=True, text=True, timeout=500, env=environment
     )

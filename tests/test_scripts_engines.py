@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import train_clm
 import train_translation
 import train_vision
 from engine_cases import tiny_gpt2
+from launching import free_port
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -61,11 +61,8 @@ def flags(script: str, folder: Path, batch_size: int) -> list[str]:
 def launch(engine: str, folder: Path) -> None:
     """Run all scripts in two processes, by the configuration of an engine."""
     (folder / "runs.json").write_text(json.dumps({script: flags(script, folder, 4) for script in LAUNCHES[engine]}))
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port = bound.getsockname()[1]
     config = ["--config_file", str(ROOT / "run_scripts" / "launch" / f"{engine}.yaml"), "--num_processes", "2"]
-    config += ["--main_process_port", str(port), "--num_cpu_threads_per_process", "1"]
+    config += ["--main_process_port", str(free_port()), "--num_cpu_threads_per_process", "1"]
     config += ["--mixed_precision", "no"] if engine == "fsdp2" else []
     worker = ["tests/workers/script_runs.py", str(folder / "runs.json")]
     done = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.house.timing import interleave
-from hf_fnl.planning import flops
+from hf_fnl.planning import flops  # which also lets torch count the products that are added in place
 
 _COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes: far more than any cache holds
 _ROUNDS = 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import cycle
 from typing import Any
 
@@ -13,8 +14,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.house.limits import count_flops, matrix_rate
 from benchmarks.house.memory import peak_bytes
+from benchmarks.house.sweeps import Sweep, time_sweep
 from benchmarks.house.timing import Case, Comparison, Goal, Row
-from hf_fnl.planning import facts as _facts  # noqa: F401  lets torch count the products that are added in place
 
 Batch = dict[str, Tensor]
 
@@ -134,6 +135,40 @@ def _judged(row: Row, contender: Contender) -> Row:
 def seconds_at_least(steps: Steps, model: PreTrainedModel) -> dict[str, float]:
     """What the operations of a step take at the device's rate of matrix products."""
     return {"its FLOPs": steps.flops(model) / matrix_rate(steps.device, steps.dtype or torch.float32)}
+
+
+def sweep_steps(
+    title: str,
+    size: str,
+    values: Iterable[float],
+    make: Callable[[Any], tuple[PreTrainedModel, Steps]],
+    *,
+    device: str,
+    rounds: int,
+    note: str = "",
+) -> Sweep:
+    """How a model's step grows with a size, beside its operations.
+
+    Args:
+        title: What the step is.
+        size: What ``values`` are.
+        values: At least three.
+        make: The model and the steps at a value; one of them is in memory at a time.
+        device: Where it runs.
+        rounds: Timed rounds at each value.
+        note: Why something grows faster than its limit.
+    """
+    made = lru_cache(maxsize=1)(make)
+
+    def cases(value: float) -> dict[str, Case]:
+        model, steps = made(value)
+        return {title: steps.case(Contender(model))}
+
+    def limit(value: float) -> dict[str, float]:
+        model, steps = made(value)
+        return seconds_at_least(steps, model)
+
+    return time_sweep(f"{title}, {size}", size, values, cases, limit, device=device, rounds=rounds, note=note)
 
 
 def check_close(name: str, actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> None:

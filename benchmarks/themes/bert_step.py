@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering, BertModel, PreTrainedModel
 
-from benchmarks.house.steps import Batch, Contender, Steps, check_close, seconds_at_least
-from benchmarks.house.sweeps import Sweep, time_sweep
+from benchmarks.house.steps import Batch, Contender, Steps, check_close, sweep_steps
+from benchmarks.house.sweeps import Sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Goal, Row
 from benchmarks.peers.lora import with_lora
@@ -250,8 +249,7 @@ def _sweep(
     layers = {"num_hidden_layers": options.pick(full=2, quick=1, tiny=1)}
     count = options.pick(full=5, quick=3, tiny=1)
 
-    @lru_cache(maxsize=1)
-    def made(value: int) -> tuple[PreTrainedModel, Steps]:
+    def make(value: int) -> tuple[PreTrainedModel, Steps]:
         fields, (sequences, length) = at(value)
         fields = {"vocab_size": 8000, **sizes(options), **layers, **low(options), **fields}
         if "max_position_embeddings" not in fields:
@@ -261,16 +259,7 @@ def _sweep(
         dtype = torch.bfloat16 if options.on_gpu else None
         return model, Steps("", inputs, sequences * length, options.device, dtype)
 
-    def cases(value: int) -> dict[str, Callable[[], object]]:
-        model, steps = made(value)
-        return {"pretraining step": steps.case(Contender(model))}
-
-    def limit(value: int) -> dict[str, float]:
-        model, steps = made(value)
-        return seconds_at_least(steps, model)
-
-    title = f"pretraining step, {size}"
-    return time_sweep(title, size, values, cases, limit, device=options.device, rounds=count, note=note)
+    return sweep_steps("pretraining step", size, values, make, device=options.device, rounds=count, note=note)
 
 
 THEME = Theme("bert_step", check, measure, sweeps)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from benchmarks.house.steps import Batch, Contender, Steps, check_close, seconds_at_least
-from benchmarks.house.sweeps import Sweep, time_sweep
+from benchmarks.house.steps import Batch, Contender, Steps, check_close, sweep_steps
+from benchmarks.house.sweeps import Sweep
 from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Case, Row
+from benchmarks.house.timing import Row
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 
 STOCK = "stock"
@@ -111,22 +110,12 @@ def _sweep(options: Options, size: str, values: Any, at: Any) -> Sweep:
     rounds, ranks = options.pick(full=5, quick=3, tiny=1), list(cases(options).values())[-1]
     sequences = options.pick(full=16 if options.on_gpu else 2, quick=2, tiny=1)
 
-    @lru_cache(maxsize=1)
-    def made(value: int) -> tuple[PreTrainedModel, Steps]:
+    def make(value: int) -> tuple[PreTrainedModel, Steps]:
         changed, length = at(value)
         fields = {"vocab_size": 8000, **sizes(options), **ranks, "n_layer": 1, **changed}
         return ours(options, **fields), steps(options, "", fields["vocab_size"], (sequences, length), rounds)
 
-    def timed(value: int) -> dict[str, Case]:
-        model, passes = made(value)
-        return {"training step": passes.case(Contender(model))}
-
-    def limit(value: int) -> dict[str, float]:
-        model, passes = made(value)
-        return seconds_at_least(passes, model)
-
-    title = f"GPT-2's training step, {size}"
-    return time_sweep(title, size, values, timed, limit, device=options.device, rounds=rounds)
+    return sweep_steps("GPT-2's training step", size, values, make, device=options.device, rounds=rounds)
 
 
 THEME = Theme("gpt2_step", check, measure, sweeps)

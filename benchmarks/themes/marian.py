@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 from transformers import MarianConfig, MarianMTModel, PreTrainedModel
 
 from benchmarks.house.limits import count_flops
-from benchmarks.house.steps import Batch, Contender, Steps, seconds_at_least
-from benchmarks.house.sweeps import Sweep, time_sweep
+from benchmarks.house.steps import Batch, Contender, Steps, sweep_steps
+from benchmarks.house.sweeps import Sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Case, Comparison, Row
 from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
@@ -155,23 +154,13 @@ def _sweep(options: Options, size: str, values: Any, at: Any) -> Sweep:
     rounds = options.pick(full=5, quick=3, tiny=1)
     sequences = options.pick(full=128 if options.on_gpu else 16, quick=8, tiny=2)
 
-    @lru_cache(maxsize=1)
-    def made(value: float) -> tuple[PreTrainedModel, Steps]:
+    def make(value: float) -> tuple[PreTrainedModel, Steps]:
         changed, scale, length = at(value)
         fields = {**sizes(options), **changed}
         model = ours(fields, scale, options.device).train()
         return model, training(options, "", fields["vocab_size"], (sequences, length), rounds)
 
-    def timed(value: float) -> dict[str, Case]:
-        model, steps = made(value)
-        return {"training step": steps.case(Contender(model))}
-
-    def limit(value: float) -> dict[str, float]:
-        model, steps = made(value)
-        return seconds_at_least(steps, model)
-
-    title = f"Marian's training step, {size}"
-    return time_sweep(title, size, values, timed, limit, device=options.device, rounds=rounds)
+    return sweep_steps("Marian's training step", size, values, make, device=options.device, rounds=rounds)
 
 
 THEME = Theme("marian", check, measure, sweeps)

@@ -7,19 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from hf_fnl.cli.terminal import session
+from hf_fnl.cli.terminal import option, session
 
 if TYPE_CHECKING:
     from hf_fnl.planning import Plan
 
 GIB, MIB = 2**30, 2**20
-_RUN, _RANKS = "Run", "Ranks"
-
-
-def _option(name: str, text: str, panel: str = _RUN, **limits: Any) -> Any:
-    """An option that may be written with dashes, as the other commands do, or as the scripts' flags are."""
-    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
-    return typer.Option(*spellings, help=text, rich_help_panel=panel, **limits)
+_RANKS = "Ranks"
 
 
 def plan(
@@ -31,27 +25,27 @@ def plan(
             "config.json.",
         ),
     ],
-    gpus: Annotated[int, _option("gpus", "All GPUs of the run.", min=1)] = 1,
-    engine: Annotated[str, _option("engine", "ddp, zero1, zero2, hsdp, fsdp2 or zero3.")] = "ddp",
-    gpus_per_node: Annotated[int, _option("gpus-per-node", "GPUs of a machine.", min=1)] = 8,
+    gpus: Annotated[int, option("gpus", "All GPUs of the run.", min=1)] = 1,
+    engine: Annotated[str, option("engine", "ddp, zero1, zero2, hsdp, fsdp2 or zero3.")] = "ddp",
+    gpus_per_node: Annotated[int, option("gpus-per-node", "GPUs of a machine.", min=1)] = 8,
     nodes: Annotated[
-        int | None, _option("nodes", "Machines; then --gpus is their number times --gpus-per-node.", min=1)
+        int | None, option("nodes", "Machines; then --gpus is their number times --gpus-per-node.", min=1)
     ] = None,
-    batch_size: Annotated[int, _option("batch-size", "Sequences of a GPU in a forward pass.", min=1)] = 8,
-    sequence_length: Annotated[int, _option("sequence-length", "Tokens of a sequence.", min=1)] = 128,
-    accumulation: Annotated[int, _option("accumulation", "Forward passes of a step.", min=1)] = 1,
-    dtype: Annotated[str, _option("dtype", "fp32, or bf16 for mixed precision.")] = "bf16",
-    optimizer: Annotated[str, _option("optimizer", "flambe, lamb or adamw_torch.")] = "flambe",
+    batch_size: Annotated[int, option("batch-size", "Sequences of a GPU in a forward pass.", min=1)] = 8,
+    sequence_length: Annotated[int, option("sequence-length", "Tokens of a sequence.", min=1)] = 128,
+    accumulation: Annotated[int, option("accumulation", "Forward passes of a step.", min=1)] = 1,
+    dtype: Annotated[str, option("dtype", "fp32, or bf16 for mixed precision.")] = "bf16",
+    optimizer: Annotated[str, option("optimizer", "flambe, lamb or adamw_torch.")] = "flambe",
     frobenius_decay: Annotated[
-        str, _option("frobenius-decay", "Kinds of products that flambe decays, with commas between.")
+        str, option("frobenius-decay", "Kinds of products that flambe decays, with commas between.")
     ] = "ov",
-    offload: Annotated[bool, _option("offload", "State of the optimizer in the memory of the host.")] = False,
-    checkpointing: Annotated[bool, _option("checkpointing", "Compute activations twice to keep fewer.")] = False,
-    memory: Annotated[float | None, _option("memory", "GiB of a GPU: does it fit, and which engine does?")] = None,
-    qk_rank: Annotated[int | None, _option("qk-rank", "Of each head's query-key product.", _RANKS, min=1)] = None,
-    ov_rank: Annotated[int | None, _option("ov-rank", "Of each head's output-value product.", _RANKS, min=1)] = None,
-    ffn_rank: Annotated[int | None, _option("ffn-rank", "Of the feed-forward matrices.", _RANKS, min=1)] = None,
-    embedding_rank: Annotated[int | None, _option("embedding-rank", "Of the word embedding.", _RANKS, min=1)] = None,
+    offload: Annotated[bool, option("offload", "State of the optimizer in the memory of the host.")] = False,
+    checkpointing: Annotated[bool, option("checkpointing", "Compute activations twice to keep fewer.")] = False,
+    memory: Annotated[float | None, option("memory", "GiB of a GPU: does it fit, and which engine does?")] = None,
+    qk_rank: Annotated[int | None, option("qk-rank", "Of each head's query-key product.", _RANKS, min=1)] = None,
+    ov_rank: Annotated[int | None, option("ov-rank", "Of each head's output-value product.", _RANKS, min=1)] = None,
+    ffn_rank: Annotated[int | None, option("ffn-rank", "Of the feed-forward matrices.", _RANKS, min=1)] = None,
+    embedding_rank: Annotated[int | None, option("embedding-rank", "Of the word embedding.", _RANKS, min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

@@ -9,20 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from hf_fnl.cli.terminal import session
+from hf_fnl.cli.terminal import option, session
 
 if TYPE_CHECKING:
     from hf_fnl.training.profiling import Profile
 
-_RUN, _RANKS, _OUT = "Run", "Ranks", "Results"
+_RANKS, _OUT = "Ranks", "Results"
 _CHECKPOINTING = "gradient_checkpointing"
 _EXAMPLES = 256  # of the data set that is made up; it is gone through again and again
-
-
-def _option(*names: str, text: str, panel: str = _RUN, **limits: Any) -> Any:
-    """An option that may be written with dashes, as the other commands do, or as the scripts' flags are."""
-    spellings = dict.fromkeys(f"--{spelling}" for name in names for spelling in (name, name.replace("-", "_")))
-    return typer.Option(*spellings, help=text, rich_help_panel=panel, **limits)
 
 
 def profile(
@@ -34,30 +28,30 @@ def profile(
             "config.json or id on the Hub. Weights are drawn.",
         ),
     ],
-    batch_size: Annotated[int, _option("batch-size", "batch", text="Examples of a forward pass.", min=1)] = 8,
-    sequence_length: Annotated[int, _option("sequence-length", "length", text="Tokens of a text.", min=1)] = 128,
-    accumulation: Annotated[int, _option("accumulation", text="Forward passes of a step.", min=1)] = 1,
-    steps: Annotated[int, _option("steps", text="Steps to look at.", min=1)] = 10,
-    warmup: Annotated[int, _option("warmup", text="Steps before them.", min=0)] = 3,
+    batch_size: Annotated[int, option("batch-size", "Examples of a forward pass.", also="batch", min=1)] = 8,
+    sequence_length: Annotated[int, option("sequence-length", "Tokens of a text.", also="length", min=1)] = 128,
+    accumulation: Annotated[int, option("accumulation", "Forward passes of a step.", min=1)] = 1,
+    steps: Annotated[int, option("steps", "Steps to look at.", min=1)] = 10,
+    warmup: Annotated[int, option("warmup", "Steps before them.", min=0)] = 3,
     optimizer: Annotated[
-        str, _option("optimizer", "optim", text="flambe, lamb, or an optimizer of Transformers.")
+        str, option("optimizer", "flambe, lamb, or an optimizer of Transformers.", also="optim")
     ] = "flambe",
     frobenius_decay: Annotated[
-        str, _option("frobenius-decay", text="Kinds of products to decay, with commas between; flambe: ov.")
+        str, option("frobenius-decay", "Kinds of products to decay, with commas between; flambe: ov.")
     ] = "",
     frobenius_mode: Annotated[
-        str, _option("frobenius-mode", text="For other optimizers: decoupled, coupled or penalty.")
+        str, option("frobenius-mode", "For other optimizers: decoupled, coupled or penalty.")
     ] = "decoupled",
-    bf16: Annotated[bool, _option("bf16", text="Mixed precision.")] = False,
-    compiled: Annotated[bool, _option("compile", text="Compile the model (torch.compile).")] = False,
-    checkpointing: Annotated[bool, _option("checkpointing", text="Compute activations twice to keep fewer.")] = False,
-    num_workers: Annotated[int, _option("num-workers", text="Processes that prepare data.", min=0)] = 0,
-    device: Annotated[str, _option("device", text="cpu or cuda; cuda where there is one, unless given.")] = "",
-    qk_rank: Annotated[int | None, _option("qk-rank", text="Of query-key products.", panel=_RANKS, min=1)] = None,
-    ov_rank: Annotated[int | None, _option("ov-rank", text="Of output-value products.", panel=_RANKS, min=1)] = None,
-    ffn_rank: Annotated[int | None, _option("ffn-rank", text="Of feed-forward matrices.", panel=_RANKS, min=1)] = None,
+    bf16: Annotated[bool, option("bf16", "Mixed precision.")] = False,
+    compiled: Annotated[bool, option("compile", "Compile the model (torch.compile).")] = False,
+    checkpointing: Annotated[bool, option("checkpointing", "Compute activations twice to keep fewer.")] = False,
+    num_workers: Annotated[int, option("num-workers", "Processes that prepare data.", min=0)] = 0,
+    device: Annotated[str, option("device", "cpu or cuda; cuda where there is one, unless given.")] = "",
+    qk_rank: Annotated[int | None, option("qk-rank", "Of query-key products.", panel=_RANKS, min=1)] = None,
+    ov_rank: Annotated[int | None, option("ov-rank", "Of output-value products.", panel=_RANKS, min=1)] = None,
+    ffn_rank: Annotated[int | None, option("ffn-rank", "Of feed-forward matrices.", panel=_RANKS, min=1)] = None,
     embedding_rank: Annotated[
-        int | None, _option("embedding-rank", text="Of the word embedding.", panel=_RANKS, min=1)
+        int | None, option("embedding-rank", "Of the word embedding.", panel=_RANKS, min=1)
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the profile as JSON.", rich_help_panel=_OUT)
