@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from vision_cases import OURS
 
 from hf_fnl import FactorizationConfig, factorize_
-from hf_fnl.layers import convolution
 from hf_fnl.models.vision import inner_convolutions
 
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -54,16 +53,25 @@ def test_no_layer_with_fewer_parameters_keeps_more_than_the_dense_one(scheme, co
 @each_scheme
 @each_way
 @pytest.mark.parametrize("casts", [False, True], ids=["float32", "autocast"])
-def test_gradients_are_those_of_what_is_kept(scheme, compose, casts, monkeypatch):
+def test_gradients_are_those_of_what_is_kept(scheme, compose, casts):
     layer = randomized(factorized(scheme, 6, 10, (3, 5), 4, stride=(1, 2), compose=compose, init="default"))
     x, results = images().float().requires_grad_(), []
-    for keeps in (False, True):
-        if keeps:
-            monkeypatch.setattr(convolution, "_trains", lambda factors: False)
+    for layer.recompute in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=casts):
             y = layer(x)
         results.append((y, *torch.autograd.grad(y.float().sin().sum(), [x, *layer.parameters()])))
     assert_close(*results)
+
+
+@each_scheme
+@each_way
+def test_who_asks_for_it_keeps_all_or_nothing(scheme, compose):
+    layer, x = factorized(scheme, 6, 10, 3, 4, compose=compose, init="default"), images().float()
+    kept = {}
+    for layer.recompute in (True, None, False):
+        kept[layer.recompute] = kept_elements(layer, x)[0]
+    assert kept[True] == 0 < kept[False]
+    assert kept[None] in (kept[True], kept[False])
 
 
 @each_scheme

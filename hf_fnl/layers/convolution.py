@@ -40,10 +40,14 @@ class Convolution(Factorized):
     In training, what lies between the input and the output is computed again in the backward pass where keeping it
     would take more memory than the layer has fewer weights than the dense one: no layer with fewer parameters needs
     more memory than the dense layer.
+
+    Attributes:
+        recompute: ``False`` keeps it always, for speed; ``True`` never does; ``None`` follows that rule.
     """
 
     scheme: str
     compose: bool | None
+    recompute: bool | None = None
     memory_format = torch.contiguous_format
 
     def take_options_(self, dense: nn.Conv2d) -> None:
@@ -100,7 +104,7 @@ class Convolution(Factorized):
         composes = self._composing_is_cheaper(chain, x, padding) if self.compose is None else self.compose
         options = self._options("hw" if composes else chain[-1].along, padding)
         prepare = partial(self._composed_for if composes else self._chained_for, padding, channels_last)
-        if _trains(operands) and (composes or self._keeps_much(chain, x)):
+        if _trains(operands) and self._recomputes(chain, x, composes):
             return cast(Tensor, RecomputingConvolution.apply(prepare, options, x, self.bias, *operands))
         x, kernel = prepare(x, *operands)
         return F.conv2d(x, kernel, self.bias, *options)
@@ -157,11 +161,18 @@ class Convolution(Factorized):
         costs = [link.weights * link.positions for link in chain]
         if torch.compiler.is_compiling():  # which decides itself what is computed again
             return self.composing_cost() + at_once < sum(costs)
-        again = sum(costs[:-1]) if self._keeps_much(chain, x) else 0
-        return 4 * self.composing_cost() + 3 * at_once < 3 * sum(costs) + again
+        composing_again, chain_again = (self._recomputes(chain, x, composes) for composes in (True, False))
+        composed = (3 + composing_again) * self.composing_cost() + 3 * at_once
+        return composed < 3 * sum(costs) + chain_again * sum(costs[:-1])
 
-    def _keeps_much(self, chain: Sequence[_Link], x: Tensor) -> bool:
-        """Whether what the chain would keep takes more memory than the layer has fewer weights."""
+    def _recomputes(self, chain: Sequence[_Link], x: Tensor, composes: bool) -> bool:
+        """Whether the backward pass computes again what the forward pass does not keep.
+
+        Unless it is told, it does where the kernel is multiplied out, and where what the chain would keep takes more
+        memory than the layer has fewer weights.
+        """
+        if self.recompute is not None or composes:
+            return self.recompute is not False
         factors = self.factors()
         fewer = math.prod(self.dense_shape) - sum(factor.numel() for factor in factors)
         kernels = sum(link.weights for link in chain)  # which are laid out anew
