@@ -13,7 +13,7 @@ import benchmarks.gpu.suite as gpu_suite
 import benchmarks.house.against as against
 from benchmarks.__main__ import main
 from benchmarks.house.sweeps import Sweep, growth
-from benchmarks.house.tables import markdown_table
+from benchmarks.house.tables import markdown_table, workload_tables
 from benchmarks.house.theme import Options, Theme, render
 from benchmarks.house.timing import Comparison, Goal, interleave
 from benchmarks.themes import NAMES
@@ -99,6 +99,11 @@ def test_growth_is_a_power(points, power):
 def test_a_table_leaves_out_columns_without_values():
     rows = [{"a": 1, "b": None, "c": True}, {"a": 0.123456, "c": None}]
     assert markdown_table(rows).splitlines() == ["| a | c |", "| --- | --- |", "| 1 | yes |", "| 0.1235 |  |"]
+
+
+def test_workloads_of_which_the_same_is_known_share_a_table():
+    rows = [{"workload": "w", "a": 1}, {"workload": "v", "b": 2}, {"workload": "w", "a": 3}, {"workload": "u", "a": 4}]
+    assert workload_tables(rows) == [markdown_table([rows[0], rows[2], rows[3]]), markdown_table([rows[1]])]
 
 
 def test_two_revisions_are_joined_by_their_rows(tmp_path, monkeypatch):

@@ -86,6 +86,7 @@ def growth(points: Points) -> float | None:
 def draw(records: Sequence[Mapping[str, Any]], target: Path) -> Path:
     """Draw recorded sweeps side by side: costs as lines, limits dashed, both axes logarithmic."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     columns = min(3, len(records))
     rows = -(-len(records) // columns)
@@ -97,6 +98,13 @@ def draw(records: Sequence[Mapping[str, Any]], target: Path) -> Path:
         for number, (name, points) in enumerate(record["limits"].items()):
             axis.plot(*zip(*points, strict=True), linestyle="--", color=f"{0.2 + 0.2 * number:.1f}", label=name)
         axis.set(xlabel=record["xlabel"], ylabel=record["ylabel"], xscale="log", yscale="log")
+        sizes = sorted({size for points in record["lines"].values() for size, _ in points})
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize="small")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_minor_locator(NullLocator())
         axis.set_title(record["title"], fontsize="medium")
         axis.legend(fontsize="small", frameon=False)
     for axis in list(axes)[len(records) :]:

@@ -8,13 +8,25 @@ from typing import Any
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as a Markdown table, in the order in which their keys first appear; keys without any value are left out."""
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(_has(row, key) for row in rows)]
+    columns = _columns(rows)
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _has(row: dict[str, Any], key: str) -> bool:
-    return row.get(key) is not None
+def workload_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows as Markdown tables: one for all workloads of which the same is known."""
+    workloads: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        workloads.setdefault(row.get("workload"), []).append(row)
+    alike: dict[frozenset[str], list[dict[str, Any]]] = {}
+    for rows_of_one in workloads.values():
+        alike.setdefault(frozenset(_columns(rows_of_one)), []).extend(rows_of_one)
+    return [markdown_table(group) for group in alike.values()]
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in keys if any(row.get(key) is not None for row in rows)]
 
 
 def _cell(value: Any) -> str:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks.house.machine import machine
 from benchmarks.house.sweeps import Sweep, draw
-from benchmarks.house.tables import markdown_table
+from benchmarks.house.tables import workload_tables
 from benchmarks.house.timing import Row
 from hf_fnl.training.files import write_json, write_text
 
@@ -63,19 +64,22 @@ class Theme:
         measure: Rows, most of them from :class:`~benchmarks.house.timing.Comparison`; what a peer that is missing
             would have been is a row with ``not_measured``, the reason.
         sweeps: How the costs grow.
+        environment: Names of environment variables on which the results depend; they are part of the command.
     """
 
     name: str
     check: Callable[[Options], object]
     measure: Callable[[Options], Iterable[Row]]
     sweeps: Callable[[Options], Iterable[Sweep]]
+    environment: tuple[str, ...] = ()
 
     def run(self, options: Options) -> dict[str, Any]:
         """Check, measure, sweep; the results are written as they come and returned."""
         self.check(options)
+        variables = [f"{name}={os.environ[name]}" for name in self.environment if name in os.environ]
         result: dict[str, Any] = {
             "theme": self.name,
-            "command": options.command,
+            "command": " ".join([*variables, options.command]),
             "machine": machine(options.device),
             "rows": [],
             "sweeps": [],
@@ -101,7 +105,7 @@ class Theme:
 def render(path: Path) -> None:
     """Write the table and the plot that belong to a result beside it; no plot where matplotlib is missing."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    parts = [markdown_table(result["rows"])]
+    parts = workload_tables(result["rows"])
     if result["sweeps"] and importlib.util.find_spec("matplotlib"):
         picture = draw(result["sweeps"], path.with_suffix(".png"))
         parts.append(f"![how the costs grow]({picture.name})")

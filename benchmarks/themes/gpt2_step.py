@@ -47,6 +47,13 @@ def ours(options: Options, **fields: Any) -> PreTrainedModel:
     return FactorizedGPT2LMHeadModel(FactorizedGPT2Config(factor_init="default", **fields)).to(options.device).train()
 
 
+def stock(options: Options, config: GPT2Config) -> PreTrainedModel:
+    """The stock model, ready to train, with the loss named that it takes anyway: its warning cannot be compiled."""
+    model = GPT2LMHeadModel(config).to(options.device).train()
+    model.loss_type = "ForCausalLM"
+    return model
+
+
 def batches(count: int, vocabulary: int, shape: tuple[int, int], device: str) -> list[Batch]:
     """Random token ids, all of them to be predicted."""
     drawn = (torch.randint(vocabulary, shape).to(device) for _ in range(count))
@@ -82,7 +89,7 @@ def measure(options: Options) -> Iterator[Row]:
     shape = options.pick(full=(64, 512) if options.on_gpu else (4, 256), quick=(2, 128), tiny=(2, 16))
     rounds = options.pick(full=10 if options.on_gpu else 5, quick=3, tiny=2)
     workload = f"GPT-2 small, {config.n_layer} layers: training step"
-    contenders = {STOCK: Contender(GPT2LMHeadModel(config).to(options.device).train())}
+    contenders = {STOCK: Contender(stock(options, config))}
     for name, ranks in cases(options).items():
         contenders[name] = Contender(ours(options, **fields, **ranks))
     timed = steps(options, workload, config.vocab_size, shape, rounds)
@@ -101,12 +108,13 @@ def sweeps(options: Options) -> Iterator[Sweep]:
     ranks = options.pick(full=(48, 96, 192, 384, 768), quick=(48, 192, 768), tiny=(8, 16, 32))
     tables = options.pick(full=(8000, 16000, 32000, 64000), quick=(4000, 8000, 16000), tiny=(100, 200, 400))
     length = options.pick(full=128, quick=64, tiny=8)
-    yield _sweep(options, "length", lengths, lambda n: ({}, n))
+    squares = "Softmax and dropout of the attention take the square of the length, and are no products of matrices."
+    yield _sweep(options, "length", lengths, lambda n: ({}, n), squares)
     yield _sweep(options, "rank of the feed-forward block", ranks, lambda n: ({"ffn_rank": n}, length))
     yield _sweep(options, "vocabulary", tables, lambda n: ({"vocab_size": n}, length))
 
 
-def _sweep(options: Options, size: str, values: Any, at: Any) -> Sweep:
+def _sweep(options: Options, size: str, values: Any, at: Any, note: str = "") -> Sweep:
     rounds, ranks = options.pick(full=5, quick=3, tiny=1), list(cases(options).values())[-1]
     sequences = options.pick(full=16 if options.on_gpu else 2, quick=2, tiny=1)
 
@@ -115,7 +123,7 @@ def _sweep(options: Options, size: str, values: Any, at: Any) -> Sweep:
         fields = {"vocab_size": 8000, **sizes(options), **ranks, "n_layer": 1, **changed}
         return ours(options, **fields), steps(options, "", fields["vocab_size"], (sequences, length), rounds)
 
-    return sweep_steps("GPT-2's training step", size, values, make, device=options.device, rounds=rounds)
+    return sweep_steps("GPT-2's training step", size, values, make, device=options.device, rounds=rounds, note=note)
 
 
 THEME = Theme("gpt2_step", check, measure, sweeps)

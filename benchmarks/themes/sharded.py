@@ -224,4 +224,4 @@ def _wider(options: Options) -> Sweep:
     return Sweep("two processes under FSDP2, counted", "hidden size", "bytes a step", lines, {}, note)
 
 
-THEME = Theme("sharded", check, measure, sweeps)
+THEME = Theme("sharded", check, measure, sweeps, environment=("TRAFFIC_SCALE", "TRAFFIC_WIRE"))
