@@ -102,7 +102,9 @@ def _traffic_cases(options: Options) -> list[str]:
 
 
 def _widths(options: Options) -> list[int]:
-    return options.pick(full=[60, 120, 240, 480], quick=[60, 120, 240], tiny=[60, 120, 240])
+    from traffic_cases import SIZES
+
+    return [SIZES["hidden_size"] * times for times in options.pick(full=(1, 2, 4, 8), quick=(1, 2, 4), tiny=(1, 2, 4))]
 
 
 def _engines(options: Options) -> list[str]:
