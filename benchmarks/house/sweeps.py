@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -91,7 +92,7 @@ def draw(records: Sequence[Mapping[str, Any]], target: Path) -> Path:
     columns = min(3, len(records))
     rows = -(-len(records) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, record in zip(axes, records, strict=False):
         for number, (name, points) in enumerate(record["lines"].items()):
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{number}", label=name)
@@ -99,15 +100,15 @@ def draw(records: Sequence[Mapping[str, Any]], target: Path) -> Path:
             axis.plot(*zip(*points, strict=True), linestyle="--", color=f"{0.2 + 0.2 * number:.1f}", label=name)
         axis.set(xlabel=record["xlabel"], ylabel=record["ylabel"], xscale="log", yscale="log")
         sizes = sorted({size for points in record["lines"].values() for size, _ in points})
-        axis.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize="small")
-        low, high = axis.get_ylim()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        for each in (axis.xaxis, axis.yaxis):
+        for each, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            each.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+            each.set_major_formatter(StrMethodFormatter("{x:g}"))
             each.set_minor_locator(NullLocator())
+        if all(larger > 1.4 * size for size, larger in pairwise(sizes)):
+            axis.set_xticks(sizes)
         axis.set_title(record["title"], fontsize="medium")
         axis.legend(fontsize="small", frameon=False)
-    for axis in list(axes)[len(records) :]:
+    for axis in axes[len(records) :]:
         axis.set_axis_off()
     figure.savefig(target, format="png", dpi=110)
     return target
