@@ -123,7 +123,7 @@ def first_below(curve: Curve, loss: float) -> float | None:
     """The update at which a loss is reached, between two evaluations on the straight line."""
     for (before, high), (after, low) in itertools.pairwise(curve):
         if low <= loss:
-            return before + (after - before) * max(0.0, high - loss) / (high - low) if high > low else after
+            return before if high <= loss else before + (after - before) * (high - loss) / (high - low)
     return None
 
 
