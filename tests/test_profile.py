@@ -260,7 +260,7 @@ def cli(*arguments: object, code: int = 0) -> str:
 def test_the_command_profiles_a_configuration_at_ranks(tmp_path):
     config = tmp_path / "model"
     BertForPreTraining(BERT).save_pretrained(config)
-    flags = "--batch 3 --length 11 --steps 2 --warmup 1 --ffn_rank 7 --frobenius-decay ov,linear --device cpu"
+    flags = "--batch 3 --length 11 --steps 2 --warmup 1 --ffn_rank 7 --frobenius-decay ov,linear --bf16"
     shown = cli(config, *flags.split(), "--json", tmp_path / "out" / "profile.json")
     assert all(phase in shown for phase in PHASES if phase != "evaluation and saving")
     found = json.loads((tmp_path / "out" / "profile.json").read_text())
@@ -268,6 +268,7 @@ def test_the_command_profiles_a_configuration_at_ranks(tmp_path):
     assert found["steps"] == 2
     assert found["tokens_per_second"] == pytest.approx(33 / found["seconds_per_step"])
     assert found["phases"]["decay"] > 0
+    assert found["settings"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(

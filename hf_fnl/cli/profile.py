@@ -72,7 +72,7 @@ def profile(
         from hf_fnl.planning import fresh_model
         from hf_fnl.training import FLAMBeTrainingArguments
 
-        _check_device(device)
+        on_cpu = _runs_on_cpu(device)
         ranks = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
         options = {
             "per_device_train_batch_size": batch_size,
@@ -83,7 +83,7 @@ def profile(
             "bf16": bf16,
             "torch_compile": compiled,
             "dataloader_num_workers": num_workers,
-            "use_cpu": device == "cpu",
+            "use_cpu": on_cpu,
             "max_steps": warmup + steps + (2 if trace else 0),
             "profile_steps": steps,
             "profile_after": warmup,
@@ -101,13 +101,14 @@ def profile(
         terminal.show({}, *_views(model, found))
 
 
-def _check_device(device: str) -> None:
+def _runs_on_cpu(device: str) -> bool:
     import torch
 
     if device not in ("", "cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, and torch sees no GPU here; leave --device out, or take cpu")
+    return device == "cpu" or not torch.accelerator.is_available()
 
 
 def _train(model: Any, length: int, arguments: Any, options: dict[str, Any]) -> Profile:
