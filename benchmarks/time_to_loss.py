@@ -24,11 +24,11 @@ import torch
 
 from benchmarks.house.grids import run_once
 from benchmarks.house.machine import machine
-from benchmarks.house.tables import markdown_table
+from benchmarks.house.tables import write_table
 from benchmarks.house.timing import interleave, ratio
 from hf_fnl.report.drawing import draw_png
 from hf_fnl.report.panels import PALETTE, Key, Line, Panel
-from hf_fnl.training.files import write_json, write_text
+from hf_fnl.training.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "time_to_loss.json"
@@ -173,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     write_json(RESULT, result)
     draw(rows, curves, RESULT.with_suffix(".png"))
-    table = markdown_table([{key: row[key] for key in row if key != "command"} for row in rows])
-    write_text(RESULT.with_suffix(".md"), f"{table}\n\n`{result['command']}`\n")
+    write_table(RESULT, rows, result["command"])
     return result
 
 

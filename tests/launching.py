@@ -5,20 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.two_processes import free_port
+
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["datasets", "torch.distributed", "hf_fnl.training.trainer"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def launch(script: Path | str, *arguments: str, processes: int = 2, timeout: float = 300) -> tuple[list[int], str]:

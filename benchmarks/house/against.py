@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.house.tables import markdown_table
+from benchmarks.house.tables import write_table
 from benchmarks.house.theme import Options
-from hf_fnl.training.files import write_json, write_text
+from hf_fnl.training.files import write_json
 
 ROOT = Path(__file__).parents[2]
 TURNS = 4  # even, so that each goes first as often as the other
@@ -48,7 +48,7 @@ def compare_with(ref: str, name: str, options: Options) -> dict[str, Any]:
     result = {"command": command, "rows": _joined(runs["before"], runs["now"])}
     path = options.out / f"{name}-{options.device}-against.json"
     write_json(path, result)
-    write_text(path.with_suffix(".md"), f"{markdown_table(result['rows'])}\n\n`{command}`\n")
+    write_table(path, result["rows"], command)
     return result
 
 

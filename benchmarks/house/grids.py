@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.house.machine import machine
-from benchmarks.house.tables import markdown_table
-from hf_fnl.training.files import write_json, write_text
+from benchmarks.house.tables import write_table
+from hf_fnl.training.files import write_json
 
 
 def run_once(
@@ -77,6 +77,5 @@ def add_cell(path: Path, name: str, cell: dict[str, Any], command: str) -> dict[
     result |= {"command": command, "machine": machine("cpu")}
     result["cells"] = {**result.get("cells", {}), name: cell}
     write_json(path, result)
-    rows = [{key: row[key] for key in row if not key.startswith("command")} for row in result["cells"].values()]
-    write_text(path.with_suffix(".md"), f"{markdown_table(rows)}\n\n`{command}`\n")
+    write_table(path, list(result["cells"].values()), command)
     return result

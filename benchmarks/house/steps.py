@@ -19,6 +19,9 @@ from benchmarks.house.timing import Case, Comparison, Goal, Row
 
 Batch = dict[str, Tensor]
 
+# Why a step grows faster with the length than its operations.
+ATTENTION = "Softmax and dropout of the attention take the square of the length, and are no products of matrices."
+
 
 @dataclass(frozen=True)
 class Contender:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from hf_fnl.training.files import write_text
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -11,6 +14,12 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     columns = _columns(rows)
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
+    """Write rows as Markdown beside their JSON, with the command; the commands that single rows hold are left out."""
+    shown = [{key: row[key] for key in row if not key.startswith("command")} for row in rows]
+    write_text(path.with_suffix(".md"), f"{markdown_table(shown)}\n\n`{command}`\n")
 
 
 def workload_tables(rows: Sequence[dict[str, Any]]) -> list[str]:

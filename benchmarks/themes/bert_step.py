@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering, BertModel, PreTrainedModel
 
-from benchmarks.house.steps import Batch, Contender, Steps, check_close, sweep_steps
+from benchmarks.house.steps import ATTENTION, Batch, Contender, Steps, check_close, sweep_steps
 from benchmarks.house.sweeps import Sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Goal, Row
@@ -235,8 +235,7 @@ def sweeps(options: Options) -> Iterator[Sweep]:
     tables = options.pick(full=(4000, 8000, 16000, 32000), quick=(4000, 8000, 16000), tiny=(100, 200, 400))
     on_gpu = 8 if options.on_gpu else 1
     sequences, length = options.pick(full=(8 * on_gpu, 128), quick=(4, 64), tiny=(2, 8))
-    squares = "Softmax and dropout of the attention take the square of the length, and are no products of matrices."
-    yield _sweep(options, "length", lengths, lambda n: ({}, (sequences, n)), squares)
+    yield _sweep(options, "length", lengths, lambda n: ({}, (sequences, n)), ATTENTION)
     yield _sweep(options, "sequences in a batch", [n * on_gpu for n in counts], lambda n: ({}, (n, length)))
     yield _sweep(options, "rank of the feed-forward block", ranks, lambda n: ({"ffn_rank": n}, (sequences, length)))
     yield _sweep(options, "layers", layers, lambda n: ({"num_hidden_layers": n}, (sequences, length)))

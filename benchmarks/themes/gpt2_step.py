@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from benchmarks.house.steps import Batch, Contender, Steps, check_close, sweep_steps
+from benchmarks.house.steps import ATTENTION, Batch, Contender, Steps, check_close, sweep_steps
 from benchmarks.house.sweeps import Sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Row
@@ -108,8 +108,7 @@ def sweeps(options: Options) -> Iterator[Sweep]:
     ranks = options.pick(full=(48, 96, 192, 384, 768), quick=(48, 192, 768), tiny=(8, 16, 32))
     tables = options.pick(full=(8000, 16000, 32000, 64000), quick=(4000, 8000, 16000), tiny=(100, 200, 400))
     length = options.pick(full=128, quick=64, tiny=8)
-    squares = "Softmax and dropout of the attention take the square of the length, and are no products of matrices."
-    yield _sweep(options, "length", lengths, lambda n: ({}, n), squares)
+    yield _sweep(options, "length", lengths, lambda n: ({}, n), ATTENTION)
     yield _sweep(options, "rank of the feed-forward block", ranks, lambda n: ({"ffn_rank": n}, length))
     yield _sweep(options, "vocabulary", tables, lambda n: ({"vocab_size": n}, length))
 

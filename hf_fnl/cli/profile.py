@@ -72,7 +72,6 @@ def profile(
         from hf_fnl.planning import fresh_model
         from hf_fnl.training import FLAMBeTrainingArguments
 
-        on_cpu = _runs_on_cpu(device)
         ranks = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
         options = {
             "per_device_train_batch_size": batch_size,
@@ -83,7 +82,7 @@ def profile(
             "bf16": bf16,
             "torch_compile": compiled,
             "dataloader_num_workers": num_workers,
-            "use_cpu": on_cpu,
+            "use_cpu": _runs_on_cpu(device),
             "max_steps": warmup + steps + (2 if trace else 0),
             "profile_steps": steps,
             "profile_after": warmup,
@@ -102,6 +101,7 @@ def profile(
 
 
 def _runs_on_cpu(device: str) -> bool:
+    """Whether a device as it was given, or ``""``, is the CPU; raises a ``ValueError`` if there is no such device."""
     import torch
 
     if device not in ("", "cpu", "cuda"):
