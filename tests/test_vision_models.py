@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel, Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from vision_cases import (
     CASES,
     NUM_LABELS,
@@ -204,6 +205,47 @@ def test_the_loss_is_taken_in_float32(count: int | None) -> None:
     assert_close(outputs.loss, nn.functional.cross_entropy(outputs.logits.float(), batch["labels"]))
 
 
+@pytest.mark.parametrize("problem_type", [None, "regression", "multi_label_classification"])
+@pytest.mark.parametrize("num_labels", [1, NUM_LABELS])
+def test_targets_have_the_loss_of_the_stock_classifier(num_labels: int, problem_type: str | None) -> None:
+    case = OURS["resnet-pad"]
+    model, pixels = case.build(num_labels=num_labels, problem_type=problem_type), case.batch()["pixel_values"]
+    targets = torch.rand(len(pixels), num_labels)
+    outputs = model(pixels, targets)
+    config = copy.deepcopy(model.config)  # the stock function writes into it
+    assert_close(outputs.loss, ForSequenceClassificationLoss(targets, outputs.logits, config))
+    count = torch.tensor(targets.numel())
+    parts = [model(pixels[part], targets[part], num_items_in_batch=count).loss for part in (slice(2), slice(2, None))]
+    assert_close(sum(parts), outputs.loss)
+    assert model.config.problem_type == problem_type
+
+
+def test_one_logit_is_a_regression_of_a_number_for_each_image() -> None:
+    case = OURS["vgg"]
+    model, pixels = case.build(num_labels=1), case.batch()["pixel_values"]
+    targets = torch.tensor([3.0, -1.0, 0.0, 2.0, 7.0])
+    outputs = model(pixels, targets)
+    assert_close(outputs.loss, (outputs.logits[:, 0] - targets).square().mean())
+
+
+@each_family
+def test_hidden_states_are_those_of_the_stem_and_of_each_stage(case: VisionCase) -> None:
+    model, pixels = case.build(), case.batch()["pixel_values"]
+    seen: list[Tensor] = []
+    for module in (model.backbone.stem, *model.backbone.stages):
+        module.register_forward_hook(lambda module, args, output: seen.append(output))
+    features = model.backbone(pixels, output_hidden_states=True)
+    assert len(features.hidden_states) == len(model.backbone.stages) + 1 == len(seen)
+    assert_close(features.hidden_states[:-1], tuple(seen[:-1]), **EXACT)
+    assert features.hidden_states[-1] is features.last_hidden_state
+    assert_close(model(pixels, output_hidden_states=True).hidden_states, features.hidden_states)
+    assert model(pixels).hidden_states is None
+    assert model.backbone(pixels, return_dict=False)[1].shape == features.pooler_output.shape
+    model.config.output_hidden_states = True
+    assert_close(model(pixels).hidden_states, features.hidden_states)
+    assert model(pixels, output_hidden_states=False).hidden_states is None
+
+
 def test_unequal_parts_of_a_batch_train_as_one(tmp_path: Path) -> None:
     case = OURS["resnet-pad"]
     image = case.batch()["pixel_values"][0]  # the same one, so that every part has the same statistics
@@ -357,6 +399,14 @@ def test_bad_images(name: str, shape: tuple[int, ...]) -> None:
     message = rf"\(batch, {channels}, height, width\) of at least {smallest} pixels a side, got \(\d, "
     with pytest.raises(ValueError, match=message):
         CASES[name].build()(torch.zeros(shape))
+
+
+def test_targets_of_another_shape() -> None:
+    case = OURS["resnet-pad"]
+    with pytest.raises(
+        ValueError, match=r"'multi_label_classification' must have the shape of the logits, \(5, 7\), got \(5, 6\)"
+    ):
+        case.build()(case.batch()["pixel_values"], torch.zeros(5, 6))
 
 
 def test_labels_of_other_classes() -> None:

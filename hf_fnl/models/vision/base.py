@@ -93,30 +93,46 @@ class VisionPreTrainedModel(UploadsCard, PreTrainedModel):
 
 
 class VisionBackbone(VisionPreTrainedModel):
-    """A network up to its global average."""
+    """A network up to its global average: a ``stem`` of convolutions, then ``stages``."""
 
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Map images ``(batch, channels, height, width)`` to what is averaged over all positions."""
-        raise NotImplementedError
+    stem: nn.Module
+    stages: nn.Sequential
+
+    def normalized(self, hidden_state: Tensor) -> Tensor:
+        """What is averaged, from the output of the last stage: the same, unless a network normalizes it."""
+        return hidden_state
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPoolingAndNoAttention:
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
         """Compute the features of images.
 
         Args:
             pixel_values: ``(batch, num_channels, height, width)``.
+            output_hidden_states: Whether the output has ``hidden_states``; that of the configuration unless given.
 
         Returns:
-            ``last_hidden_state (batch, hidden_size, rows, columns)`` and its average ``pooler_output (batch,
-            hidden_size)``.
+            ``last_hidden_state (batch, hidden_size, rows, columns)``, its average ``pooler_output (batch,
+            hidden_size)``, and ``hidden_states``, the outputs of the stem and of each stage, of which the last is
+            ``last_hidden_state``.
 
         Raises:
             ValueError: If the images are too small or have another number of channels.
         """
         self._check_images(pixel_values.shape)
-        hidden_state = self.features(pixel_values)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_state = self.stem(pixel_values)
+        states = [hidden_state]
+        for stage in self.stages:
+            hidden_state = stage(hidden_state)
+            states = [*states, hidden_state] if output_hidden_states else [hidden_state]
+        states[-1] = self.normalized(hidden_state)
         return BaseModelOutputWithPoolingAndNoAttention(
-            last_hidden_state=hidden_state, pooler_output=hidden_state.mean((2, 3))
+            last_hidden_state=states[-1],
+            pooler_output=states[-1].mean((2, 3)),
+            hidden_states=tuple(states) if output_hidden_states else None,
         )
 
     def _check_images(self, shape: Sequence[int]) -> None:
@@ -145,38 +161,73 @@ class ImageClassifier(VisionPreTrainedModel):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> ImageClassifierOutputWithNoAttention:
         """Classify images.
 
         Args:
             pixel_values: ``(batch, num_channels, height, width)``.
-            labels: ``(batch,)``, in ``[0, num_labels)``; -100 leaves an image out of the loss.
+            labels: Classes, ``(batch,)`` in ``[0, num_labels)``, where -100 leaves an image out of the loss; or
+                targets ``(batch, num_labels)``; see :func:`classification_loss`.
+            output_hidden_states: Whether the output has ``hidden_states``; that of the configuration unless given.
             num_items_in_batch: Labels in the whole batch, over accumulation steps and processes, as the Trainer passes
                 it.
 
         Returns:
-            ``logits (batch, num_labels)``, and where there are labels the ``loss``.
+            ``logits (batch, num_labels)``, where there are labels the ``loss``, and the backbone's ``hidden_states``.
 
         Raises:
-            ValueError: If the images are too small or have another number of channels.
+            ValueError: If the images are too small or have another number of channels, or the labels do not fit.
         """
-        logits = self.classifier(self.backbone(pixel_values, return_dict=True).pooler_output)
-        loss = None if labels is None else classification_loss(logits, labels, num_items_in_batch)
-        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+        features = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        logits = self.classifier(features.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, num_items_in_batch, self.config.problem_type)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
 
 
-def classification_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy in float32, averaged over the labels of the whole batch.
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    problem_type: str | None = None,
+) -> Tensor:
+    """Loss in float32 of one of Transformers' three problem types, averaged over the labels of the whole batch.
+
+    ``"single_label_classification"`` is the cross-entropy with classes ``(batch,)``, ``"multi_label_classification"``
+    the binary cross-entropy with targets ``(batch, num_labels)`` between 0 and 1, ``"regression"`` the mean squared
+    error with as many targets as logits.
 
     Args:
         logits: ``(batch, num_labels)``.
-        labels: ``(batch,)``, -100 where there is nothing to predict.
+        labels: Classes, -100 where there is nothing to predict, or targets.
         num_items_in_batch: Labels in the whole batch, of which these may be a part; their own number unless given.
+        problem_type: Unless given, as in Transformers: regression of one logit, classes where the labels are integers,
+            otherwise several labels.
+
+    Raises:
+        ValueError: If targets are not of the shape of the logits.
     """
-    if num_items_in_batch is None:
-        return F.cross_entropy(logits.float(), labels)
-    return F.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
+    if problem_type is None and logits.shape[-1] == 1:
+        problem_type = "regression"
+    elif problem_type is None:
+        is_class = labels.dtype in (torch.int64, torch.int32)
+        problem_type = "single_label_classification" if is_class else "multi_label_classification"
+    logits = logits.float()
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    if problem_type == "single_label_classification":
+        loss = F.cross_entropy(logits, labels.flatten().long(), reduction=reduction)
+    else:
+        if labels.numel() != logits.numel():
+            raise ValueError(
+                f"labels of problem_type {problem_type!r} must have the shape of the logits, {tuple(logits.shape)}, "
+                f"got {tuple(labels.shape)}"
+            )
+        measure = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+        loss = measure(logits, labels.reshape(logits.shape).float(), reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Conv2d:

@@ -126,10 +126,6 @@ class CifarResNetModel(CifarResNetPreTrainedModel, VisionBackbone):
         self.stages = residual_stages(block, (width, width, 2 * width, 4 * width), count)
         self.post_init()
 
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Map images to ``(batch, 4 width, height / 4, width / 4)``."""
-        return self.stages(self.stem(pixel_values))
-
 
 class CifarResNetForImageClassification(CifarResNetPreTrainedModel, ImageClassifier):
     """A residual network for small images with its classifier."""

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import nn
 from transformers import initialization as init
 
 from hf_fnl.models.vision.base import (
@@ -78,10 +78,6 @@ class VGGModel(VGGPreTrainedModel, VisionBackbone):
         self.stem = nn.Sequential(*first)
         self.stages = nn.Sequential(*(nn.Sequential(nn.MaxPool2d(2), *stage) for stage in others))
         self.post_init()
-
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Map images to ``(batch, 8 width, height / 16, width / 16)``."""
-        return self.stages(self.stem(pixel_values))
 
 
 def _convolutions(in_channels: int, out_channels: int, count: int) -> list[nn.Module]:

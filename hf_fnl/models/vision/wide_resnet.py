@@ -115,9 +115,9 @@ class WideResNetModel(WideResNetPreTrainedModel, VisionBackbone):
         self.norm = nn.BatchNorm2d(config.hidden_size)
         self.post_init()
 
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Map images to ``(batch, hidden_size, height / 4, width / 4)``."""
-        return F.relu(self.norm(self.stages(self.stem(pixel_values))))
+    def normalized(self, hidden_state: Tensor) -> Tensor:
+        """The output of the last stage, normalized and rectified."""
+        return F.relu(self.norm(hidden_state))
 
 
 class WideResNetForImageClassification(WideResNetPreTrainedModel, ImageClassifier):
