@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.house.grids import run_once
 from benchmarks.house.machine import machine
-from hf_fnl.training.files import write_json
+from benchmarks.house.record import write_result
 
 RESULT = Path(__file__).parent / "results" / "digits.json"
 
@@ -24,14 +24,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     run = parser.parse_args(argv).runs
     flags = f"--rank_scale 0.3 --decay frobenius --num_train_epochs 15 --use_cpu --disable_tqdm true --output_dir {run}"
     metrics = run_once(["run_scripts/train_vision.py", *flags.split()], run / "metrics.json")
-    figures = ("command", "seconds", "seconds_per_epoch", "eval_accuracy", "eval_loss")
+    figures = ("command", "commit", "seconds", "seconds_per_epoch", "eval_accuracy", "eval_loss")
     result = {
         "machine": machine("cpu"),
         "parameters": metrics["parameters"]["total"],
         **{name: metrics[name] for name in figures},
     }
-    write_json(RESULT, result)
-    return result
+    return write_result(RESULT, result)
 
 
 if __name__ == "__main__":

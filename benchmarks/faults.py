@@ -24,7 +24,7 @@ from benchmarks.fault_site import Site, write_corpus
 from benchmarks.fault_trials import FAULTS, STEPS, Trial, can_mount, run_trial, training_flags
 from benchmarks.fault_worker import ENGINES, call, import_engines
 from benchmarks.house.machine import machine
-from hf_fnl.training.files import write_json
+from benchmarks.house.record import revision, write_result
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
 
@@ -62,7 +62,7 @@ class Undisturbed:
                 raise RuntimeError(f"{engine} was asked for and {engine_run} ran; see {attempt.folder}")
             checkpoint = site.checkpoints()[STEPS]
             size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-            write_json(facts, {"losses": attempt.losses, "bytes": size})
+            write_result(facts, {"losses": attempt.losses, "bytes": size})
         found = json.loads(facts.read_text())
         return {int(step): loss for step, loss in found["losses"].items()}, found["bytes"]
 
@@ -118,14 +118,14 @@ def _run_grid(options: argparse.Namespace, work: Path, command: str) -> dict[str
         if trial.fault == "disk" and not mounts:
             facts = {**asdict(trial), "outcome": "skipped: only root may mount a small disk", "seconds": 0}
         else:
-            facts = carry_out(trial, work)
+            facts = {**carry_out(trial, work), "commit": revision()["commit"]}
         done[number] = facts
         failed = [n for n in sorted(done) if done[n]["outcome"] == "failed"]
         if number not in failed[:1]:
             shutil.rmtree(work / f"trial-{number}", ignore_errors=True)
         rows = [done[n] for n in sorted(done) if n < options.trials]
         result = {"command": command, "machine": machine("cpu"), **summary(rows), "trials": rows}
-        write_json(options.out, result)
+        result = write_result(options.out, result)
         print(_line(facts), flush=True)
         if failed == [number]:
             print(f"  kept in {work / f'trial-{number}'}; again: {command} --trial {number}", flush=True)

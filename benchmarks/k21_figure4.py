@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "BLEU (tokens)": metrics["test"]["tokenized_bleu"],
             "BLEU (detokenized)": metrics["test"]["bleu"],
             "command": metrics["command"],
+            "commit": metrics["commit"],
         }
         result = add_cell(RESULT, name, cell, shlex.join(["python", "-m", "benchmarks.k21_figure4", *arguments]))
     return result

@@ -67,6 +67,7 @@ def run_cell(name: str, data: Path, runs: Path, steps: int) -> dict[str, Any]:
         "exact_match": squad["exact_match"],
         "f1": squad["f1"],
         "commands": [pretrained["command"], squad["command"]],
+        "commits": [pretrained["commit"], squad["commit"]],
     }
 
 

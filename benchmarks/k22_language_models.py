@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "perplexity per word": metrics["eval_perplexity_per_word"],
             "mean effective rank": effective_rank(run),
             "command": metrics["command"],
+            "commit": metrics["commit"],
         }
         invocation = shlex.join(["python", "-m", "benchmarks.k22_language_models", *arguments])
         result = add_cell(RESULT, cell.name, row, invocation)

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from benchmarks.house.machine import machine
-from benchmarks.house.tables import markdown_table
+from benchmarks.house.record import revision, write_result
+from benchmarks.house.tables import markdown_table, without_origin
 from benchmarks.house.timing import interleave
 from hf_fnl import Factorized, FactorizedBertModel, RankRule, find_products
-from hf_fnl.training.files import write_json, write_text
+from hf_fnl.training.files import write_text
 from hf_fnl.training.tasks.documents import load_documents, split_sentences
 
 SHARES = (0.5, 0.9, 0.7, 0.3, 0.8, 0.6, 0.4)  # in the order in which they are measured
@@ -108,6 +109,7 @@ def truncated(dense: BertModel, rule: str, share: float, calibration: dict[str, 
 
 def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
     """Fill in every row of quality that is not there yet."""
+    commit = revision()["commit"]
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     dense = BertModel.from_pretrained(get_model_path(), attn_implementation="sdpa").eval()
     sentences, batch = held_out_sentences(data), calibration_batch(data, tokenizer)
@@ -132,6 +134,7 @@ def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
             "cosine": (embeddings * reference).sum(-1).mean().item(),
             "same neighbours": agreement(embeddings, reference),
             "seconds to truncate": seconds,
+            "commit": commit,
         }
         save()
         print(name, rows[name], flush=True)
@@ -139,6 +142,7 @@ def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
 
 def measure_latency(latency: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
     """Time one sentence and a batch of 32 for every share, in turns with the dense and the int8 model."""
+    commit = revision()["commit"]
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     dense = BertModel.from_pretrained(get_model_path(), attn_implementation="sdpa").eval()
     with warnings.catch_warnings():
@@ -166,6 +170,7 @@ def measure_latency(latency: dict[str, Any], data: Path, save: Callable[[], None
         seconds = interleave(cases, "cpu", rounds=40 if len(texts) == 1 else 15, warmup=3)
         latency[title] = {
             "batch": shape,
+            "commit": commit,
             **{
                 name: {
                     "milliseconds": 1000 * statistics.median(times),
@@ -181,9 +186,10 @@ def measure_latency(latency: dict[str, Any], data: Path, save: Callable[[], None
 def markdown(result: dict[str, Any]) -> str:
     """Both tables."""
     rows = sorted(result["rows"].values(), key=lambda row: -row["share"])
-    parts = [markdown_table(rows)]
+    parts = [markdown_table(without_origin(rows))]
     names = {name: None for title, part in result["latency"].items() if title != "int8 quality" for name in part}
     names.pop("batch", None)
+    names.pop("commit", None)
     lines = []
     for name in names:
         line: dict[str, Any] = {"model": name}
@@ -207,7 +213,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     def save() -> None:
         result["machine"] = machine("cpu")
-        write_json(RESULT, result)
+        write_result(RESULT, result)
         write_text(RESULT.with_suffix(".md"), markdown(result))
 
     if options.latency:

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.house.grids import run_once
 from benchmarks.house.machine import machine
-from hf_fnl.training.files import write_json
+from benchmarks.house.record import write_result
 
 RESULT = Path(__file__).parent / "results" / "phrases.json"
 
@@ -26,13 +26,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics = run_once(["run_scripts/train_translation.py", *flags.split()], run / "metrics.json")
     result = {
         "command": metrics["command"],
+        "commit": metrics["commit"],
         "machine": machine("cpu"),
         "minutes": metrics["seconds"] / 60,
         "parameters": metrics["parameters"]["total"],
         **metrics["test"],
     }
-    write_json(RESULT, result)
-    return result
+    return write_result(RESULT, result)
 
 
 if __name__ == "__main__":

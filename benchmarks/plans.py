@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.house.record import write_result
 from benchmarks.house.tables import markdown_table
 from hf_fnl.planning import ENGINES, GIB, Plan, Setup, facts_of, meta_model, plan, plan_of
-from hf_fnl.training.files import write_json, write_text
+from hf_fnl.training.files import write_text
 
 MODELS = ("bert-base", "bert-large", "gpt2-xl")
 GPUS = (8, 64, 1024)
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     held += [memory(model, "zero2", offload=True) for model in MODELS]
     costs = [row for form in RANKS for engine in ENGINES for row in scaling(engine, form)]
     for name, rows in {"plan_memory": held, "plan_bert_large": costs}.items():
-        write_json(out / f"{name}.json", {"command": command, "ranks": RANKS["factorized"], "rows": rows})
+        write_result(out / f"{name}.json", {"command": command, "ranks": RANKS["factorized"], "rows": rows})
         write_text(out / f"{name}.md", f"{markdown_table(rows)}\n\n`{command}`\n")
     return {"memory": held, "scaling": costs}
 

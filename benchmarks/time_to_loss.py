@@ -24,11 +24,11 @@ import torch
 
 from benchmarks.house.grids import run_once
 from benchmarks.house.machine import machine
+from benchmarks.house.record import write_result
 from benchmarks.house.tables import write_table
 from benchmarks.house.timing import interleave, ratio
 from hf_fnl.report.drawing import draw_png
 from hf_fnl.report.panels import PALETTE, Key, Line, Panel
-from hf_fnl.training.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "time_to_loss.json"
@@ -67,13 +67,13 @@ def slug(cell: str) -> str:
     return cell.lower().replace(",", "").replace(" ", "-")
 
 
-def train(cell: str, options: argparse.Namespace) -> tuple[Curve, str]:
-    """Train a cell, or go on with it; its losses on held-out articles by update, and the command."""
+def train(cell: str, options: argparse.Namespace) -> tuple[Curve, dict[str, Any]]:
+    """Train a cell, or go on with it; its losses on held-out articles by update, its command and commit."""
     run = options.runs / slug(cell)
     metrics = run_once(["run_scripts/pretrain_bert.py", *flags(cell, options, run)], run / "metrics.json")
     state = json.loads((run / "phase-1" / "trainer_state.json").read_text())
     curve = [(entry["step"], entry["eval_mlm_loss"]) for entry in state["log_history"] if "eval_mlm_loss" in entry]
-    return curve, metrics["command"]
+    return curve, {key: metrics[key] for key in ("command", "commit")}
 
 
 def update(cell: str, options: argparse.Namespace) -> Callable[[], object]:
@@ -157,13 +157,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     seconds = interleave({cell: update(cell, options) for cell in CELLS}, "cpu", rounds=25, warmup=3)
     rows: list[dict[str, Any]] = []
-    for cell, (curve, command) in trained.items():
+    for cell, (curve, origin) in trained.items():
         pace = median(seconds[cell])
         row = {"case": cell, "seconds_per_update": pace, "speed_of_an_update": ratio(seconds[REFERENCE], seconds[cell])}
         for loss in options.losses:
             updates = first_below(curve, loss)
             row |= {f"updates to {loss:g}": updates, f"minutes to {loss:g}": updates and updates * pace / 60}
-        rows.append(row | {"last_loss": curve[-1][1], "command": command})
+        rows.append(row | {"last_loss": curve[-1][1], **origin})
     curves = {cell: curve for cell, (curve, _) in trained.items()}
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.time_to_loss", *arguments]),
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "rows": rows,
         "curves": curves,
     }
-    write_json(RESULT, result)
+    result = write_result(RESULT, result)
     draw(rows, curves, RESULT.with_suffix(".png"))
     write_table(RESULT, rows, result["command"])
     return result

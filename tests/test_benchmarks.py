@@ -13,6 +13,7 @@ import benchmarks.gpu.suite as gpu_suite
 import benchmarks.house.against as against
 from benchmarks import time_to_loss
 from benchmarks.__main__ import main
+from benchmarks.house.record import revision
 from benchmarks.house.sweeps import Sweep, growth
 from benchmarks.house.tables import markdown_table, workload_tables
 from benchmarks.house.theme import Options, Theme, render
@@ -26,6 +27,7 @@ def test_a_theme_runs_and_writes_its_results(name, tmp_path):
     result = json.loads((tmp_path / f"{name}-cpu.json").read_text())
     assert result["complete"]
     assert result["command"] == f"python -m benchmarks {name} --device cpu --tiny"
+    assert result["commit"] == revision()["commit"]
     assert result["rows"]
     for row in result["rows"]:
         assert {"workload", "case"} <= row.keys()
@@ -175,7 +177,7 @@ def test_the_suite_goes_on_and_takes_less_of_what_did_not_end(stubs, tmp_path):
     failed = "failed, see breaks-cuda.log"
     slept = ["complete", failed, "out of time"]
     assert ended == [slept, slept, ["complete", failed, "complete"], ["complete", failed, "complete"]]
-    record = json.loads((stubs / "gpu_suite.json").read_text())
+    record = json.loads((stubs / "gpu_suite.json").read_text())["themes"]
     assert {name: entry["tried"] for name, entry in record.items()} == {"runs": 1, "breaks": 3, "sleeps": 3}
     assert json.loads((stubs / "sleeps-cuda.json").read_text())["rows"][0]["flags"] == ["--quick", "--no-sweeps"]
     assert [(row["theme"], row["reached"]) for row in summary["goals"]] == [("runs", True), ("sleeps", False)]

@@ -18,6 +18,7 @@ from benchmarks.experiments.metrics import measure
 from benchmarks.experiments.rows import SCALES, read_rows
 from benchmarks.experiments.runs import ROOT, Launch
 from benchmarks.house.grids import run_once
+from benchmarks.house.record import revision
 from hf_fnl.training.tasks.image_options import ImageOptions
 from hf_fnl.training.tasks.image_training import ImageTrainingArguments
 
@@ -168,6 +169,7 @@ def test_results_are_means_beside_the_published_numbers(table, run, tmp_path):
     }
     assert list(cell["seeds"]) == ["1", "2", "4"]
     assert cell["parameters"] == {"total": 77, "ratio": 0.25}
+    assert {seed["commit"] for seed in cell["seeds"].values()} == {result(tmp_path)["commit"]} == {revision()["commit"]}
     assert outcome["results"] == {"table9": result(tmp_path)}
     lines = (tmp_path / "out" / "table9.md").read_text().splitlines()
     assert "| Dense | birds_10 | 62.33 ± 1.53 | 94.30 ± 0.20 | 3 | 77 | 0.25 | 2.5 |" in lines

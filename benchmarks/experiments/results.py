@@ -12,11 +12,12 @@ import torch
 from benchmarks.experiments.metrics import measure
 from benchmarks.experiments.runs import Run, suffix
 from benchmarks.house.machine import machine
+from benchmarks.house.record import write_result
 from benchmarks.house.tables import markdown_table
-from hf_fnl.training.files import write_json, write_text
+from hf_fnl.training.files import write_text
 
 # Figures of a run that stand beside its metrics.
-_ALSO = ("eval_loss", "train_loss", "seconds_per_epoch", "seconds", "peak_memory_bytes", "command")
+_ALSO = ("eval_loss", "train_loss", "seconds_per_epoch", "seconds", "peak_memory_bytes", "command", "commit")
 
 
 def add_run(folder: Path, run: Run, found: dict[str, Any], command: str) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def add_run(folder: Path, run: Run, found: dict[str, Any], command: str) -> dict
     order = {column: number for number, column in enumerate(table.columns)}
     described = machine("cuda" if torch.cuda.is_available() else "cpu")
     result = {
+        **{key: result[key] for key in ("committed_in",) if key in result},  # of seeds without a commit of their own
         "title": table.title,
         "scale": run.scale,
         "source": table.source,
@@ -55,7 +57,7 @@ def add_run(folder: Path, run: Run, found: dict[str, Any], command: str) -> dict
         "machine": {name: value for name, value in described.items() if name != "threads"},  # this process's
         "cells": dict(sorted(cells.items(), key=lambda item: (item[0].split()[0], order.get(item[1]["column"], -1)))),
     }
-    write_json(path, result)
+    result = write_result(path, result)
     write_text(path.with_suffix(".md"), markdown(result))
     return result
 

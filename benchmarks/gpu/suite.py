@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.house.record import write_result
 from benchmarks.house.tables import markdown_table
 from benchmarks.house.theme import RESULTS
 from benchmarks.themes import NAMES
-from hf_fnl.training.files import write_json, write_text
+from hf_fnl.training.files import write_text
 
 logger = logging.getLogger("benchmarks")
 
@@ -74,8 +75,9 @@ class Suite:
     def record(self) -> dict[str, dict[str, Any]]:
         """How the runs of the themes ended, by theme."""
         path = self.out / "gpu_suite.json"
-        found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return found
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        themes: dict[str, dict[str, Any]] = found.get("themes", {})
+        return themes
 
     def run(self, name: str) -> bool:
         """Run a theme unless it is complete or was given up; says whether there was time to."""
@@ -95,7 +97,7 @@ class Suite:
         suite_ended = ending == OUT_OF_TIME and left < allowed
         seconds = time.monotonic() - started
         record[name] = {"ended": ending, "seconds": seconds, "tried": tried + (not suite_ended)}
-        write_json(self.out / "gpu_suite.json", record)
+        write_result(self.out / "gpu_suite.json", {"themes": record})
         logger.info("%s: %s after %.0f s", name, ending, seconds)
         return True
 

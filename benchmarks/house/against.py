@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.house.record import revision, write_result
 from benchmarks.house.tables import write_table
 from benchmarks.house.theme import Options
-from hf_fnl.training.files import write_json
 
 ROOT = Path(__file__).parents[2]
 TURNS = 4  # even, so that each goes first as often as the other
@@ -37,6 +37,7 @@ def compare_with(ref: str, name: str, options: Options) -> dict[str, Any]:
         RuntimeError: If git does not know ``ref``, or the theme does not run with one of the packages, for example
             because it uses what that did not have yet.
     """
+    started = revision()
     with tempfile.TemporaryDirectory() as folder:
         before = _overlay(ref, Path(folder) / "tree")
         runs: dict[str, list[list[dict[str, Any]]]] = {"before": [], "now": []}
@@ -45,9 +46,9 @@ def compare_with(ref: str, name: str, options: Options) -> dict[str, Any]:
             for key, tree in trees if turn % 2 == 0 else reversed(trees):
                 runs[key].append(_rows(tree, name, options, Path(folder) / f"{key}-{turn}"))
     command = shlex.join([*shlex.split(options.command), "--against", ref])
-    result = {"command": command, "rows": _joined(runs["before"], runs["now"])}
+    result = {"command": command, **started, "rows": _joined(runs["before"], runs["now"])}
     path = options.out / f"{name}-{options.device}-against.json"
-    write_json(path, result)
+    write_result(path, result)
     write_table(path, result["rows"], command)
     return result
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.house.machine import machine
+from benchmarks.house.record import revision, write_result
 from benchmarks.house.tables import write_table
-from hf_fnl.training.files import write_json
 
 
 def run_once(
@@ -29,7 +29,7 @@ def run_once(
         environment: Its variables; those of this process unless given.
 
     Returns:
-        The metrics, ``command``, and ``seconds`` and ``peak_memory_bytes`` over all parts in which it ran.
+        The metrics, ``command``, and ``commit``, ``seconds`` and ``peak_memory_bytes`` over all parts in which it ran.
 
     Raises:
         RuntimeError: If it failed, or ended without its metrics.
@@ -38,7 +38,7 @@ def run_once(
     if not done.exists():
         log = done.parent.with_name(f"{done.parent.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        started = time.time()
+        started, made_with = time.time(), revision()
         with log.open("a") as file:
             process = subprocess.Popen(
                 [sys.executable, *command],
@@ -51,14 +51,18 @@ def run_once(
             process.returncode = os.waitstatus_to_exitcode(status)  # or Popen takes it for running still
         earlier = json.loads(usage_file.read_text()) if usage_file.exists() else {"seconds": 0, "peak_memory_bytes": 0}
         spent = {
+            **made_with,
             "seconds": earlier["seconds"] + time.time() - started,
             "peak_memory_bytes": max(earlier["peak_memory_bytes"], usage.ru_maxrss * 1024),
         }
-        write_json(usage_file, spent)
+        if earlier.get("commit"):  # the commits of all parts
+            parts = [*earlier["commit"].split(", then "), made_with["commit"] or "unknown"]
+            spent["commit"] = ", then ".join(dict.fromkeys(parts))
+        write_result(usage_file, spent)
         if status != 0 or not done.exists():
             raise RuntimeError(f"{shlex.join(command)} failed; its output is in {log}")
     usage_found = json.loads(usage_file.read_text()) if usage_file.exists() else {}
-    return {"command": shlex.join(["python", *command]), **usage_found, **json.loads(done.read_text())}
+    return {"command": shlex.join(["python", *command]), "commit": None, **usage_found, **json.loads(done.read_text())}
 
 
 def add_cell(path: Path, name: str, cell: dict[str, Any], command: str) -> dict[str, Any]:
@@ -67,15 +71,16 @@ def add_cell(path: Path, name: str, cell: dict[str, Any], command: str) -> dict[
     Args:
         path: The JSON; what other cells wrote there stays.
         name: Of the cell.
-        cell: Its figures, and the commands that gave them, which the table leaves out.
+        cell: Its figures, and the commands and the ``commit`` that gave them, which the table leaves out.
         command: The command that runs the grid.
 
     Returns:
         All that the JSON holds.
     """
     result = json.loads(path.read_text()) if path.exists() else {}
-    result |= {"command": command, "machine": machine("cpu")}
+    result.pop("commit_unknown", None)
+    result |= {"command": command, "machine": machine("cpu"), **revision()}
     result["cells"] = {**result.get("cells", {}), name: cell}
-    write_json(path, result)
+    write_result(path, result)
     write_table(path, list(result["cells"].values()), command)
     return result

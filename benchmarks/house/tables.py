@@ -17,9 +17,13 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
-    """Write rows as Markdown beside their JSON, with the command; the commands that single rows hold are left out."""
-    shown = [{key: row[key] for key in row if not key.startswith("command")} for row in rows]
-    write_text(path.with_suffix(".md"), f"{markdown_table(shown)}\n\n`{command}`\n")
+    """Write rows as Markdown beside their JSON, with the command; those that single rows hold are left out."""
+    write_text(path.with_suffix(".md"), f"{markdown_table(without_origin(rows))}\n\n`{command}`\n")
+
+
+def without_origin(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows without their commands and commits, which tables do not show."""
+    return [{key: row[key] for key in row if not key.startswith(("command", "commit"))} for row in rows]
 
 
 def workload_tables(rows: Sequence[dict[str, Any]]) -> list[str]:

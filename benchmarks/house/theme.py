@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.house.machine import machine
+from benchmarks.house.record import revision, write_result
 from benchmarks.house.sweeps import Sweep, draw
 from benchmarks.house.tables import workload_tables
 from benchmarks.house.timing import Row
-from hf_fnl.training.files import write_json, write_text
+from hf_fnl.training.files import write_text
 
 T = TypeVar("T")
 RESULTS = Path("benchmarks/results")
@@ -80,6 +81,7 @@ class Theme:
         result: dict[str, Any] = {
             "theme": self.name,
             "command": " ".join([*variables, options.command]),
+            **revision(),
             "machine": machine(options.device),
             "rows": [],
             "sweeps": [],
@@ -97,7 +99,7 @@ class Theme:
 
     def _write(self, result: dict[str, Any], options: Options) -> None:
         path = options.out / f"{self.name}-{options.device}.json"
-        write_json(path, result)
+        write_result(path, result)
         if result["complete"]:
             render(path)
 

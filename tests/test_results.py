@@ -1,0 +1,116 @@
+"""Results say which commit made them: those that lie in the repository, and all that will be written."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+
+import pytest
+
+import benchmarks.house.grids as grids
+from benchmarks.house.grids import add_cell, run_once
+from benchmarks.house.record import ROOT, revision, write_result
+
+HASH = "[0-9a-f]{40}"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository of one commit, and what runs git in it."""
+
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+        command = ["git", *identity, "-C", str(tmp_path), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    for file in ("hf_fnl/a.py", "benchmarks/b.py", "benchmarks/results/r.json", "README.md"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    return tmp_path, git
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_every_result_names_the_commit_that_made_it_or_holds_it(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if "committed_in" in result:  # made before results recorded their commit: the first that has these figures
+        assert re.fullmatch(HASH, result["committed_in"])
+    elif result["commit"] is None:
+        assert result["commit_unknown"]
+    else:
+        assert re.fullmatch(f"{HASH}(-dirty)?", result["commit"])
+
+
+def test_nothing_but_the_record_writes_results():
+    writers = set()
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            dumps = isinstance(node, ast.Attribute) and node.attr == "dump" and ast.unparse(node.value) == "json"
+            if "write_json" in names or dumps:
+                writers.add(path.relative_to(ROOT).as_posix())
+    assert writers == {"benchmarks/house/record.py"}
+
+
+@pytest.mark.parametrize(
+    ("file", "mark"),
+    [
+        pytest.param(None, "", id="unchanged"),
+        pytest.param("hf_fnl/a.py", "-dirty", id="code"),
+        pytest.param("run_scripts/new.py", "-dirty", id="new-code"),
+        pytest.param("benchmarks/results/r.json", "", id="results"),
+        pytest.param("README.md", "", id="text"),
+    ],
+)
+def test_a_commit_is_marked_where_the_code_differs_from_it(checkout, file, mark):
+    root, git = checkout
+    if file:
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text("2")
+    assert revision(root) == {"commit": git("rev-parse", "HEAD") + mark}
+
+
+def test_outside_of_a_checkout_there_is_a_reason(tmp_path, monkeypatch, checkout):
+    root, _ = checkout
+    assert revision(root / "hf_fnl") == {"commit": None, "commit_unknown": "hf_fnl is no checkout of its own"}
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    (outside := tmp_path.parent / f"{tmp_path.name}-outside").mkdir()
+    found = revision(outside)
+    assert found["commit"] is None
+    assert "not a git repository" in found["commit_unknown"]
+    monkeypatch.setenv("PATH", str(outside))
+    assert revision(root) == {"commit": None, "commit_unknown": "git is not installed"}
+
+
+def test_a_result_is_written_with_its_commit_and_keeps_one_of_its_own(tmp_path):
+    path = tmp_path / "r.json"
+    assert write_result(path, {"figure": 3}) == {**revision(), "figure": 3}
+    assert write_result(path, {"commit": "abc", "figure": 3}) == {"commit": "abc", "figure": 3}
+    assert json.loads(path.read_text()) == {"commit": "abc", "figure": 3}
+
+
+def test_a_training_that_goes_on_after_another_commit_names_both(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(f"import pathlib, sys; p = pathlib.Path({str(tmp_path)!r}, 'run', 'metrics.json')\n")
+    commits = iter(["one", "two", "two"])
+    monkeypatch.setattr(grids, "revision", lambda: {"commit": next(commits)})
+    done = tmp_path / "run" / "metrics.json"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="failed"):
+            run_once([str(script)], done)
+    script.write_text(script.read_text() + "p.parent.mkdir(); p.write_text('{}')\n")
+    assert run_once([str(script)], done)["commit"] == "one, then two"
+    assert run_once([str(script)], done)["commit"] == "one, then two"  # not run again
+
+
+def test_cells_of_a_grid_keep_the_commits_that_trained_them(tmp_path):
+    path = tmp_path / "grid.json"
+    path.write_text(json.dumps({"committed_in": "0" * 40, "cells": {"old": {"loss": 3}}}))
+    result = add_cell(path, "new", {"loss": 2, "commit": "abc", "command": "c"}, "command")
+    assert result["cells"] == {"old": {"loss": 3}, "new": {"loss": 2, "commit": "abc", "command": "c"}}
+    assert (result["committed_in"], result["commit"]) == ("0" * 40, revision()["commit"])
+    assert path.with_suffix(".md").read_text() == "| loss |\n| --- |\n| 3 |\n| 2 |\n\n`command`\n"
