@@ -22,6 +22,7 @@ FLOORS = [
         "vocabulary_loss",
         "choose",
         "processes",
+        "hub",
     },
     {"layers", "do_conv"},
     {"products", "calibration", "surgery", "ranks"},

@@ -84,6 +84,7 @@ def test_a_hub_id_is_asked_of_datasets(monkeypatch):
         asked.append((*args, *kwargs.items()))
         return datasets.Dataset.from_list([{"translation": record} for record in RECORDS])
 
+    monkeypatch.setattr("hf_fnl.hub.HfApi.repo_info", lambda *_, **__: None)  # it has one of this name
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_pairs("some/pairs", split="test", name="de-en", limit=2).to_list() == EXPECTED[:2]
     assert asked == [("some/pairs", "de-en", ("split", "test"))]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from hf_fnl.hub import check_source
 from hf_fnl.processes import together
 from hf_fnl.training.tasks.document_shards import DocumentShards
 from hf_fnl.training.tasks.embedded import embedded_documents
@@ -162,6 +163,7 @@ def _load(
     if source == "embedded":
         documents, first = _embedded(streaming)
     elif isinstance(source, str) and not looks_like_path(source):
+        check_source(source, "dataset")
         documents = datasets.load_dataset(source, name, split=split, streaming=streaming)
         first = next(iter(documents), None)
     else:

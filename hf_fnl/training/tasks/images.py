@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from hf_fnl.hub import check_source
 from hf_fnl.training.tasks.documents import looks_like_path
 
 SHUFFLE_SEED = 0
@@ -189,6 +190,7 @@ def _load(source: str | Path, split: str, name: str | None) -> datasets.Dataset:
     if source == "digits":
         return embedded_digits(split)
     if isinstance(source, str) and not looks_like_path(source):
+        check_source(source, "dataset")
         return datasets.load_dataset(source, name, split=split)
     path = Path(source).expanduser()
     if not path.exists():

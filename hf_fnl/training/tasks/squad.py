@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
+from hf_fnl.hub import check_source
 from hf_fnl.training.metrics.squad_predictions import (
     SquadPredictions,
     is_version_2,
@@ -119,6 +120,7 @@ def load_squad(source: str | os.PathLike[str], *, split: str, limit: int | None 
     elif name.endswith(".json") or Path(name).is_file():
         examples = _from_official(_read_json(Path(name)), name)
     else:
+        check_source(name, "dataset")
         examples = load_dataset(name, split=split)
         if missing := SQUAD_FEATURES.keys() - set(examples.column_names):
             raise ValueError(f"{name} has no column {sorted(missing)}; its columns are {examples.column_names}")

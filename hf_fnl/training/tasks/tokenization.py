@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
+from hf_fnl.hub import check_source
 from hf_fnl.training.tasks.documents import looks_like_path
 
 
@@ -20,10 +21,11 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         The tokenizer.
 
     Raises:
-        FileNotFoundError: If the folder does not exist or holds no tokenizer.
+        FileNotFoundError: If the folder does not exist or holds no tokenizer, or the Hub has none of this name.
     """
     folder = Path(source).expanduser()
     if isinstance(source, str) and not looks_like_path(source):
+        check_source(source)
         return AutoTokenizer.from_pretrained(source)
 
     def holds(*names: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from hf_fnl.hub import check_source
 from hf_fnl.training.tasks.documents import SPLIT_WORDS, SUFFIXES, looks_like_path
 from hf_fnl.training.tasks.phrases import embedded_phrases
 
@@ -49,6 +50,7 @@ def load_pairs(
     if paths == ["embedded"]:
         pairs = datasets.Dataset.from_dict(embedded_phrases(split, languages=languages))
     elif len(paths) == 1 and isinstance(paths[0], str) and not looks_like_path(paths[0]):
+        check_source(paths[0], "dataset")
         pairs = _two_columns(datasets.load_dataset(paths[0], name, split=split), languages, paths[0])
     else:
         pairs = _read_paths([Path(path).expanduser() for path in paths], languages, split)
