@@ -11,6 +11,7 @@ import transformers
 from family import no_decompositions
 from safetensors.torch import load_file, save_file
 from surgery_cases import ALL_KINDS, ARCHITECTURES
+from torch import nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertModel, PreTrainedModel, Trainer
 
@@ -70,7 +71,7 @@ def test_it_is_an_ordinary_model(folder, tmp_path):
     assert not loaded.is_quantized
     assert not hasattr(loaded, "quantization_method")
     assert not hasattr(loaded.config, "_is_quantized")
-    assert isinstance(loaded.config.quantization_config, dict)
+    assert loaded.config.quantization_config["quant_method"] == "hf_fnl"
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert {p.dtype for p in loaded.half().float().parameters()} == {torch.float32}
     loaded.save_pretrained(tmp_path / "again")
@@ -215,12 +216,16 @@ def test_a_record_that_is_wrong_is_named(folder, change, message):
         load(folder)
 
 
-def test_a_dense_weight_where_the_record_has_factors_is_named(folder, model):
+@pytest.mark.parametrize("read", [load, AutoModelForMaskedLM.from_pretrained], ids=["load", "auto"])
+def test_a_dense_weight_where_the_record_has_factors_stays_dense(folder, model, read):
     weights = load_file(folder / "model.safetensors")
     weights[f"{LAYER}.weight"] = weights.pop(f"{LAYER}.U") @ weights.pop(f"{LAYER}.V").mT
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"checkpoint holds {LAYER}.weight where the model holds {LAYER}\.[UV]"):
-        load(folder)
+    loaded = read(folder)
+    assert type(loaded.get_submodule(LAYER)) is nn.Linear
+    assert torch.equal(loaded.get_submodule(LAYER).weight, weights[f"{LAYER}.weight"])
+    assert LAYER not in loaded.config.quantization_config["layers"]
+    assert_close(loaded(**CASE.batch()).logits, model(**CASE.batch()).logits)
 
 
 @pytest.mark.parametrize("size", [7, 400, -100], ids=["header", "middle-of-header", "end"])

@@ -108,7 +108,7 @@ def test_layers_are_chosen_by_kind_name_and_class(options, expected):
 
 def test_what_is_passed_over_is_told_with_the_reason():
     done = factorize_(mixed(), FactorizationConfig(rank=2, kinds=ALL_KINDS))
-    assert list(done.skipped) == ["1", "6"]
+    assert list(done.skipped) == ["1", "3", "6"]
     assert "depthwise" in done.skipped["1"]
     assert "max_norm" in done.skipped["6"]
     assert "6: dense, an embedding with max_norm" in str(done)

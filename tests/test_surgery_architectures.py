@@ -39,7 +39,8 @@ def test_full_rank_computes_the_same_and_merges_to_the_stock_model(case: Archite
     model = case.build()
     dense, expected = copy.deepcopy(model), outputs(model, case)
     done = factorize_(model, EVERYTHING)
-    assert not done.skipped
+    # OPT's table of positions is looked up at an offset.
+    assert list(done.skipped) == (["model.decoder.embed_positions"] if case.model == "OPTForCausalLM" else [])
     assert not any(type(m) in (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d) for m in model.modules())
     assert_close(outputs(model, case), expected, rtol=1e-4, atol=2e-5)
     merged = merge_(model)

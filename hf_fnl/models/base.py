@@ -33,7 +33,7 @@ from hf_fnl.models.loading import check_files, load_checked
 from hf_fnl.models.recording import meta_parameters
 from hf_fnl.models.sharded_init import make_partitioned
 from hf_fnl.models.splitting import split_later, splitting_together
-from hf_fnl.surgery.swap import check_whole
+from hf_fnl.surgery.swap import check_present
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -165,7 +165,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         """
         if not isinstance(dense, PreTrainedModel):
             dense = load_checked(cls.dense_class.from_pretrained, dense)
-        check_whole(dense, f"{cls.__name__}.from_dense")
+        check_present(dense, f"{cls.__name__}.from_dense")
         cls._check_source(dense)
         if unknown := sorted(set(ranks) - set(cls.config_class.rank_options())):
             options = ", ".join(cls.config_class.rank_options())
@@ -228,7 +228,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             A model of ``dense_class`` on the same device, in the same dtype and mode. It can be saved, loaded and
             deployed without ``hf_fnl``.
         """
-        check_whole(self, "merge")
+        check_present(self, "merge")
         with init.no_init_weights():
             dense = self.dense_class(self.config.to_dense())
         dense.to(device=self.device, dtype=self.dtype)

@@ -8,12 +8,13 @@ What comes back is no quantized model but an ordinary one, which trains, casts a
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import (
@@ -23,35 +24,28 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import hf_fnl.models
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import init_factors
 from hf_fnl.models.division import partition_
 from hf_fnl.models.loading import load_checked
-from hf_fnl.surgery import QUANT_METHOD, restore_
+from hf_fnl.surgery.record import QUANT_METHOD, Layers, SurgeryConfig, models_in, update_records_
+from hf_fnl.surgery.restore import empty_layers
+from hf_fnl.surgery.swap import swap_
 
+_FIRST_FACTORS = ("U", "out_core")  # the name of one factor of every factorized layer
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-class SurgeryConfig(QuantizationConfigMixin):
-    """The record of surgery as it stands in ``config.json``.
-
-    Args:
-        layers: Rank, and scheme of a convolution, by the name of the layer.
-        quant_method: Name of the method, ``"hf_fnl"``.
-    """
-
-    def __init__(self, layers: Mapping[str, Mapping[str, Any]], quant_method: str = QUANT_METHOD) -> None:
-        self.layers, self.quant_method = layers, quant_method
 
 
 class SurgeryLoader(HfQuantizer):
     """Puts factorized layers into a model before its weights are loaded."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        restore_(model, self.quantization_config.to_dict())
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        layers = _without_dense(self.quantization_config.layers, checkpoint_files or ())
+        swap_(model, empty_layers(model, layers), models_in(model))
 
     @torch.no_grad()
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -59,10 +53,8 @@ class SurgeryLoader(HfQuantizer):
         for layer in model.modules():
             if isinstance(layer, Factorized):
                 init_factors(layer, getattr(model.config, "initializer_range", 0.02))
-        record = getattr(model.config, "quantization_config", None)
         self.remove_quantization_config(model)
-        if record is not None:
-            model.config.quantization_config = record
+        update_records_([model])
         if is_deepspeed_zero3_enabled():
             partition_(model)
 
@@ -74,6 +66,22 @@ class SurgeryLoader(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether the model can be trained."""
         return True
+
+
+def _without_dense(layers: Layers, files: Sequence[str | os.PathLike]) -> Layers:
+    """The layers of a record without those that weight files hold as dense ones.
+
+    A dense model that was made from the configuration of a factorized one has that one's record.
+    """
+    names: set[str] = set()
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            return layers
+        with safe_open(file, framework="pt") as weights:
+            names.update(weights.keys())
+    if names and not any(name.rpartition(".")[2] in _FIRST_FACTORS for name in names):
+        return {}  # whatever the names of the layers are in the files of this architecture
+    return {name: record for name, record in layers.items() if f"{name}.weight" not in names}
 
 
 # A second import, as in a notebook, finds the method registered.

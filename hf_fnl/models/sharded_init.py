@@ -18,7 +18,7 @@ from hf_fnl.layers.whole import whole_shape
 from hf_fnl.models.division import holders, partition_, write_
 from hf_fnl.models.draws import Draws, Group, matrix_cost
 from hf_fnl.processes import process
-from hf_fnl.surgery.swap import layer_record
+from hf_fnl.surgery.record import layer_record
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Factorize = Callable[[PreTrainedModel], object]

@@ -18,16 +18,18 @@ from hf_fnl.config import FactorizationConfig
 from hf_fnl.functional import kept_energy
 from hf_fnl.layers import Factorized, FactorizedLinear, FactorizedMatrix, TensorizedConv2d
 from hf_fnl.ranks import Candidate, choose_ranks
-from hf_fnl.surgery.select import Target, empty_successor, layer_options, select, split, successor_of
-from hf_fnl.surgery.swap import (
-    QUANT_METHOD,
-    check_not_quantized,
-    check_whole,
-    layer_record,
-    share_factors_,
-    swap_,
-    unwrapped,
+from hf_fnl.surgery.record import QUANT_METHOD, layer_record
+from hf_fnl.surgery.select import (
+    Target,
+    by_reason,
+    empty_successor,
+    layer_options,
+    listed,
+    select,
+    split,
+    successor_of,
 )
+from hf_fnl.surgery.swap import check_not_quantized, check_present, share_factors_, swap_and_record_, unwrapped
 from hf_fnl.truncation import linear_energies
 
 
@@ -73,7 +75,8 @@ class Factorization:
 
     Args:
         replacements: One for each weight that became a product.
-        skipped: Layers that were meant and stayed dense, with the reason.
+        skipped: The reason why it stayed dense, for each weight that looks like a matrix and that the patterns of the
+            configuration name: by the name of its layer, or its own where it is no layer's weight.
     """
 
     replacements: tuple[Replacement, ...]
@@ -89,6 +92,10 @@ class Factorization:
         """Parameters of these products."""
         return sum(replacement.parameters_after for replacement in self.replacements)
 
+    def skipped_by_reason(self) -> dict[str, list[str]]:
+        """The names in ``skipped``, by the reason."""
+        return by_reason(self.skipped)
+
     def to_dict(self) -> dict[str, Any]:
         """What :func:`~hf_fnl.surgery.restore_` needs, ready for JSON."""
         layers = {name: dict(r.record) for r in self.replacements for name in (r.name, *r.tied)}
@@ -97,7 +104,7 @@ class Factorization:
     def __str__(self) -> str:
         before, after = self.parameters_before, self.parameters_after
         head = f"{len(self.replacements)} products, {before:,} -> {after:,} parameters ({after / before:.1%})"
-        skipped = [f"{name}: dense, {reason}" for name, reason in self.skipped.items()]
+        skipped = [f"{listed(names)}: dense, {reason}" for reason, names in self.skipped_by_reason().items()]
         return "\n  ".join([head, *map(str, self.replacements), *skipped])
 
 
@@ -112,8 +119,13 @@ def factorize_(
     be factorized (a depthwise convolution, an embedding with ``max_norm``) the result tells why it was skipped. On the
     meta device only shapes change. If anything fails, the model is as it was.
 
-    A Transformers model saves and loads afterwards as before, wherever ``hf_fnl`` is imported: its configuration
-    records the factorization. For another model the caller keeps ``to_dict()`` of the result::
+    Only layers of the stock classes are taken, or of classes derived from them with the same forward pass. Hooks and
+    attributes of a layer go over to the one that takes its place. One that holds more than that (a parametrization,
+    hooks for its weight's gradient, a forward of its own) is not taken.
+
+    A Transformers model saves and loads afterwards as before, wherever ``hf_fnl`` is imported: its configuration, which
+    is then no other model's, lists the layers that are factorized when it is saved. This holds for each such model
+    inside ``model`` and around it. For another model the caller keeps ``to_dict()`` of the result::
 
         record = factorize_(model, FactorizationConfig(ratio=0.5)).to_dict()
         safetensors.torch.save_model(model, "model.safetensors")
@@ -133,11 +145,11 @@ def factorize_(
     Raises:
         ValueError: If nothing matches, a layer that a pattern other than ``"*"`` names cannot be factorized, a rank is
             above a layer's, a rule cannot be met, a weight is not finite or, where values are needed, on the meta
-            device, or the model is quantized by another method or divided among processes.
+            device, or the model is quantized by another method, divided among processes or offloaded.
     """
     model = unwrapped(model)
     check_not_quantized(model)
-    check_whole(model, "factorize_")
+    check_present(model, "factorize_")
     if calibration is not None and config.init != "spectral":
         raise ValueError(f"calibration cuts trained weights and needs init='spectral', got {config.init!r}")
     targets, skipped = select(model, config)
@@ -151,7 +163,7 @@ def factorize_(
         layer.train(dense.training)  # calibration made it while the model was in evaluation mode
         if calibration is not None and getattr(dense, "bias", None) is not None:
             dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
-    swap_(model, successors)
+    swap_and_record_(model, successors)
     return Factorization(replacements, skipped)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_fnl.layers import Factorized
+from hf_fnl.surgery.record import layer_record, models_in
 from hf_fnl.surgery.select import empty_successor, successor_of, weights
-from hf_fnl.surgery.swap import layer_record, share_factors_, swap_, unwrapped
+from hf_fnl.surgery.swap import check_present, share_factors_, swap_and_record_, unwrapped, what_hangs_on
 
 
 @torch.no_grad()
@@ -24,7 +25,8 @@ def merge_(model: nn.Module) -> list[str]:
         Names of the layers that are plain now.
 
     Raises:
-        ValueError: If there is no factorized layer, or the model is of a class of ours, which has ``merge()``.
+        ValueError: If there is no factorized layer, the model is of a class of ours, which has ``merge()``, or is
+            offloaded or divided among processes, or something would be lost with a factorized layer.
     """
     model = unwrapped(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
@@ -33,21 +35,25 @@ def merge_(model: nn.Module) -> list[str]:
         raise ValueError(f"{type(model).__name__} holds no factorized layer that could be merged{remedy}")
     if callable(getattr(model, "merge", None)):
         raise ValueError(f"a {type(model).__name__} is factorized by its class; merge() returns the stock model")
+    check_present(model, "merge_")
+    for name, layer in layers.items():
+        if reason := what_hangs_on(layer):
+            raise ValueError(f"{name} cannot be merged: {reason}")
     weight_of: dict[Tensor, nn.Parameter] = {}
     successors: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         dense = layer.to_dense()
         dense.weight = weight_of.setdefault(layer.factors()[0], dense.get_parameter("weight"))
         successors[layer] = dense
-    swap_(model, successors)
+    swap_and_record_(model, successors)
     return list(layers)
 
 
 def restore_(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Put empty factorized layers into a freshly built model, in place, before its weights are loaded.
 
-    Nothing is drawn or decomposed. A name in the record may have the prefix of a model's backbone too many, or lack it,
-    as between a backbone and a model with a head; layers that the model does not have are passed over.
+    Nothing is drawn or decomposed. A name in the record may have the path to a model inside of another too many, or
+    lack it, as between a backbone and a model with a head; layers that the model does not have are passed over.
 
     Args:
         model: The dense model, on the meta device or not.
@@ -57,10 +63,14 @@ def restore_(model: nn.Module, record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If the record does not fit the model.
     """
+    swap_and_record_(model, empty_layers(model, record["layers"]))
+
+
+def empty_layers(model: nn.Module, record: Mapping[str, Mapping[str, Any]]) -> dict[nn.Module, nn.Module]:
+    """The factorized layers that a record says, not set yet, by the dense ones in whose places they belong."""
     ties = getattr(model, "all_tied_weights_keys", {})
-    find = _finder(model)
-    entries = {layer: (name, entry) for name, entry in record["layers"].items() if (layer := find(name)) is not None}
-    for holders in weights(model, ties):
+    entries = {layer: (name, record[name]) for name, layer in _found(model, record).items()}
+    for holders in weights(model, ties).values():
         layers = [layer for layer in holders.values() if layer is not None]
         if named := [entries[layer] for layer in layers if layer in entries]:
             entries |= {layer: entries.get(layer, named[0]) for layer in layers}
@@ -71,23 +81,41 @@ def restore_(model: nn.Module, record: Mapping[str, Any]) -> None:
             continue
         layer = _empty_layer(dense, name, entry)
         successors[dense] = share_factors_(layer, first.setdefault(dense.get_parameter("weight"), layer))
-    swap_(model, successors)
+    return successors
 
 
-def _finder(model: nn.Module) -> Callable[[str], nn.Module | None]:
-    """Finds the module of a name, with or without the prefix of the backbone."""
+def _found(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules of a model that names mean, which may have a path too many or lack the one to an inner model."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    backbone = f"{getattr(model, 'base_model_prefix', '')}."
+    inner = set(models_in(model)[1:])
+    paths = [backbone, *(f"{name}." for name, module in modules.items() if module in inner)]
 
-    def find(name: str) -> nn.Module | None:
-        return next((modules[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in modules), None)
+    def find(path: str) -> dict[str, nn.Module]:
+        """The modules of the names that begin with a path, by what follows it."""
+        found = {}
+        for name in (name for name in names if name.startswith(path)):
+            tail = name.removeprefix(path)
+            candidates = (tail, backbone + tail, tail.removeprefix(backbone), *(inside + tail for inside in paths))
+            if (match := next((n for n in candidates if n in modules), None)) is not None:
+                found[name] = modules[match]
+        return found
 
-    return find
+    # The record of a model around this one: all names that lead through one module mean layers of this one.
+    leading = {name[: end + 1]: None for name in names for end, letter in enumerate(name) if letter == "."}
+    found = find("")
+    for path in leading:
+        below = find(path)
+        if len(below) > len(found) and len(below) == sum(name.startswith(path) for name in names):
+            found = found | below
+    return found
 
 
 def _empty_layer(dense: nn.Module, name: str, entry: Mapping[str, Any]) -> Factorized:
     if successor_of(type(dense)) is None:
         raise ValueError(f"the record of {name} says {dict(entry)}, where the model has a {type(dense).__name__}")
+    if reason := what_hangs_on(dense):
+        raise ValueError(f"{name} cannot be factorized: {reason}")
     try:
         return empty_successor(dense, **entry)
     except (TypeError, ValueError) as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +17,8 @@ from hf_fnl.config import TENSOR_SCHEMES, FactorizationConfig
 from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.layers.linear import dense_weight
+from hf_fnl.surgery.record import models_with
+from hf_fnl.surgery.swap import is_read_by_its_parent, weight_obstacle, what_hangs_on
 
 Successor = type[FactorizedLinear] | type[FactorizedEmbedding] | type[FactorizedConv2d] | type[TensorizedConv2d]
 
@@ -27,9 +30,25 @@ SUCCESSORS: dict[type[nn.Module], Successor] = {
 }
 
 
+def stock_class(dense: type[nn.Module]) -> type[nn.Module] | None:
+    """The stock class that a class is or is derived from, whether or not it computes the same."""
+    return next((stock for stock in SUCCESSORS if issubclass(dense, stock)), None)
+
+
+def computes_otherwise(dense: type[nn.Module]) -> bool:
+    """Whether a class derived from a stock class has a forward pass of its own."""
+    stock = stock_class(dense) or nn.Module
+    methods = ("forward", "_conv_forward", "__call__", "__getattr__")
+    return any(getattr(dense, name, None) is not getattr(stock, name, None) for name in methods)
+
+
 def successor_of(dense: type[nn.Module], scheme: str = "spatial") -> Successor | None:
-    """The factorized class that takes the place of a dense one; ``scheme`` says how kernels are factorized."""
-    ours = next((ours for stock, ours in SUCCESSORS.items() if issubclass(dense, stock)), None)
+    """The factorized class that takes the place of a dense one; ``scheme`` says how kernels are factorized.
+
+    ``None`` for a class that computes otherwise than the stock one that it is derived from.
+    """
+    stock = stock_class(dense)
+    ours = None if stock is None or computes_otherwise(dense) else SUCCESSORS[stock]
     return TensorizedConv2d if ours is FactorizedConv2d and scheme in TENSOR_SCHEMES else ours
 
 
@@ -122,29 +141,33 @@ def select(model: nn.Module, config: FactorizationConfig) -> tuple[list[Target],
     """The layers that a configuration means.
 
     Returns:
-        The targets, and for each layer that only ``"*"`` names and that is passed over the reason.
+        The targets, and for all else that looks like a matrix and that the patterns name the reason why it stays dense:
+        by the name of the layer, or of the parameter where that is no layer's weight.
 
     Raises:
         ValueError: If nothing is left, or a layer that a pattern other than ``"*"`` names cannot be factorized.
     """
     classes = tuple(config.classes) or tuple(stock for stock, ours in SUCCESSORS.items() if ours.kind in config.kinds)
-    if unknown := [cls.__name__ for cls in classes if successor_of(cls) is None]:
-        known = ", ".join(cls.__name__ for cls in SUCCESSORS)
-        raise ValueError(f"classes must be {known} or subclasses of these, got {', '.join(unknown)}")
+    _check_classes(classes)
     by_name = replace(config, include=[pattern for pattern in config.include if pattern != "*"])
     outputs = _output_embeddings(model)
+    outside = _parameters_around(model)
     wants_embeddings = any(issubclass(cls, nn.Embedding) for cls in classes)
-    targets, skipped = [], {}
-    for weight in weights(model):
-        chosen = [name for name, layer in weight.items() if type(layer) in classes and config.names(name)]
+    targets: list[Target] = []
+    skipped: dict[str, str] = {}
+    for weight, holders in weights(model).items():
+        chosen = [name for name, layer in holders.items() if type(layer) in classes and config.names(name)]
         if not chosen:
+            skipped |= _not_chosen(model, weight, holders, config)
             continue
-        is_output = any(layer in outputs or isinstance(layer, nn.Embedding) for layer in weight.values())
-        reason = _obstacle(weight, config)
+        is_output = any(layer in outputs or isinstance(layer, nn.Embedding) for layer in holders.values())
+        reason = _obstacle(model, holders, config)
+        if reason is None and weight in outside:
+            reason = f"its weight is also {outside[weight]}, outside of what is factorized: hand over what holds both"
         if reason is None and is_output and not wants_embeddings and not any(map(by_name.names, chosen)):
             reason = "it is the output embedding: add 'embedding' to kinds, or its name to include"
         if reason is None:
-            targets.append(Target(_first_names(weight), config.conv_scheme))
+            targets.append(Target(_first_names(holders), config.conv_scheme))
         elif named := [name for name in chosen if by_name.names(name)]:
             raise ValueError(f"{named[0]} cannot be factorized: {reason}")
         else:
@@ -154,13 +177,63 @@ def select(model: nn.Module, config: FactorizationConfig) -> tuple[list[Target],
     return targets, skipped
 
 
+def _check_classes(classes: Iterable[type]) -> None:
+    if unknown := [cls.__name__ for cls in classes if stock_class(cls) is None]:
+        known = ", ".join(cls.__name__ for cls in SUCCESSORS)
+        raise ValueError(f"classes must be {known} or subclasses of these, got {', '.join(unknown)}")
+    if own := [cls for cls in classes if computes_otherwise(cls)]:
+        stock = stock_class(own[0])
+        raise ValueError(
+            f"classes must compute what the class does that they are derived from, but {own[0].__name__} has a forward "
+            f"of its own, which is not that of {stock and stock.__name__}"
+        )
+
+
+def _not_chosen(model: nn.Module, weight: Tensor, holders: Holders, config: FactorizationConfig) -> dict[str, str]:
+    """Why a weight that looks like a matrix, and that the patterns name, is none of a class that is meant."""
+    if not is_lazy(weight) and (sum(size > 1 for size in weight.shape) < 2 or weight.shape[0] == 1):
+        return {}  # a vector, or a table that is added to every example
+    name, layer = next(iter(holders.items()))
+    attribute = "weight"
+    if layer is None:
+        path, parametrization, _ = name.partition(".parametrizations.")
+        owner, _, attribute = name.rpartition(".")
+        owner = path if parametrization else owner
+        layer = model.get_submodule(owner)
+        is_layer = stock_class(type(layer)) is not None
+        if isinstance(layer, Factorized) or (is_layer and layer._parameters.get("weight", weight) is not weight):
+            return {}
+        if parametrization or attribute == "weight" or is_layer:
+            name = owner
+    return {name: _why_not(layer, weight, attribute)} if config.names(name) else {}
+
+
+def _why_not(layer: nn.Module, weight: Tensor, attribute: str) -> str:
+    """Why a weight is none of a class that is meant; ``attribute`` is the name by which its layer holds it."""
+    kind, stock = type(layer).__name__, stock_class(type(layer))
+    if is_lazy(weight):
+        return "it gets its shape in the first forward pass: run the model once"
+    if hasattr(layer, "parametrizations"):
+        return "it is parametrized, as by torch.nn.utils.parametrizations"
+    if stock is None:
+        known = ", ".join(cls.__name__ for cls in SUCCESSORS)
+        return f"it belongs to a {kind}, and only weights of {known} are factorized"
+    if computes_otherwise(type(layer)):
+        return f"a {kind} does not compute what a {stock.__name__} does"
+    if attribute != "weight":
+        return f"its weight is computed from {attribute}"
+    if type(layer) is stock:
+        return f"kind {SUCCESSORS[stock].kind!r} was not asked for"
+    if is_read_by_its_parent(layer):
+        return _READ_BY_ITS_PARENT
+    return f"it is a {kind}, which is not {stock.__name__} itself: add the class to classes"
+
+
 Holders = dict[str, nn.Module | None]
 
 
-def weights(model: nn.Module, ties: Mapping[str, str] | None = None) -> list[Holders]:
-    """For each parameter of a model that is the weight of a dense layer, all that hold it, by name.
-
-    What holds it otherwise than a dense layer its weight is listed by the name of the parameter, with ``None``.
+def weights(model: nn.Module, ties: Mapping[str, str] | None = None) -> dict[Tensor, Holders]:
+    """For each parameter of a model all that hold it, by name: the layers whose weight it is, and ``None`` for others.
 
     Args:
         model: Any model.
@@ -177,7 +250,19 @@ def weights(model: nn.Module, ties: Mapping[str, str] | None = None) -> list[Hol
             weight[holder] = modules[holder]
         else:
             weight[name] = None
-    return [weight for weight in found.values() if any(weight.values())]
+    return found
+
+
+def _parameters_around(model: nn.Module) -> dict[Tensor, str]:
+    """The parameters of Transformers models around a module that are outside of it, by name."""
+    inside = set(model.modules())
+    return {
+        parameter: f"{name}.{attribute}"
+        for around in models_with(model)
+        for name, module in around.named_modules()
+        if module not in inside
+        for attribute, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def _first_names(weight: Holders) -> dict[str, nn.Module]:
@@ -194,44 +279,69 @@ def _output_embeddings(model: nn.Module) -> set[nn.Module]:
     return {output for output in (m.get_output_embeddings() for m in models) if output is not None}
 
 
-def _obstacle(weight: Holders, config: FactorizationConfig) -> str | None:
+_READ_BY_ITS_PARENT = "torch's MultiheadAttention reads its weight and does not call it"
+
+
+def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -> str | None:
     """Why layers that share a weight cannot be factorized together, if they cannot."""
-    for name, layer in weight.items():
+    for name, layer in holders.items():
         if layer is None:
-            return f"its weight is also {name}, which is not the weight of a layer that can be factorized"
+            return f"its weight is also {name}, which is not the weight of a layer that can be factorized" + (
+                _class_that_differs(model, name)
+            )
         if not name:
             return "it is the model itself; use the from_dense of its factorized class"
         if not replace(config, include=("*",)).names(name):
             return f"its weight is also that of {name}, which is excluded"
-        if not layer.get_parameter("weight").is_floating_point():
-            return "its weight is not of floating point"
-    if len({isinstance(layer, Conv1D) for layer in weight.values()}) > 1:
-        return f"{' and '.join(weight)} share a weight that one of them holds transposed"
+        if is_read_by_its_parent(layer):
+            return _READ_BY_ITS_PARENT
+        if name.rpartition(".")[2] == "_orig_mod":
+            return "torch.compile wraps this layer alone: compile the model afterwards"
+        if reason := weight_obstacle(layer.get_parameter("weight")) or what_hangs_on(layer):
+            return reason
+    if len({isinstance(layer, Conv1D) for layer in holders.values()}) > 1:
+        return f"{' and '.join(holders)} share a weight that one of them holds transposed"
     try:
         # Costs nothing at rank 1, and the layer knows best what it can stand for.
-        for layer in _first_names(weight).values():
+        for layer in _first_names(holders).values():
             empty_successor(layer, 1, scheme=config.conv_scheme)
     except ValueError as error:
         return str(error)
     return None
 
 
+def _class_that_differs(model: nn.Module, name: str) -> str:
+    holder = type(model.get_submodule(name.rpartition(".")[0]))
+    stock = stock_class(holder)
+    return "" if stock is None else f": a {holder.__name__} does not compute what a {stock.__name__} does"
+
+
+def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names of layers that stay dense, by the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
 def _nothing_selected(model: nn.Module, config: FactorizationConfig, skipped: Mapping[str, str]) -> str:
     wanted = {"classes": [cls.__name__ for cls in config.classes]} if config.classes else {"kinds": config.kinds}
     wanted |= {"include": config.include, "exclude": config.exclude}
-    asked = ", ".join(f"{option}={_listed(values)}" for option, values in wanted.items() if values)
+    asked = ", ".join(f"{option}={listed(values)}" for option, values in wanted.items() if values)
     present: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, Factorized):
             present["factorized already"].append(name)
         elif (ours := successor_of(type(module))) is not None:
             present[f"{ours.kind} ({type(module).__name__})"].append(name)
-    has = "; ".join(f"{kind}: {_listed(names)}" for kind, names in present.items())
-    passed_over = "".join(f". {name} was passed over: {reason}" for name, reason in skipped.items())
+    has = "; ".join(f"{kind}: {listed(names)}" for kind, names in present.items())
+    reasons = by_reason(skipped)
+    passed_over = "".join(f". Passed over were {listed(names)}: {reason}" for reason, names in reasons.items())
     return f"no layer of {type(model).__name__} matches {asked}. It has {has or 'no layer to factorize'}{passed_over}"
 
 
-def _listed(names: Iterable[str], limit: int = 4) -> str:
+def listed(names: Iterable[str], limit: int = 4) -> str:
+    """Names for a message: the first ones, and how many there are."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,18 +1,42 @@
-"""Exchanging layers of a model in place, with everything that names them: ties, and the record in its configuration."""
+"""Exchanging layers of a model in place, with all that names them or hangs on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedMatrix, TensorizedConv2d
+from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.layers.whole import is_partitioned
+from hf_fnl.surgery.record import QUANT_METHOD, method_of, models_with, update_records_
 
-QUANT_METHOD = "hf_fnl"  # what `config.json` calls a model that went through surgery
+# What is called before or after a layer's forward or backward pass, and knows nothing of its parameters.
+_CARRIED_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+_HOOKS_OF_STATE = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_OFFLOADED = (
+    "accelerate offloads: call accelerate.hooks.remove_hook_from_submodules(model) first, or load the model without a "
+    "device_map that names 'cpu' or 'disk'"
+)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -20,12 +44,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def swap_(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
+def swap_(model: nn.Module, successors: Mapping[nn.Module, nn.Module], nested: Sequence[PreTrainedModel]) -> None:
     """Put new layers in the places of old ones, under all their names; biases stay the same parameters.
 
-    The names of tied weights and the record in a Transformers model's configuration follow.
+    Hooks and attributes go over to the new layers, and the names of tied weights follow.
+
+    Args:
+        model: What holds the layers.
+        successors: The new layers by the old ones.
+        nested: The Transformers models that hold one of the old layers, and declare ties by their names.
     """
-    nested = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     declared = {module: module.get_expanded_tied_weights_keys() for module in nested}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in successors:
@@ -33,12 +61,19 @@ def swap_(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
             if getattr(module, "bias", None) is not None:
                 successor.bias = module.bias
             model.set_submodule(name, successor)
-    for module, ties in declared.items():
-        if (renamed := _renamed(module, ties)) != ties:
-            module._tied_weights_keys = renamed
-        module.all_tied_weights_keys = _renamed(module, module.all_tied_weights_keys)
-    if isinstance(model, PreTrainedModel):
-        _write_record_(model)
+    for module, successor in successors.items():
+        _carry_over_(module, successor)
+    for owner, ties in declared.items():
+        if (renamed := _renamed(owner, ties)) != ties:
+            owner._tied_weights_keys = renamed
+        owner.all_tied_weights_keys = _renamed(owner, owner.all_tied_weights_keys)
+
+
+def swap_and_record_(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
+    """As :func:`swap_`, in the models around ``model``, too; their configurations then say what is factorized."""
+    nested = models_with(model, successors)
+    swap_(model, successors, nested)
+    update_records_(nested)
 
 
 def _renamed(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
@@ -67,28 +102,67 @@ def share_factors_(layer: Factorized, other: Factorized) -> Factorized:
     return layer
 
 
-def layer_record(layer: Factorized) -> dict[str, Any]:
-    """What it takes to make the layer again in the place of the dense one."""
-    record: dict[str, Any] = {"rank": layer.rank}
-    if isinstance(layer, FactorizedConv2d | TensorizedConv2d):
-        record["scheme"] = layer.scheme
-    if isinstance(layer, FactorizedMatrix):
-        options = {"deep": layer.M is not None, "overcomplete": layer.overcomplete}
-        record |= {option: True for option, is_set in options.items() if is_set}
-    return record
+def what_hangs_on(layer: nn.Module) -> str | None:
+    """What would be lost of a layer if another took its place, as the reason why none can; ``None`` if nothing would.
+
+    Hooks of forward and backward passes, accelerate's hooks that move inputs, and plain attributes are not lost:
+    :func:`swap_` carries them over.
+    """
+    weights = layer.factors() if isinstance(layer, Factorized) else (layer.get_parameter("weight"),)
+    held = {id(tensor) for tensor in (*weights, getattr(layer, "bias", None))}
+    if hasattr(layer, "parametrizations"):
+        return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first"
+    tensors = {**layer._parameters, **layer._buffers, **layer._modules}
+    if more := [name for name, value in tensors.items() if value is not None and id(value) not in held]:
+        return f"it holds {', '.join(more)} besides its weight"
+    if found := [name for name in _HOOKS_OF_STATE if getattr(layer, name)]:
+        return f"it has {found[0].removeprefix('_').replace('_', ' ')}, which know its parameters: remove them first"
+    if any(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None) for weight in weights):
+        return "its weight has hooks for its gradient: remove them first, and register them on the new parameters"
+    if layer._compiled_call_impl is not None:
+        return "it was compiled by itself: compile the model afterwards"
+    overridden = {name for name in vars(layer) if callable(getattr(type(layer), name, None))}
+    if hasattr(layer, "_hf_hook") and getattr(layer._old_forward, "__func__", None) is type(layer).forward:
+        overridden -= {"forward"}  # by accelerate, which has a way to move its hook
+    if overridden:
+        return f"its {min(overridden)} was replaced on this one layer"
+    return None
 
 
-def _write_record_(model: PreTrainedModel) -> None:
-    """Tell the configuration which layers are factorized: ``from_pretrained`` reads it as a quantization method's."""
-    layers = {name: layer_record(layer) for name, layer in model.named_modules() if isinstance(layer, Factorized)}
-    if layers:
-        model.config.quantization_config = {"quant_method": QUANT_METHOD, "layers": layers}
-    elif hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+def _carry_over_(layer: nn.Module, successor: nn.Module) -> None:
+    """Give a new layer the hooks and the attributes of the one in whose place it is."""
+    for name in _CARRIED_HOOKS:
+        successor.__dict__[name] = layer.__dict__[name]  # the same, so that the handles that remove hooks still do
+    hook = getattr(layer, "_hf_hook", None)
+    for name, value in vars(layer).items():
+        if name not in _own_attributes() and name not in ("_hf_hook", "_old_forward", "forward"):
+            setattr(successor, name, value)
+    if hook is not None:
+        import accelerate.hooks  # here, for it takes long to import
+
+        accelerate.hooks.add_hook_to_module(successor, hook)
 
 
-def check_whole(model: nn.Module, action: str) -> None:
-    """Raise a ``ValueError`` if this process does not hold all of a model, which ``action`` needs."""
+@functools.cache
+def _own_attributes() -> frozenset[str]:
+    """The attributes that layers have by themselves."""
+    with torch.device("meta"):
+        dense = (nn.Linear(1, 1), Conv1D(1, 1), nn.Embedding(1, 1), nn.Conv2d(1, 1, 1))
+        factorized = (FactorizedLinear(1, 1, 1), FactorizedEmbedding(1, 1, 1), FactorizedConv2d(2, 2, 1, 1))
+        layers: tuple[nn.Module, ...] = (*dense, *factorized, TensorizedConv2d(2, 2, 1, 1))
+    return frozenset(name for layer in layers for name in vars(layer))
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate holds a layer's parameters elsewhere, and brings them when the layer is called."""
+    return hasattr(layer, "_hf_hook") and any(parameter.is_meta for parameter in layer.parameters(recurse=False))
+
+
+def check_present(model: nn.Module, action: str) -> None:
+    """Raise a ``ValueError`` if this process does not hold all values of a model, which ``action`` needs."""
+    for name, module in model.named_modules():
+        if is_offloaded(module):
+            raise ValueError(f"{action} needs the parameters of {name or type(model).__name__}, which {_OFFLOADED}")
     if any(is_partitioned(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
             f"{action} needs whole parameters, but those of this {type(model).__name__} are divided among processes: "
@@ -98,7 +172,26 @@ def check_whole(model: nn.Module, action: str) -> None:
 
 def check_not_quantized(model: nn.Module) -> None:
     """Raise a ``ValueError`` if the configuration of a Transformers model holds another method's record."""
-    other = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = dict(other).get("quant_method") if other else QUANT_METHOD
-    if method != QUANT_METHOD:
-        raise ValueError(f"{type(model).__name__} is quantized with {method}; factorize it before it is quantized")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            record = getattr(module.config, "quantization_config", None)
+            if record is not None and (method := method_of(record)) != QUANT_METHOD:
+                raise ValueError(
+                    f"{type(module).__name__} is quantized with {method}; factorize it before it is quantized"
+                )
+
+
+def weight_obstacle(weight: Tensor) -> str | None:
+    """Why a weight is no matrix of numbers that can be factorized, if it is none."""
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"its weight is a {type(weight).__name__}"
+    if not weight.is_floating_point():
+        return "its weight is not of floating point"
+    if weight.itemsize < 2:
+        return f"its weight is of {weight.dtype}"
+    return None
+
+
+def is_read_by_its_parent(layer: nn.Module) -> bool:
+    """Whether torch's attention reads a layer's weight without calling the layer."""
+    return isinstance(layer, NonDynamicallyQuantizableLinear)

@@ -17,6 +17,7 @@ from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 from hf_fnl.optim.transfer import transfer_
 from hf_fnl.products import Product, find_products
 from hf_fnl.selectors import ATTENTION_KINDS, Selector
+from hf_fnl.surgery.select import listed
 from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
@@ -60,6 +61,32 @@ def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: b
     return optimizer
 
 
+def check_current(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise a ``ValueError`` if an optimizer holds parameters in the place of others that a model trains.
+
+    That is so if the model went through surgery after the optimizer was built. An optimizer may hold fewer parameters
+    than the model has, or those of another module, too, but not both.
+
+    Args:
+        optimizer: Built before.
+        model: Unwrapped.
+    """
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    stale = held - set(named.values())
+    new = [name for name, parameter in named.items() if parameter.requires_grad and parameter not in held]
+    if stale and new:
+        names: dict[Tensor, str] = {}
+        for group in optimizer.param_groups:
+            names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        old = sorted(names.get(parameter, f"one of shape {tuple(parameter.shape)}") for parameter in stale)
+        raise ValueError(
+            f"the optimizer holds {len(stale)} parameters that the {type(model).__name__} no longer has "
+            f"({listed(old)}), and not its {listed(new)}: build the optimizer after the model was changed, or let the "
+            "trainer build it"
+        )
+
+
 def decayed_products(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool = False) -> list[Product]:
     """The products of ``model`` under Frobenius decay; none if ``args`` name no kind.
 
@@ -92,7 +119,8 @@ class FLAMBeTrainer(StreamingTrainer):
         **kwargs: As in Transformers.
 
     Raises:
-        ValueError: If the model has no product of a kind in ``args.frobenius_decay``; only one of ``dense_steps`` and
+        ValueError: If the model has no product of a kind in ``args.frobenius_decay``; an optimizer is given whose
+            parameters surgery has replaced, now or when the training begins; only one of ``dense_steps`` and
             ``factorize`` is given; ``dense_steps`` meets what cannot follow it: an optimizer that was built before,
             ``model_init``, DeepSpeed or FSDP; or batches are packed that the model would not keep apart.
     """
@@ -111,6 +139,8 @@ class FLAMBeTrainer(StreamingTrainer):
             kwargs["optimizer_cls_and_kwargs"] = (lambda: self._build_optimizer, {})
         super().__init__(model, args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
+        if self.optimizer is not None:
+            check_current(self.optimizer, unwrapped)
         check_packing(self.data_collator, unwrapped, args)
         if _averages_over_its_own_batch(unwrapped):
             self.model_accepts_loss_kwargs = False
@@ -135,6 +165,12 @@ class FLAMBeTrainer(StreamingTrainer):
         finally:
             if self.profiler is not None:
                 self.profiler.remove()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in Transformers; one that was built before must hold the parameters that the model has now."""
+        if self.optimizer is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_current(self.optimizer, self.accelerator.unwrap_model(self.model))
+        return super().create_optimizer(model)
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(model, self.args, dense=self._is_dense)

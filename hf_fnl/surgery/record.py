@@ -1,0 +1,194 @@
+"""The record of surgery in a configuration, read from the modules of its model whenever it is asked for."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedMatrix, TensorizedConv2d
+
+QUANT_METHOD = "hf_fnl"  # what `config.json` calls a model that went through surgery
+
+Layers = Mapping[str, Mapping[str, Any]]
+
+
+def layer_record(layer: Factorized) -> dict[str, Any]:
+    """What it takes to make the layer again in the place of the dense one."""
+    record: dict[str, Any] = {"rank": layer.rank}
+    if isinstance(layer, FactorizedConv2d | TensorizedConv2d):
+        record["scheme"] = layer.scheme
+    if isinstance(layer, FactorizedMatrix):
+        options = {"deep": layer.M is not None, "overcomplete": layer.overcomplete}
+        record |= {option: True for option, is_set in options.items() if is_set}
+    return record
+
+
+def layer_records(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The records of all factorized layers of a model, by name."""
+    return {name: layer_record(layer) for name, layer in model.named_modules() if isinstance(layer, Factorized)}
+
+
+class SurgeryConfig(Mapping[str, Any], QuantizationConfigMixin):
+    """The ``quantization_config`` of a model with factorized layers.
+
+    In a model's configuration it lists the layers that the model has at the moment. That holds, too, after the model
+    is copied, wrapped, or changed by other code. In a copy of the configuration alone it is a plain dictionary, and as
+    read from ``config.json`` it lists what stands there.
+
+    Args:
+        layers: Rank, scheme of a convolution and other options, by the name of the layer.
+        quant_method: Name of the method, ``"hf_fnl"``.
+    """
+
+    def __init__(self, layers: Layers, quant_method: str = QUANT_METHOD) -> None:
+        self.quant_method = quant_method
+        self._written = layers
+        self._model: weakref.ref[PreTrainedModel] | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> SurgeryConfig:
+        """The record of a model; it does not keep the model alive."""
+        record = cls(layer_records(model))
+        record._model = weakref.ref(model)
+        return record
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The outermost model that the configuration belongs to, ``None`` where the record is only what is written."""
+        return None if self._model is None else self._model()
+
+    @property
+    def layers(self) -> Layers:
+        """The records of the layers, by the names that they have in the model that is saved."""
+        holders = self._holders()
+        if not holders:
+            return self._written
+        # A backbone shares its configuration with the model around it. `save_pretrained` writes the class of what it
+        # saves into the configuration just before it writes that.
+        saved = [model for model in holders if [type(model).__name__] == model.config.architectures]
+        return layer_records(saved[0] if len(saved) == 1 else holders[0])
+
+    def _holders(self) -> list[PreTrainedModel]:
+        """The models that have the configuration, the outermost first."""
+        return [] if self.model is None else [m for m in models_in(self.model) if m.config is self.model.config]
+
+    def to_dict(self) -> Any:
+        """The record, ready for JSON; ``None`` where no layer is factorized."""
+        layers = {name: dict(record) for name, record in self.layers.items()}
+        return {"quant_method": self.quant_method, "layers": layers} if layers else None
+
+    def __getitem__(self, key: str) -> Any:
+        return (self.to_dict() or {})[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict() or {})
+
+    def __len__(self) -> int:
+        return len(self.to_dict() or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        for model in self._holders():
+            if id(model) in memo:  # the model is being copied, too
+                record = SurgeryConfig(layer_records(model))
+                record._model = weakref.ref(memo[id(model)])
+                return record
+        return self.to_dict()
+
+    def __reduce__(self) -> Any:
+        return _plain, (self.to_dict(),)
+
+
+def _plain(record: Any) -> Any:
+    return record
+
+
+def models_in(module: nn.Module) -> list[PreTrainedModel]:
+    """The Transformers models inside a module, itself included, each before those inside of it."""
+    return [inner for inner in module.modules() if isinstance(inner, PreTrainedModel)]
+
+
+def models_with(module: nn.Module, layers: Iterable[nn.Module] | None = None) -> list[PreTrainedModel]:
+    """The Transformers models inside a module and around it that hold one of some layers.
+
+    Args:
+        module: What a user hands over: a model, a part of one, or what wraps one.
+        layers: The module itself unless given.
+    """
+    sought = {module} if layers is None else set(layers)
+    # A module does not know what holds it, so what is around one is looked for among all objects.
+    objects = gc.get_objects()
+    classes = {cls for cls in set(map(type, objects)) if issubclass(cls, PreTrainedModel)}
+    found = dict.fromkeys([*models_in(module), *(each for each in objects if type(each) in classes)])
+    return [model for model in found if not sought.isdisjoint(model.modules())]
+
+
+def update_records_(models: Iterable[PreTrainedModel]) -> None:
+    """Give models whose layers changed a configuration of their own that says which layers are factorized.
+
+    What shares a configuration inside a model shares it afterwards, too; what is outside keeps the one it had.
+
+    Args:
+        models: Models inside each other count as one, under the outermost.
+    """
+    models = list(models)
+    inner = {nested for model in models for nested in models_in(model)[1:]}
+    for root in models:
+        if root not in inner:
+            _own_configs_(root)
+            holders: dict[int, PreTrainedModel] = {}
+            for model in models_in(root):
+                first = holders.setdefault(id(model.config), model)
+                if first is not model and model not in set(first.modules()):
+                    if layer_records(model) == layer_records(first):
+                        continue
+                    _copy_configs_(model, {})  # two parts side by side that differ now
+                    first = holders[id(model.config)] = model
+                if first is model:
+                    _update_record_(model)
+
+
+def method_of(record: Any) -> str:
+    """The name of the method that a ``quantization_config`` belongs to, be it an object or a dictionary."""
+    return record.get("quant_method", QUANT_METHOD) if isinstance(record, dict) else record.quant_method
+
+
+def _update_record_(model: PreTrainedModel) -> None:
+    record = getattr(model.config, "quantization_config", None)
+    if any(isinstance(layer, Factorized) for layer in model.modules()):
+        if not isinstance(record, SurgeryConfig) or record.model is not model:
+            model.config.quantization_config = SurgeryConfig.of(model)
+    elif record is not None and method_of(record) == QUANT_METHOD:
+        del model.config.quantization_config
+
+
+def _own_configs_(root: PreTrainedModel) -> None:
+    """Give a model and what is inside of it configurations that nothing outside has."""
+    own: dict[int, PreTrainedConfig] = {}
+
+    def keep(config: PreTrainedConfig) -> None:
+        own[id(config)] = config
+        for value in vars(config).values():
+            if isinstance(value, PreTrainedConfig):
+                keep(value)
+
+    inside = models_in(root)
+    for model in inside:
+        record = getattr(model.config, "quantization_config", None)
+        if isinstance(record, SurgeryConfig) and record.model in inside:
+            keep(model.config)
+    _copy_configs_(root, own)
+
+
+def _copy_configs_(model: PreTrainedModel, memo: dict[int, Any]) -> None:
+    """Replace every configuration that a module inside a model holds by a copy, except for those in ``memo``."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                setattr(module, name, copy.deepcopy(value, memo))
