@@ -82,7 +82,7 @@ def update(cell: str, options: argparse.Namespace) -> Callable[[], object]:
     from pretrain_bert import DataOptions, ModelOptions, build_model
 
     from hf_fnl.training import FLAMBeTrainingArguments
-    from hf_fnl.training.runs import parse_arguments
+    from hf_fnl.training.command_line import parse_arguments
     from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
     from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
     from hf_fnl.training.tasks.tokenization import load_tokenizer

@@ -7,17 +7,20 @@ python run_scripts/evaluate_squad.py --predictions runs/squad/predictions.json -
 from __future__ import annotations
 
 import json
-import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
 
 import hf_fnl  # noqa: F401  registers the factorized models
-from hf_fnl.processes import leave
-from hf_fnl.training.runs import finish_run, parse_arguments
+from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
+from hf_fnl.training.files import check_writable
+from hf_fnl.training.runs import finish_run
+from hf_fnl.training.tasks.positions import check_length
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, SquadPredictions, load_squad, score_predictions
 from hf_fnl.training.tasks.squad_evaluation import answer_questions
 from hf_fnl.training.tasks.tokenization import load_tokenizer
@@ -40,32 +43,54 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.predictions is None):
-            raise ValueError("give either model or predictions to evaluate, and not both")
+            raise ValueError("give either --model or --predictions to evaluate, and not both")
         if self.model and not self.output_dir:
-            raise ValueError("output_dir is needed to write the predictions of a model")
+            raise ValueError("--output_dir is needed to write the predictions of a model")
+        check_at_least(1, self, "max_questions", "batch_size")
+
+    def questions(self) -> Dataset:
+        """The questions to evaluate on."""
+        with named("dataset", self.dataset):
+            return load_squad(self.dataset, split=self.split, limit=self.max_questions)
+
+
+def read_predictions(path: Path) -> dict[str, str]:
+    """The answers in an official JSON file, by the id of the question."""
+    with named("predictions", path):
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        answers = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(answers, dict):
+            raise ValueError(f"expected an object of answers by question id, found {type(answers).__name__}")
+        return answers
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    (options,) = parse_arguments(argv, EvaluationOptions)
-    examples = load_squad(options.dataset, split=options.split, limit=options.max_questions)
+    (options,) = parse_arguments(argv, EvaluationOptions, description=__doc__)
+    if options.output_dir:
+        check_writable("output_dir", Path(options.output_dir))
     if options.predictions:
-        answers = json.loads(Path(options.predictions).read_text(encoding="utf-8"))
-        metrics = score_predictions(examples, SquadPredictions(answers, {}, {}))
+        answers = read_predictions(Path(options.predictions))
+        metrics = score_predictions(options.questions(), SquadPredictions(answers, {}, {}))
     else:
         squad = SquadOptions(
             max_seq_length=options.max_seq_length,
             doc_stride=options.doc_stride,
             max_query_length=options.max_query_length,
         )
-        tokenizer = load_tokenizer(options.model)
+        with named("model", options.model):
+            tokenizer = load_tokenizer(options.model)
+            model = AutoModelForQuestionAnswering.from_pretrained(options.model)
+            check_length("max_seq_length", options.max_seq_length, model, tokenizer)
+        examples = options.questions()
         arguments = TrainingArguments(
             output_dir=options.output_dir,
             per_device_eval_batch_size=options.batch_size,
             dataloader_pin_memory=torch.accelerator.is_available(),
             report_to=[],
+            disable_tqdm=not sys.stderr.isatty(),
         )
-        model = AutoModelForQuestionAnswering.from_pretrained(options.model)
         trainer = Trainer(model, arguments, data_collator=SquadCollator(tokenizer))
         metrics = answer_questions(trainer, examples, tokenizer, squad, folder=options.output_dir)
     print(json.dumps(metrics, indent=2))
@@ -73,6 +98,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    main()
-    leave()
+    run_script(main)

@@ -6,17 +6,18 @@ python run_scripts/finetune_squad.py config.yaml
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, set_seed
 
 from hf_fnl.diagnostics import parameter_count
-from hf_fnl.processes import leave
 from hf_fnl.training import FLAMBeTrainer
-from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
+from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
 from hf_fnl.training.tasks.packing import PACKED_LENGTH_HELP, PACKING_HELP, check_packing, packing_collator
+from hf_fnl.training.tasks.positions import check_length
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
 from hf_fnl.training.tasks.squad_evaluation import answer_questions
 from hf_fnl.training.tasks.tokenization import load_tokenizer
@@ -41,19 +42,31 @@ class DataOptions:
     packing: bool = field(default=False, metadata={"help": PACKING_HELP})
     packed_length: int | None = field(default=None, metadata={"help": PACKED_LENGTH_HELP})
 
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "max_train_questions", "max_eval_questions", "num_proc")
+
+    def questions(self, part: str) -> Dataset:
+        """The questions to train ("train") or to evaluate on ("eval")."""
+        option = f"{part}_dataset" if getattr(self, f"{part}_dataset") else "train_dataset"
+        split, limit = getattr(self, f"{part}_split"), getattr(self, f"max_{part}_questions")
+        with named(option, source := getattr(self, option)):
+            return load_squad(source, split=split, limit=limit)
+
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    data, args = parse_arguments(argv, DataOptions, TextTrainingArguments)
+    data, args = parse_arguments(argv, DataOptions, TextTrainingArguments, description=__doc__)
     options = SquadOptions(
         max_seq_length=data.max_seq_length, doc_stride=data.doc_stride, max_query_length=data.max_query_length
     )
     resume = checkpoint_to_resume(args)
+    check_output_folder(args)
     set_seed(args.seed)
-    train = load_squad(data.train_dataset, split=data.train_split, limit=data.max_train_questions)
-    examples = load_squad(data.eval_dataset or data.train_dataset, split=data.eval_split, limit=data.max_eval_questions)
-    tokenizer = load_tokenizer(data.model)
-    model = AutoModelForQuestionAnswering.from_pretrained(data.model)
+    with named("model", data.model):
+        tokenizer = load_tokenizer(data.model)
+        model = AutoModelForQuestionAnswering.from_pretrained(data.model)
+        check_length("max_seq_length", data.max_seq_length, model, tokenizer)
+    train, examples = data.questions("train"), data.questions("eval")
     packed = packing_collator(tokenizer, data.max_seq_length, packing=data.packing, packed_length=data.packed_length)
     collator = packed or SquadCollator(tokenizer)
     check_packing(collator, model, args)
@@ -64,16 +77,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data_collator=collator,
         processing_class=tokenizer,
     )
+    announce(trainer)
     metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
     metrics |= answer_questions(trainer, examples, tokenizer, options, folder=args.output_dir)
     trainer.save_state()
     if args.should_save:
         finish_run(args.output_dir, metrics, data, args)
     trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
+    show_run(args, metrics, "hf-fnl merge {folder} --out {folder}-stock", "hf-fnl report {folder} --out report.html")
     return metrics
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    main()
-    leave()
+    run_script(main, resumes=True)

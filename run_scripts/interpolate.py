@@ -8,7 +8,6 @@ hf-fnl report runs/low runs/dense_first --out line.html   # draws what the first
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import shlex
 import sys
@@ -27,11 +26,10 @@ from hf_fnl import Factorized, load, merge_
 from hf_fnl.interpolation import INTERPOLATION_FILE, loss_along_line
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards.record import CONFIG_FILE, read_json
-from hf_fnl.processes import leave
+from hf_fnl.training.command_line import check_at_least, named, parse_arguments, progress, run_script
 from hf_fnl.training.files import write_json
 from hf_fnl.training.metrics.accuracy import topk_hits
 from hf_fnl.training.metrics.perplexity import sum_losses
-from hf_fnl.training.runs import parse_arguments
 from hf_fnl.training.tasks.clm import build_blocks
 from hf_fnl.training.tasks.documents import DocumentOptions
 from hf_fnl.training.tasks.image_batches import BatchTransform, single_batch
@@ -67,6 +65,8 @@ class LineOptions:
     def __post_init__(self) -> None:
         if self.batch_norm_images < 0:
             raise ValueError(f"batch_norm_images must not be negative, got {self.batch_norm_images}")
+        check_at_least(1, self, "eval_limit", "batch_size")
+        check_at_least(2, self, "steps")
 
     def recorded(self, options: type[Options], **given: Any) -> Options:
         """The options of the baseline's run, with those that are given in their place."""
@@ -85,6 +85,12 @@ def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
     if any(isinstance(module, Factorized) for module in model.modules()):
         merge_(model)
     return model
+
+
+def read_network(option: str, folder: str) -> PreTrainedModel:
+    """The plain network that the model of a run computes."""
+    with named(option, folder):
+        return multiplied_out(load(folder))
 
 
 def image_evaluation(options: LineOptions, device: torch.device) -> tuple[Evaluate, list[dict[str, Tensor]] | None]:
@@ -154,26 +160,35 @@ def evaluation(
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
     """Parse, build, run; returns the points of each line."""
-    (options,) = parse_arguments(argv, LineOptions)
+    (options,) = parse_arguments(argv, LineOptions, description=__doc__)
     device = PartialState(cpu=options.use_cpu).device
-    baseline = multiplied_out(load(options.baseline)).to(device)
+    for option, folder in (("baseline", options.baseline), *(("low_rank", folder) for folder in options.low_rank)):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"--{option} {folder}: there is no such folder")
+    baseline = read_network("baseline", options.baseline).to(device)
     evaluate, batches = evaluation(options, baseline, device)
     arguments = sys.argv[1:] if argv is None else argv
     lines = {}
-    for run in options.low_rank:
-        network = multiplied_out(load(run)).to(device)
-        lines[run] = loss_along_line(baseline, network, evaluate, steps=options.steps, batches=batches)
+    for number, run in enumerate(options.low_rank, start=1):
+        network = read_network("low_rank", run).to(device)
+        with progress(f"line {number} of {len(options.low_rank)}", options.steps) as advance:
+
+            def counted(model: nn.Module, advance: Callable[[int], object] = advance) -> dict[str, float]:
+                figures = evaluate(model)
+                advance(1)
+                return figures
+
+            lines[run] = loss_along_line(baseline, network, counted, steps=options.steps, batches=batches)
         record = {
             "points": lines[run],
             "baseline": options.baseline,
             "batch_norm_images": options.batch_norm_images,
             "command": shlex.join(["python", "run_scripts/interpolate.py", *arguments]),
         }
-        logging.info("wrote %s", write_json(Path(run) / INTERPOLATION_FILE, record))
+        print(f"wrote {write_json(Path(run) / INTERPOLATION_FILE, record)}")
+    print(f"next: hf-fnl report {shlex.join(options.low_rank)} --out line.html")
     return lines
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    main()
-    leave()
+    run_script(main)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,19 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTra
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
 from hf_fnl.diagnostics import parameter_count
-from hf_fnl.processes import leave
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
+from hf_fnl.training.command_line import parse_arguments, run_script
 from hf_fnl.training.engines import let_go
-from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
+from hf_fnl.training.runs import (
+    FACTOR_INIT_HELP,
+    announce,
+    check_output_folder,
+    checkpoint_to_resume,
+    finish_run,
+    init_methods,
+    show_run,
+)
 from hf_fnl.training.tasks.documents import DocumentOptions
 from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
 from hf_fnl.training.tasks.packing import (
@@ -154,6 +161,7 @@ def train_phase(
         compute_metrics=mlm_metrics,
         preprocess_logits_for_metrics=reduce_logits,
     )
+    announce(trainer)
     metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
     if validation is not None:
         metrics |= trainer.evaluate()
@@ -164,13 +172,14 @@ def train_phase(
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, TextTrainingArguments)
+    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, TextTrainingArguments, description=__doc__)
     phases = [Phase.parse(text) for text in data.phases]
     if len(phases) > 1 and str(args.resume_from_checkpoint or "true").lower() != "true":
         raise ValueError(
             f"resume_from_checkpoint={args.resume_from_checkpoint} belongs to one phase of {len(phases)}; with true, "
             "each goes on from its own newest checkpoint"
         )
+    check_output_folder(args)
     set_seed(args.seed)
     if data.tokenizer or options.init_from:
         tokenizer = load_tokenizer(data.tokenizer or options.init_from)
@@ -194,10 +203,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.should_save:
         tokenizer.save_pretrained(args.output_dir)
         finish_run(args.output_dir, metrics, options, data, args)
+    show_run(
+        args,
+        metrics,
+        "python run_scripts/finetune_squad.py --model {folder} --output_dir runs/squad",
+        "hf-fnl report {folder} --out report.html",
+    )
     return metrics
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    main()
-    leave()
+    run_script(main, resumes=True)

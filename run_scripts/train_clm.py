@@ -7,20 +7,27 @@ python run_scripts/train_clm.py config.yaml
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_data_collator, set_seed
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_data_collator, set_seed
 
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.diagnostics import parameter_count
-from hf_fnl.processes import leave
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
+from hf_fnl.training.command_line import parse_arguments, run_script
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
-from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
+from hf_fnl.training.runs import (
+    FACTOR_INIT_HELP,
+    announce,
+    check_output_folder,
+    checkpoint_to_resume,
+    finish_run,
+    init_methods,
+    show_run,
+)
 from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
 from hf_fnl.training.tasks.clm import BlockDataset, build_blocks
 from hf_fnl.training.tasks.documents import DocumentOptions
@@ -140,15 +147,17 @@ def held_out_blocks(data: DataOptions, tokenizer: Any, block_size: int) -> Block
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, LanguageModelArguments)
+    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, LanguageModelArguments, description=__doc__)
+    check_output_folder(args)
     ranks = options.ranks()
     factorize = later_ranks(args.dense_steps, ranks)
+    positions = AutoConfig.from_pretrained(options.init_from).n_positions if options.init_from else options.n_positions
+    if data.block_size and data.block_size > positions:
+        raise ValueError(f"block_size: the model's n_positions is {positions}, got {data.block_size}")
     set_seed(args.seed)
     tokenizer = choose_tokenizer(options, data, args)
     model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)
     block_size = data.block_size or model.config.n_positions
-    if block_size > model.config.n_positions:
-        raise ValueError(f"block_size: the model's n_positions is {model.config.n_positions}, got {block_size}")
     held_out = held_out_blocks(data, tokenizer, block_size)
     documents = data.training(streaming=data.streaming)
     trainer = FLAMBeTrainer(
@@ -161,6 +170,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compute_metrics=functools.partial(perplexities, num_words=held_out.num_words) if held_out else None,
         preprocess_logits_for_metrics=sum_losses,
     )
+    announce(trainer)
     metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
     metrics |= {"parameters": parameter_count(model)}
     if held_out is not None:
@@ -170,10 +180,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         tokenizer.save_pretrained(args.output_dir)
         finish_run(args.output_dir, metrics, options, data, args)
     trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
+    show_run(args, metrics, "hf-fnl report {folder} --out report.html", "hf-fnl merge {folder} --out {folder}-stock")
     return metrics
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    main()
-    leave()
+    run_script(main, resumes=True)

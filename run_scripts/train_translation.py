@@ -7,7 +7,6 @@ python run_scripts/train_translation.py config.yaml
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,22 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.diagnostics import parameter_count
-from hf_fnl.processes import leave
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.building import build
+from hf_fnl.training.command_line import parse_arguments, run_script
 from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.files import write_text
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.bleu import bleu_scores
-from hf_fnl.training.runs import FACTOR_INIT_HELP, checkpoint_to_resume, finish_run, init_methods, parse_arguments
+from hf_fnl.training.runs import (
+    FACTOR_INIT_HELP,
+    announce,
+    check_output_folder,
+    checkpoint_to_resume,
+    finish_run,
+    init_methods,
+    show_run,
+)
 from hf_fnl.training.tasks.beam_search import translate
 from hf_fnl.training.tasks.bpe import train_joint_bpe
 from hf_fnl.training.tasks.length_batches import encode_pairs, lengths_of
@@ -255,9 +262,10 @@ def score(trainer: TranslationTrainer, tokenizer: Any, pairs: datasets.Dataset, 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, TranslationArguments)
+    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, TranslationArguments, description=__doc__)
     check_averaging(data.average_checkpoints, args)
     resume = checkpoint_to_resume(args)
+    check_output_folder(args)
     set_seed(args.seed)
     train, validation, test = (data.load(part) for part in ("train", "validation", "test"))
     tokenizer = build_tokenizer(options, data, train)
@@ -274,6 +282,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         processing_class=tokenizer,
     )
+    announce(trainer)
     metrics = {**trainer.train(resume_from_checkpoint=resume).metrics, "parameters": parameter_count(model)}
     if data.average_checkpoints:
         load_average_(model, newest_checkpoints(args.output_dir, data.average_checkpoints))
@@ -285,10 +294,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.should_save:
         finish_run(args.output_dir, metrics, options, data, args)
     trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
+    show_run(
+        args,
+        metrics,
+        "python run_scripts/translate.py --model {folder} --input sentences.txt --output translations.txt",
+        "hf-fnl report {folder} --out report.html",
+    )
     return metrics
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    main()
-    leave()
+    run_script(main, resumes=True)

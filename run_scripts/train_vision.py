@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +24,14 @@ from hf_fnl.diagnostics import parameter_count
 from hf_fnl.do_conv import merge_do_conv_, over_parametrize_
 from hf_fnl.layers import Factorized
 from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
-from hf_fnl.processes import leave
 from hf_fnl.pruning import finalize_, prune_, sparsity, weights_to_keep
 from hf_fnl.spectral import INIT_METHODS
 from hf_fnl.surgery import share_of_layers
+from hf_fnl.training.command_line import parse_arguments, run_script
 from hf_fnl.training.lottery import train_in_rounds
 from hf_fnl.training.metrics.accuracy import image_accuracy, topk_hits
 from hf_fnl.training.norms import FollowNorms, RecordNorms
-from hf_fnl.training.runs import checkpoint_to_resume, finish_run, parse_arguments
+from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
 from hf_fnl.training.tasks.image_batches import (
     BatchTransform,
     ImageFiles,
@@ -219,6 +218,7 @@ class Session:
             preprocess_logits_for_metrics=topk_hits,
             **more,
         )
+        announce(self.last_trainer)
         self._check_engine(self.last_trainer)
         return self.last_trainer
 
@@ -311,8 +311,9 @@ def train_pruned(session: Session, model: nn.Module, resume: str | None) -> dict
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    options, data, args = parse_arguments(argv, ModelOptions, ImageOptions, ImageTrainingArguments)
+    options, data, args = parse_arguments(argv, ModelOptions, ImageOptions, ImageTrainingArguments, description=__doc__)
     resume = None if options.pruning in AFTER_TRAINING else checkpoint_to_resume(args)
+    check_output_folder(args)
     set_seed(args.seed)
     session = Session(options, data, args)
     model = session.build_model()
@@ -323,10 +324,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         write_image_processor(args.output_dir, session.train)
         finish_run(args.output_dir, metrics, options, data, args)
     session.last_trainer.save_model(args.output_dir)  # by all processes, who may each hold a part
+    show_run(args, metrics, "hf-fnl report {folder} --out report.html", "hf-fnl inspect {folder}")
     return metrics
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    main()
-    leave()
+    run_script(main, resumes=True)

@@ -6,7 +6,6 @@ python run_scripts/translate.py --model Helsinki-NLP/opus-mt-de-en --input sente
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,17 +14,16 @@ from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM
 
 import hf_fnl  # noqa: F401  registers the factorized models
-from hf_fnl.processes import leave
-from hf_fnl.training.files import write_text
-from hf_fnl.training.runs import parse_arguments
+from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
+from hf_fnl.training.files import check_writable, write_text
 from hf_fnl.training.tasks.beam_search import translate
 from hf_fnl.training.tasks.tokenization import load_tokenizer
-from hf_fnl.training.tasks.translation import read_lines
+from hf_fnl.training.tasks.translation import lines_of, read_lines
 
 
 @dataclass
 class TranslateOptions:
-    """What translates, what, and how."""
+    """The model, its input and output, and the search."""
 
     model: str = field(metadata={"help": "Hub id or folder of a translation model, factorized or stock."})
     input: str | None = field(default=None, metadata={"help": "Text with a sentence a line. Default: standard input."})
@@ -35,17 +33,36 @@ class TranslateOptions:
     max_tokens: int = field(default=4096, metadata={"help": "Source tokens of a batch at most, padding included."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave an accelerator alone."})
 
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "num_beams", "max_tokens")
+
+    def sentences(self) -> list[str]:
+        """The lines of the input."""
+        if self.input is None:
+            if sys.stdin.isatty():
+                print("reading sentences from the terminal, one a line; Ctrl-D ends them", file=sys.stderr)
+            return lines_of(sys.stdin.buffer.read(), "standard input")
+        if not Path(self.input).is_file():
+            raise FileNotFoundError(f"--input {self.input}: there is no such file")
+        with named("input", self.input):
+            return read_lines(Path(self.input))
+
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
     """Parse, build, run; returns how many sentences there were."""
-    (options,) = parse_arguments(argv, TranslateOptions)
-    if options.input and not Path(options.input).is_file():
-        raise FileNotFoundError(f"no such file: {options.input}")
-    sentences = read_lines(Path(options.input)) if options.input else [line.rstrip("\n") for line in sys.stdin]
-    model = AutoModelForSeq2SeqLM.from_pretrained(options.model).to(PartialState(cpu=options.use_cpu).device)
+    (options,) = parse_arguments(argv, TranslateOptions, description=__doc__)
+    if options.output:
+        check_writable("output", Path(options.output).parent)
+    with named("model", options.model):
+        tokenizer = load_tokenizer(options.model)
+    sentences = options.sentences()
+    if not any(sentence.strip() for sentence in sentences):
+        print("note: there is nothing to translate: the input has no text", file=sys.stderr)
+    with named("model", options.model):
+        model = AutoModelForSeq2SeqLM.from_pretrained(options.model).to(PartialState(cpu=options.use_cpu).device)
     translations = translate(
         model,
-        load_tokenizer(options.model),
+        tokenizer,
         sentences,
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
@@ -55,11 +72,10 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     if options.output:
         write_text(options.output, lines)
     else:
-        sys.stdout.write(lines)
+        sys.stdout.buffer.write(lines.encode("utf-8"))
+        sys.stdout.flush()
     return {"sentences": len(sentences)}
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    main()
-    leave()
+    run_script(main)

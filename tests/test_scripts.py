@@ -18,7 +18,7 @@ from launching import free_port
 from transformers import AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
-from hf_fnl.training.runs import parse_arguments
+from hf_fnl.training.command_line import parse_arguments
 from hf_fnl.training.tasks.embedded import embedded_squad
 
 ROOT = Path(__file__).parents[1]

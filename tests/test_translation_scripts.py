@@ -79,7 +79,7 @@ def test_translating_gives_what_training_gave(trained, tmp_path, monkeypatch, ca
     files = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt")]
     assert translate_script.main([*common, *files]) == {"sentences": 5}
     assert (tmp_path / "out.txt").read_text() == written
-    monkeypatch.setattr("sys.stdin", io.StringIO(sentences))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(sentences.encode())))
     capsys.readouterr()
     translate_script.main(common)
     assert capsys.readouterr().out == written
@@ -206,6 +206,6 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, flags, messag
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_input_is_named():
-    with pytest.raises(FileNotFoundError, match=r"no such file: nowhere\.txt"):
-        translate_script.main(["--model", "any", "--input", "nowhere.txt"])
+def test_a_missing_input_is_named(trained):
+    with pytest.raises(FileNotFoundError, match=r"--input nowhere\.txt: there is no such file"):
+        translate_script.main(["--model", str(trained[0]), "--input", "nowhere.txt"])

@@ -1,5 +1,7 @@
 """Training with Transformers' Trainer."""
 
+import logging
+
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback
 from hf_fnl.training.form import take_form_
@@ -14,3 +16,7 @@ __all__ = [
     "build_optimizer",
     "take_form_",
 ]
+
+# accelerate imports DeepSpeed, where it is installed, whenever it unwraps a model; on importing, DeepSpeed says on
+# stdout which device it would use. Nobody has asked, and what it warns of later is not held back.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")

@@ -39,3 +39,21 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:
     """Write a JSON file as :func:`write_text` does."""
     return write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Check that a folder can be made, or written to if it is there.
+
+    Args:
+        option: That names it.
+        folder: The folder.
+
+    Raises:
+        PermissionError: If it cannot be written to.
+        NotADirectoryError: If it, or what it would lie in, is a file.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option} {folder}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {folder}: there is no permission to write to {there}")

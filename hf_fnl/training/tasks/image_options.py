@@ -13,7 +13,7 @@ from hf_fnl.training.tasks.images import ImageRecords, load_images
 
 @dataclass
 class ImageOptions:
-    """What a script asks for the images to train and to evaluate on."""
+    """The images to train and to evaluate on."""
 
     dataset: str = field(default="digits", metadata={"help": "Hub id, parquet file, folder, or digits."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})

@@ -27,6 +27,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if isinstance(source, str) and not looks_like_path(source):
         check_source(source)
         return AutoTokenizer.from_pretrained(source)
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no folder {folder}")
 
     def holds(*names: str) -> bool:
         return all((folder / name).is_file() for name in names)

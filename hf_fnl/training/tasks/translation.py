@@ -127,10 +127,27 @@ def read_lines(file: Path) -> list[str]:
     Raises:
         ValueError: If the file is not UTF-8.
     """
+    return lines_of(file.read_bytes(), str(file))
+
+
+def lines_of(content: bytes, name: str) -> list[str]:
+    """The lines of a text as :func:`read_lines` tells them apart; a byte order mark is no part of the first.
+
+    Args:
+        content: UTF-8.
+        name: What holds it, for errors.
+
+    Raises:
+        ValueError: If it is not UTF-8; names the line.
+    """
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8 text; convert it, as with "
+            "iconv -f LATIN1 -t UTF-8"
+        ) from error
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 

@@ -1,0 +1,440 @@
+"""The command line of a script: its options and their help, a file of them, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+import textwrap
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.debug_utils import DebugOption
+from transformers.utils import logging as transformers_logging
+
+from hf_fnl.processes import is_first, leave
+
+T = TypeVar("T")
+
+FILES = (".yaml", ".yml", ".json")
+INTERVAL = 20.0  # seconds between two lines about a long step
+INTERRUPTED = 130  # as shells say it of what Ctrl-C ended
+# Of the Trainer's own options those that most runs set; help shows them beside ours.
+_OFTEN = (
+    *("output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
+    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "logging_steps"),
+    *("resume_from_checkpoint", "report_to", "seed", "bf16", "use_cpu"),
+)
+_RESOLVED = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+_TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+
+class UsageError(ValueError):
+    """What was typed cannot be run; a script ends with exit status 2."""
+
+
+def parse_arguments(argv: Sequence[str] | None, *classes: type, description: str | None = None) -> tuple[Any, ...]:
+    """Read options into dataclasses: flags, or a YAML or JSON file of them and flags that override it.
+
+    Without any argument the help is printed, and nothing runs.
+
+    Args:
+        argv: Command line without the program's name; that of the process unless given.
+        classes: Dataclasses of options, with metadata as :class:`transformers.HfArgumentParser` reads it.
+        description: Shown by ``--help``.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        UsageError: If it is not YAML or JSON, an option is unknown, or a value is refused.
+        SystemExit: After the help.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = OptionParser(classes, description)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if "disable_tqdm" in parser.options:
+        parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
+    if not arguments[0].startswith("-") and arguments[0].endswith(FILES):
+        parser.read_file(Path(arguments.pop(0)))
+    _, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UsageError(parser.about_unknown(unknown[0]))
+    try:
+        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except UsageError:
+        raise
+    except ValueError as error:
+        given = vars(parser.parse_known_args(arguments)[0])
+        raise UsageError(_with_suggestion(str(error), given)) from error
+
+
+class OptionParser(HfArgumentParser):
+    """The fields of dataclasses as flags, with help in groups, the Trainer's last.
+
+    Args:
+        classes: Dataclasses of options.
+        description: What the script does, and examples.
+    """
+
+    def __init__(self, classes: Iterable[type], description: str | None) -> None:
+        self.options: dict[str, argparse.Action] = {}
+        self._classes = list(classes)
+        super().__init__(self._classes, description=description, allow_abbrev=False)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As in argparse; keeps the first action of each option."""
+        settings["help"] = (settings.get("help") or "").replace("%", "%%")
+        action = super().add_argument(*names, **settings)
+        if action.dest != "help":
+            self.options.setdefault(action.dest, action)
+        return action
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        message = re.sub(r"(--\w+)(?:/--[\w-]+)+", r"\1", message).removeprefix("argument ")
+        if found := re.match(r"--(\w+): invalid choice: '(.*?)'", message):
+            message = f"--{found[1]} {_not_among(self.options[found[1]].choices or (), found[2])}"
+        raise UsageError(message)
+
+    def about_unknown(self, word: str) -> str:
+        """What to say about a word on the command line that is no option."""
+        if not word.startswith("-"):
+            place = "; a configuration file comes first" if word.endswith(FILES) else ""
+            return f"{word!r} belongs to no option, which begin with --{place}"
+        flag = word.partition("=")[0]
+        return f"there is no option {flag}{did_you_mean(flag, [f'--{name}' for name in self.options])}"
+
+    def read_file(self, path: Path) -> None:
+        """Let the options in a file be what holds unless the command line says otherwise.
+
+        Raises:
+            FileNotFoundError: If it does not exist.
+            UsageError: If it cannot be read, or an option in it is unknown or has a value that is none of its own.
+        """
+        hints = {name: hint for kind in self._classes for name, hint in get_type_hints(kind).items()}
+        for name, value in read_options(path).items():
+            if name not in self.options:
+                raise UsageError(f"{path}: there is no option {name}{did_you_mean(name, self.options)}")
+            action = self.options[name]
+            try:
+                self.set_defaults(**{name: _converted(action, hints[name], value)})
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+                raise UsageError(f"{path}: {name}: {error}") from error
+            action.required = False
+
+    def format_help(self) -> str:
+        """Return the help: what the script does, then its options in groups."""
+        usage = f"usage: {self.prog} [FILE.yaml|FILE.json] [--option VALUE ...]"
+        note = "Options on the command line override those in the file. --debug shows the traceback of an error."
+        parts = [(self.description or "").strip(), usage, note]
+        trainers = {field.name: field for field in dataclasses.fields(TrainingArguments)}
+        for title, fields in self._groups():
+            lines = [_help_line(self.options[f.name], brief=f is trainers.get(f.name)) for f in fields]
+            parts.append("\n".join([title, *lines]))
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+    def _groups(self) -> Iterator[tuple[str, list[dataclasses.Field]]]:
+        """Titles, and the options below each."""
+        for kind in self._classes:
+            fields = [field for field in dataclasses.fields(kind) if field.init]
+            if not issubclass(kind, TrainingArguments):
+                yield (kind.__doc__ or kind.__name__).partition("\n")[0], fields
+                continue
+            by_name = {field.name: field for field in fields}
+            inherited = dataclasses.fields(TrainingArguments)
+            ours = [field.name for field in fields if field not in inherited]
+            shown = dict.fromkeys((*(name for name in _OFTEN if name in by_name), *ours))
+            yield "Training", [by_name[name] for name in shown]
+            yield "All others of the Trainer", [field for field in fields if field.name not in shown]
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options in a YAML or JSON file: text as on a command line, ``None``, lists of text, and mappings.
+
+    Text, because YAML takes 1e-3 for a word and ``no`` for a truth value, and options know their types.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        UsageError: If it is not YAML or JSON, no mapping, or names an option twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such configuration file: {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        names, values, typed = (_read_json if path.suffix == ".json" else _read_yaml)(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the configuration file {path}: {_one_line(error)}") from error
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UsageError(f"{path} names {twice[0]} twice")
+    return {name: typed[name] if isinstance(typed.get(name), dict) else value for name, value in values.items()}
+
+
+def _read_json(text: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Names in their order, their values as text, and as JSON has them."""
+    typed = _mapping(json.loads(text))
+    pairs = json.loads(text, parse_float=str, parse_int=str, parse_constant=str, object_pairs_hook=list)
+    return [name for name, _ in pairs], dict(pairs), typed
+
+
+class _AsText(yaml.SafeLoader):
+    """Of YAML's types only null is told from text."""
+
+
+_AsText.yaml_implicit_resolvers = {
+    first: kept
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    if (kept := [resolver for resolver in resolvers if resolver[0] in _RESOLVED])
+}
+
+
+def _read_yaml(text: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Names in their order, their values as text, and as YAML has them."""
+    typed = _mapping(yaml.safe_load(text) or {})
+    node: Any = yaml.compose(text, Loader=_AsText)
+    names = [key.value for key, _ in node.value if key.value != "<<"] if typed else []
+    return names, yaml.load(text, Loader=_AsText) or {}, typed  # a SafeLoader
+
+
+def _mapping(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"expected options and their values, found {str(content)[:40]!r}")
+    return content
+
+
+def _converted(action: argparse.Action, hint: Any, value: Any) -> Any:
+    """A value of a file as the command line would have given it."""
+    kinds = {get_origin(each) or each for each in (hint, *get_args(hint))}
+    if value is None:
+        if NoneType not in kinds:
+            raise ValueError("a value is missing")
+        return None
+    if isinstance(value, dict):
+        if dict not in kinds:
+            raise ValueError(f"takes no mapping, got {value}")
+        return value
+    if isinstance(value, list):
+        if list not in kinds:
+            raise ValueError(f"takes one value, got {value}")
+        return [_typed(action, each) for each in value] if action.nargs else value
+    return [_typed(action, value)] if action.nargs == "+" else _typed(action, value)
+
+
+def _typed(action: argparse.Action, value: Any) -> Any:
+    convert: Any = action.type or str
+    try:
+        result = convert(str(value))
+    except (ValueError, TypeError) as error:
+        kind = _TYPES.get(convert, getattr(convert, "__name__", "value"))
+        raise ValueError(f"{value!r} is no {kind}") from error
+    if action.choices is not None and result not in action.choices:
+        raise ValueError(_not_among(action.choices, value))
+    return result
+
+
+def _not_among(choices: Iterable[Any], given: object) -> str:
+    names = [str(choice) for choice in choices]
+    return f"must be one of {', '.join(names)}, got {given!r}{did_you_mean(str(given), names)}"
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """A question about the likeliest of the known words, to be put behind a message; empty where none is like it."""
+    known, bare = list(known), given.lower().replace("-", "_").lstrip("_")
+    folded = {name.lower().lstrip("-"): name for name in known}
+    close = difflib.get_close_matches(bare, folded, n=1, cutoff=0.7)
+    parts = [name for name in folded if len(bare) > 2 and bare in name]
+    initials = [name for name in folded if "".join(word[:1] for word in name.split("_")) == bare]
+    best = close or [*parts[:3], *initials[:1]]
+    return f"; did you mean {' or '.join(folded[name] for name in dict.fromkeys(best))}?" if best else ""
+
+
+def _with_suggestion(message: str, given: dict[str, Any]) -> str:
+    """A message about a value that is none of some, with the likeliest of them and, of Transformers', the option."""
+    if found := re.fullmatch(r"(.*) is not a valid \w+, please select one of \[(.*)\]", message):
+        value, known = found[1], found[2].replace("'", "").split(", ")
+        name = next((name for name, each in given.items() if str(each) == value), "value")
+        return f"{name} {_not_among(known, value)}"
+    if found := re.search(r"(?:one|any) of (.+?)[,;]? (?:but )?got '([^']*)'", message):
+        message += did_you_mean(found[2], found[1].replace(" or ", ", ").split(", "))
+    return message
+
+
+def _help_line(action: argparse.Action, *, brief: bool) -> str:
+    """An option, its kind of value, what it does, in a sentence where ``brief``, and what it is by default."""
+    kind: Any = action.type
+    value = _TYPES.get(kind, "TEXT")
+    if choices := [str(choice) for choice in action.choices or ()]:
+        value = "|".join(choices) if len(choices) < 5 else "NAME"
+    elif action.nargs == "?" or kind not in _TYPES:
+        value = "true|false"
+    text = " ".join((action.help or "").replace("%%", "%").split())
+    if brief:
+        text = text.partition(". ")[0].rstrip(".") + "."
+    if action.required:
+        text += " (required)"
+    elif action.default not in (None, "", [], argparse.SUPPRESS) and "efault" not in text:
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        text += f" ({getattr(default, 'value', default)!s})"
+    head = f"  --{action.dest} {value}{' ...' if action.nargs == '+' else ''}"
+    lines = textwrap.wrap(text, width=84, break_on_hyphens=False, max_lines=4, placeholder=" ...") or [""]
+    first = [f"{head:<36}{lines[0]}"] if len(head) < 36 else [head, f"{'':36}{lines[0]}"]
+    return "\n".join([*first, *(f"{'':36}{line}" for line in lines[1:])])
+
+
+@contextlib.contextmanager
+def named(option: str, value: object) -> Iterator[None]:
+    """Let errors about what an option names begin with the option and its value, as they were typed."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        listed = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+        raise kind(f"--{option} {listed}: {error}") from error
+
+
+def check_at_least(smallest: int, options: Any, *names: str) -> None:
+    """Raise a ``ValueError`` if an option that is given is below a number."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
+
+
+@contextlib.contextmanager
+def progress(text: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
+    """Show how far a long step is and how long it will take: a bar on a terminal, elsewhere a line now and then.
+
+    Args:
+        text: What is being done.
+        total: How much there is to do; a bar without it shows no time left.
+
+    Yields:
+        A function to be called with how much more is done.
+    """
+    if not is_first():
+        yield lambda count: None
+    elif sys.stderr.isatty():
+        with tqdm(desc=text, total=total, leave=False, delay=1) as bar:
+            yield bar.update
+    else:
+        yield _Lines(text, total).update
+
+
+def tracked(items: Iterable[T], text: str) -> Iterator[T]:
+    """Iterate over items and show :func:`progress`."""
+    with progress(text, getattr(items, "__len__", lambda: None)()) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+class _Lines:
+    """Progress in lines, one in :data:`INTERVAL` seconds at most."""
+
+    def __init__(self, text: str, total: int | None) -> None:
+        self.text, self.total, self.done = text, total, 0
+        self.began = self.told = time.monotonic()
+
+    def update(self, count: int) -> None:
+        self.done += count
+        if (now := time.monotonic()) - self.told < INTERVAL:
+            return
+        self.told = now
+        line = f"{self.text}: {self.done:,}"
+        if self.total:
+            left = (now - self.began) / max(self.done, 1) * (self.total - self.done)
+            line += f" of {self.total:,}, {duration(left)} left"
+        print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, such as ``"40 s"``, ``"3 min"`` or ``"2.5 h"``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def run_script(main: Callable[[list[str]], object], *, resumes: bool = False) -> NoReturn:
+    """Run the ``main`` of a script as a program: errors are one line, and the exit status says of which sort.
+
+    0: done; 2: what was typed cannot be run; 130: interrupted; 1: everything else. ``--debug`` shows tracebacks.
+
+    Args:
+        main: Called with the arguments of the process.
+        resumes: Whether the script has ``--resume_from_checkpoint``.
+    """
+    arguments, debug = _without_debug(sys.argv[1:])
+    rank = int(os.environ.get("RANK", "0"))
+    _quiet(first=rank == 0)
+    try:
+        main(arguments)
+        leave()
+        raise SystemExit(0)
+    except KeyboardInterrupt:
+        status, message = INTERRUPTED, "interrupted"
+        if resumes:
+            message += (
+                ": the same command with --resume_from_checkpoint true goes on from the last checkpoint that was saved"
+            )
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        expected = isinstance(error, ImportError | OSError | ValueError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        status, message = 2 if isinstance(error, UsageError) else 1, f"error: {kind}{_as_typed(error, arguments)}"
+        if not (expected or debug):
+            message += " (--debug shows where)"
+    if rank == 0:
+        print(message, file=sys.stderr)
+    elif status == 1:  # what the first process may not have met
+        print(f"process {rank}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _as_typed(error: Exception, arguments: Sequence[str]) -> str:
+    """A message in one line that names an option as it was typed, on the command line or in a file."""
+    message = _one_line(error)
+    first = re.match(r"\w*", message)
+    typed = {word.partition("=")[0] for word in arguments}
+    return f"--{message}" if first and f"--{first[0]}" in typed else message
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without a ``--debug`` that has no value; the Trainer has an option of this name, with one."""
+    following = [*arguments, ""][1:]
+    values = {option.value for option in DebugOption}
+    kept = [word for word, after in zip(arguments, following, strict=False) if word != "--debug" or after in values]
+    return kept, len(kept) < len(arguments)
+
+
+def _quiet(*, first: bool) -> None:
+    """Show what concerns a user: our messages, warnings in a line each, and bars only on a terminal."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_fnl").setLevel(logging.INFO if first else logging.WARNING)
+    if not first:
+        warnings.simplefilter("ignore")
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {_one_line(message)}", file=sys.stderr)
+    if not sys.stderr.isatty():
+        import datasets  # not needed to parse arguments, and slow to import
+
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
