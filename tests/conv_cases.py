@@ -85,7 +85,7 @@ def randomized(layer: nn.Module) -> nn.Module:
 
 
 def outputs_and_gradients(layer: nn.Module, x: Tensor, target: Tensor) -> list[Tensor]:
-    x = x.clone().requires_grad_()
+    x = x.detach().requires_grad_()  # a copy would have a layout of its own
     y = layer(x)
     return [y, *torch.autograd.grad((y * target).sum(), [x, *layer.parameters()])]
 

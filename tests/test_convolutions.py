@@ -32,6 +32,7 @@ from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.spectral import spectral_init
 
 PATHS = (True, False, None)  # multiplied out, a chain of convolutions, and the one with fewer operations
+BOTH = (True, False)
 FACTORS = {
     "low": {"rank": 3},
     "high": {"rank": 10},
@@ -49,6 +50,36 @@ COSTS = {
 }
 
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+# Sizes and options of convolutions whose kernels have axes of length 1 somewhere.
+NARROW = {
+    "3x3": {"in_channels": 8, "out_channels": 12, "kernel_size": 3, "padding": 1},
+    "pointwise": {"in_channels": 8, "out_channels": 12, "kernel_size": 1, "stride": 2},
+    "row": {"in_channels": 8, "out_channels": 12, "kernel_size": (1, 3), "padding": (0, 1)},
+    "column-strided": {"in_channels": 8, "out_channels": 12, "kernel_size": (3, 1), "stride": 2},
+    "dilated": {"in_channels": 8, "out_channels": 12, "kernel_size": 3, "padding": 2, "dilation": 2},
+    "one-channel-in": {"in_channels": 1, "out_channels": 4, "kernel_size": 3, "padding_mode": "circular", "padding": 1},
+    "one-channel-out": {"in_channels": 8, "out_channels": 1, "kernel_size": 3, "padding": 1},
+    "groups": {"in_channels": 16, "out_channels": 24, "kernel_size": 3, "padding": 1, "groups": 4},
+    "groups-strided": {"in_channels": 16, "out_channels": 24, "kernel_size": 3, "stride": 2, "groups": 2},
+    "groups-pointwise": {"in_channels": 8, "out_channels": 12, "kernel_size": 1, "groups": 2},
+    "groups-reflected": {
+        "in_channels": 8,
+        "out_channels": 12,
+        "kernel_size": (3, 2),
+        "padding": "same",
+        "padding_mode": "reflect",
+        "groups": 2,
+    },
+}
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.stack([x, x], -1).flatten(3)[..., ::2],
+    "channels-last-sliced": lambda x: LAYOUTS["channels-last"](torch.cat([x, x], 1))[:, : x.shape[1]],
+    "channels-last-viewed": lambda x: LAYOUTS["channels-last"](x).view_as(x),
+    "batch-inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +161,28 @@ def test_inputs_kernels_and_outputs_have_one_memory_format(scheme, options):
             y = layer(images().float().contiguous(memory_format=layout))
         assert len(convolutions.seen) == (1 if compose else len(layer.factors()))
         assert all(tensor.is_contiguous(memory_format=layout) for pair in convolutions.seen for tensor in (*pair, y))
+
+
+@with_each_scheme(sizes=NARROW)
+@pytest.mark.parametrize(("batch", "rank"), [(1, 1), (3, 2)])
+def test_no_layout_of_input_or_kernel_changes_outputs_or_gradients(scheme, sizes, batch, rank):
+    """In float32: torch has other kernels, with other ways to read strides, for it than for float64."""
+    dense = nn.Conv2d(**sizes, **DOUBLE)
+    rank = min(rank, full_rank(dense.weight.shape, scheme))
+    exact = from_dense(dense, scheme, rank)
+    images64 = images(batch, sizes["in_channels"], 9, 7)
+    target = torch.randn_like(exact(images64))
+    exact.compose, exact.recompute = True, False
+    expected = outputs_and_gradients(exact, images64, target)
+    for kernel in (torch.contiguous_format, torch.channels_last):
+        dense = exact.to_dense().float().to(memory_format=kernel)
+        layer = from_dense(dense, scheme, rank)
+        layer.load_state_dict(exact.state_dict())
+        for layer.compose, layer.recompute, (name, lay_out) in itertools.product(BOTH, BOTH, LAYOUTS.items()):
+            found = outputs_and_gradients(layer, lay_out(images64.float()), target.float())
+            assert_close(found, [tensor.float() for tensor in expected], rtol=1e-4, atol=1e-4, msg=name)
+            with torch.no_grad():
+                assert_close(layer(lay_out(images64.float())), found[0])
 
 
 @each_scheme

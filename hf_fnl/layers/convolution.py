@@ -96,6 +96,8 @@ class Convolution(Factorized):
         if x.ndim == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         x, padding = self._padded(x)
+        if _memory_format(x) is torch.channels_last:
+            x = _laid_out(x, channels_last=True)
         channels_last = torch.channels_last in (self.memory_format, _memory_format(x))
         if (held := self.held_weight()) is not None:
             return F.conv2d(x, _laid_out(held, channels_last), self.bias, *self._options("hw", padding))
@@ -236,8 +238,16 @@ def _trains(factors: Sequence[Tensor]) -> bool:
 
 
 def _laid_out(kernel: Tensor, channels_last: bool) -> Tensor:
-    """A kernel in the layout of the input: that of the output follows the kernel's as well as the input's."""
-    return kernel.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    """A kernel in the layout of the input: that of the output follows the kernel's as well as the input's.
+
+    A view, of a factor or of an image, may have other strides along axes of length 1, which ``contiguous`` leaves as
+    they are. Grouped convolutions of torch then compute something else, and the gradient of one image is an error.
+    """
+    _, channels, height, width = kernel.shape
+    contiguous, last = (height * width, width, 1), (1, width * channels, channels)
+    if kernel.stride() == (channels * height * width, *(last if channels_last else contiguous)):
+        return kernel
+    return kernel.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _along(along: str, values: Sequence[int], neutral: int) -> list[int]:

@@ -37,7 +37,8 @@ class RecomputingConvolution(torch.autograd.Function):
         (gradient,) = gradients
         again = torch.is_grad_enabled()  # whether these gradients are to be differentiated themselves
         with torch.enable_grad(), ctx.autocast():
-            inputs = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]  # not themselves: they may have hooks
+            # Not themselves, for they may have hooks; `view_as` would change the strides of axes of length 1.
+            inputs = [tensor[...] for tensor in ctx.saved_tensors]
             x, kernel = (tensor.to(gradient.dtype) for tensor in ctx.prepare(*inputs))
         stride, padding, dilation, groups = ctx.options
         of_input, of_kernel, of_bias = torch.ops.aten.convolution_backward(
