@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from hf_fnl.functional import squared_frobenius_norm
 from hf_fnl.optim.groups import by_name, check_factors
-from hf_fnl.optim.lamb import is_large
+from hf_fnl.optim.lamb import Lamb, is_large
 from hf_fnl.optim.product_decay import ProductDecay
 from hf_fnl.optim.sharding import shards_of
 from hf_fnl.products import Product, beside_factors
@@ -128,6 +128,8 @@ class FrobeniusDecay:
                 f"Frobenius decay with mode={self.mode!r} needs the gradients before the step, where a closure has not "
                 "computed them yet; use mode='penalty', or call step() without a closure"
             )
+        if isinstance(optimizer, Lamb):
+            optimizer.check()
         shards = shards_of(optimizer)
         due = [(fragment, group) for group, fragments in shards.due() for fragment in fragments]
         self._decay.take(shards, [fragment for fragment, _ in due])

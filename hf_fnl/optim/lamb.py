@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from hf_fnl.optim import fused as kernels
 from hf_fnl.optim.sharding import Collectives, Fragment, shards_of
+from hf_fnl.optim.state import check_parameter, check_state
 
 # What `weight_decay` multiplies, given a fragment and, where there is one, a tensor that may be overwritten with it.
 DecayTerm = Callable[[Fragment, Tensor | None], Tensor]
@@ -103,21 +104,25 @@ class Lamb(Optimizer):
             What ``closure`` returned, or ``None``.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or ``fused`` is true and there is no compiler; no parameter has
-                moved then.
+            RuntimeError: If a gradient is sparse, or ``fused`` is true and there is no compiler.
+            ValueError: If a parameter cannot be updated, or its gradient or its state does not fit it, as after the
+                model was cast or a state of another model was loaded.
+
+        Whatever is raised, nothing has moved.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         shards = shards_of(self)
         due, collectives = shards.due(), shards.collectives
-        slots = [[self._slot(f, f.owner.grad) for f in fragments if f.owner.grad is not None] for _, fragments in due]
+        self.check()
+        fragments = [fragment for _, held in due for fragment in held]
+        decay_term = self._decay_term(fragments)
+        slots = [[self._slot(f, f.owner.grad) for f in held if f.owner.grad is not None] for _, held in due]
         compiled = self._compiled_devices(slots)
         if self.max_grad_norm is not None:
             self._clip(slots, shards.steps_in_parts)
         steps = {id(slot.step): slot.step for slots_of_group in slots for slot in slots_of_group}
         if steps:
             _count(list(steps.values()))
-        fragments = [fragment for _, fragments in due for fragment in fragments]
-        decay_term = self._decay_term(fragments)
         updates: Iterable[_Update | _Compiled] = (
             update
             for (group, _), slots_of_group in zip(due, slots, strict=True)
@@ -129,6 +134,16 @@ class Lamb(Optimizer):
         for update in updates:
             update.apply()
         return loss
+
+    def check(self) -> None:
+        """Raise, as :meth:`step` does before it changes anything, if a parameter with a gradient cannot be updated."""
+        if torch.compiler.is_compiling():
+            return
+        for name, parameter in _named(self.param_groups):
+            if parameter.grad is not None:
+                check_parameter(name, parameter, clips=self.max_grad_norm is not None)
+                if state := self.state.get(parameter):
+                    check_state(name, parameter, state)
 
     def _decay_term(self, due: Sequence[Fragment]) -> DecayTerm:
         """What ``weight_decay`` multiplies in this call of ``step``, which moves ``due``; called before they move."""
@@ -152,11 +167,6 @@ class Lamb(Optimizer):
 
     def _slot(self, fragment: Fragment, grad: Tensor) -> _Slot:
         owner, state = fragment.owner, self.state[fragment.owner]
-        if grad.layout is not torch.strided:
-            raise RuntimeError(
-                f"{type(self).__name__} takes dense gradients only, got a {grad.layout} one for a parameter of shape "
-                f"{tuple(owner.shape)}; build the embedding that makes it with sparse=False"
-            )
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device)
             state["exp_avg"] = torch.zeros_like(owner, memory_format=torch.contiguous_format)
@@ -230,16 +240,43 @@ class Lamb(Optimizer):
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "fused": self.fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also called by ``load_state_dict``, which takes steps and the order in memory as they were saved."""
+        """Also called by ``load_state_dict``, which takes steps and the order in memory as they were saved.
+
+        Raises:
+            ValueError: If an option, a name or a state is not one of these parameters; nothing has changed then.
+        """
+        for group, loaded in zip(getattr(self, "param_groups", ()), state["param_groups"], strict=False):
+            pairs = zip(group.get("param_names", ()), loaded.get("param_names", ()), strict=False)
+            if differ := next((pair for pair in pairs if pair[0] != pair[1]), None):
+                raise ValueError(f"the state to load has {differ[1]} in the place of {differ[0]}: its order is another")
+        for group in state["param_groups"]:
+            _check_options(group)
+        for name, parameter in _named(state["param_groups"]):
+            if values := state["state"].get(parameter):
+                fitting = {key: _as_kept(key, value, parameter) for key, value in values.items()}
+                check_state(name, parameter, fitting)
+                values.update(fitting)
         super().__setstate__(state)
         self._scratch = {}
-        for parameter in (p for group in self.param_groups for p in group["params"] if p in self.state):
-            values = self.state[parameter]
-            values["step"] = values["step"].to(parameter.device)
-            values["exp_avg"], values["exp_avg_sq"] = values["exp_avg"].contiguous(), values["exp_avg_sq"].contiguous()
+
+
+def _named(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of groups with what errors call them."""
+    for number, group in enumerate(groups):
+        names = group.get("param_names") or [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
+        yield from zip(names, group["params"], strict=False)  # of ZeRO's flat parameters the first stands for all
+
+
+def _as_kept(key: str, value: Any, parameter: Tensor) -> Any:
+    """What ``load_state_dict`` takes as it was saved, on the device and in the order in memory of a state."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(parameter.device) if key == "step" else value.contiguous()
 
 
 def _check_options(options: dict[str, Any]) -> None:
+    if missing := [name for name in ("lr", "betas", "eps", "weight_decay") if name not in options]:
+        raise ValueError(f"a group of parameters for LAMB needs {', '.join(missing)}")
     lr, betas, eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
         if not value >= 0:

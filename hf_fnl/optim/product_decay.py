@@ -71,6 +71,8 @@ class ProductDecay:
             self._later.clear()
             self._made_whole.clear()
         units = {product: _units(product, fragments) for product in taken}
+        for product, units_of_product in units.items():
+            _check_factors(product, units_of_product, fragments)
         each = [unit for units_of_product in units.values() for unit in units_of_product]
         sums = self._sums(each, fragments, shards.collectives)
         for product, units_of_product in units.items():
@@ -205,6 +207,18 @@ def _units(product: Product, fragments: Mapping[str, Fragment]) -> tuple[Units, 
         Units(part, fragments[part.name].shape, entire=product.is_tensor or 0 < number < last)
         for number, part in enumerate(product.parts)
     )
+
+
+def _check_factors(product: Product, units: Sequence[Units], fragments: Mapping[str, Fragment]) -> None:
+    """Raise a ``ValueError`` unless the factors of a product can be multiplied with each other."""
+    held = [fragments[unit.factor.name].local for unit in units]
+    widths = () if product.is_tensor else {unit.width for unit in units}
+    if len({(local.dtype, local.device) for local in held}) > 1 or len(widths) > 1:
+        listed = ", ".join(
+            f"{unit.factor.name}: {local.dtype} of shape {unit.shape} on {local.device}"
+            for unit, local in zip(units, held, strict=True)
+        )
+        raise ValueError(f"product {product.name}: its factors differ in rank, dtype or device ({listed})")
 
 
 def _alike(units: Sequence[Units], fragments: Mapping[str, Fragment]) -> list[list[Units]]:

@@ -1,0 +1,363 @@
+"""LAMB and FLAMBe refuse, before anything moves, a state or a gradient that does not fit its parameter."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from hf_fnl import FactorizedLinear, FLAMBe, FrobeniusDecay, Lamb, find_products, parameter_groups
+from hf_fnl.optim import fused
+
+WAYS = {"torch": False, "kernel": True}
+KERNEL = pytest.mark.skipif(not fused.is_available(), reason="needs a C++ compiler")
+each_way = pytest.mark.parametrize(
+    "compiled", [pytest.param(False, id="torch"), pytest.param(True, id="kernel", marks=KERNEL)]
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(7, 5), FactorizedLinear(5, 11, 3), nn.Linear(11, 3))
+
+
+def run_back(model: nn.Module) -> None:
+    model.zero_grad()
+    first = next(model.parameters())
+    model(torch.randn(2, 7, dtype=first.dtype, device=first.device)).square().sum().backward()
+
+
+def flambe(model: nn.Module, **options: Any) -> FLAMBe:
+    return FLAMBe(model.named_parameters(), products=find_products(model, ["linear"]), **options)
+
+
+def lamb(model: nn.Module, **options: Any) -> Lamb:
+    return Lamb(model.named_parameters(), **options)
+
+
+OPTIMIZERS = {"lamb": lamb, "flambe": flambe}
+
+
+Snapshot = dict[str, Any]
+
+
+def snapshot(model: nn.Module, optimizer: Lamb, but: str = "") -> Snapshot:
+    """Values and states of all parameters but one."""
+    return {
+        name: (parameter.detach().clone(), copy.deepcopy(optimizer.state.get(parameter, {})))
+        for name, parameter in model.named_parameters()
+        if name != but
+    }
+
+
+def assert_unmoved(model: nn.Module, optimizer: Lamb, before: Snapshot) -> None:
+    """Bit for bit: nothing may have been written."""
+    parameters = dict(model.named_parameters())
+    for name, (value, state) in before.items():
+        assert torch.equal(parameters[name], value)
+        now = optimizer.state.get(parameters[name], {})
+        assert now.keys() == state.keys()
+        for key, kept in state.items():
+            assert torch.equal(now[key], kept)
+
+
+def replace(key: str, change: Callable[[Any], Any]) -> Callable[[nn.Parameter, dict[str, Any]], None]:
+    def harm(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        state[key] = change(state[key])
+
+    return harm
+
+
+def new_data(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Parameter, dict[str, Any]], None]:
+    """Data of another form, with a gradient that fits them."""
+
+    def harm(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        parameter.grad = None
+        parameter.data = change(parameter.data)
+        parameter.grad = torch.ones_like(parameter)
+
+    return harm
+
+
+def remove(key: str) -> Callable[[nn.Parameter, dict[str, Any]], None]:
+    return lambda parameter, state: state.pop(key)
+
+
+def add(key: str) -> Callable[[nn.Parameter, dict[str, Any]], None]:
+    return lambda parameter, state: state.update({key: torch.zeros_like(parameter)})
+
+
+def other_gradient(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+    parameter.grad_dtype = None
+    parameter.grad = torch.ones_like(parameter, dtype=torch.float64)
+
+
+def stale_gradient(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+    parameter.data = torch.zeros(2, 2)
+    state.clear()
+
+
+def freed_moment(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+    state["exp_avg"].untyped_storage().resize_(0)
+
+
+def freed(parameter: nn.Parameter, state: dict[str, Any]) -> None:
+    parameter.data = parameter.data.clone()
+    parameter.untyped_storage().resize_(4)
+
+
+HARMS: dict[str, tuple[Callable[[nn.Parameter, dict[str, Any]], None], str]] = {
+    "moment-of-another-shape": (replace("exp_avg", lambda x: x.new_zeros(2, 2)), r"exp_avg of .* \(2, 2\)"),
+    "moment-transposed": (replace("exp_avg_sq", lambda x: x.mT), "exp_avg_sq of"),
+    "moment-in-other-order": (replace("exp_avg", lambda x: x.mT.contiguous().mT), "exp_avg of .*contiguous"),
+    "moment-expanded": (replace("exp_avg", lambda x: x[:1].expand_as(x)), "exp_avg of .*contiguous"),
+    "moment-in-float64": (replace("exp_avg", Tensor.double), r"exp_avg of .*torch.float64"),
+    "moment-in-bfloat16": (replace("exp_avg_sq", Tensor.bfloat16), r"exp_avg_sq of .*torch.bfloat16"),
+    "moment-on-meta": (replace("exp_avg", lambda x: x.to("meta")), "exp_avg of .* on meta"),
+    "moment-freed": (freed_moment, "exp_avg of .*memory"),
+    "moment-a-list": (replace("exp_avg", Tensor.tolist), "exp_avg of .*list"),
+    "moment-missing": (remove("exp_avg_sq"), r"the state of .* holds step, exp_avg, and"),
+    "step-missing": (remove("step"), "the state of .* holds exp_avg, exp_avg_sq, and"),
+    "foreign-moment": (add("max_exp_avg_sq"), "the state of .* max_exp_avg_sq"),
+    "step-a-number": (replace("step", int), "step of .* is 1 of type int"),
+    "step-in-int64": (replace("step", Tensor.long), "step of .*torch.int64"),
+    "step-in-float64": (replace("step", Tensor.double), "step of .*torch.float64"),
+    "step-a-vector": (replace("step", lambda x: x[None]), r"step of .*\(1,\)"),
+    "parameter-of-another-shape": (new_data(lambda p: torch.randn(4, 4)), r"exp_avg of .*\(4, 4\)"),
+    "parameter-larger": (new_data(lambda p: torch.randn(512, 512)), r"exp_avg of .*\(512, 512\)"),
+    "parameter-in-float64": (new_data(Tensor.double), r"exp_avg of .*torch.float64"),
+    "parameter-expanded": (new_data(lambda p: p[:1].expand_as(p)), "share memory"),
+    "parameter-overlapping": (new_data(lambda p: p.as_strided(p.shape, (1, 1))), "share memory"),
+    "gradient-in-float64": (other_gradient, "the gradient of .*torch.float64"),
+    "parameter-freed": (freed, "2.weight has shape .* no memory"),
+    "gradient-of-another-shape": (stale_gradient, r"the gradient of .*\(3, 11\).*\(2, 2\)"),
+}
+
+
+@each_way
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(("harm", "message"), HARMS.values(), ids=HARMS)
+def test_what_does_not_fit_is_named_and_nothing_moves(harm, message, optimizer, compiled):
+    model = network()
+    ours = optimizer(model, fused=compiled)
+    run_back(model)
+    ours.step()
+    before = snapshot(model, ours, but="2.weight")
+    harm(model[2].weight, ours.state[model[2].weight])  # one of the last, so that others would have moved
+    with pytest.raises(ValueError, match=message) as caught:
+        ours.step()
+    assert "2.weight" in str(caught.value)
+    assert_unmoved(model, ours, before)
+
+
+CASTS = {
+    "double": lambda model: model.double(),
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+}
+
+
+@each_way
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_a_cast_model_is_refused_until_its_state_is_cast(cast, optimizer, compiled):
+    model = network()
+    ours = optimizer(model, fused=compiled, lr=0.1)
+    run_back(model)
+    ours.step()
+    cast(model)
+    run_back(model)
+    before = snapshot(model, ours)
+    with pytest.raises(ValueError, match=r"exp_avg of 0\.weight is torch.float32.*load_state_dict"):
+        ours.step()
+    assert_unmoved(model, ours, before)
+
+    ours.load_state_dict(ours.state_dict())
+    again = copy.deepcopy(model)
+    expected = optimizer(again, fused=False, lr=0.1)
+    expected.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for parameter, other in zip(model.parameters(), again.parameters(), strict=True):
+        other.grad = parameter.grad.clone()
+    ours.step()
+    expected.step()
+    tolerance = 4 * torch.finfo(model[0].weight.dtype).eps
+    assert_close(dict(model.named_parameters()), dict(again.named_parameters()), rtol=tolerance, atol=tolerance)
+
+
+def of_another_model(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    wider = nn.Sequential(nn.Linear(7, 6), FactorizedLinear(6, 11, 3), nn.Linear(11, 3))
+    theirs = optimizer(wider)
+    run_back(wider)
+    theirs.step()
+    return theirs.state_dict()
+
+
+def in_another_order(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    theirs = Lamb(reversed(list(model.named_parameters())))
+    run_back(model)
+    return theirs.state_dict()
+
+
+def of_sgd(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    theirs = torch.optim.SGD(model.named_parameters(), momentum=0.9)
+    run_back(model)
+    theirs.step()
+    return theirs.state_dict()
+
+
+def of_amsgrad(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    theirs = torch.optim.AdamW(model.named_parameters(), amsgrad=True)
+    run_back(model)
+    theirs.step()
+    return theirs.state_dict()
+
+
+def with_numbers_for_steps(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    theirs = optimizer(model)
+    run_back(model)
+    theirs.step()
+    state = theirs.state_dict()
+    return {**state, "state": {i: {**values, "step": int(values["step"])} for i, values in state["state"].items()}}
+
+
+def with_fewer_groups(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    return Lamb(parameter_groups(model, weight_decay=0.1)).state_dict()
+
+
+FOREIGN = {
+    "another-model": (of_another_model, r"exp_avg of 0\.weight is .*\(6, 7\).*\(5, 7\)"),
+    "another-order": (in_another_order, "2.bias in the place of 0.weight"),
+    "sgd": (of_sgd, "needs betas, eps"),
+    "amsgrad": (of_amsgrad, r"the state of 0\.weight holds .*max_exp_avg_sq"),
+    "steps-as-numbers": (with_numbers_for_steps, r"step of 0\.weight is 1 of type int"),
+    "other-groups": (with_fewer_groups, "different number of parameter groups"),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(("state", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_state_is_refused_when_it_is_loaded(state, message, optimizer):
+    model = network()
+    foreign, ours = state(copy.deepcopy(model), optimizer), optimizer(model)
+    run_back(model)
+    ours.step()
+    before, groups = snapshot(model, ours), copy.deepcopy(ours.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(foreign)
+    assert_unmoved(model, ours, before)
+    assert ours.state_dict()["param_groups"] == groups
+    ours.step()
+
+
+@each_way
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_refuses_what_the_original_refuses(duplicate, optimizer, compiled):
+    model = network()
+    ours = optimizer(model, fused=compiled)
+    run_back(model)
+    ours.step()
+    copied = duplicate(ours)
+    parameter = copied.param_groups[0]["params"][0]
+    parameter.data = torch.randn(300, 300)
+    parameter.grad = None
+    parameter.grad = torch.randn(300, 300)
+    with pytest.raises(ValueError, match=r"exp_avg of 0\.weight"):
+        copied.step()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_parameters_without_names_are_counted(named):
+    groups = [nn.Linear(3, 2), nn.Linear(2, 5)]
+    params = [
+        {"params": [(f"{i}.{name}", p) if named else p for name, p in group.named_parameters()]}
+        for i, group in enumerate(groups)
+    ]
+    optimizer = Lamb(params)
+    for group in groups:
+        group(torch.randn(2, group.in_features)).sum().backward()
+    optimizer.step()
+    optimizer.state[groups[1].bias]["exp_avg"] = torch.zeros(9)
+    with pytest.raises(ValueError, match=r"exp_avg of 1\.bias" if named else "exp_avg of parameter 1 of group 1"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_numbers_that_lamb_cannot_update_are_refused(dtype):
+    parameter, other = nn.Parameter(torch.ones(3, 2).to(dtype)), nn.Parameter(torch.ones(3))
+    parameter.grad, other.grad = torch.ones(3, 2).to(dtype), torch.ones(3)
+    with pytest.raises(ValueError, match=f"weight is of {dtype}"):
+        Lamb([("bias", other), ("weight", parameter)]).step()
+    assert torch.equal(other, torch.ones(3))
+
+
+GRADIENTS = {
+    "expanded": lambda shape: torch.randn(1, 1).expand(shape),
+    "transposed": lambda shape: torch.randn(shape[::-1]).mT,
+    "strided": lambda shape: torch.randn(shape[0], 2 * shape[1])[:, ::2],
+    "overlapping": lambda shape: torch.randn(20).as_strided(shape, (1, 1)),
+}
+
+
+@each_way
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+def test_the_order_of_a_gradient_in_memory_does_not_matter(gradient, compiled):
+    start = torch.randn(5, 7)
+    results = []
+    strided = gradient((5, 7))
+    for given in (strided, strided.clone(memory_format=torch.contiguous_format)):
+        parameter = nn.Parameter(start.clone())
+        parameter.grad = given
+        optimizer = Lamb([parameter], lr=0.1, fused=compiled)
+        optimizer.step()
+        optimizer.step()
+        results.append(parameter.detach())
+    assert_close(*results)
+
+
+def test_a_gradient_that_cannot_be_clipped_in_place_is_refused():
+    parameter = nn.Parameter(torch.ones(5, 7))
+    parameter.grad = torch.ones(1, 1).expand(5, 7)
+    with pytest.raises(ValueError, match="the gradient of weight share memory"):
+        Lamb([("weight", parameter)], max_grad_norm=1.0).step()
+
+
+def test_factors_that_do_not_belong_together_are_refused():
+    model = network()
+    for harm in (lambda: torch.randn(11, 2), lambda: torch.randn(11, 3, dtype=torch.float64)):
+        model[1].U.grad = None
+        model[1].U.data = harm()
+        optimizer = flambe(model)
+        for parameter in model.parameters():
+            parameter.grad = None
+            parameter.grad = torch.ones_like(parameter)
+        before = snapshot(model, optimizer)
+        with pytest.raises(ValueError, match=r"product 1: its factors differ in rank, dtype or device \(1\.U: "):
+            optimizer.step()
+        assert_unmoved(model, optimizer, before)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_frobenius_decay_does_not_move_what_lamb_refuses(mode):
+    model = network()
+    products = find_products(model, ["linear"])
+    optimizer = Lamb(parameter_groups(model, weight_decay=0.1, products=products, frobenius_decay=0.0))
+    FrobeniusDecay(optimizer, products, 0.1, mode=mode)
+    run_back(model)
+    optimizer.step()
+    optimizer.state[model[0].weight]["exp_avg"] = torch.zeros(2)
+    run_back(model)
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=r"exp_avg of 0\.weight"):
+        optimizer.step()
+    assert_unmoved(model, optimizer, before)
