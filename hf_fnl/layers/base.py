@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.functional import product
-from hf_fnl.layers.weight import DenseWeight
+from hf_fnl.layers.weight import readable_weight, refuse_write
 from hf_fnl.spectral import check_method, check_rank, initial_factors
 
 if TYPE_CHECKING:
@@ -55,16 +55,36 @@ class Factorized(nn.Module):
         """Shape of the dense layer's weight."""
         return self.shape
 
+    def weight_from(self, *factors: Tensor) -> Tensor:
+        """The dense layer's weight, in the layout that this layer has, as a function of :meth:`factors`."""
+        raise NotImplementedError
+
     def dense_weight(self) -> Tensor:
         """The dense layer's weight: the factors multiplied out, in the layout that this layer has."""
-        raise NotImplementedError
+        return self.weight_from(*self.factors())
 
     @property
     def weight(self) -> Tensor:
-        """The dense layer's weight, for code that reads it; multiplied out when its values are used."""
-        if torch.compiler.is_compiling():  # the compiler drops by itself what is not used
-            return self.dense_weight()
-        return DenseWeight.of(self.dense_shape, self.factors()[0], self.dense_weight)
+        """The dense layer's weight, to be read: see :class:`~hf_fnl.layers.weight.DenseWeight`.
+
+        Raises:
+            RuntimeError: If something is written into it, or put in its place.
+        """
+        return readable_weight(self)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        refuse_write(self, "layer.weight = ...")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; ``weight`` is none.
+
+        Raises:
+            RuntimeError: If the name is ``"weight"``.
+        """
+        if name == "weight":
+            refuse_write(self, "layer.weight = ...")
+        super().register_parameter(name, param)
 
     @property
     def compression_rate(self) -> float:
@@ -226,9 +246,9 @@ class FactorizedMatrix(Factorized):
         """The dense matrix, shape ``(m, n)``."""
         return product(*self.factors())
 
-    def dense_weight(self) -> Tensor:
+    def weight_from(self, *factors: Tensor) -> Tensor:
         """The dense layer's weight: ``W`` in the layout that this layer has."""
-        return self.composed()
+        return product(*factors)
 
     @torch.no_grad()
     def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:

@@ -79,9 +79,9 @@ class Convolution(Factorized):
         """The dense kernel."""
         raise NotImplementedError
 
-    def dense_weight(self) -> Tensor:
+    def weight_from(self, *factors: Tensor) -> Tensor:
         """The dense kernel."""
-        return self.multiplied(*self.operands())
+        return self.multiplied(*factors)
 
     def composing_cost(self) -> int:
         """Multiplications that it takes to multiply the factors out."""

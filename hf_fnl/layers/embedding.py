@@ -27,6 +27,8 @@ class FactorizedEmbedding(FactorizedMatrix):
     """
 
     kind = "embedding"
+    # As of the only embeddings that can be factorized, for code that looks rows up as this one would.
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False
 
     def __init__(
         self,

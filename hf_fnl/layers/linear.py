@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from hf_fnl.functional import product
 from hf_fnl.layers.base import FactorizedMatrix
 from hf_fnl.spectral import spectral_init
 from hf_fnl.truncation import Moments, truncate_linear
@@ -67,9 +68,10 @@ class FactorizedLinear(FactorizedMatrix):
         """Shape of the dense layer's weight, which ``Conv1D`` holds transposed."""
         return self.shape[::-1] if self.dense_class is Conv1D else self.shape
 
-    def dense_weight(self) -> Tensor:
+    def weight_from(self, *factors: Tensor) -> Tensor:
         """The dense layer's weight, which ``Conv1D`` holds transposed."""
-        return self.composed().mT if self.dense_class is Conv1D else self.composed()
+        weight = product(*factors)
+        return weight.mT if self.dense_class is Conv1D else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)`` through the ``rank``-wide middle."""

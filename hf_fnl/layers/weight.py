@@ -1,42 +1,214 @@
-"""The dense weight of a factorized layer, for code that looks at it."""
+"""The dense weight of a factorized layer, for code that reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_DESCRIPTION = frozenset(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta"))
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from hf_fnl.layers.base import Factorized
+
+
+def readable_weight(layer: Factorized) -> Tensor:
+    """Return ``W`` of a layer: a :class:`DenseWeight`, or plain values where a compiler or a tracer follows them."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return layer.dense_weight()
+    factors = layer.factors()
+    # As of a parameter, `requires_grad` does not depend on where it is asked for.
+    with torch.set_grad_enabled(not any(factor.is_inference() for factor in factors)):
+        weight: Tensor = _Composition.apply(layer, *factors)
+    return weight
+
+
+def refuse_write(layer: Factorized, operation: str) -> NoReturn:
+    """Raise a ``RuntimeError`` that says what to do in the place of a write into the weight of a layer."""
+    kind = type(layer).__name__
+    names = ", ".join(name for name, _ in layer.named_parameters(recurse=False) if name != "bias")
+    raise RuntimeError(
+        f"{operation} would write into the weight of a {kind}, which holds only its factors ({names}): what is written "
+        "there would be lost. Write into the factors (set_factors_), or make the layer dense first: "
+        "hf_fnl.merge_(model) for a model, also before an adapter is merged into it, or to_dense() of the layer. For "
+        "values of your own, clone() the weight"
+    )
+
+
+class _Composition(torch.autograd.Function):
+    """``W`` as a function of its factors, which are multiplied when it is read."""
+
+    @staticmethod
+    def forward(layer: Factorized, *factors: Tensor) -> Tensor:
+        return DenseWeight(layer, factors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.layer, *factors = inputs
+        ctx.save_for_backward(*factors)
+        ctx.save_for_forward(*factors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        pull_back = torch.func.vjp(ctx.layer.weight_from, *ctx.saved_tensors)[1]
+        return None, *pull_back(*gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        factors = ctx.saved_tensors
+        given = [torch.zeros_like(f) if t is None else t for f, t in zip(factors, tangents[1:], strict=True)]
+        return torch.func.jvp(ctx.layer.weight_from, factors, tuple(given))[1]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], layer: Factorized, *factors: Tensor) -> tuple[Tensor, int]:
+        return torch.vmap(layer.weight_from, in_dims[1:])(*factors), 0
 
 
 class DenseWeight(Tensor):
-    """A tensor that is multiplied out when an operation needs its values.
+    """The weight of a factorized layer, or a view of it, as a tensor that can only be read.
 
-    Models look at ``layer.weight.dtype`` in every forward pass (T5 three times), which must not cost a product.
+    It holds the factors. An operation that needs values multiplies them; shape, dtype and device cost nothing, and
+    gradients reach the factors from whatever reads it. What would write into it, or into a view of it, raises a
+    ``RuntimeError``: the layer would never see that. ``requires_grad_`` reaches the factors.
+
+    Args:
+        layer: The layer.
+        factors: Its factors.
+        values: Those of a view, which is of their shape.
     """
 
-    _compose: Callable[[], Tensor]
+    _layer: Factorized
+    _factors: tuple[Tensor, ...]
+    _view_values: Tensor | None
+    _address: Tensor | None
+    _is_detached: bool
     _is_hf_initialized: bool
 
-    @classmethod
-    def of(cls, shape: Sequence[int], like: Tensor, compose: Callable[[], Tensor]) -> DenseWeight:
-        """A weight of this shape, in the dtype and on the device of ``like``, that ``compose`` multiplies out."""
-        # Not by `like` itself, which under FSDP2 would make a DTensor.
-        weight = torch.empty((), dtype=like.dtype, device=like.device).expand(shape).as_subclass(cls)
-        weight._compose = compose
-        weight._is_hf_initialized = True  # Transformers' initialization passes it by: what it wrote would be lost
+    @staticmethod
+    def __new__(cls, layer: Factorized, factors: Sequence[Tensor], values: Tensor | None = None) -> Self:  # noqa: D102
+        like = factors[0] if values is None else values
+        shape = layer.dense_shape if values is None else values.shape
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        if values is not None:
+            options |= {"strides": values.stride(), "storage_offset": values.storage_offset()}
+        weight: Self = Tensor._make_wrapper_subclass(cls, shape, **options)
+        weight._layer, weight._factors, weight._view_values = layer, tuple(factors), values
+        weight._address, weight._is_detached = None, values is not None
+        weight._is_hf_initialized = True  # Transformers draws the factors, and passes by what is initialized
         return weight
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    @property
+    def _is_param(self) -> bool:  # by which torch marks what nn.Parameter makes of a tensor of another class
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        refuse_write(self._layer, "an optimizer of nn.Parameter(layer.weight)")
+
+    def read(self) -> Tensor:
+        """Multiply the factors; returns an ordinary tensor without history, contiguous unless it is a view."""
+        return self._multiplied().contiguous() if self._view_values is None else self._view_values
+
+    def read_at_address(self) -> Tensor:
+        """Return the values in memory that all share who hold this weight, as tied layers do."""
+        if self._view_values is not None:
+            return self._view_values
+        if self._address is None:
+            values = self._multiplied()
+            versions = [(id(f), f.data_ptr(), 0 if f.is_inference() else f._version) for f in self._factors]
+            # Strides tell a matrix from its transpose, which a layer of another class may hold.
+            self._address = _ADDRESSES.setdefault((*versions, values.shape, values.stride()), values.contiguous())
+        return self._address
+
+    def _multiplied(self) -> Tensor:
+        device = self.device.type
+        can_cast = torch.amp.is_autocast_available(device)
+        with torch.no_grad(), torch.autocast(device, enabled=False) if can_cast else nullcontext():
+            return self._layer.weight_from(*self._factors)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answer what describes a tensor; compose for all else."""
-        if func in _DESCRIPTION:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args)
-        args, kwargs = pytree.tree_map_only(DenseWeight, lambda weight: weight._compose(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        """Answer what the dispatcher does not see: attributes that are set, and memory that is asked for."""
+        kwargs, weight = kwargs or {}, args[0] if args else None
+        if isinstance(weight, DenseWeight):
+            if func in _WRITES or (func in _WRITES_INTO_PARAMETERS and not weight._is_detached):
+                refuse_write(weight._layer, _NAMES.get(func, getattr(func, "__name__", str(func))))
+            if func in _REQUIRES_GRAD and not weight._is_detached:
+                for factor in weight._factors:
+                    factor.requires_grad_(*args[1:], **kwargs)
+                return weight
+            if func in _OF_MEMORY:
+                return weight._ask_memory(func, *args[1:], **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def _ask_memory(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        values = self.read_at_address().detach().requires_grad_(self.requires_grad)
+        result = func(values, *args, **kwargs)
+        if func in _ARRAYS:
+            result.setflags(write=False)
+        return result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Multiply for what reads, and refuse what writes; views can only be read, either."""
+        kwargs = kwargs or {}
+        for weight in _written(func, args, kwargs):
+            refuse_write(weight._layer, str(func))
+        if func is torch.ops.aten.detach.default:
+            detached = cls(args[0]._layer, args[0]._factors, args[0]._view_values)
+            detached._is_detached = True
+            return detached
+        given, options = pytree.tree_map_only(DenseWeight, DenseWeight.read, (args, kwargs))
+        result = func(*given, **options)
+        if func._schema.is_mutable or all(returned.alias_info is None for returned in func._schema.returns):
+            return result
+        source = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, DenseWeight))
+        return pytree.tree_map_only(Tensor, lambda view: cls(source._layer, source._factors, view), result)
+
+
+_ADDRESSES: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
+
+
+def _setter(name: str) -> Any:
+    return getattr(Tensor, name).__set__
+
+
+_REQUIRES_GRAD = {Tensor.requires_grad_, _setter("requires_grad")}
+_ARRAYS: set[Any] = {Tensor.numpy, Tensor.__array__}
+_OF_MEMORY = _ARRAYS | {
+    Tensor.__deepcopy__,
+    Tensor.__format__,
+    Tensor.__reduce_ex__,
+    Tensor.__repr__,
+    Tensor.data_ptr,
+    Tensor.is_shared,
+    Tensor.storage,
+    Tensor.tolist,
+    Tensor.untyped_storage,
+}
+# What writes without the dispatcher, or hands out memory to be written.
+_WRITES = {_setter("data"), Tensor.apply_, Tensor.map_, Tensor.map2_, Tensor.__dlpack__, Tensor.share_memory_}
+# What is kept with a parameter: here it would be kept with a tensor that the next access makes anew.
+_WRITES_INTO_PARAMETERS = {_setter("grad"), Tensor.register_hook}
+_NAMES = {_setter("data"): "weight.data = ...", _setter("grad"): "weight.grad = ..."}
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[DenseWeight]:
+    """The weights among what an operation writes into."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, DenseWeight))

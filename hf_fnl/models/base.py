@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fnl.calibration import Calibration
 from hf_fnl.config import LayerRank, RankRule
 from hf_fnl.layers import Factorized, FactorizedLinear
+from hf_fnl.layers.whole import is_partitioned
 from hf_fnl.models.attention import (
     FactorizedAttention,
     HeadConv1D,
@@ -48,7 +50,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
     dense_class: ClassVar[type[PreTrainedModel]]
     attention_class: ClassVar[type[FactorizedAttention]]
 
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Transformers skips modules without parameters of their own in classes that are not its own, to protect loaded
         # weights from unguarded writes. An attention is such a module and draws its heads; all writes here are guarded.
         super()._initialize_weights(module, is_custom_code=False)
@@ -98,12 +100,17 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         return [*contexts, init.no_init_weights(), meta_parameters(), modeling_utils.set_zero3_state()]
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any) -> Any:
-        if is_deepspeed_zero3_enabled() and not load_config.is_quantized:
-            # Only the first process reads the weights, so all look whether they fit, or one would raise alone.
-            check_files(model, load_config.pretrained_model_name_or_path, checkpoint_files or ())
-            partition_(model)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config)
+    def _load_pretrained_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+        # Of a model or, into one that has its weights, of an adapter.
+        load = PreTrainedModel._load_pretrained_model
+        if is_deepspeed_zero3_enabled() and not any(map(is_partitioned, model.parameters())):
+            given = inspect.signature(load).bind(model, *args, **kwargs).arguments
+            config = given["load_config"]
+            if not config.is_quantized:
+                # Only the first process reads the weights, so all look whether they fit, or one would raise alone.
+                check_files(model, config.pretrained_model_name_or_path, given["checkpoint_files"] or ())
+                partition_(model)
+        return load(model, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
@@ -111,10 +118,21 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
 
         Raises:
             OSError: If a weight file is truncated or corrupt.
-            ValueError: If the checkpoint holds a parameter in another shape, or a product in another form, than the
-                configuration says, unless ``ignore_mismatched_sizes``.
+            CheckpointMismatchError: If the checkpoint holds a parameter in another shape, or a product in another form,
+                than the configuration says, unless ``ignore_mismatched_sizes``. It is a ``ValueError``, and a
+                ``RuntimeError`` as in Transformers.
         """
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in torch; the name of a factor, too, gives the layer that holds it.
+
+        PEFT looks for the word embedding by the parameter that is as long as the vocabulary.
+        """
+        name, _, attribute = target.rpartition(".")
+        if attribute in ("U", "V") and isinstance(holder := super().get_submodule(name), Factorized):
+            return holder
+        return super().get_submodule(target)
 
     def _get_resized_embeddings(self, old_embeddings: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # Here all ways to resize an embedding meet.
@@ -256,6 +274,11 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         return state
 
 
+def is_initialized(model: PreTrainedModel) -> bool:
+    """Whether ``post_init`` has run: a class that adds a layer of its own calls it again."""
+    return hasattr(model, "all_tied_weights_keys")
+
+
 def take_over_(model: PreTrainedModel, other: PreTrainedModel) -> None:
     """Give a model, in place, the modules and the configuration of another of its class, which is not used any more.
 
@@ -274,9 +297,10 @@ class FactorizedBackbone(FactorizedPreTrainedModel):
     """Mixin before a stock backbone in which some modules give way to factorized ones."""
 
     def post_init(self) -> None:
-        """Put factorized modules in the place of the stock ones, then initialize as every model does."""
-        with init.no_init_weights():
-            self._replace_modules()
+        """Put factorized modules in the place of the stock ones, the first time, then initialize the model."""
+        if not is_initialized(self):
+            with init.no_init_weights():
+                self._replace_modules()
         super().post_init()
 
     def _replace_modules(self) -> None:

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import MaskedLMOutput, QuestionAnsweringModel
 from transformers.models.bert import modeling_bert as stock
 from transformers.utils.generic import can_return_tuple
 
+from hf_fnl.models.base import is_initialized
 from hf_fnl.models.bert import (
     FactorizedBertConfig,
     FactorizedBertLMPredictionHead,
@@ -43,11 +44,12 @@ class _WithLMHead(TiedVocabulary, FactorizedBertPreTrainedModel):
     """A head with vocabulary logits: its decoder is tied to the word embedding, factor by factor."""
 
     def post_init(self) -> None:
-        """Put our prediction head in the place of the stock one, then initialize as every model does."""
-        with init.no_init_weights():
-            self.cls.predictions = FactorizedBertLMPredictionHead(self.config)
-        tied = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
-        self._tied_weights_keys = tied_factors(tied, self.config.embedding_rank is not None)
+        """Put our prediction head in the place of the stock one, the first time, then initialize the model."""
+        if not is_initialized(self):
+            with init.no_init_weights():
+                self.cls.predictions = FactorizedBertLMPredictionHead(self.config)
+            tied = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+            self._tied_weights_keys = tied_factors(tied, self.config.embedding_rank is not None)
         super().post_init()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:

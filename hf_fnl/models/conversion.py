@@ -156,9 +156,16 @@ def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | No
         if name in theirs and theirs[name].shape == value.shape:
             value.copy_(theirs[name])
     trained = {name: p.requires_grad for name, p in dense.named_parameters(remove_duplicate=False)}
+    of_a_subclass = []
     for name, parameter in ours.named_parameters():
         weight = name.rpartition(".")[0] + ".weight"  # what a factor stands for
+        if name not in trained and weight not in trained:
+            of_a_subclass.append(name)
+            continue
         parameter.requires_grad_(trained[name] if name in trained else trained[weight])
+        parameter._is_hf_initialized = True  # as of what is loaded: never drawn anew
+    if of_a_subclass:
+        ours.initialize_weights()
     units = _units(ours)
 
     def fill(name: str, call: Call | None) -> nn.Module:

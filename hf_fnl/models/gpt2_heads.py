@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.utils.generic import can_return_tuple
 
+from hf_fnl.models.base import is_initialized
 from hf_fnl.models.gpt2 import FactorizedGPT2Config, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
 from hf_fnl.models.tied_rows import tied_inputs
 from hf_fnl.models.vocabulary import TiedVocabulary, head_loss, tied_factors, vocabulary_layer
@@ -36,12 +37,13 @@ class _WithLMHead(TiedVocabulary, FactorizedGPT2PreTrainedModel):
     lm_head: Any
 
     def post_init(self) -> None:
-        """Put our output matrix in the place of the stock one, then initialize as every model does."""
-        config = self.config
-        with init.no_init_weights():
-            self.lm_head = vocabulary_layer(self.lm_head, config.embedding_rank, config.ranks.method("embedding"))
-        tied = {"lm_head.weight": "transformer.wte.weight"}
-        self._tied_weights_keys = tied_factors(tied, config.embedding_rank is not None)
+        """Put our output matrix in the place of the stock one, the first time, then initialize the model."""
+        if not is_initialized(self):
+            rank, method = self.config.embedding_rank, self.config.ranks.method("embedding")
+            with init.no_init_weights():
+                self.lm_head = vocabulary_layer(self.lm_head, rank, method)
+            tied = {"lm_head.weight": "transformer.wte.weight"}
+            self._tied_weights_keys = tied_factors(tied, rank is not None)
         super().post_init()
 
 

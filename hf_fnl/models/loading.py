@@ -7,8 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file, is_peft_available
+
+
+class CheckpointMismatchError(ValueError, RuntimeError):
+    """The parameters of a checkpoint are not those of the model; Transformers raises a ``RuntimeError`` for shapes."""
 
 
 def load_checked(
@@ -26,8 +32,8 @@ def load_checked(
 
     Raises:
         OSError: If a weight file is truncated or corrupt.
-        ValueError: If the checkpoint holds a parameter in another shape, or a product in another form, than the
-            configuration says, unless ``ignore_mismatched_sizes``.
+        CheckpointMismatchError: If the checkpoint holds a parameter in another shape, or a product in another form,
+            than the configuration says, unless ``ignore_mismatched_sizes``.
     """
     options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
@@ -37,11 +43,14 @@ def load_checked(
         raise OSError(f"the weights in {_unreadable_file(folder)} are truncated or corrupt: {error}") from error
     if not ignore_mismatched_sizes:
         _check_loaded(model, source, info)
+        if _names_adapter(source, kwargs):  # how that was loaded is what is reported then, and not the model
+            base = model.config.name_or_path
+            check_files(model, base, _weight_files(base, kwargs.get("subfolder") or ""))
     return (model, info) if output_loading_info else model
 
 
 def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` if a checkpoint's parameters are not those of the model that was to hold them."""
+    """Raise a ``CheckpointMismatchError`` if a checkpoint's parameters are not those of the model for them."""
     faults = [
         f"{name} has shape {tuple(theirs)} in the checkpoint and {tuple(ours)} in the model"
         for name, theirs, ours in info["mismatched_keys"]
@@ -56,14 +65,14 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
             faults.append(f"the checkpoint holds {found} where the model holds {missing}")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ValueError(
+        raise CheckpointMismatchError(
             f"{source} does not fit {type(model).__name__}: {min(faults)}{more}. Leave the ranks as its "
             "config.json has them, or pass ignore_mismatched_sizes=True to start what does not fit anew"
         )
 
 
 def check_files(model: PreTrainedModel, source: object, files: Iterable[str | os.PathLike]) -> None:
-    """Raise a ``ValueError`` if weight files do not fit a model, by their headers alone.
+    """Raise a ``CheckpointMismatchError`` if weight files do not fit a model, by their headers alone.
 
     Args:
         model: The model, on the meta device or not.
@@ -76,7 +85,9 @@ def check_files(model: PreTrainedModel, source: object, files: Iterable[str | os
             with safe_open(file, framework="pt") as weights:
                 names = weights.keys()
                 held |= {name: weights.get_slice(name).get_shape() for name in names}
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    # An adapter holds the layers that it was put around under names of its own.
+    own = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()}
+    wanted = {name: tuple(value.shape) for name, value in own.items()}
     prefix = f"{model.base_model_prefix}."
 
     def ours(name: str) -> str:  # with the prefix of the backbone, or without
@@ -95,6 +106,23 @@ def check_files(model: PreTrainedModel, source: object, files: Iterable[str | os
         "missing_keys": [name for name in missing if name.rpartition(".")[0] in of_factors],
     }
     _check_loaded(model, source, keys)
+
+
+def _names_adapter(source: str | os.PathLike | None, options: Mapping[str, Any]) -> bool:
+    """Whether ``from_pretrained`` loads an adapter after the model: ``source`` holds one, or an Auto class saw one."""
+    if "_adapter_model_path" in (options.get("adapter_kwargs") or {}):
+        return True
+    known = ("cache_dir", "revision", "local_files_only", "token", "subfolder")
+    found = {name: options[name] for name in known if options.get(name) is not None}
+    return is_peft_available() and source is not None and find_adapter_config_file(str(source), **found) is not None
+
+
+def _weight_files(source: str, subfolder: str) -> list[Path]:
+    """The weight files of a model in a folder, or in the cache of the Hub."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns="*.safetensors", local_files_only=True))
+    return [file for file in folder.joinpath(subfolder).glob("*.safetensors") if not file.match("adapter_*")]
 
 
 def _unreadable_file(folder: Path) -> Path:
