@@ -18,7 +18,7 @@ from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBe
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
-from hf_fnl.training.command_line import parse_arguments, run_script
+from hf_fnl.training.command_line import named, parse_arguments, run_script
 from hf_fnl.training.engines import let_go
 from hf_fnl.training.runs import (
     FACTOR_INIT_HELP,
@@ -182,7 +182,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_output_folder(args)
     set_seed(args.seed)
     if data.tokenizer or options.init_from:
-        tokenizer = load_tokenizer(data.tokenizer or options.init_from)
+        with named("tokenizer" if data.tokenizer else "init_from", data.tokenizer or options.init_from):
+            tokenizer = load_tokenizer(data.tokenizer or options.init_from)
     else:
         documents = data.training()
         with args.main_process_first(desc="training the tokenizer"):

@@ -14,9 +14,10 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedMode
 
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.diagnostics import parameter_count
+from hf_fnl.hub import check_source
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
-from hf_fnl.training.command_line import parse_arguments, run_script
+from hf_fnl.training.command_line import named, parse_arguments, run_script
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
 from hf_fnl.training.runs import (
@@ -108,7 +109,8 @@ class LanguageModelArguments(FLAMBeTrainingArguments):
 def choose_tokenizer(options: ModelOptions, data: DataOptions, args: FLAMBeTrainingArguments) -> Any:
     """The tokenizer that is named, that of the model to go on from, or one trained on the documents."""
     if source := data.tokenizer or options.init_from:
-        return load_tokenizer(source)
+        with named("tokenizer" if data.tokenizer else "init_from", source):
+            return load_tokenizer(source)
     documents = data.training()
     with args.main_process_first(desc="training the tokenizer"):
         return train_byte_bpe(documents["text"], vocab_size=data.vocab_size)
@@ -151,7 +153,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_output_folder(args)
     ranks = options.ranks()
     factorize = later_ranks(args.dense_steps, ranks)
-    positions = AutoConfig.from_pretrained(options.init_from).n_positions if options.init_from else options.n_positions
+    positions = options.n_positions
+    if options.init_from:
+        with named("init_from", options.init_from):
+            check_source(options.init_from)
+            positions = AutoConfig.from_pretrained(options.init_from).n_positions
     if data.block_size and data.block_size > positions:
         raise ValueError(f"block_size: the model's n_positions is {positions}, got {data.block_size}")
     set_seed(args.seed)

@@ -30,7 +30,7 @@ from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.building import build
-from hf_fnl.training.command_line import parse_arguments, run_script
+from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.files import write_text
 from hf_fnl.training.low_rank_phase import later_ranks
@@ -47,6 +47,7 @@ from hf_fnl.training.runs import (
 from hf_fnl.training.tasks.beam_search import translate
 from hf_fnl.training.tasks.bpe import train_joint_bpe
 from hf_fnl.training.tasks.length_batches import encode_pairs, lengths_of
+from hf_fnl.training.tasks.positions import longest_sequence
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 from hf_fnl.training.tasks.translation import load_pairs
 from hf_fnl.training.tasks.translation_training import TranslationArguments, TranslationTrainer
@@ -137,6 +138,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         if len(self.languages) != 2:
             raise ValueError(f"languages must be two, source and target, got {self.languages}")
+        check_at_least(1, self, "max_train_pairs", "max_validation_pairs", "max_test_pairs")
         if self.num_beams < 1 or self.average_checkpoints < 0:
             raise ValueError(
                 f"num_beams must be at least 1 and average_checkpoints at least 0, got {self.num_beams} and "
@@ -146,25 +148,28 @@ class DataOptions:
     def load(self, part: str) -> datasets.Dataset | None:
         """Pairs of the part "train", "validation" or "test", if there is one."""
         split = getattr(self, f"{part}_split")
-        source = self.dataset if part == "train" else getattr(self, f"{part}_dataset")
-        if source is None and not any(Path(path).is_file() for path in self.dataset):
+        source = None if part == "train" else getattr(self, f"{part}_dataset")
+        option = "dataset" if source is None else f"{part}_dataset"
+        if source is None and (part == "train" or not any(Path(path).is_file() for path in self.dataset)):
             source = self.dataset
         if split == "none" or source is None:
             return None
-        return load_pairs(
-            source[0] if len(source) == 1 else source,
-            languages=(self.languages[0], self.languages[1]),
-            split=split,
-            name=self.dataset_config,
-            drop_empty=self.drop_empty,
-            limit=getattr(self, f"max_{part}_pairs"),
-        )
+        with named(option, source):
+            return load_pairs(
+                source[0] if len(source) == 1 else source,
+                languages=(self.languages[0], self.languages[1]),
+                split=split,
+                name=self.dataset_config,
+                drop_empty=self.drop_empty,
+                limit=getattr(self, f"max_{part}_pairs"),
+            )
 
 
 def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks: dict[str, int]) -> PreTrainedModel:
     """A fresh Marian of the sizes asked for and of these ranks, or the model to go on from."""
     if options.init_from:
-        return AutoModelForSeq2SeqLM.from_pretrained(options.init_from)
+        with named("init_from", options.init_from):
+            return AutoModelForSeq2SeqLM.from_pretrained(options.init_from)
     ffn_dim = options.intermediate_size or 4 * options.hidden_size
     settings = {
         "vocab_size": len(tokenizer),
@@ -204,7 +209,8 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks
 def build_tokenizer(options: ModelOptions, data: DataOptions, train: datasets.Dataset) -> PreTrainedTokenizerBase:
     """The tokenizer asked for, or one trained on both sides of the training pairs."""
     if source := data.tokenizer or options.init_from:
-        return load_tokenizer(source)
+        with named("tokenizer" if data.tokenizer else "init_from", source):
+            return load_tokenizer(source)
     tokenizer = train_joint_bpe([*train["source"], *train["target"]], vocab_size=data.vocab_size)
     tokenizer.model_max_length = options.max_position_embeddings
     return tokenizer
@@ -214,12 +220,14 @@ def encode(
     data: DataOptions,
     args: TranslationArguments,
     tokenizer: PreTrainedTokenizerBase,
+    positions: int | float,
     train: datasets.Dataset,
     validation: datasets.Dataset | None,
     test: datasets.Dataset | None,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Encode the pairs to train on and those to evaluate on, the latter by length, for less padding."""
-    positions = tokenizer.model_max_length
+    if data.max_length is not None and data.max_length > positions:
+        raise ValueError(f"max_length must be at most {positions}, the positions of the model, got {data.max_length}")
     if test is not None:
         # That a sentence is too long to be translated is to be known now, not when the training is over.
         encode_pairs(test, tokenizer, longest=positions)
@@ -272,7 +280,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ranks = options.ranks(len(tokenizer))
     factorize = later_ranks(args.dense_steps, ranks)
     model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)
-    encoded, encoded_validation = encode(data, args, tokenizer, train, validation, test)
+    positions = longest_sequence(model, tokenizer)
+    encoded, encoded_validation = encode(data, args, tokenizer, positions, train, validation, test)
     trainer = TranslationTrainer(
         model,
         args,

@@ -22,12 +22,13 @@ from hf_fnl import FactorizationConfig, factorize_, find_products, merge_
 from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.do_conv import merge_do_conv_, over_parametrize_
+from hf_fnl.hub import check_source
 from hf_fnl.layers import Factorized
 from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
 from hf_fnl.pruning import finalize_, prune_, sparsity, weights_to_keep
 from hf_fnl.spectral import INIT_METHODS
 from hf_fnl.surgery import share_of_layers
-from hf_fnl.training.command_line import parse_arguments, run_script
+from hf_fnl.training.command_line import named, parse_arguments, run_script
 from hf_fnl.training.lottery import train_in_rounds
 from hf_fnl.training.metrics.accuracy import image_accuracy, topk_hits
 from hf_fnl.training.norms import FollowNorms, RecordNorms
@@ -197,7 +198,9 @@ class Session:
                 id2label=id2label,
             )
         labels = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
-        model = AutoModelForImageClassification.from_pretrained(source, ignore_mismatched_sizes=True, **labels)
+        with named("init_from", source):
+            check_source(source)
+            model = AutoModelForImageClassification.from_pretrained(source, ignore_mismatched_sizes=True, **labels)
         if model.config.num_channels != channels:
             raise ValueError(f"init_from={source} takes images of {model.config.num_channels} channels, got {channels}")
         return model

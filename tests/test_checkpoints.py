@@ -26,7 +26,7 @@ from hf_fnl.training.checkpoints.contents import Held
 from hf_fnl.training.checkpoints.manifest import MANIFEST_FILE, fault
 from hf_fnl.training.checkpoints.pieces import Pieces, Range, write_pieces
 from hf_fnl.training.checkpoints.random_numbers import restore_random_numbers
-from hf_fnl.training.checkpoints.resume import newest_whole
+from hf_fnl.training.checkpoints.resume import newest_whole, tied_are_not_missing
 from hf_fnl.training.runs import checkpoint_to_resume
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -362,3 +362,27 @@ def test_the_command_consolidates_and_refuses_what_is_damaged(tmp_path):
     assert refused.exit_code == 1
     assert "is not whole: shard-00000-of-00001.safetensors has 0 of" in refused.stderr
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        (["head.weight"], False),
+        (["embedding.weight"], False),
+        (["embedding.weight", "head.weight"], True),
+        (["head.weight", "body.bias"], True),
+        (["elsewhere"], True),
+    ],
+)
+def test_the_trainer_warns_of_missing_keys_unless_they_are_tied_to_others(monkeypatch, missing, told):
+    model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(3, 2), "body": torch.nn.Linear(2, 2)})
+    model["head"] = torch.nn.Linear(2, 3, bias=False)
+    model["head"].weight = model["embedding"].weight
+    log, said = logging.getLogger("transformers.trainer"), []
+    monkeypatch.setattr(log, "handle", lambda record: log.filter(record) and said.append(record.getMessage()))
+    message = f"There were missing keys in the checkpoint model loaded: {missing}."
+    with tied_are_not_missing(model):
+        log.warning(message)
+        log.warning("another matter")
+    log.warning(message)
+    assert said == [*[message] * told, "another matter", message]

@@ -21,6 +21,7 @@ from hf_fnl.surgery.select import listed
 from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
+from hf_fnl.training.checkpoints.resume import tied_are_not_missing
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.profiling import StepProfiler
@@ -161,7 +162,8 @@ class FLAMBeTrainer(StreamingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers."""
         try:
-            return super().train(*args, **kwargs)
+            with tied_are_not_missing(self.accelerator.unwrap_model(self.model)):
+                return super().train(*args, **kwargs)
         finally:
             if self.profiler is not None:
                 self.profiler.remove()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
 from hf_fnl.processes import first_decides, gather, is_first, process, together
+from hf_fnl.training.checkpoints.contents import aliases
 from hf_fnl.training.checkpoints.folders import checkpoints, clean
 from hf_fnl.training.checkpoints.manifest import fault
 
@@ -54,3 +60,23 @@ def check_whole(checkpoint: Path) -> None:
         raise ValueError(
             f"the checkpoint {checkpoint} is not whole: {told}; resume_from_checkpoint=true takes the newest whole one"
         )
+
+
+@contextlib.contextmanager
+def tied_are_not_missing(model: nn.Module) -> Iterator[None]:
+    """Hold back the Trainer's warning of missing keys where each is tied to a parameter that the checkpoint holds."""
+
+    def is_told(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if not message.startswith("There were missing keys in the checkpoint"):
+            return True
+        missing = set(re.findall(r"'([^']+)'", message))
+        tied = {name: names for names in aliases(model).values() for name in names}
+        return any(missing.issuperset(tied.get(name, [name])) for name in missing)
+
+    trainer_logger = logging.getLogger("transformers.trainer")
+    trainer_logger.addFilter(is_told)
+    try:
+        yield
+    finally:
+        trainer_logger.removeFilter(is_told)

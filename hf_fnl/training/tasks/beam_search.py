@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_fnl.training.command_line import progress
 from hf_fnl.training.tasks.length_batches import batch_bounds
+from hf_fnl.training.tasks.positions import longest_sequence
 
 
 @torch.inference_mode()
@@ -47,11 +49,13 @@ def translate(
     # Said for greedy search too: a model's own settings may ask for beams.
     beams = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": num_beams > 1}
     translations = [""] * len(sentences)
+    longest = longest_sequence(model, tokenizer)
+    encoded = _encode(tokenizer, sentences, longest)
     was_training = model.training
     model.eval()
-    for rows, ids in _batches(_encode(tokenizer, sentences), max_tokens):
+    for rows, ids in _shown(list(_batches(encoded, max_tokens))):
         batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
-        limits = torch.tensor([min(2 * len(tokens) + 10, tokenizer.model_max_length - 1) for tokens in ids])
+        limits = torch.tensor([min(2 * len(tokens) + 10, longest - 1) for tokens in ids])
         found = model.generate(
             **batch,
             max_new_tokens=int(limits.max()),
@@ -86,19 +90,29 @@ class _EndAtLimit(LogitsProcessor):
         return torch.where(input_ids.shape[1] < self.limits[:, None], scores, only_end)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str]) -> list[tuple[int, list[int]]]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], limit: int | float
+) -> list[tuple[int, list[int]]]:
     """Rows and token ids of the sentences that are not blank, the shortest first."""
     rows = [row for row, sentence in enumerate(sentences) if sentence.strip()]
     # Several tokenizers refuse an empty list.
     ids = tokenizer([sentences[row] for row in rows], verbose=False)["input_ids"] if rows else []
     encoded = sorted(zip(rows, ids, strict=True), key=lambda entry: len(entry[1]))
-    if encoded and len(encoded[-1][1]) > tokenizer.model_max_length:
+    if encoded and len(encoded[-1][1]) > limit:
         row, longest = encoded[-1]
-        raise ValueError(
-            f"sentence {row + 1} has {len(longest)} tokens, the model takes {tokenizer.model_max_length}; shorten or "
-            "split it"
-        )
+        raise ValueError(f"sentence {row + 1} has {len(longest)} tokens, the model takes {limit}; shorten or split it")
     return encoded
+
+
+Batch = tuple[tuple[int, ...], tuple[list[int], ...]]
+
+
+def _shown(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches, with how many sentences are translated."""
+    with progress("translating", sum(len(rows) for rows, _ in batches)) as advance:
+        for batch in batches:
+            yield batch
+            advance(len(batch[0]))
 
 
 def _batches(

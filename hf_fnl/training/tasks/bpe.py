@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hf_fnl.training.command_line import tracked
 from hf_fnl.training.tasks.tokenization import check_vocabulary
 
 EOS, PAD, UNK = SPECIAL_TOKENS = ("</s>", "<pad>", "<unk>")
@@ -46,7 +47,7 @@ def train_joint_bpe(
     backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)
     backend.decoder = decoders.Metaspace(SPACE)
     backend.train_from_iterator(
-        iter(sentences),
+        tracked(sentences, "training the tokenizer"),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=min_frequency,
@@ -75,7 +76,7 @@ def _alphabet(sentences: Iterable[str], limit: int) -> list[str]:
     Which of equally rare characters a trainer's own limit leaves out differs from run to run.
     """
     counts: Counter[str] = Counter()
-    for sentence in sentences:
+    for sentence in tracked(sentences, "counting characters"):
         counts.update(sentence)
     counts.pop(" ", None)
     if not counts:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from transformers import GPT2Tokenizer
 
+from hf_fnl.training.command_line import tracked
 from hf_fnl.training.tasks.tokenization import check_vocabulary
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,7 +34,9 @@ def train_byte_bpe(texts: Iterable[str | None], *, vocab_size: int = 50257, min_
         raise TypeError("texts must be several, such as a list or a data set's column; got a str")
     check_vocabulary(vocab_size, min_frequency, smallest=MIN_VOCAB_SIZE)
     options = {"min_frequency": min_frequency, "show_progress": False}
-    return GPT2Tokenizer().train_new_from_iterator(_not_empty(texts), vocab_size, **options)
+    return GPT2Tokenizer().train_new_from_iterator(
+        _not_empty(tracked(texts, "training the tokenizer")), vocab_size, **options
+    )
 
 
 def _not_empty(texts: Iterable[str | None]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_fnl.hub import check_source
 from hf_fnl.processes import together
+from hf_fnl.training.command_line import check_at_least, named
 from hf_fnl.training.tasks.document_shards import DocumentShards
 from hf_fnl.training.tasks.embedded import embedded_documents
 
@@ -202,6 +203,9 @@ class DocumentOptions:
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder. Default: train one."})
 
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "max_documents", "max_validation_documents", "stream_shards", "num_proc")
+
     def training(self, *, streaming: bool = False) -> datasets.Dataset | DocumentShards:
         """The documents to train on; all of them at once unless ``streaming``. All processes call this together."""
         source: dict[str, Any] = {
@@ -211,22 +215,24 @@ class DocumentOptions:
             "text_column": self.text_column,
             "limit": self.max_documents,
         }
-        if streaming:
-            return together(lambda: load_document_shards(shards=self.stream_shards, **source))
-        return together(lambda: load_documents(**source))
+        with named("dataset", self.dataset):
+            if streaming:
+                return together(lambda: load_document_shards(shards=self.stream_shards, **source))
+            return together(lambda: load_documents(**source))
 
     def validation(self) -> datasets.Dataset | None:
         """The documents to evaluate on, if any."""
         if (source := self.validation_dataset) is None:
             return None
-        return together(
-            lambda: load_documents(
-                source,
-                split=self.validation_split,
-                text_column=self.text_column,
-                limit=self.max_validation_documents,
+        with named("validation_dataset", source):
+            return together(
+                lambda: load_documents(
+                    source,
+                    split=self.validation_split,
+                    text_column=self.text_column,
+                    limit=self.max_validation_documents,
+                )
             )
-        )
 
 
 def looks_like_path(source: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_fnl.training.command_line import check_at_least, named
 from hf_fnl.training.tasks.image_batches import ImageFiles, ImageTensors
 from hf_fnl.training.tasks.images import ImageRecords, load_images
 
@@ -48,23 +49,22 @@ class ImageOptions:
             raise ValueError("resized_crops and crop_padding are two ways of cropping; set one of them")
         if self.crop_padding is None:
             self.crop_padding = 0 if self.resized_crops else 1 if self.dataset == "digits" else 4
-        for option in ("max_train_images", "max_eval_images"):
-            if (limit := getattr(self, option)) is not None and limit < 1:
-                raise ValueError(f"{option} must be at least 1, got {limit}")
+        check_at_least(1, self, "max_train_images", "max_eval_images")
         if self.horizontal_flip is None:
             self.horizontal_flip = self.dataset != "digits"
 
     def training(self) -> ImageRecords:
         """The images to train on."""
-        return self._load(self.dataset, name=self.dataset_config, split=self.train_split, limit=self.max_train_images)
+        return self._load("dataset", name=self.dataset_config, split=self.train_split, limit=self.max_train_images)
 
     def evaluation(self, class_names: Sequence[str]) -> ImageRecords:
         """The images to evaluate on, with the numbers that their classes have in training."""
-        source, name = (self.eval_dataset, None) if self.eval_dataset else (self.dataset, self.dataset_config)
-        return self._load(source, name=name, split=self.eval_split, limit=self.max_eval_images, class_names=class_names)
+        option, name = ("eval_dataset", None) if self.eval_dataset else ("dataset", self.dataset_config)
+        return self._load(option, name=name, split=self.eval_split, limit=self.max_eval_images, class_names=class_names)
 
-    def _load(self, source: str, **options: Any) -> ImageRecords:
-        return load_images(source, image_column=self.image_column, label_column=self.label_column, **options)
+    def _load(self, option: str, **how: Any) -> ImageRecords:
+        with named(option, source := getattr(self, option)):
+            return load_images(source, image_column=self.image_column, label_column=self.label_column, **how)
 
 
 def load_image_sets(options: ImageOptions) -> tuple[ImageTensors | ImageFiles, ImageTensors | ImageFiles]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import trainers
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from hf_fnl.training.command_line import tracked
 from hf_fnl.training.tasks.tokenization import check_vocabulary
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -82,7 +83,7 @@ def train_wordpiece(
         special_tokens=[*SPECIAL_TOKENS, *alphabet, *(f"##{char}" for char in alphabet if _continues(char, untrained))],
         show_progress=False,
     )
-    untrained.backend_tokenizer.train_from_iterator(iter(texts), trainer)
+    untrained.backend_tokenizer.train_from_iterator(tracked(texts, "training the tokenizer"), trainer)
     vocab = sorted(untrained.backend_tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return BertTokenizer(vocab=dict(vocab), do_lower_case=lowercase)
 
@@ -90,7 +91,7 @@ def train_wordpiece(
 def _alphabet(texts: Iterable[str], tokenizer: BertTokenizer, limit: int) -> list[str]:
     """The most frequent characters after normalisation, at most ``limit``, in code point order."""
     raw: Counter[str] = Counter()
-    for text in texts:
+    for text in tracked(texts, "counting characters"):
         raw.update(text)
     counts: Counter[str] = Counter()
     for char, count in raw.items():
