@@ -14,6 +14,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the markers of Transformers' own tests, which test_upstream.py runs."""
+    for marker in (
+        "accelerate_tests",
+        "flash_attn_test",
+        "flash_attn_3_test",
+        "flash_attn_4_test",
+        "generate",
+        "order",
+        "torch_compile_test",
+        "torch_export_test",
+    ):
+        config.addinivalue_line("markers", f"{marker}: of Transformers' own tests")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of the real data sets that lie beside the repository; skips where it is absent."""
