@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -49,6 +49,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
 
     dense_class: ClassVar[type[PreTrainedModel]]
     attention_class: ClassVar[type[FactorizedAttention]]
+    dense_names: ClassVar[Mapping[str, str]] = {}  # of tensors that the stock model computes with under another name
 
     def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Transformers skips modules without parameters of their own in classes that are not its own, to protect loaded
@@ -178,8 +179,8 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         Raises:
             OSError: If a weight file is truncated or corrupt.
             TypeError: If ``dense`` is of another class, or a rank is no field of the configuration.
-            ValueError: If no rank is given, or both ranks and a rule, a rank does not fit, a rule cannot be met, or a
-                weight is not finite.
+            ValueError: If no rank is given, or both ranks and a rule, a rank does not fit, a rule cannot be met, a
+                weight is not finite, or a tensor of ``dense`` has no place in a model of this class.
         """
         if not isinstance(dense, PreTrainedModel):
             dense = load_checked(cls.dense_class.from_pretrained, dense)

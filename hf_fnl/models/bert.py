@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -163,6 +163,7 @@ class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel, stock.BertPreTrai
     config: FactorizedBertConfig
     config_class = FactorizedBertConfig
     attention_class = FactorizedBertAttention
+    dense_names: ClassVar[Mapping[str, str]] = {"cls.predictions.bias": "cls.predictions.decoder.bias"}
     takes_packing = True  # see hf_fnl.models.packing
     # Most stock heads return the mean over their own batch, whatever the number of items that the Trainer passes.
     accepts_loss_kwargs = False

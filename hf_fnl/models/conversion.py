@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from hf_fnl.layers.linear import dense_weight
 from hf_fnl.models.attention import FactorizedAttention, Spans
 from hf_fnl.ranks import Candidate, choose_ranks
 from hf_fnl.spectral import spectral_init
+from hf_fnl.surgery.select import listed
 from hf_fnl.truncation import (
     HeadMoments,
     Moments,
@@ -149,12 +150,17 @@ def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | No
         calibration: Truncates in the metric of what these data are in front of each layer, layer by layer in the order
             of execution; see :mod:`hf_fnl.calibration`. In the Frobenius norm unless given. An embedding, and the
             output matrix that is tied to it, always are.
+
+    Raises:
+        ValueError: If a tensor of one of the models has no counterpart in the other, or ``ours`` ties what ``dense``
+            holds twice with other values.
     """
     ours.tie_weights()  # which a construction that initializes nothing leaves out
-    state, theirs = ours.state_dict(), dense.state_dict()
-    for name, value in state.items():
-        if name in theirs and theirs[name].shape == value.shape:
-            value.copy_(theirs[name])
+    units = _units(ours)
+    sources = _sources(ours, dense, units)
+    for name, value in ours.state_dict().items():
+        if name in sources:
+            value.copy_(sources[name])
     trained = {name: p.requires_grad for name, p in dense.named_parameters(remove_duplicate=False)}
     of_a_subclass = []
     for name, parameter in ours.named_parameters():
@@ -166,13 +172,62 @@ def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | No
         parameter._is_hf_initialized = True  # as of what is loaded: never drawn anew
     if of_a_subclass:
         ours.initialize_weights()
-    units = _units(ours)
 
     def fill(name: str, call: Call | None) -> nn.Module:
         _fill_unit_(units[name], dense.get_submodule(name), call)
         return units[name]
 
     for_each(dense, units, fill, calibration)
+
+
+def _sources(ours: PreTrainedModel, dense: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of a stock model that go over as they are, by their names in ours; all of both are accounted for."""
+    theirs = dense.state_dict(keep_vars=True)
+    state = ours.state_dict(keep_vars=True)
+    aliases = getattr(ours, "dense_names", {})
+    sources = {name: theirs.get(aliases.get(name, name), theirs.get(name)) for name in state}
+    copied = {name: value for name, value in sources.items() if value is not None and value.shape == state[name].shape}
+    truncated = {f"{name}.weight": module.factors()[0] for name, module in _factorized(ours)}
+    cut = [module for module in units.values() if isinstance(module, FactorizedAttention)]
+    by_heads = _names_of_projections(dense, [(m, dense.get_submodule(name)) for name, m in units.items() if m in cut])
+    set_by_heads = _names_of_projections(ours, [(module, module) for module in cut])
+
+    taken = {id(theirs[name]) for name in (*copied, *truncated, *by_heads) if name in theirs}
+    taken |= {id(value) for value in copied.values()}
+    if lost := [name for name, value in theirs.items() if id(value) not in taken]:
+        shapes = {name: tuple(state[name].shape) for name in lost if name in state}
+        other = f", which has shape {shapes[lost[0]]} there" if lost[0] in shapes else ""
+        raise ValueError(
+            f"a {type(ours).__name__} has no place for {listed(lost)} of the {type(dense).__name__}{other}"
+        )
+    set_later = {f"{name}.{factor}" for name, module in _factorized(ours) for factor in ("U", "M", "V")} | set_by_heads
+    modules = dict(dense.named_modules())  # those that dense lacks are a subclass's own and are drawn
+    missing = [name for name in state if name not in copied and name not in set_later]
+    if missing := [name for name in missing if name.rpartition(".")[0] in modules]:
+        raise ValueError(f"the {type(dense).__name__} lacks {listed(missing)}, which a {type(ours).__name__} has")
+    first: dict[int, tuple[str, Tensor]] = {}
+    held = {**{name: state[name] for name in copied}, **truncated}
+    for name, value in held.items():
+        if (source := copied.get(name, theirs.get(name))) is not None:
+            other, same = first.setdefault(id(value), (name, source))
+            if same is not source and not torch.equal(same, source):
+                raise ValueError(
+                    f"a {type(ours).__name__} holds {other} and {name} as one, which differ in the "
+                    f"{type(dense).__name__}: set tie_word_embeddings=False in its configuration"
+                )
+    return copied
+
+
+def _factorized(model: nn.Module) -> list[tuple[str, Factorized]]:
+    modules = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in modules if isinstance(module, Factorized)]
+
+
+def _names_of_projections(model: nn.Module, attentions: Iterable[tuple[FactorizedAttention, Any]]) -> set[str]:
+    """Names of the weights and biases of attentions in a model, whose layers ours knows to find."""
+    names = {module: name for name, module in model.named_modules()}
+    layers = {span.layer for ours, attention in attentions for span in ours.projections(attention)}
+    return {f"{names[layer]}.{tensor}" for layer in layers for tensor, _ in layer.named_parameters(recurse=False)}
 
 
 def _units(ours: PreTrainedModel) -> dict[str, nn.Module]:

@@ -61,8 +61,16 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
 
     unexpected = {holder(name): name for name in sorted(info["unexpected_keys"])}
     for missing in info["missing_keys"]:
-        if (found := unexpected.get(holder(missing))) is not None:
+        if (found := unexpected.pop(holder(missing), None)) is not None:
             faults.append(f"the checkpoint holds {found} where the model holds {missing}")
+    modules = {holder(f"{name}."): module for name, module in model.named_modules()}
+    aliases = getattr(model, "dense_names", {}).values() if getattr(model.config, "tie_word_embeddings", True) else ()
+    for name, found in unexpected.items():
+        of_layer = name in modules and found.endswith((".weight", ".bias")) and modules[name]._parameters
+        if of_layer and found not in aliases:
+            layer = type(modules[name]).__name__
+            way = " (from_dense takes it)" if hasattr(model, "from_dense") else ""
+            faults.append(f"the checkpoint holds {found}, for which the {layer} of the model has no place{way}")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckpointMismatchError(

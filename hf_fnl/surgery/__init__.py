@@ -1,7 +1,16 @@
 """Factorizing the layers of any model in place, and multiplying them out again."""
 
 from hf_fnl.surgery.factorize import Factorization, Replacement, factorize_, share_of_layers
-from hf_fnl.surgery.record import QUANT_METHOD
+from hf_fnl.surgery.record import QUANT_METHOD, update_records_
 from hf_fnl.surgery.restore import merge_, restore_
 
-__all__ = ["QUANT_METHOD", "Factorization", "Replacement", "factorize_", "merge_", "restore_", "share_of_layers"]
+__all__ = [
+    "QUANT_METHOD",
+    "Factorization",
+    "Replacement",
+    "factorize_",
+    "merge_",
+    "restore_",
+    "share_of_layers",
+    "update_records_",
+]

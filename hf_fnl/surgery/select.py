@@ -335,8 +335,8 @@ def _nothing_selected(model: nn.Module, config: FactorizationConfig, skipped: Ma
         elif (ours := successor_of(type(module))) is not None:
             present[f"{ours.kind} ({type(module).__name__})"].append(name)
     has = "; ".join(f"{kind}: {listed(names)}" for kind, names in present.items())
-    reasons = by_reason(skipped)
-    passed_over = "".join(f". Passed over were {listed(names)}: {reason}" for reason, names in reasons.items())
+    reasons = {reason: names for reason, names in by_reason(skipped).items() if not reason.startswith("kind ")}
+    passed_over = "".join(f". Passed over: {listed(names)} ({reason})" for reason, names in reasons.items())
     return f"no layer of {type(model).__name__} matches {asked}. It has {has or 'no layer to factorize'}{passed_over}"
 
 

@@ -121,12 +121,12 @@ def what_hangs_on(layer: nn.Module) -> str | None:
         return "its weight has hooks for its gradient: remove them first, and register them on the new parameters"
     if layer._compiled_call_impl is not None:
         return "it was compiled by itself: compile the model afterwards"
-    overridden = {name for name in vars(layer) if callable(getattr(type(layer), name, None))}
-    if hasattr(layer, "_hf_hook") and getattr(layer._old_forward, "__func__", None) is type(layer).forward:
-        overridden -= {"forward"}  # by accelerate, which has a way to move its hook
-    if overridden:
-        return f"its {min(overridden)} was replaced on this one layer"
-    return None
+    cls = type(layer)
+    methods = {name: value for name, value in vars(layer).items() if callable(getattr(cls, name, None))}
+    if hasattr(layer, "_hf_hook"):  # accelerate has a way to move its hook
+        methods["forward"] = layer._old_forward
+    replaced = [name for name, value in methods.items() if getattr(value, "__func__", None) is not getattr(cls, name)]
+    return f"its {replaced[0]} was replaced on this one layer" if replaced else None
 
 
 def _carry_over_(layer: nn.Module, successor: nn.Module) -> None:
