@@ -1,6 +1,7 @@
 """What a configuration says about surgery: for each model by itself, whatever wraps, shares, copies or changes it."""
 
 import copy
+import gc
 import io
 import json
 import pickle
@@ -71,6 +72,7 @@ def test_whatever_surgery_is_done_through_the_model_comes_back(way, tmp_path):
     assert_comes_back(model.model, tmp_path / "backbone")
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT reads it
 def test_a_peft_model_leaves_a_base_that_comes_back(tmp_path):
     peft = pytest.importorskip("peft")
     model = LLAMA.build()
@@ -325,8 +327,6 @@ def test_it_does_not_keep_the_model_alive():
     held = model.config.quantization_config
     assert held.model is model
     del model
-    import gc
-
     gc.collect()
     assert held.model is None
     assert held["layers"]

@@ -196,14 +196,12 @@ def _sources(ours: PreTrainedModel, dense: nn.Module, units: Mapping[str, nn.Mod
     taken |= {id(value) for value in copied.values()}
     if lost := [name for name, value in theirs.items() if id(value) not in taken]:
         shapes = {name: tuple(state[name].shape) for name in lost if name in state}
-        other = f", which has shape {shapes[lost[0]]} there" if lost[0] in shapes else ""
-        raise ValueError(
-            f"a {type(ours).__name__} has no place for {listed(lost)} of the {type(dense).__name__}{other}"
-        )
+        but = f": its own has shape {shapes[lost[0]]}" if lost[0] in shapes else ""
+        raise ValueError(f"a {type(ours).__name__} has no place for {listed(lost)} of the {type(dense).__name__}{but}")
     set_later = {f"{name}.{factor}" for name, module in _factorized(ours) for factor in ("U", "M", "V")} | set_by_heads
-    modules = dict(dense.named_modules())  # those that dense lacks are a subclass's own and are drawn
+    layers = {name for name, _ in dense.named_modules() if name}  # what dense lacks is a subclass's own, and drawn
     missing = [name for name in state if name not in copied and name not in set_later]
-    if missing := [name for name in missing if name.rpartition(".")[0] in modules]:
+    if missing := [name for name in missing if name.rpartition(".")[0] in layers]:
         raise ValueError(f"the {type(dense).__name__} lacks {listed(missing)}, which a {type(ours).__name__} has")
     first: dict[int, tuple[str, Tensor]] = {}
     held = {**{name: state[name] for name in copied}, **truncated}
