@@ -7,139 +7,32 @@ Kamalakara et al. (2022). Importing this package registers the factorized models
 from __future__ import annotations
 
 import importlib
+import sys
+from itertools import pairwise
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
-
-from hf_fnl.config import FactorizationConfig, RankRule
-from hf_fnl.decay import FrobeniusDecay
-from hf_fnl.diagnostics import diagnose
-from hf_fnl.layers import (
-    ComposedWeights,
-    Factorized,
-    FactorizedConv2d,
-    FactorizedEmbedding,
-    FactorizedLinear,
-    TensorizedConv2d,
-    compose_,
-    keep_narrow,
-)
-from hf_fnl.models import (
-    CifarResNetConfig,
-    CifarResNetForImageClassification,
-    CifarResNetModel,
-    FactorizedBertConfig,
-    FactorizedBertForMaskedLM,
-    FactorizedBertForMultipleChoice,
-    FactorizedBertForNextSentencePrediction,
-    FactorizedBertForPreTraining,
-    FactorizedBertForQuestionAnswering,
-    FactorizedBertForSequenceClassification,
-    FactorizedBertForTokenClassification,
-    FactorizedBertLMHeadModel,
-    FactorizedBertModel,
-    FactorizedGPT2Config,
-    FactorizedGPT2DoubleHeadsModel,
-    FactorizedGPT2ForQuestionAnswering,
-    FactorizedGPT2ForSequenceClassification,
-    FactorizedGPT2ForTokenClassification,
-    FactorizedGPT2LMHeadModel,
-    FactorizedGPT2Model,
-    FactorizedMarianConfig,
-    FactorizedMarianForCausalLM,
-    FactorizedMarianModel,
-    FactorizedMarianMTModel,
-    VGGConfig,
-    VGGForImageClassification,
-    VGGModel,
-    WideResNetConfig,
-    WideResNetForImageClassification,
-    WideResNetModel,
-    inner_convolutions,
-    vision_model,
-)
-from hf_fnl.models.cards import model_card
-from hf_fnl.models.checkpoint import load
-from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
-from hf_fnl.products import AttentionProjections, Product, Section, find_products, register_attention
-from hf_fnl.spectral import spectral_init
-from hf_fnl.surgery import Factorization, factorize_, merge_, restore_
-
-if TYPE_CHECKING:
-    from hf_fnl.training import DenseThenLowRank, FLAMBeTrainer, FLAMBeTrainingArguments, take_form_
 
 __version__ = "0.1.0"
 
-# Transformers' Trainer imports `datasets`; who only wants a model or an optimizer does not wait for it.
-_LAZY = dict.fromkeys(("DenseThenLowRank", "FLAMBeTrainer", "FLAMBeTrainingArguments", "take_form_"), "hf_fnl.training")
+
+def _runs_command_line() -> bool:
+    """Whether Python was started as ``hf-fnl`` or ``python -m hf_fnl``, whose ``--help`` waits for no torch."""
+    started_as = sys.argv[0] if getattr(sys, "argv", None) else ""
+    # Python has "-m" there while it looks for the module to run, which is when this package is imported.
+    return PurePath(started_as).stem == "hf-fnl" or (started_as == "-m" and ("-m", "hf_fnl") in pairwise(sys.orig_argv))
+
+
+if TYPE_CHECKING:
+    from hf_fnl.public import *  # noqa: F403
+elif not _runs_command_line():
+    importlib.import_module("hf_fnl.public")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("__") and name != "__all__":  # which Python looks for while it imports this
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("hf_fnl.public"), name)
 
 
-__all__ = [
-    "AttentionProjections",
-    "CifarResNetConfig",
-    "CifarResNetForImageClassification",
-    "CifarResNetModel",
-    "ComposedWeights",
-    "DenseThenLowRank",
-    "FLAMBe",
-    "FLAMBeTrainer",
-    "FLAMBeTrainingArguments",
-    "Factorization",
-    "FactorizationConfig",
-    "Factorized",
-    "FactorizedBertConfig",
-    "FactorizedBertForMaskedLM",
-    "FactorizedBertForMultipleChoice",
-    "FactorizedBertForNextSentencePrediction",
-    "FactorizedBertForPreTraining",
-    "FactorizedBertForQuestionAnswering",
-    "FactorizedBertForSequenceClassification",
-    "FactorizedBertForTokenClassification",
-    "FactorizedBertLMHeadModel",
-    "FactorizedBertModel",
-    "FactorizedConv2d",
-    "FactorizedEmbedding",
-    "FactorizedGPT2Config",
-    "FactorizedGPT2DoubleHeadsModel",
-    "FactorizedGPT2ForQuestionAnswering",
-    "FactorizedGPT2ForSequenceClassification",
-    "FactorizedGPT2ForTokenClassification",
-    "FactorizedGPT2LMHeadModel",
-    "FactorizedGPT2Model",
-    "FactorizedLinear",
-    "FactorizedMarianConfig",
-    "FactorizedMarianForCausalLM",
-    "FactorizedMarianMTModel",
-    "FactorizedMarianModel",
-    "FrobeniusDecay",
-    "Lamb",
-    "Product",
-    "RankRule",
-    "Section",
-    "TensorizedConv2d",
-    "VGGConfig",
-    "VGGForImageClassification",
-    "VGGModel",
-    "WideResNetConfig",
-    "WideResNetForImageClassification",
-    "WideResNetModel",
-    "compose_",
-    "diagnose",
-    "factorize_",
-    "find_products",
-    "inner_convolutions",
-    "keep_narrow",
-    "load",
-    "merge_",
-    "model_card",
-    "parameter_groups",
-    "register_attention",
-    "restore_",
-    "spectral_init",
-    "take_form_",
-    "vision_model",
-]
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module("hf_fnl.public").__all__})
