@@ -11,6 +11,7 @@ from typing import NamedTuple
 from hf_fnl.selectors import Selector
 from hf_fnl.spectral import check_method, check_rank
 
+RULES = ("rank", "rank_scale", "ratio", "energy", "budget", "layer_ratio")  # each says ranks by itself
 LAYER_KINDS = ("linear", "embedding", "conv")
 CONV_SCHEMES = ("spatial", "channel")  # a kernel as a matrix
 TENSOR_SCHEMES = ("tt", "tucker")
@@ -18,7 +19,7 @@ TENSOR_SCHEMES = ("tt", "tucker")
 
 @dataclass(frozen=True, kw_only=True)
 class RankRule:
-    """How ranks are chosen; exactly one of the first five is given.
+    """How ranks are chosen; exactly one of the first six is given.
 
     Where a rule other than ``rank`` and ``rank_scale`` asks for so high a rank that the factors would hold as many
     parameters as the matrix, the matrix stays dense.
@@ -26,10 +27,11 @@ class RankRule:
     Args:
         rank: The same rank everywhere.
         rank_scale: Share of the largest rank: of ``min(m, n)``, or of the width of a head.
-        ratio: Parameters of the chosen matrices afterwards, as a share of those before; met within 1 % of it by one
-            scale for all.
+        ratio: Share of all parameters of the model that stay, those of dense layers included, as a file size shows it;
+            met within 1 % of it by one scale for all ranks. Tied weights count once.
         energy: Every product gets the smallest rank that keeps this share of ``||W||_F^2``.
         budget: As ``ratio``, but at most this, and given to the products whose spectra need it.
+        layer_ratio: As ``ratio``, of the parameters of the chosen matrices alone.
         multiple_of: Ranks are multiples of this, which hardware likes to be 8 or 64.
 
     Raises:
@@ -41,14 +43,13 @@ class RankRule:
     ratio: float | None = None
     energy: float | None = None
     budget: float | None = None
+    layer_ratio: float | None = None
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        options = ("rank", "rank_scale", "ratio", "energy", "budget")
-        given = {name: value for name in options if (value := getattr(self, name)) is not None}
+        given = {name: value for name in RULES if (value := getattr(self, name)) is not None}
         if len(given) != 1:
-            listed = ", ".join(f"{name}={value}" for name, value in given.items()) or "none"
-            raise ValueError(f"give exactly one of {', '.join(options)}; got {listed}")
+            raise ValueError(f"give exactly one of {', '.join(RULES)}; got {str(self) or 'none'}")
         for name, value in given.items():
             if name == "rank" and value < 1:
                 raise ValueError(f"rank must be at least 1, got {value}")
@@ -61,7 +62,7 @@ class RankRule:
         return 1
 
     def __str__(self) -> str:
-        given = {name: getattr(self, name) for name in ("rank", "rank_scale", "ratio", "energy", "budget")}
+        given = {name: getattr(self, name) for name in RULES}
         return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
 

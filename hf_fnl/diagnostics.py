@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.functional import non_orthogonality, nuclear_norm_bound
@@ -95,19 +97,20 @@ def summarize(figures: Mapping[str, Figures], products: Iterable[Product]) -> Fi
 def parameter_count(model: nn.Module) -> Figures:
     """How many parameters a model holds, and how many it would hold without factorized layers.
 
-    Tied parameters count once. The heads of an attention count as they are: a model does not know from how wide a
-    head they were cut.
+    Tied parameters count once.
 
     Returns:
         ``total``, ``trainable``, ``in_products`` (the factors of all factorized layers), ``dense_equivalent`` (the same
-        model with the weight of each of these layers in the place of its factors) and ``ratio``, which is
-        ``total / dense_equivalent``.
+        model with the weight of each of these layers in the place of its factors, and in a model of ours with heads of
+        full width) and ``ratio``, the share of all parameters that are left: ``total / dense_equivalent``.
     """
     parameters = list(model.parameters())
     total = sum(map(_numel, parameters))
     layers = factorized_layers(model)
     in_products = sum(_factor_count(layer) for layer in layers)
     dense = total - in_products + sum(_dense_count(layer) for layer in layers)
+    if getattr(model, "dense_class", None) is not None:
+        dense = _stock_count(model)
     return {
         "total": total,
         "trainable": sum(_numel(p) for p in parameters if p.requires_grad),
@@ -115,6 +118,20 @@ def parameter_count(model: nn.Module) -> Figures:
         "dense_equivalent": dense,
         "ratio": total / max(dense, 1),
     }
+
+
+def _stock_count(model: Any) -> int:
+    """Parameters of the stock model that one of ours stands for, with what a subclass of ours adds."""
+    with torch.device("meta"), init.no_init_weights():
+        stock = model.dense_class(model.config.to_dense())
+    stock.tie_weights()
+    names = {name for name, _ in stock.named_parameters(remove_duplicate=False)}
+    added = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if not {name, f"{name.rpartition('.')[0]}.weight"} & names
+    ]
+    return sum(parameter.numel() for parameter in stock.parameters()) + sum(map(_numel, added))
 
 
 def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:

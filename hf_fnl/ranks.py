@@ -66,19 +66,28 @@ class Candidate:
         return rank if self.count(rank) < self.dense else None
 
 
-def choose_ranks(candidates: Sequence[Candidate], rule: RankRule) -> Ranks:
+class UnreachableShare(ValueError):
+    """No ranks leave the share of the parameters that is asked for.
+
+    Args:
+        message: Says why, and which share is the closest.
+    """
+
+
+def choose_ranks(candidates: Sequence[Candidate], rule: RankRule, *, others: int = 0) -> Ranks:
     """Choose a rank for every candidate.
 
     Args:
         candidates: What is to be factorized.
         rule: How; see :class:`~hf_fnl.config.RankRule`.
+        others: Parameters of the model that are in no candidate and stay as they are, for ``ratio`` and ``budget``.
 
     Returns:
         The rank of each candidate by name, ``None`` where it is to stay dense.
 
     Raises:
-        ValueError: If ``rule.rank`` is above the largest rank of a candidate, a ratio cannot be met within 1 % of it
-            or a budget not be kept, or every candidate would stay dense.
+        UnreachableShare: If a ratio cannot be met within 1 % of it, or a budget not be kept; names the closest share.
+        ValueError: If ``rule.rank`` is above the largest rank of a candidate, or every candidate would stay dense.
     """
     if rule.rank is not None:
         for candidate in candidates:
@@ -88,15 +97,55 @@ def choose_ranks(candidates: Sequence[Candidate], rule: RankRule) -> Ranks:
         return {c.name: c.scaled(rule.rank_scale, rule.multiple_of) for c in candidates}
     if rule.energy is not None:
         chosen = {c.name: _rank_for_energy(c, rule.energy, rule.multiple_of) for c in candidates}
-    elif rule.ratio is not None:
-        chosen = _ranks_for_ratio(candidates, rule.ratio, rule.multiple_of)
     else:
-        assert rule.budget is not None
-        chosen = _ranks_for_budget(candidates, rule.budget, rule.multiple_of)
+        chosen = _ranks_for_share(candidates, rule, others)
     ranks = {candidate.name: candidate.kept(chosen[candidate.name]) for candidate in candidates}
     if all(rank is None for rank in ranks.values()):
         raise ValueError(f"{rule} leaves every matrix dense: factors would hold as many parameters; ask for less")
     return ranks
+
+
+def _ranks_for_share(candidates: Sequence[Candidate], rule: RankRule, others: int) -> dict[str, int]:
+    """Ranks that leave a share of the parameters, those of the whole model or of the candidates alone."""
+    options = {"ratio": rule.ratio, "budget": rule.budget, "layer_ratio": rule.layer_ratio}
+    option, share = next((name, value) for name, value in options.items() if value is not None)
+    others = 0 if option == "layer_ratio" else others
+    everything, multiple_of = others + _dense(candidates), rule.multiple_of
+
+    def reached(ranks: Mapping[str, int]) -> float:
+        return (others + _total(candidates, ranks)) / everything
+
+    smallest = {candidate.name: candidate.raised(0, multiple_of) for candidate in candidates}
+    if (least := reached(smallest)) > share:
+        stay = f"{others:,} of {everything:,} parameters stay dense, and " if others else ""
+        raise UnreachableShare(
+            f"{option}={share:.4g} cannot be met: {stay}the smallest ranks that are multiples of {multiple_of} need "
+            f"{everything * least - others:,.0f} of the other {_dense(candidates):,}; the closest {option} is "
+            f"{_rounded_up(least)}"
+        )
+    if option == "budget":
+        return _spend(candidates, smallest, share * everything - others, multiple_of)
+
+    def at(share: float) -> dict[str, int]:
+        return _by_one_scale(candidates, share * everything - others, multiple_of)
+
+    ranks = at(share)
+    if abs(reached(ranks) - share) > TOLERANCE * share:
+        steps = [c.cost(c.raised(ranks[c.name], multiple_of)) - c.cost(ranks[c.name]) for c in candidates]
+        above = _rounded_up(reached(ranks) + min(filter(None, steps), default=0) / everything)
+        met = [s for s in (_rounded_up(reached(ranks)), above) if s < 1 and abs(reached(at(s)) - s) <= TOLERANCE * s]
+        closest = min(met, key=lambda s: abs(s - share), default=_rounded_up(reached(ranks)))
+        raise UnreachableShare(
+            f"{option}={share:.4g} cannot be met within {TOLERANCE:.0%} by ranks that are multiples of {multiple_of}; "
+            f"lower multiple_of, or take the closest {option}, {closest}"
+        )
+    return ranks
+
+
+def _rounded_up(share: float) -> float:
+    """A share with four digits that is not below it."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 3)
+    return float(f"{math.ceil(share / unit - 1e-9) * unit:.4g}")
 
 
 def _rank_for_energy(candidate: Candidate, share: float, multiple_of: int) -> int:
@@ -105,9 +154,8 @@ def _rank_for_energy(candidate: Candidate, share: float, multiple_of: int) -> in
     return min(math.ceil(needed / multiple_of) * multiple_of, candidate.limit)
 
 
-def _ranks_for_ratio(candidates: Sequence[Candidate], ratio: float, multiple_of: int) -> dict[str, int]:
-    """The ranks of the largest scale that does not exceed the ratio; what rounding left over is then given out."""
-    target = ratio * _dense(candidates)
+def _by_one_scale(candidates: Sequence[Candidate], target: float, multiple_of: int) -> dict[str, int]:
+    """The ranks of the largest scale that leaves no more parameters; what rounding left over is then given out."""
 
     def at(scale: float) -> dict[str, int]:
         return {c.name: c.scaled(scale, multiple_of) for c in candidates}
@@ -116,17 +164,12 @@ def _ranks_for_ratio(candidates: Sequence[Candidate], ratio: float, multiple_of:
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if _total(candidates, at(middle)) <= target else (low, middle)
-    ranks = _fill(candidates, at(low), ratio, multiple_of, lambda candidate, rank: rank / candidate.limit)
-    reached = _total(candidates, ranks) / _dense(candidates)
-    if abs(reached - ratio) > TOLERANCE * ratio:
-        raise ValueError(
-            f"a ratio of {ratio:.4g} of the matrices cannot be met within {TOLERANCE:.0%} by ranks that are multiples "
-            f"of {multiple_of}, which come to {reached:.4g}; lower multiple_of or change the ratio"
-        )
-    return ranks
+    return _fill(candidates, at(low), target, multiple_of, lambda candidate, rank: rank / candidate.limit)
 
 
-def _ranks_for_budget(candidates: Sequence[Candidate], budget: float, multiple_of: int) -> dict[str, int]:
+def _spend(
+    candidates: Sequence[Candidate], smallest: Mapping[str, int], target: float, multiple_of: int
+) -> dict[str, int]:
     """Give every next unit of rank to the product where it keeps the largest share of energy per parameter."""
     shares = {candidate.name: candidate.shares().tolist() for candidate in candidates}
 
@@ -134,25 +177,18 @@ def _ranks_for_budget(candidates: Sequence[Candidate], budget: float, multiple_o
         raised, kept = candidate.raised(rank, multiple_of), shares[candidate.name]
         return (kept[rank - 1] - kept[raised - 1]) / (candidate.count(raised) - candidate.count(rank))
 
-    smallest = {candidate.name: candidate.raised(0, multiple_of) for candidate in candidates}
-    least = _total(candidates, smallest) / _dense(candidates)
-    if least > budget:
-        raise ValueError(
-            f"the smallest ranks that are multiples of {multiple_of} need {least:.4g} of the parameters, and the "
-            f"budget is {budget:.4g}; lower multiple_of or raise the budget"
-        )
-    return _fill(candidates, smallest, budget, multiple_of, negative_gain)
+    return _fill(candidates, smallest, target, multiple_of, negative_gain)
 
 
 def _fill(
     candidates: Sequence[Candidate],
     ranks: Mapping[str, int],
-    share: float,
+    target: float,
     multiple_of: int,
     priority: Callable[[Candidate, int], float],
 ) -> dict[str, int]:
-    """Raise ranks step by step, lowest priority value first, as far as a share of the parameters allows."""
-    chosen, total, target = dict(ranks), _total(candidates, ranks), share * _dense(candidates)
+    """Raise ranks step by step, lowest priority value first, as far as a number of parameters allows."""
+    chosen, total = dict(ranks), _total(candidates, ranks)
     by_name = {candidate.name: candidate for candidate in candidates}
     # Names decide between equals, so that the order of the candidates does not.
     queue = [(priority(c, chosen[c.name]), c.name) for c in candidates if chosen[c.name] < c.limit]

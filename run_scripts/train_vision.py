@@ -27,7 +27,6 @@ from hf_fnl.layers import Factorized
 from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
 from hf_fnl.pruning import finalize_, prune_, sparsity, weights_to_keep
 from hf_fnl.spectral import INIT_METHODS
-from hf_fnl.surgery import share_of_layers
 from hf_fnl.training.command_line import named, parse_arguments, run_script
 from hf_fnl.training.lottery import train_in_rounds
 from hf_fnl.training.metrics.accuracy import image_accuracy, topk_hits
@@ -149,14 +148,13 @@ class ModelOptions:
             return None
         if kinds_of(model):
             raise ValueError(f"{self.init_from} is factorized already: leave rank_scale, ratio and overcomplete out")
-        config = FactorizationConfig(
+        return FactorizationConfig(
             kinds=("conv",),
             include=inner_convolutions(model),
             conv_scheme=self.conv_scheme,
             init=self.factor_init or ("default" if self.overcomplete else "spectral"),
             **self.rule,
         )
-        return config if self.ratio is None else share_of_layers(model, config)
 
 
 def kinds_of(model: nn.Module) -> set[str]:
@@ -251,6 +249,7 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
     if config is not None and args.dense_epochs:
         if config.init == "default":
             raise ValueError("dense_epochs trains weights that factor_init=default would draw anew: set it to spectral")
+        factorize_(copy.deepcopy(model).to("meta"), config)  # raises now, and not after the dense epochs
         factorize = functools.partial(factorize_, config=config)
     elif config is not None:
         factorize_(model, config)

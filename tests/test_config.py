@@ -13,7 +13,7 @@ SHARES = ("rank_scale", "ratio", "energy", "budget")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({}, "exactly one of rank, rank_scale, ratio, energy, budget; got none", id="none"),
+        pytest.param({}, "exactly one of rank, rank_scale, ratio, energy, budget, layer_ratio; got none", id="none"),
         pytest.param({"multiple_of": 8}, "exactly one of .*; got none", id="only-a-multiple"),
         pytest.param({"rank": 8, "ratio": 0.5}, "exactly one of .*; got rank=8, ratio=0.5", id="two"),
         pytest.param(dict.fromkeys(SHARES, 0.5), "got rank_scale=0.5, ratio=0.5, energy=0.5, budget=0.5", id="four"),

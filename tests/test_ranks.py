@@ -1,15 +1,17 @@
 """Ranks by every rule: what is promised of each holds, and what cannot be met is an error."""
 
+import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from hf_fnl.config import RankRule
-from hf_fnl.ranks import Candidate, choose_ranks
+from hf_fnl.ranks import Candidate, UnreachableShare, choose_ranks
 
-RULES = ("ratio", "budget")
+RULES = ("ratio", "budget")  # with no other parameters, shares of the model are those of the candidates
 MULTIPLES = (1, 8, 64)
 
 
@@ -247,18 +249,56 @@ def test_factors_that_would_save_nothing_are_not_made(rule: RankRule) -> None:
         pytest.param(RankRule(budget=1.0), "leaves every matrix dense", id="budget"),
         pytest.param(RankRule(energy=1.0), "leaves every matrix dense", id="energy"),
         pytest.param(
-            RankRule(ratio=1e-4), "0.0001 of .* cannot .* multiples of 1, which come to 0.045;", id="ratio-too-low"
+            RankRule(ratio=1e-4),
+            "ratio=0.0001 cannot be met: .* need 180 of .* closest ratio is 0.045$",
+            id="ratio-too-low",
         ),
-        pytest.param(RankRule(budget=1e-4), "multiples of 1 need 0.045 of .* budget is 0.0001;", id="budget-too-low"),
+        pytest.param(RankRule(budget=1e-4), "budget=0.0001 cannot .* closest budget is 0.045$", id="budget-too-low"),
         pytest.param(
-            RankRule(ratio=0.8, multiple_of=16), "0.8 .* multiples of 16, which come to 0.72", id="too-coarse"
+            RankRule(ratio=0.8, multiple_of=16), "0.8 .* multiples of 16; .* closest ratio, 0.86$", id="too-coarse"
         ),
+        pytest.param(RankRule(layer_ratio=1e-4), "closest layer_ratio is 0.045$", id="layer-ratio-too-low"),
         # A square matrix of rank 19 holds 95 % of its parameters, and of rank 20 all.
-        pytest.param(RankRule(ratio=0.97), "0.97 .* which come to 0.95", id="between-factors-and-dense"),
+        pytest.param(RankRule(ratio=0.97), "0.97 .* closest ratio, 0.95$", id="between-factors-and-dense"),
     ],
 )
 def test_what_cannot_be_met_is_an_error(rule: RankRule, message: str) -> None:
-    square = message.endswith("0.95")
+    square = message.endswith("0.95$")
     candidates = [candidate("a", 40, 40)] if square else [candidate("a", 40, 50), candidate("b", 50, 40)]
     with pytest.raises(ValueError, match=message):
         choose_ranks(candidates, rule)
+
+
+@pytest.mark.parametrize("others", [0, 1_000_000, 40_000_000])
+@pytest.mark.parametrize("share", [0.6, 0.8])
+def test_a_ratio_and_a_budget_are_shares_of_all_parameters(others: int, share: float) -> None:
+    everything = others + dense(LINEARS)
+    for option in RULES:
+        ranks = choose_ranks(LINEARS, RankRule(**{option: share}), others=others)
+        assert (others + parameters(LINEARS, ranks)) / everything == pytest.approx(share, rel=0.01)
+    ranks = choose_ranks(LINEARS, RankRule(layer_ratio=share), others=others)
+    assert parameters(LINEARS, ranks) / dense(LINEARS) == pytest.approx(share, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rule", "others"),
+    [
+        (RankRule(ratio=0.3), 8_000),
+        (RankRule(budget=0.3), 8_000),
+        (RankRule(ratio=0.01), 0),
+        (RankRule(ratio=0.8, multiple_of=16), 0),
+        (RankRule(ratio=0.9, multiple_of=16), 4_000),
+        (RankRule(layer_ratio=0.8, multiple_of=16), 8_000),
+    ],
+    ids=str,
+)
+def test_the_closest_share_that_an_error_names_can_be_met(rule: RankRule, others: int) -> None:
+    candidates = [candidate("a", 40, 50), candidate("b", 50, 40)]
+    with pytest.raises(UnreachableShare) as error:
+        choose_ranks(candidates, rule, others=others)
+    option = str(rule).partition("=")[0]
+    closest = float(re.search(rf"closest {option}(?: is|,) ([\d.]+)$", str(error.value))[1])
+    ranks = choose_ranks(candidates, dataclasses.replace(rule, **{option: closest}), others=others)
+    counted = others if option != "layer_ratio" else 0
+    reached = (counted + parameters(candidates, ranks)) / (counted + dense(candidates))
+    assert reached == pytest.approx(closest, rel=0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vision_cases import OURS
 from hf_fnl import FactorizationConfig, factorize_, find_products, merge_
 from hf_fnl.layers import Factorized, TensorizedConv2d
 from hf_fnl.models.vision import inner_convolutions
-from hf_fnl.surgery import restore_, share_of_layers
+from hf_fnl.surgery import restore_
 
 CASE = OURS["resnet-pad"]
 
@@ -88,16 +89,17 @@ def test_factors_are_drawn_as_the_model_draws_its_kernels(scheme):
 def test_a_ratio_of_the_whole_network_is_met(scheme, ratio):
     model = CASE.build(width=24)
     total = sum(p.numel() for p in model.parameters())
-    options = share_of_layers(model, config(model, ratio=ratio, conv_scheme=scheme))
-    factorize_(model, options)
+    factorize_(model, config(model, ratio=ratio, conv_scheme=scheme))
     assert sum(p.numel() for p in model.parameters()) / total == pytest.approx(ratio, rel=0.01)
 
 
 def test_a_ratio_that_cannot_be_met_names_the_closest():
     model = CASE.build()
-    with pytest.raises(ValueError, match=r"cannot keep 0.01 of its .* the closest ratio is 0\.\d+") as error:
-        share_of_layers(model, config(model, ratio=0.01))
-    closest = float(str(error.value).rpartition(" ")[2])
+    with pytest.raises(ValueError, match=r"ratio=0.01 cannot be met: .* the closest ratio is 0\.\d+") as error:
+        factorize_(model, config(model, ratio=0.01))
+    closest = float(re.search(r"closest ratio is (0\.\d+)", str(error.value))[1])
+    copied = copy.deepcopy(model)
+    factorize_(copied, config(copied, ratio=closest))
     total = sum(p.numel() for p in model.parameters())
     factorize_(model, config(model, rank=1))
     assert sum(p.numel() for p in model.parameters()) / total == pytest.approx(closest, rel=1e-3)

@@ -25,7 +25,6 @@ from hf_fnl import FactorizationConfig, factorize_, merge_
 from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.layers.convolution import Convolution
 from hf_fnl.models.vision import inner_convolutions, vision_model
-from hf_fnl.surgery import share_of_layers
 
 DENSE, CLASSES, RATIO = "dense", 10, 0.1
 IMPLEMENTATIONS = ("factorized", "reconstructed")  # of TensorLy-Torch
@@ -124,7 +123,7 @@ def low_rank(dense: PreTrainedModel, scheme: str, ratio: float = RATIO) -> PreTr
     config = FactorizationConfig(
         kinds=("conv",), include=inner_convolutions(model), ratio=ratio, conv_scheme=scheme, init="default"
     )
-    factorize_(model, share_of_layers(model, config))
+    factorize_(model, config)
     return model
 
 

@@ -35,6 +35,8 @@ from hf_fnl.models.loading import check_files, load_checked
 from hf_fnl.models.recording import meta_parameters
 from hf_fnl.models.sharded_init import make_partitioned
 from hf_fnl.models.splitting import split_later, splitting_together
+from hf_fnl.ranks import UnreachableShare
+from hf_fnl.suggest import did_you_mean
 from hf_fnl.surgery.swap import check_present
 
 if TYPE_CHECKING:
@@ -188,7 +190,8 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         cls._check_source(dense)
         if unknown := sorted(set(ranks) - set(cls.config_class.rank_options())):
             options = ", ".join(cls.config_class.rank_options())
-            raise TypeError(f"{cls.__name__} has the ranks {options}, got {', '.join(unknown)}")
+            hint = did_you_mean(unknown[0], cls.config_class.rank_options())
+            raise TypeError(f"{cls.__name__} has the ranks {options}, got {', '.join(unknown)}{hint}")
         given = [name for name, rank in ranks.items() if rank is not None]
         if (rule is None) == (not given):
             raise ValueError(f"give ranks or a rule, one of them; got {', '.join(given) or 'neither'}")
@@ -224,18 +227,28 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
     def _ranks_by_rule(
         cls, dense: PreTrainedModel, rule: RankRule, kinds: Sequence[str], calibration: Calibration | None
     ) -> dict[str, LayerRank]:
+        kinds = [kinds] if isinstance(kinds, str) else list(kinds)
         shared = {option.removesuffix("_rank"): layers for option, layers in cls._shared_ranks(dense).items()}
         unknown = sorted(set(kinds) - set(shared))
         if unknown or not kinds:
-            raise ValueError(f"kinds must be any of {', '.join(shared)}, got {', '.join(unknown) or 'none'}")
-        return ranks_by_rule(
-            dense,
-            {f"{kind}_rank": shared[kind] for kind in kinds},
-            rule,
-            projections=cls.attention_class.projections,
-            num_heads=dense.config.num_attention_heads,
-            calibration=calibration,
-        )
+            hint = did_you_mean(unknown[0], shared) if unknown else ""
+            raise ValueError(f"kinds must be any of {', '.join(shared)}, got {', '.join(unknown) or 'none'}{hint}")
+        try:
+            return ranks_by_rule(
+                dense,
+                {f"{kind}_rank": shared[kind] for kind in kinds},
+                rule,
+                projections=cls.attention_class.projections,
+                num_heads=dense.config.num_attention_heads,
+                calibration=calibration,
+            )
+        except UnreachableShare as error:
+            more = (
+                ""
+                if "embedding" in kinds
+                else f". The word embedding stays dense: try kinds={','.join(kinds)},embedding"
+            )
+            raise UnreachableShare(f"{error}{more}") from error
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:

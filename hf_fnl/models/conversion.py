@@ -69,7 +69,9 @@ def ranks_by_rule(
             energies = functools.partial(_summed, spectra, option, names)
             name = option.removesuffix("_rank") + (f" in layer {number}" if len(layers) > 1 else "")
             candidates[option].append(_candidate(name, option, modules, projections, num_heads, energies))
-    chosen = choose_ranks([candidate for layers in candidates.values() for candidate in layers], rule)
+    products = [candidate for layers in candidates.values() for candidate in layers]
+    others = sum(parameter.numel() for parameter in dense.parameters()) - sum(product.dense for product in products)
+    chosen = choose_ranks(products, rule, others=others)
     ranks = {option: [chosen[candidate.name] for candidate in layers] for option, layers in candidates.items()}
     return {option: values[0] if len(set(values)) == 1 else values for option, values in ranks.items()}
 

@@ -1,6 +1,6 @@
 """Factorizing the layers of any model in place, and multiplying them out again."""
 
-from hf_fnl.surgery.factorize import Factorization, Replacement, factorize_, share_of_layers
+from hf_fnl.surgery.factorize import Factorization, Replacement, factorize_
 from hf_fnl.surgery.record import QUANT_METHOD, update_records_
 from hf_fnl.surgery.restore import merge_, restore_
 
@@ -11,6 +11,5 @@ __all__ = [
     "factorize_",
     "merge_",
     "restore_",
-    "share_of_layers",
     "update_records_",
 ]

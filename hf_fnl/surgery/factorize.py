@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.calibration import Calibration, Call, for_each
-from hf_fnl.config import FactorizationConfig
+from hf_fnl.config import LAYER_KINDS, FactorizationConfig
 from hf_fnl.functional import kept_energy
 from hf_fnl.layers import Factorized, FactorizedLinear, FactorizedMatrix, TensorizedConv2d
-from hf_fnl.ranks import Candidate, choose_ranks
+from hf_fnl.ranks import Candidate, UnreachableShare, choose_ranks
 from hf_fnl.surgery.record import QUANT_METHOD, layer_record
 from hf_fnl.surgery.select import (
     Target,
@@ -154,7 +155,12 @@ def factorize_(
         raise ValueError(f"calibration cuts trained weights and needs init='spectral', got {config.init!r}")
     targets, skipped = select(model, config)
     _check_values(targets, calibration is not None)
-    ranks = choose_ranks(_candidates(model, targets, config, calibration), config)
+    candidates = _candidates(model, targets, config, calibration)
+    others = sum(parameter.numel() for parameter in model.parameters()) - sum(c.dense for c in candidates)
+    try:
+        ranks = choose_ranks(candidates, config, others=others)
+    except UnreachableShare as error:
+        raise UnreachableShare(f"{error}{_other_kinds(model, config)}") from error
     skipped |= {name: "its factors would hold as many parameters" for name, rank in ranks.items() if rank is None}
     chosen = [(target, rank) for target in targets if (rank := ranks[target.name]) is not None]
     successors = _cut(model, chosen, config, calibration)
@@ -176,34 +182,20 @@ def _check_values(targets: Sequence[Target], calibrated: bool) -> None:
             raise ValueError(f"{target.name} is on the meta device, where there is nothing to calibrate")
 
 
-def share_of_layers(model: nn.Module, config: FactorizationConfig) -> FactorizationConfig:
-    """The configuration with which a model keeps ``config.ratio`` of all its parameters, dense ones included.
-
-    Args:
-        model: Any module, dense yet.
-        config: Which layers; its ``ratio`` is that of the whole model.
-
-    Returns:
-        ``config`` with the ``ratio`` of the layers that it names.
-
-    Raises:
-        ValueError: If ``config`` names no layer or has no ``ratio``, or what stays dense is more than the ratio allows.
-    """
-    if config.ratio is None:
-        raise ValueError("share_of_layers needs a configuration with a ratio, got none")
-    targets, _ = select(model, config)
-    chosen = sum(target.first.weight.numel() for target in targets)
+def _other_kinds(model: nn.Module, config: FactorizationConfig) -> str:
+    """A hint at the kind of layers, not among those of a configuration, that holds most of a model."""
+    sizes: dict[str, int] = {}
+    for kind in set(LAYER_KINDS) - set(config.kinds) if not config.classes else ():
+        with contextlib.suppress(ValueError):  # it has no such layer
+            targets, _ = select(model, dataclasses.replace(config, kinds=(kind,)))
+            sizes[kind] = sum(target.first.weight.numel() for target in targets)
+    if not sizes:
+        return ""
+    kind = max(sizes, key=lambda kind: sizes[kind])
+    share = config.ratio or config.budget or 0.0
     total = sum(parameter.numel() for parameter in model.parameters())
-    least = sum(
-        candidate.cost(candidate.raised(0, config.multiple_of)) for candidate in _candidates(model, targets, config)
-    )
-    if (left := config.ratio * total - (total - chosen)) < least:
-        raise ValueError(
-            f"{type(model).__name__} cannot keep {config.ratio:.4g} of its {total:,} parameters: {total - chosen:,} of "
-            f"them stay dense, and the smallest factors of the others have {least:,}; the closest ratio is "
-            f"{math.ceil((total - chosen + least) / total * 1e4) / 1e4}"
-        )
-    return dataclasses.replace(config, ratio=min(left / chosen, 1.0))
+    kinds = [kind] if total - sizes[kind] < share * total else [kind, *config.kinds]
+    return f". Layers of kind {kind} have {sizes[kind]:,}: try kinds={','.join(kinds)}"
 
 
 def _candidates(
