@@ -12,12 +12,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 TIMEOUT = 10.0  # seconds
 
 
-def check_source(source: str | os.PathLike[str], kind: Literal["model", "dataset"] = "model") -> None:
+def check_source(
+    source: str | os.PathLike[str], kind: Literal["model", "dataset"] = "model", *, token: str | bool | None = None
+) -> None:
     """Check that a folder, or a repository on the Hub or in its local cache, has this name.
 
     Args:
         source: Folder or id.
         kind: Of the repository.
+        token: To ask the Hub with; the one that was logged in with unless given.
 
     Raises:
         FileNotFoundError: If there is neither; says whether the Hub could be asked.
@@ -30,7 +33,7 @@ def check_source(source: str | os.PathLike[str], kind: Literal["model", "dataset
     if Path(name).is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(absent)
     try:
-        HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT)
+        HfApi(token=token).repo_info(name, repo_type=kind, timeout=TIMEOUT)
     except HFValidationError:
         raise FileNotFoundError(f"{absent}, and no id on the Hub is written so") from None
     except RepositoryNotFoundError:

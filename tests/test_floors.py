@@ -16,11 +16,13 @@ FLOORS = [
         "functional",
         "tensors",
         "spectral",
+        "suggest",
         "truncation",
         "selectors",
         "config",
         "vocabulary_loss",
         "choose",
+        "folders",
         "processes",
         "hub",
     },
@@ -30,11 +32,12 @@ FLOORS = [
     {"models"},
     {"training", "planning"},
     {"cli", "report"},
-    {"__main__"},
+    {"public", "__main__"},
 ]
 # Files that may import a neighbour on their own floor.
 NEIGHBOURS = {
     ("config", "selectors"),
+    ("folders", "hub"),
     ("config", "spectral"),
     ("decay", "optim"),
     ("tensors", "config"),

@@ -247,10 +247,10 @@ def test_the_command_prints_tables():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(("nothing-here",), "no such folder or configuration: nothing-here", id="model"),
+        pytest.param(("nothing-here",), "there is no folder nothing-here, and the Hub", id="model"),
         pytest.param(("bert-base", "--engine", "fsdp1"), "engine must be one of ddp, zero1", id="engine"),
         pytest.param(("bert-base", "--sequence_length", "513"), "sequence_length must be at most 512", id="length"),
-        pytest.param(("bert-base", "--ffn_rank", "769"), "ffn_rank must be in [1, 768], got 769", id="rank"),
+        pytest.param(("bert-base", "--ffn_rank", "769"), "--ffn-rank must be in [1, 768], got 769", id="rank"),
         pytest.param(("marian", "--engine", "hsdp", "--gpus", "12"), "hsdp needs whole machines", id="hsdp"),
         pytest.param(("gpt2", "--offload"), "offload needs another engine", id="offload"),
         pytest.param(("gpt2", "--frobenius-decay", "conv"), "has no product of kind conv", id="products"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +14,33 @@ import typer
 
 from hf_fnl.cli.plan import plan
 from hf_fnl.cli.profile import profile
-from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, size_change, sort_rows
-from hf_fnl.cli.terminal import session
+from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, share_left, size_change, sort_rows
+from hf_fnl.cli.terminal import as_typed, session
 
 app = typer.Typer(
     name="hf-fnl",
     help="Factorized neural layers: make a trained model smaller, look into it, and turn it back into a stock model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",  # in which asterisks and underscores are text
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        versions = [f"{name} {metadata.version(name)}" for name in ("hf_fnl", "torch", "transformers", "accelerate")]
+        typer.echo("\n".join([*versions, f"python {platform.python_version()}"]))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions, and exit.")
+    ] = False,
+) -> None:
+    """Take what comes before a command."""
+
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model, or its id on the Hub.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It appears whole, or not at all.")]
@@ -40,13 +59,16 @@ def _rank(text: str, panel: str = _RANKS) -> Any:
     return typer.Option(metavar="N", help=text, rich_help_panel=panel)
 
 
-@app.command(epilog="Example: `hf-fnl factorize bert-base-uncased --ratio 0.5 --calibrate texts.jsonl --out bert-half`")
+@app.command(epilog="Example: hf-fnl factorize bert-base-uncased --ratio 0.5 --calibrate texts.jsonl --out bert-half")
 def factorize(
     context: typer.Context,
     model: Model,
     out: Out,
-    ratio: Annotated[float | None, _share("Parameters that stay, one scale of ranks for all.")] = None,
-    budget: Annotated[float | None, _share("Parameters that stay, where the spectra need them.")] = None,
+    ratio: Annotated[
+        float | None, _share("Share of all parameters of the model that stay; one scale of ranks for all.")
+    ] = None,
+    budget: Annotated[float | None, _share("The same share, given where the spectra need it.")] = None,
+    layer_ratio: Annotated[float | None, _share("As --ratio, of the matrices that are factorized alone.")] = None,
     energy: Annotated[float | None, _share("Smallest ranks that keep this share of every product's energy.")] = None,
     rank_scale: Annotated[float | None, _share("Ranks as a share of the largest rank.")] = None,
     rank: Annotated[int | None, _rank("The same rank everywhere.", _RULE)] = None,
@@ -97,7 +119,9 @@ def factorize(
         ),
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column of the texts.", rich_help_panel=_DATA)] = "text",
-    calibration_samples: Annotated[int, typer.Option(min=1, help="Texts to take.", rich_help_panel=_DATA)] = 256,
+    calibration_samples: Annotated[
+        int, typer.Option(min=1, help="Samples to take; long texts are cut into several.", rich_help_panel=_DATA)
+    ] = 256,
     calibration_length: Annotated[int, typer.Option(min=1, help="Tokens of each.", rich_help_panel=_DATA)] = 128,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -108,7 +132,14 @@ def factorize(
     The folder that is written holds the model, its tokenizer, a model card, and factorization.json with the rank of
     every layer. Say how far with one rule, or give ranks. A calibrated model keeps more of what the dense one knows.
     """
-    rules = {"ratio": ratio, "budget": budget, "energy": energy, "rank_scale": rank_scale, "rank": rank}
+    rules = {
+        "ratio": ratio,
+        "budget": budget,
+        "layer_ratio": layer_ratio,
+        "energy": energy,
+        "rank_scale": rank_scale,
+        "rank": rank,
+    }
     by_kind = {
         "qk_rank": qk_rank,
         "ov_rank": ov_rank,
@@ -118,9 +149,9 @@ def factorize(
     }
     ranks = {name: value for name, value in by_kind.items() if value is not None}
     _check_rules(rules, by_kind, multiple_of)
-    with session(as_json=as_json, debug=debug) as terminal:
+    with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli import factorize as work
-        from hf_fnl.cli.sources import Texts
+        from hf_fnl.cli.texts import Texts
         from hf_fnl.config import RankRule
 
         rule = None if ranks else _usage(RankRule, **rules, multiple_of=multiple_of)
@@ -142,11 +173,13 @@ def factorize(
             command=_command_line(context),
         )
         record = work.factorize(order, terminal)
-        sizes = size_change(record["parameters_before"], record["parameters_after"])
-        terminal.show(record | {"out": str(out)}, layers_table(record["layers"]), f"\n{sizes}\n{out}")
+        table = layers_table(record["layers"], record["parameters_before"], record["parameters_after"])
+        tokens = record["calibration_tokens"]
+        used = [] if tokens is None else [f"calibrated with {tokens:,} tokens"]
+        terminal.show(record | {"out": str(out)}, table, "\n".join(["", *used, str(out)]))
 
 
-@app.command(epilog="Example: `hf-fnl merge bert-half --out bert-half-stock`")
+@app.command(epilog="Example: hf-fnl merge bert-half --out bert-half-stock")
 def merge(
     model: Model,
     out: Out,
@@ -159,7 +192,7 @@ def merge(
 
     Products are multiplied out, so the model has the size of the dense one again.
     """
-    with session(as_json=as_json, debug=debug) as terminal:
+    with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli import merge as work
 
         result = work.merge(model, out, check=check, overwrite=overwrite, terminal=terminal)
@@ -170,7 +203,7 @@ def merge(
         terminal.show(result | {"out": str(out)}, f"{classes}: {sizes}\n{checked}\n{out}")
 
 
-@app.command(epilog="Example: `hf-fnl consolidate run/checkpoint-1000 --out bert-1000`")
+@app.command(epilog="Example: hf-fnl consolidate run/checkpoint-1000 --out bert-1000")
 def consolidate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint of a training.")],
     out: Out,
@@ -178,9 +211,9 @@ def consolidate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make the folder of a model, for `from_pretrained`, of a checkpoint whose weights were saved in parts.
+    """Make the folder of a model, for from_pretrained, of a checkpoint whose weights were saved in parts.
 
-    Trainings with `--checkpoint_format sharded` write such checkpoints. What only the training needs is left out.
+    Trainings with --checkpoint_format sharded write such checkpoints. What only the training needs is left out.
     """
     with session(as_json=as_json, debug=debug) as terminal:
         from hf_fnl.cli.folders import new_folder
@@ -192,7 +225,7 @@ def consolidate(
         terminal.show(result | {"checkpoint": str(checkpoint), "out": str(out)}, f"{size}\n{out}")
 
 
-@app.command(epilog="Example: `hf-fnl inspect bert-half --sort effective-rank`")
+@app.command(epilog="Example: hf-fnl inspect bert-half --sort effective-rank")
 def inspect(
     model: Model,
     sort: Annotated[SortKey | None, typer.Option(help="Largest first; in the order of the model unless given.")] = None,
@@ -204,7 +237,7 @@ def inspect(
     For the heads of an attention norms are means over the heads. The effective rank is the nuclear norm divided by the
     largest singular value. The energy is the share of the squared Frobenius norm that factorizing kept.
     """
-    with session(as_json=as_json, debug=debug) as terminal:
+    with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli.sources import load_model
         from hf_fnl.diagnostics import parameter_count
         from hf_fnl.report import inspect_model, read_energies
@@ -213,12 +246,15 @@ def inspect(
         with terminal.step("decomposing") as advance:
             found = inspect_model(loaded, energies=read_energies(model), progress=advance)
         rows = sort_rows([asdict(row) for row in found], sort)
-        total = int(parameter_count(loaded)["total"])
-        result = {"model": model, "class": type(loaded).__name__, "parameters": total, "matrices": rows}
-        terminal.show(result, matrices_table(rows), f"\n{type(loaded).__name__}: {total:,} parameters in all")
+        count = parameter_count(loaded)
+        total, dense = int(count["total"]), int(count["dense_equivalent"])
+        sizes = {"parameters": total, "parameters_dense": dense, "ratio": count["ratio"]}
+        result = {"model": model, "class": type(loaded).__name__, **sizes, "matrices": rows}
+        share = "" if total == dense else f", {share_left(count['ratio'])} of the dense model's {dense:,}"
+        terminal.show(result, matrices_table(rows, total), f"\n{type(loaded).__name__}: {total:,} parameters{share}")
 
 
-@app.command(epilog="Example: `hf-fnl report runs/decay-* --out report.html`")
+@app.command(epilog="Example: hf-fnl report runs/decay-* --out report.html")
 def report(
     runs_or_models: Annotated[
         list[str] | None,
@@ -238,7 +274,7 @@ def report(
     sources = [*(runs_or_models or ()), *(compare or ())]
     if not sources:
         raise typer.BadParameter("name a run or a model, or two with --compare A B")
-    with session(as_json=as_json, debug=debug) as terminal:
+    with session(as_json=as_json, debug=debug, sources=sources) as terminal:
         from hf_fnl.report import write_report
 
         with terminal.step("decomposing") as advance:
@@ -246,8 +282,8 @@ def report(
         terminal.show({"sources": sources, "out": str(written)}, str(written))
 
 
-app.command(epilog="Example: `hf-fnl plan bert-large --gpus 64 --engine fsdp2 --memory 24`")(plan)
-app.command(epilog="Example: `hf-fnl profile bert-base --ffn-rank 192 --bf16 --compile --json profile.json`")(profile)
+app.command(epilog="Example: hf-fnl plan bert-large --gpus 64 --engine fsdp2 --memory 24")(plan)
+app.command(epilog="Example: hf-fnl profile bert-base --ffn-rank 192 --bf16 --compile --json profile.json")(profile)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -275,7 +311,7 @@ def _usage(make: Any, **options: Any) -> Any:
     try:
         return make(**options)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(as_typed(str(error))) from error
 
 
 def _command_line(context: typer.Context) -> str:

@@ -8,23 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_fnl.cli.folders import carry_files, local_files, new_folder
-from hf_fnl.cli.sources import Texts, calibration_batch, factorized_classes, load_model
+from hf_fnl.cli.sources import factorized_classes, load_model
 from hf_fnl.cli.terminal import Terminal
+from hf_fnl.cli.texts import Texts, calibration_batch
 from hf_fnl.config import FactorizationConfig, RankRule
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.functional import kept_energy
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.cards import CARD_FILE, write_card
+from hf_fnl.models.cards import CARD_FILE, stated_in, write_card
 from hf_fnl.models.cards.record import FACTORIZATION_FILE
 from hf_fnl.products import find_products
 from hf_fnl.surgery import factorize_
+from hf_fnl.surgery.select import listed
 from hf_fnl.training.files import write_json
+from hf_fnl.training.tasks.documents import looks_like_path
 
 Calibration = Mapping[str, Tensor] | None
 Layer = dict[str, Any]
@@ -76,17 +79,21 @@ def factorize(order: Order, terminal: Terminal) -> dict[str, Any]:
         OSError: If files are missing, damaged or cannot be written.
         ValueError: If the order does not fit the model.
     """
-    with new_folder(order.target, source=order.source, overwrite=order.overwrite) as folder:
+    needed = [order.texts.source] if order.texts and looks_like_path(order.texts.source) else []
+    with new_folder(order.target, source=order.source, overwrite=order.overwrite, needed=needed) as folder:
         dense = load_model(order.source, terminal)
         ours = _class_for(dense, order)
         before = parameter_count(dense)["total"]
-        batch = None
+        batch, tokens = None, None
         if order.texts is not None:
             with terminal.step("reading texts"):
                 batch = calibration_batch(dense, order.source, order.texts)
+            tokens = int(batch["attention_mask"].sum())
+            if tokens < (asked := order.texts.samples * order.texts.length):
+                terminal.note(f"note: {order.texts.source} gives {tokens:,} tokens to calibrate with, not {asked:,}")
         with terminal.step("factorizing"):
             model, layers = _convert(dense, ours, order, batch) if ours else _operate(dense, order, batch, terminal)
-        record = _record(order, before, parameter_count(model)["total"], layers)
+        record = _record(order, tokens, before, parameter_count(model)["total"], layers)
         with terminal.step("writing"):
             model.save_pretrained(folder)
             carry_files(order.source, folder)
@@ -129,8 +136,8 @@ def _operate(
     options: dict[str, Any] = {name: value for name, value in patterns.items() if value} | vars(order.rule)
     options["conv_scheme"] = order.conv_scheme
     done = factorize_(dense, FactorizationConfig(**options), calibration=calibration)
-    for name, reason in done.skipped.items():
-        terminal.note(f"note: {name} stays dense: {reason}")
+    for reason, names in done.skipped_by_reason().items():
+        terminal.note(f"note: {listed(names)} {'stay' if len(names) > 1 else 'stays'} dense: {reason}")
     return dense, [{column: getattr(layer, column) for column in _COLUMNS} for layer in done.replacements]
 
 
@@ -157,11 +164,12 @@ def _layers(dense: PreTrainedModel, ours: PreTrainedModel) -> Iterator[Layer]:
         }
 
 
-def _record(order: Order, before: float, after: float, layers: list[Layer]) -> dict[str, Any]:
+def _record(order: Order, tokens: int | None, before: float, after: float, layers: list[Layer]) -> dict[str, Any]:
     return {
         "base_model": order.source,
         "command": order.command,
         "calibration": None if order.texts is None else asdict(order.texts),
+        "calibration_tokens": tokens,
         "parameters_before": int(before),
         "parameters_after": int(after),
         "ratio": after / before,
@@ -172,7 +180,4 @@ def _record(order: Order, before: float, after: float, layers: list[Layer]) -> d
 def inherited_metadata(source: str) -> ModelCardData:
     """What holds of a model made from another as well: licence, language and task, from the card of that one."""
     path = local_files(source, [CARD_FILE]) / CARD_FILE
-    if not path.is_file():
-        return ModelCardData()
-    stated = vars(ModelCard.load(path, ignore_metadata_errors=True).data)
-    return ModelCardData(**{key: stated[key] for key in _INHERITED if stated.get(key)})
+    return stated_in(path, _INHERITED) if path.is_file() else ModelCardData()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from hf_fnl.cli.terminal import option, session
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from hf_fnl.planning import Plan
 
 GIB, MIB = 2**30, 2**20
@@ -122,6 +123,8 @@ def _verdict(found: Plan) -> str:
 
 
 def _table(*columns: str) -> Table:
+    from rich.table import Table  # which --help does not wait for
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number and column != "how" else "left")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from hf_fnl.cli.terminal import option, session
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from hf_fnl.training.profiling import Profile
 
 _RANKS, _OUT = "Ranks", "Results"
@@ -66,7 +67,7 @@ def profile(
 
     Data, forward and backward pass, decay, optimizer, communication and the rest add up to a step. Beside them stand
     the speed, the operations of a step and the share of the device's matrix rate, as measured, that they reach. For
-    your own data and launcher give a training script `--profile_steps 10`.
+    your own data and launcher give a training script --profile_steps 10.
     """
     with session(as_json=False, debug=debug) as terminal:
         from hf_fnl.planning import fresh_model
@@ -144,6 +145,8 @@ def _views(model: str, found: Profile) -> list[Any]:
 
 
 def _table(found: Profile) -> Table:
+    from rich.table import Table  # which --help does not wait for
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(("where the time goes", "ms", "share")):
         table.add_column(column, justify="right" if number else "left")

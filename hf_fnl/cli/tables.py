@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from hf_fnl.cli.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 ABSENT = "-"
 
@@ -51,42 +54,73 @@ def sort_rows(rows: Sequence[Mapping[str, Any]], key: SortKey | None) -> list[Ma
     return sorted(rows, key=lambda row: (row[key.field] is None, -(row[key.field] or 0)))
 
 
-def matrices_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line for every matrix of a model, and the totals."""
+def matrices_table(rows: Sequence[Mapping[str, Any]], parameters: int) -> Table:
+    """One line for every matrix of a model, one for its other parameters, and the totals.
+
+    Args:
+        rows: The matrices.
+        parameters: Of the model, tied ones once.
+    """
     table = _table(list(_COLUMNS), footer=True)
     for row in rows:
         table.add_row(*(_cell(row[field]) for field in _COLUMNS.values()))
-    totals = {"name": f"{len(rows)} matrices"} | {
-        field: f"{sum(row[field] for row in rows):,}" for field in ("parameters", "flops")
-    }
+    in_matrices = sum(row["parameters"] for row in rows)
+    if rest := parameters - in_matrices:
+        others = {"name": "biases, normalizations and others", "kind": "dense", "parameters": rest}
+        table.add_row(*(_cell(others.get(field)) for field in _COLUMNS.values()))
+    totals = {"name": f"{len(rows)} matrices, all parameters"}
+    totals |= {"parameters": f"{parameters:,}", "flops": f"{sum(row['flops'] for row in rows):,}"}
     for column, field in zip(table.columns, _COLUMNS.values(), strict=True):
         column.footer = totals.get(field, "")
     return table
 
 
-def layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
-    """One line for the factorized layers of each kind and shape."""
-    table = _table(["kind", "shape", "layers", "rank", "parameters", "before", "left", "energy"])
+def layers_table(layers: Sequence[Mapping[str, Any]], before: int, after: int) -> Table:
+    """One line for the factorized layers of each kind and shape, one for what stays dense, and the total.
+
+    Args:
+        layers: What was factorized.
+        before: Parameters of the model before, tied ones once.
+        after: Parameters afterwards.
+    """
+    table = _table(["kind", "shape", "layers", "rank", "before", "after", "left", "energy"], footer=True)
     groups: dict[tuple[str, tuple[int, ...]], list[Mapping[str, Any]]] = {}
     for layer in layers:
         groups.setdefault((layer["kind"], tuple(layer["shape"])), []).append(layer)
     for (kind, shape), members in groups.items():
-        before, after = (sum(layer[f"parameters_{when}"] for layer in members) for when in ("before", "after"))
         ranks = [layer["rank"] for layer in members]
         rank = str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
         kept = [layer["energy"] for layer in members if layer["energy"] is not None]
         energy = sum(kept) / len(kept) if kept else None
-        sizes = (f"{after:,}", f"{before:,}", f"{after / before:.1%}")
-        table.add_row(kind, _cell(shape), str(len(members)), rank, *sizes, _cell(energy))
+        table.add_row(_cell(kind), _cell(shape), str(len(members)), rank, *_sizes(*_counts(members)), _cell(energy))
+    dense = [whole - part for whole, part in zip((before, after), _counts(layers), strict=True)]
+    table.add_row("dense", "", "", "", *_sizes(*dense), "")
+    for column, total in zip(table.columns, ("all", "", "", "", *_sizes(before, after), ""), strict=True):
+        column.footer = total
     return table
+
+
+def share_left(ratio: float) -> str:
+    """A share of parameters as all commands write it."""
+    return f"{ratio:.1%}"
 
 
 def size_change(before: int, after: int) -> str:
     """Two numbers of parameters and their ratio."""
-    return f"{before:,} -> {after:,} parameters ({after / before:.1%})"
+    return f"{before:,} -> {after:,} parameters ({share_left(after / before)})"
+
+
+def _counts(layers: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    return tuple(sum(layer[f"parameters_{when}"] for layer in layers) for when in ("before", "after"))
+
+
+def _sizes(before: int, after: int) -> tuple[str, str, str]:
+    return f"{before:,}", f"{after:,}", share_left(after / before) if before else ABSENT
 
 
 def _table(names: Sequence[str], *, footer: bool = False) -> Table:
+    from rich.table import Table  # which --help does not wait for
+
     table = Table(box=None, show_footer=footer, pad_edge=False, header_style="bold", footer_style="bold")
     for name in names:
         table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
@@ -100,4 +134,4 @@ def _cell(value: Any) -> str:
         return " x ".join(map(str, value))
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(value)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Advance = Callable[[int, int], None]
+
+_LONG = "rank_scale|layer_ratio|multiple_of|conv_scheme|text_column|qk_rank|ov_rank|ffn_rank|qkv_rank|embedding_rank"
+_SHORT = "kinds|include|exclude|ratio|budget|energy|rank"  # words of the language as well: only where a value follows
+_OPTION = re.compile(
+    rf"(?<![\w./'\"-])(?P<name>(?:{_LONG})(?![\w./'\"])|(?:{_SHORT})(?==| must\b| of \S+ must\b))(?P<value>=?)"
+)
 
 _WIDE = 200  # columns of a table, whatever the terminal has: a line that it wraps is better than a name cut short
 
@@ -27,41 +36,52 @@ class Terminal:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self._stdout = Console(file=sys.stdout, width=_WIDE)
-        self._stderr = Console(file=sys.stderr, soft_wrap=True)
+        # Names may hold brackets and colons, which are no markup.
+        self._stdout = Console(file=sys.stdout, width=_WIDE, markup=False, emoji=False, highlight=False)
+        self._stderr = Console(file=sys.stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
         self.interactive = not as_json and sys.stderr.isatty()
 
     def show(self, result: dict[str, Any], *views: RenderableType) -> None:
         """Print the result of the command: as JSON where that was asked for, otherwise its views."""
         if self.as_json:
-            self._stdout.file.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+            self._stdout.file.write(json.dumps(result, indent=2) + "\n")
         else:
-            self._stdout.print(*views, sep="\n", highlight=False)
+            for view in views:
+                is_text = isinstance(view, str)
+                self._stdout.print(printable(view) if is_text else view, soft_wrap=is_text)
 
     def note(self, text: str) -> None:
         """Print a line for a person, beside the result."""
-        self._stderr.print(text, markup=False, highlight=False)
+        self._stderr.print(printable(text))
 
     @contextlib.contextmanager
     def step(self, text: str) -> Iterator[Advance]:
         """Show that something takes its time, as a bar once it is told how much is done and how much there is."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._stderr, transient=True, disable=not self.interactive) as progress:
             task = progress.add_task(text, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextlib.contextmanager
-def session(*, as_json: bool, debug: bool) -> Iterator[Terminal]:
+def session(*, as_json: bool, debug: bool, sources: Sequence[str] = ()) -> Iterator[Terminal]:
     """Run a command: errors become a line and exit code 1, and libraries are kept off stdout.
 
     Args:
         as_json: As in :class:`Terminal`.
         debug: Let errors pass with their tracebacks.
+        sources: Folders and Hub ids that have to be there, which is found out before torch is imported.
     """
     terminal = Terminal(as_json=as_json)
     try:
+        for source in sources:
+            from hf_fnl.hub import check_source
+
+            check_source(source)
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _quiet(terminal.interactive):
+            warnings.filterwarnings("always", category=UserWarning, module=r"hf_fnl\.")  # whatever Python was told
             warnings.showwarning = lambda message, *_, **__: terminal.note(f"note: {_one_line(message)}")
             yield terminal
     except (typer.BadParameter, typer.Exit, typer.Abort):
@@ -71,8 +91,23 @@ def session(*, as_json: bool, debug: bool) -> Iterator[Terminal]:
             raise
         unexpected = not isinstance(error, ImportError | OSError | TypeError | ValueError)
         kind = f"{type(error).__name__}: " if unexpected else ""
-        terminal.note(f"error: {kind}{_one_line(error)}{' (--debug shows where)' if unexpected else ''}")
+        message = as_typed(_one_line(error))
+        terminal.note(f"error: {kind}{message}{' (--debug shows where)' if unexpected else ''}")
         raise typer.Exit(1) from error
+
+
+def as_typed(message: str) -> str:
+    """A message of the library with options by the names that are typed: ``--ffn-rank`` for ``ffn_rank``."""
+
+    def typed(match: re.Match[str]) -> str:
+        return f"--{match['name'].replace('_', '-')}{' ' if match['value'] else ''}"
+
+    return _OPTION.sub(typed, message)
+
+
+def printable(text: object) -> str:
+    """Text as it may be shown: what would move a terminal's cursor, colour or hide text is written as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 def _one_line(message: object) -> str:

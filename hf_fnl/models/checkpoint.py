@@ -8,6 +8,7 @@ What comes back is no quantized model but an ordinary one, which trains, casts a
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 import hf_fnl.models
+from hf_fnl.folders import check_model
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import init_factors
 from hf_fnl.models.division import partition_
@@ -103,26 +105,54 @@ def load(path_or_id: str | os.PathLike, auto_class: Any = None, **kwargs: Any) -
         The model in evaluation mode; nothing is decomposed on the way.
 
     Raises:
-        OSError: If there is no such folder or file, or a weight file is truncated or corrupt.
+        OSError: If there is no such folder or file, the Hub has no such model or cannot be asked, or a weight file is
+            truncated or corrupt.
         ValueError: If the checkpoint's parameters are not those that its configuration says, unless
-            ``ignore_mismatched_sizes``, or the configuration names no known class.
+            ``ignore_mismatched_sizes``; the configuration names no known class, or one that needs code of its own; or a
+            file lies outside of the folder.
     """
-    folder = Path(path_or_id, kwargs.get("subfolder") or "")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise OSError(f"{folder} holds no config.json, which a model's folder needs")
+    # With these options the Hub need not be asked.
+    if not {"cache_dir", "local_files_only"} & set(kwargs) or Path(path_or_id).expanduser().exists():
+        check_model(path_or_id, kwargs.get("subfolder") or "", kwargs.get("token"))
+    kwargs = {"use_safetensors": True, **kwargs}
+    path_or_id = Path(path_or_id).expanduser() if Path(path_or_id).expanduser().is_dir() else path_or_id
     if auto_class is None:
         options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
-        auto_class = _saved_class(path_or_id, AutoConfig.from_pretrained(path_or_id, **options))
+        config = read_config(path_or_id, **options)
+        auto_class = saved_class(path_or_id, config)
+        if "dtype" not in kwargs and "float8" in str(config.dtype):
+            warnings.warn(f"{path_or_id} holds float8 weights, which are read as bfloat16 without a loss", stacklevel=2)
+            kwargs["dtype"] = torch.bfloat16
     return load_checked(auto_class.from_pretrained, path_or_id, **kwargs)
 
 
-def _saved_class(path_or_id: str | os.PathLike, config: PreTrainedConfig) -> Any:
-    names = config.architectures or []
+def read_config(path_or_id: str | os.PathLike, **options: Any) -> PreTrainedConfig:
+    """The configuration of a model; a ``ValueError`` if that needs code of its own, which is not run."""
+    try:
+        return AutoConfig.from_pretrained(path_or_id, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path_or_id} needs code of its own, and hf_fnl runs none that it finds in a model's folder: load the "
+            "model yourself with trust_remote_code=True and give it to factorize_"
+        ) from error
+
+
+def saved_class(source: str | os.PathLike, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of model, of hf_fnl or Transformers, that a configuration was saved from.
+
+    Raises:
+        ValueError: If it names none: what else these packages hold, as functions, is not called.
+    """
+    names = config.architectures if isinstance(config.architectures, list) else [config.architectures]
+    names = [name for name in names if isinstance(name, str)]
     for name in names:
         for library in (hf_fnl.models, transformers):
-            if hasattr(library, name):
-                return getattr(library, name)
+            found = getattr(library, name, None)
+            if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
+                return found
     raise ValueError(
-        f"the config.json of {path_or_id} names no model class of transformers or hf_fnl in architectures, but "
+        f"the config.json of {source} names no model class of transformers or hf_fnl in architectures, but "
         f"{', '.join(names) or 'nothing'}; pass the class as auto_class"
     )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import hf_fnl.models
+from hf_fnl.folders import check_model
 from hf_fnl.models import (
     FactorizedBertConfig,
     FactorizedBertForPreTraining,
@@ -20,12 +19,11 @@ from hf_fnl.models import (
     FactorizedMarianMTModel,
 )
 from hf_fnl.models.base import FactorizedPreTrainedModel
+from hf_fnl.models.checkpoint import read_config, saved_class
 
 _BERT: tuple[Any, Any] = (FactorizedBertForPreTraining, FactorizedBertConfig)
 _GPT2: tuple[Any, Any] = (FactorizedGPT2LMHeadModel, FactorizedGPT2Config)
 _MARIAN: tuple[Any, Any] = (FactorizedMarianMTModel, FactorizedMarianConfig)
-
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 # Sizes that the configurations of these models on the Hub have; what is not named is the default of their family.
 PRESETS: dict[str, tuple[tuple[Any, Any], dict[str, int]]] = {
@@ -84,15 +82,13 @@ def fresh_model(source: str, **ranks: int | None) -> PreTrainedModel:
 
 def _of_file(source: str) -> tuple[Any, Any]:
     path = Path(source).expanduser()
-    on_hub = not path.exists() and bool(_HUB_ID.fullmatch(source))
-    if not path.exists() and not on_hub:
-        raise FileNotFoundError(f"no such folder or configuration: {source}; by name there are {', '.join(PRESETS)}")
-    config = AutoConfig.from_pretrained(source if on_hub else path, local_files_only=not on_hub)
-    for name in config.architectures or []:
-        for library in (hf_fnl.models, transformers):
-            if hasattr(library, name):
-                return getattr(library, name), config
-    raise ValueError(f"{source} names no model class of transformers or hf_fnl in architectures")
+    if not path.is_file():
+        try:
+            check_model(source)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; by name there are {', '.join(PRESETS)}") from error
+    config = read_config(path if path.exists() else source, local_files_only=path.exists())
+    return saved_class(source, config), config
 
 
 def _with_ranks(model_class: Any, config: Any, ranks: dict[str, int]) -> tuple[Any, Any]:

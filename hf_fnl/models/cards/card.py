@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from hf_fnl.models.cards.facts import describe
+from hf_fnl.folders import is_inside
+from hf_fnl.models.cards.facts import describe, plain
 from hf_fnl.models.cards.metadata import card_metadata
 from hf_fnl.models.cards.record import Record, read_json
 
@@ -63,13 +68,16 @@ def model_card(
     record = record or Record()
     title = (name or type(model).__name__).rstrip("/").rpartition("/")[2]
     card_data = card_metadata(model, record, title=title, name=name, stated=metadata or ModelCardData())
+    command = command or record.factorization.get("command")
     return ModelCard.from_template(
         card_data,
         template_path=str(_TEMPLATE),
         mark=MARK,
-        title=title,
-        name=name or "path/to/model",
-        command=command or record.factorization.get("command"),
+        title=plain(title),
+        name=json.dumps(name or "path/to/model", ensure_ascii=False),
+        command=command,
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", command or "")), default=0)),
+        licence=plain(_joined(card_data.license)),
         **describe(model, record, base_model=card_data.base_model, data=data or card_data.datasets),
     )
 
@@ -91,7 +99,7 @@ def write_card(path: str | os.PathLike[str], model: nn.Module, **known: Any) -> 
     if path.is_file():
         if not is_automatic(path):
             return False
-        known["metadata"] = _united(known.get("metadata") or ModelCardData(), _stated(path))
+        known["metadata"] = _united(known.get("metadata") or ModelCardData(), stated_in(path))
     model_card(model, **known).save(path)
     return True
 
@@ -114,20 +122,46 @@ def write_upload_card(folder: str | os.PathLike[str], model: PreTrainedModel, re
         if not is_automatic(origin):
             shutil.copyfile(origin, path)
             return
-        metadata = _stated(origin)
+        metadata = stated_in(origin)
     write_card(path, model, name=repo_id, record=records[0] if records else None, metadata=metadata)
 
 
 def is_automatic(path: str | os.PathLike[str]) -> bool:
     """Whether no person has taken the card in this file into their hands."""
-    content = Path(path).read_text(encoding="utf-8")
+    content = Path(path).read_text(encoding="utf-8", errors="replace")
     return any(words in content for words in _AUTOMATIC)
 
 
-def _stated(path: Path) -> ModelCardData:
-    """What a person may have stated in the head of an automatic card."""
-    found = vars(ModelCard.load(path, ignore_metadata_errors=True).data)
-    return ModelCardData(**{key: found.get(key) for key in _KEPT})
+def stated_in(path: Path, keys: Sequence[str] = _KEPT) -> ModelCardData:
+    """What the head of a card says under some keys, as texts and lists of texts.
+
+    Args:
+        path: The card; a warning tells if its head cannot be read, and nothing is taken from it.
+        keys: Fields of ``ModelCardData``.
+    """
+    try:
+        if not is_inside(path, path.parent):
+            raise ValueError("it is a link that leaves its folder")
+        found = vars(ModelCard.load(path, ignore_metadata_errors=True).data)
+    except Exception as error:  # of YAML, of the Hub's client, or of the file: a card is no reason to lose the model
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"what {path} says in its head is left out, for it cannot be read: {reason}", stacklevel=2)
+        return ModelCardData()
+    stated: dict[str, Any] = {key: _texts(found.get(key)) for key in keys}
+    if isinstance(stated.get("tags"), str):
+        stated["tags"] = [stated["tags"]]
+    return ModelCardData(**stated)
+
+
+def _texts(value: Any) -> str | list[str] | None:
+    """A text on one line, or the texts of a list; nothing of anything else."""
+    if isinstance(value, list):
+        return [" ".join(text.split()) for text in value if isinstance(text, str)] or None
+    return " ".join(value.split()) if isinstance(value, str) else None
+
+
+def _joined(value: str | list[str] | None) -> str:
+    return ", ".join(value) if isinstance(value, list) else value or ""
 
 
 def _united(first: ModelCardData, second: ModelCardData) -> ModelCardData:

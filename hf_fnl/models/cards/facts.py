@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import initialization as init
 
 from hf_fnl.config import TransformerRanks
 from hf_fnl.diagnostics import parameter_count
@@ -50,21 +49,23 @@ def describe(
         "package": package,
         "dense_class": dense_class and dense_class.__name__,
         "needs_import": not dense_class and package != PACKAGE and bool(factorized_layers(model)),
-        "facts": [*_sizes(model, record), *_origin(record, base_model, data)],
+        "facts": [*_sizes(model, record), *((fact, plain(v)) for fact, v in _origin(record, base_model, data))],
         "layers": list(_layers(model, record)),
-        "results": [(metric, _number(value)) for metric, value in record.metrics.items() if _is_result(metric, value)],
-        "settings": [(key, listed) for key in _SETTINGS if (listed := _listed(record.settings.get(key)))],
+        "results": [(code(key), _number(value)) for key, value in record.metrics.items() if _is_result(key, value)],
+        "settings": [(code(key), plain(listed)) for key in _SETTINGS if (listed := _listed(record.settings.get(key)))],
     }
 
 
-def dense_size(model: Any) -> int:
-    """Parameters of the stock model in whose place a factorized one stands, heads at their full width."""
-    if not model_ranks(model):
-        return int(parameter_count(model)["dense_equivalent"])
-    with torch.device("meta"), init.no_init_weights():
-        dense = model.dense_class(model.config.to_dense())
-    dense.tie_weights()
-    return int(parameter_count(dense)["total"])
+def plain(value: object) -> str:
+    """Text that Markdown shows as it is: on one line, no table cell, link, markup or HTML in it."""
+    return re.sub(r"([\\`*\[\]<>|&$~]|\b_|_\b)", r"\\\1", " ".join(str(value).split()))
+
+
+def code(value: object) -> str:
+    """A span of code in a Markdown table: on one line, with more backticks around it than there are in it."""
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}{text}{ticks}" if ticks == "`" else f"{ticks} {text} {ticks}"
 
 
 def model_ranks(model: nn.Module) -> dict[str, Any]:
@@ -88,8 +89,9 @@ def is_hub_id(name: Any) -> TypeGuard[str]:
 
 
 def _sizes(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
-    total = int(parameter_count(model)["total"])
-    before = record.factorization.get("parameters_before") or dense_size(model)
+    count = parameter_count(model)
+    total = int(count["total"])
+    before = record.factorization.get("parameters_before", int(count["dense_equivalent"]))
     after = record.factorization.get("parameters_after", total)
     yield "class", f"`{type(model).__name__}`"
     if ranks := model_ranks(model):
@@ -129,7 +131,7 @@ def _layers(model: nn.Module, record: Record) -> Iterator[dict[str, Any]]:
     for (kind, shape), layers in groups.items():
         kept = [layer["energy"] for layer in layers if layer.get("energy") is not None]
         yield {
-            "kind": kind,
+            "kind": plain(kind),
             "shape": " x ".join(map(str, shape)),
             "count": len(layers),
             "rank": _spread([layer["rank"] for layer in layers]),
@@ -159,9 +161,11 @@ def _sources(record: Record, options: Sequence[str]) -> str:
     return ", ".join(_public(source) for option in options if (source := record.settings.get(option)))
 
 
-def _public(source: str) -> str:
-    """A name to publish: of a path, which nobody else has, the last part only."""
-    return source if is_hub_id(source) else Path(source).name
+def _public(source: Any) -> str:
+    """A name to publish, or several: of a path, which nobody else has, the last part only."""
+    if isinstance(source, list | tuple):
+        return ", ".join(map(_public, source))
+    return source if is_hub_id(source) else Path(str(source)).name
 
 
 def _listed(value: Any) -> str:

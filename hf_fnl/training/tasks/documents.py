@@ -169,7 +169,7 @@ def _load(
         first = next(iter(documents), None)
     else:
         paths = [source] if isinstance(source, str | Path) else source
-        files = _data_files([Path(path).expanduser() for path in paths], split)
+        files = data_files([Path(path).expanduser() for path in paths], split)
         documents, first = _read_files(files, split, streaming)
     _check_first(first, text_column, source)
     documents = documents.select_columns([text_column])
@@ -248,7 +248,7 @@ def _embedded(streaming: bool) -> tuple[Any, Any]:
 
 def _read_files(files: Sequence[Path], split: str, streaming: bool) -> tuple[Any, Any]:
     """The documents in files and the first record of them (``None`` if there is none)."""
-    kind = _common_kind(files)
+    kind = common_kind(files)
     options = {"sample_by": "paragraph"} if kind == "text" else {}
     # `datasets` takes file names for patterns.
     data_files = {split.partition("[")[0]: [glob.escape(str(file)) for file in files]}
@@ -264,7 +264,13 @@ def _read_files(files: Sequence[Path], split: str, streaming: bool) -> tuple[Any
         raise ValueError(f"cannot read {culprit} as {kind}: {error.__cause__ or error}") from error
 
 
-def _data_files(paths: Sequence[Path], split: str) -> list[Path]:
+def data_files(paths: Sequence[Path], split: str) -> list[Path]:
+    """The files of a split among files and folders, as :func:`load_documents` finds them.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If there is none, or one is empty.
+    """
     if not paths:
         raise ValueError("the list of data files is empty")
     missing = [str(path) for path in paths if not path.exists()]
@@ -292,7 +298,8 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in chosen]
 
 
-def _common_kind(files: Sequence[Path]) -> str:
+def common_kind(files: Sequence[Path]) -> str:
+    """The kind of all files, ``"text"``, ``"json"`` or ``"parquet"``, or a ``ValueError``."""
     kinds = {_kind(file) for file in files}
     if None in kinds:
         unknown = next(file for file in files if _kind(file) is None)

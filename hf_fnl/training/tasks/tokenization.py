@@ -22,11 +22,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: If the folder does not exist or holds no tokenizer, or the Hub has none of this name.
+        ValueError: If the tokenizer needs code of its own, which is not run.
     """
     folder = Path(source).expanduser()
     if isinstance(source, str) and not looks_like_path(source):
         check_source(source)
-        return AutoTokenizer.from_pretrained(source)
+        return _auto_tokenizer(source)
     if not folder.exists():
         raise FileNotFoundError(f"there is no folder {folder}")
 
@@ -34,7 +35,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         return all((folder / name).is_file() for name in names)
 
     if holds("tokenizer.json") or holds("tokenizer_config.json"):
-        return AutoTokenizer.from_pretrained(folder)
+        return _auto_tokenizer(folder)
     if holds("vocab.json", "merges.txt"):
         return GPT2Tokenizer.from_pretrained(folder)
     if not holds("vocab.txt"):
@@ -43,6 +44,17 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     entries = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
     cased = any(entry != entry.lower() for entry in entries if not entry.startswith("["))
     return BertTokenizer.from_pretrained(folder, do_lower_case=not cased)
+
+
+def _auto_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the tokenizer of {source} needs code of its own, and hf_fnl runs none that it finds in a model's folder"
+        ) from error
 
 
 def check_vocabulary(vocab_size: int, min_frequency: int, *, smallest: int) -> None:

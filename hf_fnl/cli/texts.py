@@ -1,0 +1,168 @@
+"""Texts to calibrate with: as many samples as asked for, cut from documents that are read as far as needed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_fnl.training.tasks.documents import common_kind, data_files, load_documents, looks_like_path
+from hf_fnl.training.tasks.tokenization import load_tokenizer
+
+_CHARACTERS = 16  # of a token, at most: what is kept of a document is enough for all samples
+_BLOCK = 1 << 16  # characters that are read at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Text to calibrate with.
+
+    Args:
+        source: File, folder or Hub id; see :func:`~hf_fnl.training.tasks.documents.load_documents`.
+        column: Column that holds the text.
+        samples: Samples that are cut from it: the first of each document, then the second ones, and so on.
+        length: Tokens of a sample, at most as many as the model reads; the end of a document may be shorter.
+    """
+
+    source: str
+    column: str
+    samples: int
+    length: int
+
+    def documents(self) -> Iterator[str]:
+        """The first documents, one a sample at most; none after one that is long enough for all samples.
+
+        Raises:
+            FileNotFoundError: If there is no such file, folder or data set.
+            ValueError: If a file cannot be read as text.
+        """
+        longest = self.samples * self.length * _CHARACTERS
+        for text in itertools.islice(self._documents(longest), self.samples):
+            yield text[:longest]
+            if len(text) >= longest:
+                return
+
+    def _documents(self, longest: int) -> Iterator[str]:
+        if looks_like_path(self.source):
+            files = data_files([Path(self.source).expanduser()], "train")
+            if common_kind(files) == "text":
+                for file in files:
+                    yield from _paragraphs(file, longest)
+                return
+        rows = load_documents(self.source, text_column=self.column, streaming=True)
+        yield from (row["text"] for row in rows if (row["text"] or "").strip())
+
+
+def calibration_batch(model: PreTrainedModel, tokenizer_source: str, texts: Texts) -> dict[str, Tensor]:
+    """One batch of text for a model, with a mask.
+
+    Raises:
+        FileNotFoundError: If the file or the tokenizer is missing.
+        ValueError: If the model reads no text, the tokenizer is not the model's, or there is no text.
+    """
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"--calibrate needs a model of text; a {type(model).__name__} reads {model.main_input_name}")
+    tokenizer = load_tokenizer(tokenizer_source)
+    length = min(tokenizer.model_max_length, longest_input(model, texts.length))
+    samples = list(itertools.islice(_samples(tokenizer, list(texts.documents()), length), texts.samples))
+    if not samples:
+        raise ValueError(f"no text in {texts.source}")
+    largest, known = max(map(max, samples)), model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise ValueError(
+            f"the tokenizer in {tokenizer_source} is not that of the model, which knows {known:,} tokens: it gives the "
+            f"token {largest}"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(samples[0][0])
+    batch = tokenizer.pad({"input_ids": samples}, return_attention_mask=True, return_tensors="pt")
+    return text_inputs(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+
+
+def text_inputs(model: PreTrainedModel, ids: Tensor, **more: Tensor) -> dict[str, Tensor]:
+    """What a model is called with to read a text; one with an encoder and a decoder reads it on both sides."""
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return {"input_ids": ids, **both, **more}
+
+
+def longest_input(model: PreTrainedModel, length: int) -> int:
+    """This length, or the longest that the model has positions for; None and -1 mean that any is."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return min(length, positions) if positions is not None and positions > 0 else length
+
+
+def _paragraphs(file: Path, longest: int) -> Iterator[str]:
+    """Documents of a text file, with blank lines between them; one is given up to ``longest`` characters, the last."""
+    held, size, at_start = list[str](), 0, True
+    try:
+        with fsspec.open(file, "rt", encoding="utf-8-sig", compression="infer") as lines:
+            while line := lines.readline(_BLOCK):
+                if at_start and line.endswith("\n") and not line.strip():
+                    yield from filter(None, ["".join(held).strip()])
+                    held, size = [], 0
+                else:
+                    held.append(line)
+                    size += len(line)
+                if size >= longest:
+                    break
+                at_start = line.endswith("\n")
+    except UnicodeDecodeError as error:
+        wrong = error.object[error.start : error.end]
+        raise ValueError(f"{file} is no text in UTF-8, it holds {wrong!r}: {error.reason}") from error
+    except (EOFError, OSError, ImportError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    yield from filter(None, ["".join(held).strip()])
+
+
+def _samples(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> Iterator[list[int]]:
+    """Token ids of the first sample of each text, then of the second ones, and so on; with special tokens."""
+    before, after = _special_tokens(tokenizer, texts)
+    room = length - len(before) - len(after)
+    if room < 1:
+        raise ValueError(
+            f"--calibration-length {length} has no room for text beside {len(before + after)} special tokens"
+        )
+    pending = [_pieces(tokenizer, text, room) for text in texts]
+    while pending:
+        found = [(pieces, ids) for pieces in pending if (ids := next(pieces, None)) is not None]
+        yield from (before + ids + after for _, ids in found)
+        pending = [pieces for pieces, _ in found]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, room: int) -> Iterator[list[int]]:
+    """Token ids of a text, so many at a time; it is tokenized in slices, as far as ids are asked for."""
+    ids: list[int] = []
+    start, slice_size = 0, max(_CHARACTERS * room, 256)
+    while start < len(text):
+        end = start + slice_size
+        if end < len(text):  # between two words, where there are some
+            end = next((i for i in range(end, start + slice_size // 2, -1) if text[i].isspace()), end)
+        ids += _ids(tokenizer, text[start:end])
+        start = end
+        while len(ids) >= room:
+            yield ids[:room]
+            ids = ids[room:]
+    if ids:
+        yield ids
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before a text, and after it."""
+    for text in texts:
+        word = text.split()[0][:64]
+        if bare := _ids(tokenizer, word):
+            full = tokenizer(word, verbose=False)["input_ids"]
+            start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+            return ([], []) if start is None else (full[:start], full[start + len(bare) :])
+    return [], []
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    found: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return list(found)

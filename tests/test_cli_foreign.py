@@ -1,0 +1,334 @@
+"""Folders that strangers made: nothing of the user's is lost, followed out of the folder, run, or shown as markup."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from hf_fnl import FactorizationConfig, factorize_, load
+from hf_fnl.cli import app
+from hf_fnl.cli.folders import new_folder
+from hf_fnl.cli.terminal import as_typed, printable
+
+
+def cli(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, **sizes))
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    llama().save_pretrained(tmp_path / "p" / "model")
+    return tmp_path / "p" / "model"
+
+
+@pytest.fixture
+def low_rank(tmp_path) -> Path:
+    made = llama()
+    factorize_(made, FactorizationConfig(rank=2, include=["*mlp*"]))
+    made.save_pretrained(tmp_path / "low")
+    return tmp_path / "low"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# --overwrite spares what is read
+
+
+def beside(model: Path) -> Path:
+    other = model.parent.parent / "elsewhere"
+    other.symlink_to(model.parent, target_is_directory=True)
+    return other
+
+
+OUTS = {
+    "itself": lambda model: model,
+    "the folder above": lambda model: model.parent,
+    "two above": lambda model: model.parent.parent,
+    "with dots": lambda model: model / "..",
+    "through a link": beside,
+    "through a link to it": lambda model: beside(model) / "model",
+}
+
+
+@pytest.mark.parametrize("out", OUTS.values(), ids=OUTS)
+@pytest.mark.parametrize("command", ["factorize", "merge", "consolidate"])
+def test_overwrite_never_removes_the_source(model, command, out):
+    kept = files(model)
+    rule = ["--rank", 2] if command == "factorize" else []
+    result = cli(command, model, *rule, "--out", out(model), "--overwrite", code=1)
+    assert "must be another folder than" in result.stderr
+    assert files(model) == kept
+
+
+def test_nor_what_the_source_links_to_nor_a_part_of_it(model, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (model / "model.safetensors").rename(weights / "model.safetensors")
+    (model / "model.safetensors").symlink_to(weights / "model.safetensors")
+    (model / "1_Dense").mkdir()
+    (model / "1_Dense" / "model.safetensors").write_text("weights")
+    for out, message in ((weights, "is a link to"), (model / "1_Dense", "holds files of")):
+        with pytest.raises(FileExistsError, match=message), new_folder(out, source=str(model), overwrite=True):
+            pass
+    assert (weights / "model.safetensors").is_file()
+
+
+def test_nor_the_texts_that_are_read_nor_where_the_user_is(model, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "t.txt").write_text("text")
+    given = ["--rank", 2, "--overwrite", "--calibrate", tmp_path / "out" / "t.txt", "--out", tmp_path / "out"]
+    assert "must be another folder than" in cli("factorize", model, *given, code=1).stderr
+    for name in ("home", "work"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work" / "inner")
+    for out in (tmp_path / "home", tmp_path / "work"):
+        result = cli("factorize", model, "--rank", 2, "--overwrite", "--out", out, code=1)
+        assert "holds your home or the folder that you are in" in result.stderr
+        assert (out / "inner").is_dir()
+
+
+# Links and names that lead out of a folder
+
+
+@pytest.mark.parametrize("name", ["tokenizer_x", "vocab.txt", "LICENSE", "chat_template.jinja", "spiece.model"])
+def test_what_a_link_leads_to_outside_is_not_copied(low_rank, tmp_path, name):
+    (tmp_path / "secret").write_text("secret")
+    (low_rank / name).symlink_to(tmp_path / "secret")
+    (low_rank / "special_tokens_map.json").symlink_to("vocab.json")
+    (low_rank / "vocab.json").write_text("{}")
+    result = cli("merge", low_rank, "--out", tmp_path / "out")
+    assert f"{name} is a link that leaves the folder: what it leads to is not copied" in result.stderr.replace("\n", "")
+    assert b"secret" not in files(tmp_path / "out").values()
+    assert (tmp_path / "out" / "special_tokens_map.json").read_text() == "{}"
+
+
+def test_a_part_of_a_sentence_model_is_followed_no_further(low_rank, tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    (low_rank / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]))
+    (low_rank / "1_Pooling").symlink_to(tmp_path / "private", target_is_directory=True)
+    (low_rank / "2_Dense").mkdir()
+    (low_rank / "2_Dense" / "config.json").write_text("{}")
+    (low_rank / "2_Dense" / "key").symlink_to(tmp_path / "private" / "key")
+    cli("merge", low_rank, "--out", tmp_path / "out")
+    copied = [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*_*/*")]
+    assert copied == ["2_Dense/config.json"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json", "metrics.json"])
+def test_what_has_to_be_read_is_refused_where_a_link_leads_out(low_rank, tmp_path, name):
+    content = low_rank / name
+    content.rename(tmp_path / "outside") if content.exists() else (tmp_path / "outside").write_text('{"f1": 1}')
+    content.symlink_to(tmp_path / "outside")
+    result = cli("merge", low_rank, "--out", tmp_path / "out", code=1)
+    assert f"{name} is a link that leaves its folder" in result.stderr.replace("\n", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(low_rank, tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (low_rank / "vocab.txt").write_text("a")
+    for number, path in enumerate(low_rank.iterdir()):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    cli("merge", snapshot, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "a"
+    assert not (tmp_path / "out" / "vocab.txt").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["absolute", "dots", "folder", "number", "link"])
+def test_shards_stay_in_their_folder(model, tmp_path, kind):
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    save_file(weights, tmp_path / "secret.safetensors", metadata={"format": "pt"})
+    names = {
+        "absolute": str(tmp_path / "secret.safetensors"),
+        "dots": "../../secret.safetensors",
+        "folder": "inner/../../../secret.safetensors",
+        "number": 7,
+        "link": "model-1.safetensors",
+    }
+    if kind == "link":
+        (model / names[kind]).symlink_to(tmp_path / "secret.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, names[kind])}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names weights outside of its folder|is a link that leaves its folder"):
+        load(model)
+    assert "outside" in (message := cli("inspect", model, code=1).stderr) or "leaves its folder" in message
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": []}', "[" * 100_000, "\xff"], ids=range(5))
+def test_a_damaged_index_is_named(model, content):
+    (model / "model.safetensors.index.json").write_bytes(content.encode("latin-1"))
+    assert "model.safetensors.index.json is damaged" in cli("inspect", model, code=1).stderr.replace("\n", "")
+
+
+# What config.json may name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pipeline",
+        "AutoModel",
+        "PreTrainedModel",
+        "Trainer",
+        "set_seed",
+        "FactorizedPreTrainedModel.merge",
+        "os",
+        7,
+        None,
+    ],
+    ids=str,
+)
+def test_only_classes_of_models_are_called(model, name):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+    with pytest.raises(ValueError, match="names no model class of transformers or hf_fnl in architectures"):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["plan"], ["factorize", "--rank", "2", "--out", "o"]], ids=lambda c: c[0]
+)
+def test_code_in_a_folder_is_not_run(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "code.py").write_text("import pathlib\npathlib.Path('ran').touch()\nclass C: pass\n")
+    config = {"model_type": "own", "architectures": ["C"], "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.C"}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    result = cli(command[0], "m", *command[1:], code=1)
+    assert "code of its own" in result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_is_not_read(model):
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load(model)
+
+
+def test_float8_weights_are_read_as_bfloat16_before_any_work(model, tmp_path):
+    weights = load_file(model / "model.safetensors")
+    eighth = {name: w.to(torch.float8_e4m3fn if w.ndim == 2 else torch.bfloat16) for name, w in weights.items()}
+    save_file(eighth, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "float8_e4m3fn"}))
+    result = cli("factorize", model, "--rank-scale", 1, "--out", tmp_path / "out")
+    assert "holds float8 weights, which are read as bfloat16" in result.stderr.replace("\n", " ")
+    with pytest.warns(UserWarning, match="float8"):
+        loaded = load(model)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(loaded.lm_head.weight.float(), eighth["lm_head.weight"].float())
+
+
+# Cards
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "---\ntitle: a: b\n---\n",
+        "---\n- a\n---\n",
+        "---\n1: 2\n---\n",
+        "---\nlicense: \xe9\n---\n",
+        "---\nlicense: [\n",
+        "---\nlicense: &a [*a]\n---\n",
+        "---\ntags: {a: b}\nlanguage: 7\n---\n",
+    ],
+    ids=["colons", "list", "number", "bytes", "no end", "recursion", "types"],
+)
+def test_a_card_with_a_broken_head_is_no_reason_to_lose_the_model(model, tmp_path, head):
+    (model / "README.md").write_bytes(head.encode("latin-1"))
+    cli("factorize", model, "--rank", 2, "--out", tmp_path / "out")
+    result = cli("merge", tmp_path / "out", "--out", tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file(), result.stderr
+
+
+def test_a_warning_names_the_card(model, tmp_path):
+    (model / "README.md").write_text("---\ntitle: a: b\n---\n")
+    result = cli("factorize", model, "--rank", 2, "--out", tmp_path / "out")
+    assert f"note: what {model}/README.md says in its head is left out" in result.stderr.replace("\n", "")
+
+
+# What a terminal is shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mred", "a\\x1b[31mred"),
+        ("\x9b2J\x07", "\\x9b2J\\x07"),
+        ("model.[bold]x[/bold]", "model.[bold]x[/bold]"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("Straße :smile:\n", "Straße :smile:\n"),
+        ("\udc80", "\\udc80"),
+    ],
+    ids=["escape", "c1", "brackets", "direction", "plain", "surrogate"],
+)
+def test_control_characters_are_written_out(text, shown):
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize("folder", ["[bold]m[/bold]", "a[/red]b", "$m$", "m :smile:"])
+def test_names_with_brackets_and_dollars_are_text(model, tmp_path, folder):
+    shutil.copytree(model, tmp_path / folder)
+    out = tmp_path / f"out {folder}"
+    assert cli("factorize", tmp_path / folder, "--rank", 2, "--out", out).stdout.splitlines()[-1] == str(out)
+    missing = cli("inspect", tmp_path / folder / "none", code=1)
+    assert f"there is no folder {tmp_path / folder / 'none'}" in missing.stderr
+
+
+def test_the_name_of_a_layer_cannot_write_to_the_terminal(model):
+    names = "model.layers.0.mlp.up_proj.weight", "\x1b]0;owned\x07"
+    weights = load_file(model / "model.safetensors")
+    weights[names[1]] = weights.pop(names[0])
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    result = cli("inspect", model)
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "drawn at random here" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "typed"),
+    [
+        ("ffn_rank must be in [1, 21], got 22", "--ffn-rank must be in [1, 21], got 22"),
+        ("ratio=0.3 cannot be met", "--ratio 0.3 cannot be met"),
+        ("try kinds=conv,linear", "try --kinds conv,linear"),
+        ("rank of model.up must be in [1, 7]", "--rank of model.up must be in [1, 7]"),
+        ("lower multiple_of, or take", "lower --multiple-of, or take"),
+        ("no file /tmp/ffn_rank/x.ffn_rank or 'ffn_rank.py'", "no file /tmp/ffn_rank/x.ffn_rank or 'ffn_rank.py'"),
+        ("a rank is above what it may be", "a rank is above what it may be"),
+    ],
+)
+def test_errors_name_options_as_they_are_typed(message, typed):
+    assert as_typed(message) == typed
+
+
+def test_the_case_of_a_name_does_not_matter_where_the_disk_ignores_it(model):
+    upper = model.parent / "MODEL"
+    if not upper.exists():  # this disk tells them apart: a link stands in for one that does not
+        upper.symlink_to(model, target_is_directory=True)
+    with pytest.raises(FileExistsError, match="another folder"), new_folder(upper, source=str(model), overwrite=True):
+        pass
