@@ -104,13 +104,16 @@ def test_every_rule_chooses_every_kind(head: Head, rule: str, calibrated: bool) 
 def test_a_share_of_the_parameters_is_met() -> None:
     fields = {"d_model": 48, "encoder_ffn_dim": 130, "decoder_ffn_dim": 96}
     source = source_of(MT, **fields)
-    model = MT.ours.from_dense(source, rule=RankRule(ratio=0.5))
+    model = MT.ours.from_dense(source, rule=RankRule(layer_ratio=0.5))
 
     def matrices(model: PreTrainedModel) -> int:
         layers = [*model.model.encoder.layers, *model.model.decoder.layers]
         return sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
 
     assert 0.98 * 0.5 <= matrices(model) / matrices(source) <= 0.5
+    model = MT.ours.from_dense(source, rule=RankRule(ratio=0.5))
+    before, after = (sum(p.numel() for p in each.parameters()) for each in (source, model))
+    assert 0.98 * 0.5 <= after / before <= 0.5
 
 
 def test_a_model_is_factorized_in_place_and_generates() -> None:

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_fnl import RankRule
+from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.layers.span import Span
@@ -352,14 +353,20 @@ def test_every_rule_chooses_every_kind(name: str, kinds: tuple[str, ...], rule: 
     ],
 )
 @calibrated_or_not
-@pytest.mark.parametrize("rule", ["ratio", "budget"])
+@pytest.mark.parametrize("rule", ["ratio", "budget", "layer_ratio"])
 def test_a_share_of_the_parameters_is_met(
     name: str, width: str, inner: str, kinds: tuple[str, ...], rule: str, calibrated: bool
 ) -> None:
     head = HEADS[name]
     stock = stock_of(head, **{width: 48, inner: 130})
     model = truncated(head, stock, {"rule": RankRule(**{rule: 0.5}), "kinds": kinds}, calibrated)
-    assert 0.98 * 0.5 <= matrices(model, kinds) / matrices(stock, kinds) <= 0.5
+    if rule == "layer_ratio":
+        assert 0.98 * 0.5 <= matrices(model, kinds) / matrices(stock, kinds) <= 0.5
+    else:
+        before, after = (sum(p.numel() for p in each.parameters()) for each in (stock, model))
+        assert 0.98 * 0.5 <= after / before <= 0.5
+        assert parameter_count(model)["dense_equivalent"] == before
+        assert parameter_count(model)["ratio"] == after / before
 
 
 def matrices(model: PreTrainedModel, kinds: tuple[str, ...]) -> int:

@@ -13,6 +13,7 @@ from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.config import FactorizationConfig
+from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.surgery import factorize_, merge_, restore_
 
@@ -493,3 +494,28 @@ def test_a_record_that_does_not_fit_is_an_error_and_changes_nothing(layers, mess
     with pytest.raises(ValueError, match=message):
         restore_(model, {"layers": layers})
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "hint"),
+    [
+        (0.3, "Layers of kind conv have 9,600: try kinds=conv$"),
+        (0.02, "try kinds=conv,linear$"),
+        (0.001, "is 0.[0-9]+$"),
+    ],
+    ids=["alone", "together", "not at all"],
+)
+def test_an_unreachable_ratio_names_the_kind_of_layers_that_would_reach_it(ratio, hint):
+    model = nn.Sequential(nn.Conv2d(40, 60, 2, bias=False), nn.Flatten(), nn.Linear(60, 20, bias=False))
+    with pytest.raises(ValueError, match=f"ratio={ratio} cannot be met: 9,600 of 10,800 .*{hint}"):
+        factorize_(model, FactorizationConfig(ratio=ratio))
+
+
+def test_a_tied_weight_counts_once_in_a_ratio_of_the_model():
+    model = nn.Sequential(nn.Linear(400, 400, bias=False), nn.Linear(400, 400, bias=False), nn.Linear(400, 90))
+    model[1].weight = model[0].weight
+    before = sum(p.numel() for p in model.parameters())
+    factorize_(model, FactorizationConfig(ratio=0.5))
+    assert before == 400 * 400 + 400 * 90 + 90
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.5 * before, rel=0.02)
+    assert parameter_count(model)["ratio"] == sum(p.numel() for p in model.parameters()) / before

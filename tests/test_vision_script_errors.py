@@ -18,7 +18,7 @@ from vision_script_cases import parquet, picture, stock, train
         ({"rank_scale": 0.3, "ratio": 0.3}, r"exactly one of .*; got rank_scale=0\.3, ratio=0\.3"),
         ({"rank_scale": 0.3, "conv_scheme": "svd"}, "conv_scheme must be one of spatial, .*, got 'svd'"),
         ({"rank_scale": 0.3, "factor_init": "svd"}, "factor_init must be one of spectral, .*, got 'svd'"),
-        ({"ratio": 0.01}, r"cannot keep 0\.01 of its 9,811 parameters: .*; the closest ratio is 0\.11"),
+        ({"ratio": 0.01}, r"ratio=0\.01 cannot be met: .* of 9,811 parameters .*; the closest ratio is 0\.11"),
         ({"overcomplete": "tall"}, "overcomplete must be one of full, deep, wide, do_conv, got 'tall'"),
         ({"overcomplete": "full", "ratio": 0.3}, "overcomplete=full has more parameters, .*: leave ratio out"),
         ({"overcomplete": "full", "conv_scheme": "tt"}, "conv_scheme='tt' .* does not go with overcomplete"),

@@ -185,15 +185,16 @@ def _check_values(targets: Sequence[Target], calibrated: bool) -> None:
 def _other_kinds(model: nn.Module, config: FactorizationConfig) -> str:
     """A hint at the kind of layers, not among those of a configuration, that holds most of a model."""
     sizes: dict[str, int] = {}
-    for kind in set(LAYER_KINDS) - set(config.kinds) if not config.classes else ():
+    for other in set(LAYER_KINDS) - set(config.kinds) if not config.classes else ():
         with contextlib.suppress(ValueError):  # it has no such layer
-            targets, _ = select(model, dataclasses.replace(config, kinds=(kind,)))
-            sizes[kind] = sum(target.first.weight.numel() for target in targets)
-    if not sizes:
-        return ""
-    kind = max(sizes, key=lambda kind: sizes[kind])
-    share = config.ratio or config.budget or 0.0
+            targets, _ = select(model, dataclasses.replace(config, kinds=(other,)))
+            sizes[other] = sum(target.first.weight.numel() for target in targets)
+    share = max(config.ratio or 0.0, config.budget or 0.0)
     total = sum(parameter.numel() for parameter in model.parameters())
+    chosen = sum(target.first.weight.numel() for target in select(model, config)[0])
+    kind = max(sizes, key=lambda kind: sizes[kind], default=None)
+    if kind is None or total - chosen - sizes[kind] >= share * total:
+        return ""
     kinds = [kind] if total - sizes[kind] < share * total else [kind, *config.kinds]
     return f". Layers of kind {kind} have {sizes[kind]:,}: try kinds={','.join(kinds)}"
 
