@@ -89,7 +89,7 @@ def run(model: PreTrainedModel, batch: dict[str, Tensor], **options: Any) -> dic
     """Every tensor that the model returns; a cache is left out."""
     with torch.no_grad():
         outputs = model(**batch, **options)
-    return {key: value for key, value in outputs.items() if key != "past_key_values"}
+    return {key: value for key, value in outputs.items() if key not in ("cache", "past_key_values")}
 
 
 def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:

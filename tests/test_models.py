@@ -167,7 +167,7 @@ def test_gradient_checkpointing_changes_nothing(head: Head) -> None:
                 model.activation_checkpointing_enable()
             loss, slopes = seeded_loss_and_gradients(model, head)
             results.append((loss, slopes))
-        assert_close(*results, **EXACT)
+        assert_close(*results, rtol=1e-5, atol=1e-7)  # gradients of a tied table are added up in another order
 
 
 @some("bert-pretraining", "bert-decoder", "bert-question-answering", "gpt2-lm", "gpt2-cross-lm")

@@ -87,12 +87,6 @@ def test_one_tensor_of_the_tables_size_is_made():
     assert counts == [1, 3]
 
 
-def test_forward_hooks_of_the_embedding_are_called():
-    embedding, output = tied()
-    embedding.register_forward_hook(lambda module, args, embeds: 2 * embeds)
-    assert_close(*both(embedding, output))
-
-
 def untied(embedding, output):
     output.weight = nn.Parameter(embedding.weight.detach().clone())
 
@@ -100,6 +94,10 @@ def untied(embedding, output):
 CHANGES = {
     "untied": untied,
     "frozen": lambda embedding, output: embedding.weight.requires_grad_(False),
+    "hook": lambda embedding, output: embedding.register_forward_hook(lambda *_: None),
+    "backward hook": lambda embedding, output: embedding.register_full_backward_hook(lambda *_: None),
+    "forward of the instance": lambda embedding, output: setattr(embedding, "forward", embedding.forward),
+    "gradient scaled by frequency": lambda embedding, output: setattr(embedding, "scale_grad_by_freq", True),
     "pre-hook": lambda embedding, output: embedding.register_forward_pre_hook(lambda *_: None),
     "hook of the output": lambda embedding, output: output.register_forward_hook(lambda *_: None),
     "hook with keywords": lambda embedding, output: embedding.register_forward_hook(lambda *_: None, with_kwargs=True),

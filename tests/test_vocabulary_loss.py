@@ -131,14 +131,58 @@ def test_a_tied_weight_gets_both_gradients():
     close(gradients[:1], gradients[1:])
 
 
-def test_the_backward_pass_can_be_repeated_and_not_differentiated():
+def test_the_backward_pass_can_be_repeated():
     hidden_states, weight, _, labels = problem()
     loss = vocabulary_loss(hidden_states, weight, labels)
     first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
-    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_penalty_on_the_gradient_has_the_gradient_of_the_plain_loss(label_smoothing):
+    *tensors, labels = problem()
+    results = []
+    for function in (vocabulary_loss, reference):
+        loss = function(*tensors[:2], labels, bias=tensors[2], label_smoothing=label_smoothing)
+        gradients = torch.autograd.grad(loss, tensors, create_graph=True)
+        results.append(torch.autograd.grad(sum(each.square().sum() for each in gradients), tensors))
+    close(*results)
+
+
+def test_gradients_pass_through_a_vmap():
+    *tensors, labels = problem()
+    gradients = []
+    for function in (vocabulary_loss, reference):
+        losses = torch.func.vmap(lambda h, y, f=function: f(h, tensors[1], y, bias=tensors[2]))(tensors[0], labels)
+        gradients.append(torch.autograd.grad(losses.sum(), tensors))
+    close(*gradients)
+
+
+OVER_SEQUENCES = {"in_dims": (0, None, None, 0)}
+TRANSFORMS = {
+    "grad": lambda loss: torch.func.grad(loss, argnums=(0, 1, 2)),
+    "vmap": lambda loss: torch.func.vmap(loss, **OVER_SEQUENCES),
+    "gradients of samples": lambda loss: torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), **OVER_SEQUENCES),
+    "gradient over samples": lambda loss: torch.func.grad(
+        lambda *args: torch.func.vmap(loss, **OVER_SEQUENCES)(*args).sum(), argnums=(0, 1, 2)
+    ),
+    "jacrev": lambda loss: torch.func.jacrev(loss, argnums=1),
+    "jvp": lambda loss: lambda *args: torch.func.jvp(lambda w: loss(args[0], w, *args[2:]), args[1:2], args[1:2]),
+    "hessian": lambda loss: torch.func.hessian(loss, argnums=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_function_transforms_give_what_they_give_of_the_plain_loss(transform):
+    *tensors, labels = (tensor.detach() for tensor in problem())
+    losses = (
+        lambda hidden_states, weight, bias, labels, function=function: function(
+            hidden_states, weight, labels, bias=bias
+        )
+        for function in (vocabulary_loss, reference)
+    )
+    torch.testing.assert_close(*(transform(loss)(*tensors, labels) for loss in losses))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -166,10 +210,11 @@ def test_no_more_logits_than_those_of_a_chunk_are_ever_in_memory(function, rows,
     assert largest.numel == max(rows * VOCAB, 213 * WIDTH if is_training else 213)
 
 
-def test_only_gradients_wait_for_the_backward_pass():
+def test_inputs_and_their_gradients_wait_for_the_backward_pass_and_no_logits():
     *tensors, labels = problem(shape=(213,))
     total = vocabulary_loss(*tensors[:2], labels, bias=tensors[2]).grad_fn.next_functions[0][0]
-    assert [saved.shape for saved in total.saved_tensors] == [tensor.shape for tensor in tensors]
+    shapes = [tensor.shape for tensor in tensors]
+    assert [saved.shape for saved in total.saved_tensors] == [*shapes, labels.shape, *shapes]
 
 
 @pytest.mark.parametrize(

@@ -91,27 +91,38 @@ def split_heads(states: Tensor, num_heads: int) -> Tensor:
 
 
 def cached_heads(
-    compute: Callable[[], tuple[Tensor, Tensor]], past_key_values: Cache | None, layer_idx: int, *, crossing: bool
+    compute: Callable[[], tuple[Tensor, Tensor]],
+    cache: Cache | None,
+    layer_idx: int,
+    *,
+    crossing: bool = False,
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Keys and values, those of earlier calls included.
 
     Args:
         compute: Gives the keys and values of this call, each ``(batch, heads, length, rank)``; not asked for those of
             an encoder that the cache holds already.
-        past_key_values: The cache, if any.
+        cache: The cache, if any.
         layer_idx: Number of the layer in the cache.
         crossing: Whether they are those of an encoder.
+        options: What the kernel is going to be given; a paged cache reads and changes it.
+
+    Raises:
+        TypeError: If keys and values of an encoder are to go into a cache that has no place of its own for them.
     """
-    if not isinstance(past_key_values, EncoderDecoderCache):
-        key, value = compute()
-        return (key, value) if past_key_values is None else past_key_values.update(key, value, layer_idx)
+    if cache is None:
+        return compute()
     if not crossing:
-        return past_key_values.self_attention_cache.update(*compute(), layer_idx)
-    cache = past_key_values.cross_attention_cache
-    if past_key_values.is_updated.get(layer_idx):
-        return cache.layers[layer_idx].keys, cache.layers[layer_idx].values
-    key, value = cache.update(*compute(), layer_idx)
-    past_key_values.is_updated[layer_idx] = True
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        return own.update(*compute(), layer_idx, kwargs=options)
+    if not isinstance(cache, EncoderDecoderCache):
+        raise TypeError(f"a model with cross-attention needs an EncoderDecoderCache, got a {type(cache).__name__}")
+    if cache.is_updated.get(layer_idx):
+        layer = cache.cross_attention_cache.layers[layer_idx]
+        return layer.keys, layer.values
+    key, value = cache.cross_attention_cache.update(*compute(), layer_idx)
+    cache.is_updated[layer_idx] = True
     return key, value
 
 

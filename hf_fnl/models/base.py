@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -51,7 +51,6 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
 
     dense_class: ClassVar[type[PreTrainedModel]]
     attention_class: ClassVar[type[FactorizedAttention]]
-    dense_names: ClassVar[Mapping[str, str]] = {}  # of tensors that the stock model computes with under another name
 
     def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Transformers skips modules without parameters of their own in classes that are not its own, to protect loaded

@@ -3,15 +3,13 @@
 # No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
-from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as stock
-from transformers.utils.generic import can_return_tuple
 
 from hf_fnl.config import LayerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
@@ -20,8 +18,8 @@ from hf_fnl.models.attention import FactorizedAttention, HeadProjection, Spans, 
 from hf_fnl.models.base import FactorizedBackbone, FactorizedPreTrainedModel
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
+from hf_fnl.models.forwards import CACHE, extends
 from hf_fnl.models.packing import Packing, packed_attention, unpack
-from hf_fnl.models.vocabulary import vocabulary_layer
 
 
 @strict
@@ -72,39 +70,29 @@ class _Heads(nn.Module):
         self.value = HeadProjection(config.hidden_size, heads * (ranks.ov or head_dim))
 
     def _attend(
-        self,
-        hidden_states: Tensor,
-        states: Tensor,
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None,
-        *,
-        crossing: bool,
-        **kwargs: Any,
+        self, hidden_states: Tensor, states: Tensor, attention_mask: Tensor | None, *, crossing: bool, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Queries of ``hidden_states`` against keys of ``states``; returns the heads side by side, and the weights."""
-        count = self.num_attention_heads
+        count, cache = self.num_attention_heads, options.pop(CACHE, None)
         key, value = cached_heads(
             lambda: (split_heads(self.key(states), count), split_heads(self.value(states), count)),
-            past_key_values,
+            cache,
             self.layer_idx,
             crossing=crossing,
+            options=options,
         )
         heads = split_heads(self.query(hidden_states), count), key, value
-        return attend(self, stock.eager_attention_forward, heads, attention_mask, dropout=self.dropout.p, **kwargs)
+        return attend(self, stock.eager_attention_forward, heads, attention_mask, dropout=self.dropout.p, **options)
 
 
 class FactorizedBertSelfAttention(_Heads, stock.BertSelfAttention):
     """Self-attention whose query-key and output-value products may have different ranks."""
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
+        self, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock layer; returns the concatenated heads ``(batch, length, heads * ov_rank)`` and the weights."""
-        return self._attend(hidden_states, hidden_states, attention_mask, past_key_values, crossing=False, **kwargs)
+        return self._attend(hidden_states, hidden_states, attention_mask, crossing=False, **options)
 
 
 class FactorizedBertCrossAttention(_Heads, stock.BertCrossAttention):
@@ -113,14 +101,13 @@ class FactorizedBertCrossAttention(_Heads, stock.BertCrossAttention):
     def forward(
         self,
         hidden_states: Tensor,
+        *,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock layer: keys and values of the encoder are computed once and then taken from the cache."""
-        states = encoder_hidden_states
-        return self._attend(hidden_states, states, attention_mask, past_key_values, crossing=True, **kwargs)
+        return self._attend(hidden_states, encoder_hidden_states, attention_mask, crossing=True, **options)
 
 
 class FactorizedBertAttention(FactorizedAttention, stock.BertAttention):
@@ -142,28 +129,12 @@ class FactorizedBertAttention(FactorizedAttention, stock.BertAttention):
         return Span(inner.query), Span(inner.key), Span(inner.value), Span(attention.output.dense)
 
 
-class FactorizedBertLMPredictionHead(stock.BertLMPredictionHead):
-    """The MLM head, with a decoder that may be factorized and one output bias in place of two tied ones."""
-
-    def __init__(self, config: FactorizedBertConfig) -> None:
-        super().__init__(config)
-        dense = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.decoder = vocabulary_layer(dense, config.embedding_rank, config.ranks.method("embedding"))
-
-    def forward(self, hidden_states: Tensor, table: Tensor | None = None) -> Tensor:
-        """Vocabulary logits of hidden states of any leading shape; by ``table`` if that is the decoder's weight."""
-        hidden_states = self.transform(hidden_states)
-        logits = self.decoder(hidden_states) if table is None else nn.functional.linear(hidden_states, table)
-        return logits.add_(self.bias)  # in place: nothing else in a step is as large
-
-
 class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel, stock.BertPreTrainedModel):
     """What the backbone and the heads share."""
 
     config: FactorizedBertConfig
     config_class = FactorizedBertConfig
     attention_class = FactorizedBertAttention
-    dense_names: ClassVar[Mapping[str, str]] = {"cls.predictions.bias": "cls.predictions.decoder.bias"}
     takes_packing = True  # see hf_fnl.models.packing
     # Most stock heads return the mean over their own batch, whatever the number of items that the Trainer passes.
     accepts_loss_kwargs = False
@@ -181,61 +152,28 @@ class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel, stock.BertPreTrai
             "embedding_rank": [[f"{prefix}embeddings.word_embeddings"]],
         }
 
-    def _dense_state_dict(self) -> dict[str, Tensor]:
-        state = super()._dense_state_dict()
-        if "cls.predictions.bias" in state:
-            state["cls.predictions.decoder.bias"] = state["cls.predictions.bias"]
-        return state
-
 
 class FactorizedBertModel(FactorizedBackbone, FactorizedBertPreTrainedModel, stock.BertModel):
     """The backbone of BERT with its matrices held as products, as its configuration says."""
 
     dense_class = stock.BertModel
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        packing: Packing | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+    @extends(stock.BertModel.forward)
+    def forward(self, *, packing: Packing | None = None, **inputs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """As the stock model; of a packed batch the outputs are those of a padded one, a sequence a row.
 
         Args:
             packing: How the sequences lie in the rows; see :mod:`hf_fnl.models.packing`. Takes the place of
                 ``attention_mask``. ``hidden_states`` and ``attentions``, where asked for, stay in rows.
         """
-        if packing is not None:
-            if attention_mask is not None or past_key_values is not None or self.config.is_decoder:
-                raise ValueError("packing is for encoders and takes the place of attention_mask: leave one of them out")
-            kwargs |= packed_attention(packing, self.config, self.dtype)
-            attention_mask = kwargs.pop("attention_mask")
-        outputs = super().forward(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
-        if packing is not None:
-            outputs.last_hidden_state = unpack(outputs.last_hidden_state, packing)
-            if self.pooler is not None:
-                outputs.pooler_output = self.pooler(outputs.last_hidden_state)
+        if packing is None:
+            return super().forward(**inputs)
+        if any(inputs.get(name) is not None for name in ("attention_mask", CACHE)) or self.config.is_decoder:
+            raise ValueError("packing is for encoders and takes the place of attention_mask: leave one of them out")
+        outputs = super().forward(**(inputs | packed_attention(packing, self.config, self.dtype)))
+        outputs.last_hidden_state = unpack(outputs.last_hidden_state, packing)
+        if self.pooler is not None:
+            outputs.pooler_output = self.pooler(outputs.last_hidden_state)
         return outputs
 
     def _replace_modules(self) -> None:

@@ -23,20 +23,25 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import MaskedLMOutput, QuestionAnsweringModelOutput
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+)
 from transformers.models.bert import modeling_bert as stock
-from transformers.utils.generic import can_return_tuple
 
+from hf_fnl.models.attention import is_loaded
 from hf_fnl.models.base import is_initialized
 from hf_fnl.models.bert import (
     FactorizedBertConfig,
-    FactorizedBertLMPredictionHead,
     FactorizedBertModel,
     FactorizedBertPreTrainedModel,
 )
+from hf_fnl.models.forwards import extends
 from hf_fnl.models.packing import Packing, inside
 from hf_fnl.models.tied_rows import tied_inputs
-from hf_fnl.models.vocabulary import TiedVocabulary, tied_factors
+from hf_fnl.models.vocabulary import TiedVocabulary, causal_loss, tied_factors, vocabulary_layer
 from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
 
@@ -44,42 +49,50 @@ class _WithLMHead(TiedVocabulary, FactorizedBertPreTrainedModel):
     """A head with vocabulary logits: its decoder is tied to the word embedding, factor by factor."""
 
     def post_init(self) -> None:
-        """Put our prediction head in the place of the stock one, the first time, then initialize the model."""
+        """Put our decoder in the place of the stock one, the first time, then initialize the model."""
         if not is_initialized(self):
+            config, predictions = self.config, self.cls.predictions
             with init.no_init_weights():
-                self.cls.predictions = FactorizedBertLMPredictionHead(self.config)
+                predictions.decoder = vocabulary_layer(
+                    predictions.decoder, config.embedding_rank, config.ranks.method("embedding")
+                )
             tied = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
-            self._tied_weights_keys = tied_factors(tied, self.config.embedding_rank is not None)
+            bias = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+            self._tied_weights_keys = tied_factors(tied, config.embedding_rank is not None) | bias
         super().post_init()
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the decoder; the output bias stays with the prediction head."""
-        self.cls.predictions.decoder = new_embeddings
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As in Transformers, for a dense embedding; new tokens get a zero output bias."""
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
         bias = self.cls.predictions.bias
-        missing = self.config.vocab_size - bias.shape[0]
-        bias.data = F.pad(bias.data, (0, missing))
-        return embeddings
+        if module is self.cls.predictions.decoder and is_loaded(bias):
+            init.copy_(module.bias, bias)  # untied, in a checkpoint of version 0.1: it has this bias only
 
-    def _look_up(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Inputs of the backbone, and the matrix of the vocabulary if its gradient is to meet that of the embedding."""
-        if input_ids is None or inputs_embeds is not None:
-            return input_ids, inputs_embeds, None
-        return tied_inputs(self.bert.embeddings.word_embeddings, self.cls.predictions.decoder, input_ids)
+    def _encode(self, inputs: dict[str, Any]) -> tuple[BaseModelOutputWithPoolingAndCrossAttentions, Tensor | None]:
+        """Outputs of the backbone, and the matrix of the vocabulary if its gradient meets that of the embedding."""
+        table = None
+        if inputs.get("input_ids") is not None and inputs.get("inputs_embeds") is None:
+            embedding, decoder = self.bert.embeddings.word_embeddings, self.cls.predictions.decoder
+            input_ids, inputs_embeds, table = tied_inputs(embedding, decoder, inputs["input_ids"])
+            inputs = {**inputs, "input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        return self.bert(**inputs), table
 
     def _predict(
-        self, hidden_states: Tensor, labels: Tensor | None, table: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Vocabulary logits and their labels: at labelled positions only in training with ``sparse_prediction``."""
+        self, states: tuple[Tensor, ...], labels: Tensor | None, table: Tensor | None
+    ) -> tuple[Any, Tensor | None]:
+        """What the heads give, and the labels: at labelled positions only in training with ``sparse_prediction``."""
         if labels is not None and self.training and self.config.sparse_prediction:
             labelled = labels != IGNORE_INDEX
-            hidden_states, labels = hidden_states[labelled], labels[labelled]
-        return self.cls.predictions(hidden_states, table), labels
+            states, labels = (states[0][labelled], *states[1:]), labels[labelled]
+        if table is None:
+            return self.cls(*states), labels
+        return torch.func.functional_call(self.cls, {"predictions.decoder.weight": table}, states), labels
+
+    def _masked_lm_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        if self.config.sparse_prediction and labels.ndim > 1:  # otherwise already taken at labelled positions
+            labelled = labels != IGNORE_INDEX
+            logits, labels = logits[labelled], labels[labelled]
+        return masked_lm_loss(logits, labels, num_items_in_batch)
 
 
 def masked_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -91,12 +104,10 @@ def masked_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | 
         num_items_in_batch: Labelled positions in the whole batch, over accumulation steps and processes, of which these
             may be a part; their own number unless given.
     """
-    if logits.ndim > 2:  # otherwise already taken at labelled positions
-        labelled = labels != IGNORE_INDEX
-        logits, labels = logits[labelled], labels[labelled]
-    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    logits, labels = logits.flatten(0, -2).float(), labels.flatten()
+    total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
     if num_items_in_batch is None:
-        num_items_in_batch = max(labels.numel(), 1)
+        num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
     return total / num_items_in_batch
 
 
@@ -131,19 +142,15 @@ class FactorizedBertForPreTraining(_WithLMHead, stock.BertForPreTraining):
         self.cls = stock.BertPreTrainingHeads(config)
         self.post_init()
 
-    @can_return_tuple
+    @extends(stock.BertForPreTraining.forward, FactorizedBertModel.forward)
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_sequences_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **inputs: Any,
     ) -> stock.BertForPreTrainingOutput:
         """As the stock model, with a loss that adds up over parts of a batch.
 
@@ -158,22 +165,13 @@ class FactorizedBertForPreTraining(_WithLMHead, stock.BertForPreTraining):
             The stock output. ``prediction_logits`` are ``(labelled positions, vocab_size)`` in training with
             ``sparse_prediction``, else ``(batch, length, vocab_size)``.
         """
-        input_ids, inputs_embeds, table = self._look_up(input_ids, inputs_embeds)
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **kwargs,
-        )
-        logits, kept = self._predict(outputs.last_hidden_state, labels, table)
-        relationship = self.cls.seq_relationship(outputs.pooler_output)
+        outputs, table = self._encode(inputs)
+        states = outputs.last_hidden_state, outputs.pooler_output
+        (logits, relationship), kept = self._predict(states, labels, table)
         loss = None
         if kept is not None and next_sentence_label is not None:
             share = 1.0 if num_items_in_batch is None else (kept != IGNORE_INDEX).sum() / num_items_in_batch
-            loss = masked_lm_loss(logits, kept, num_items_in_batch)
+            loss = self._masked_lm_loss(logits, kept, num_items_in_batch)
             loss = loss + next_sentence_loss(relationship, next_sentence_label, num_sequences_in_batch, share)
         return stock.BertForPreTrainingOutput(
             loss=loss,
@@ -196,19 +194,9 @@ class FactorizedBertForMaskedLM(_WithLMHead, stock.BertForMaskedLM):
         self.cls = stock.BertOnlyMLMHead(config)
         self.post_init()
 
-    @can_return_tuple
+    @extends(stock.BertForMaskedLM.forward, FactorizedBertModel.forward)
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        self, *, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
     ) -> MaskedLMOutput:
         """As the stock model, with a loss that adds up over parts of a batch.
 
@@ -220,21 +208,10 @@ class FactorizedBertForMaskedLM(_WithLMHead, stock.BertForMaskedLM):
             The stock output. ``logits`` are ``(labelled positions, vocab_size)`` in training with
             ``sparse_prediction``, else ``(batch, length, vocab_size)``.
         """
-        input_ids, inputs_embeds, table = self._look_up(input_ids, inputs_embeds)
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            return_dict=True,
-            **kwargs,
-        )
-        logits, kept = self._predict(outputs.last_hidden_state, labels, table)
+        outputs, table = self._encode(inputs)
+        logits, kept = self._predict((outputs.last_hidden_state,), labels, table)
         return MaskedLMOutput(
-            loss=None if kept is None else masked_lm_loss(logits, kept, num_items_in_batch),
+            loss=None if kept is None else self._masked_lm_loss(logits, kept, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -254,6 +231,20 @@ class FactorizedBertLMHeadModel(_WithLMHead, stock.BertLMHeadModel):
         self.bert = FactorizedBertModel(config, add_pooling_layer=False)
         self.cls = stock.BertOnlyMLMHead(config)
         self.post_init()
+
+    @extends(stock.BertLMHeadModel.forward, ForCausalLMLoss)
+    def forward(
+        self,
+        *,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """As the stock model, which has the arguments of its loss too, unnamed."""
+        options = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+        return causal_loss(self, super().forward(**inputs), labels, shift_labels, **options)
 
 
 class FactorizedBertForNextSentencePrediction(FactorizedBertPreTrainedModel, stock.BertForNextSentencePrediction):
@@ -338,38 +329,23 @@ class FactorizedBertForQuestionAnswering(FactorizedBertPreTrainedModel, stock.Be
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
+    @extends(stock.BertForQuestionAnswering.forward, FactorizedBertModel.forward)
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        *,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         packing: Packing | None = None,
-        **kwargs: Any,
+        **inputs: Any,
     ) -> QuestionAnsweringModelOutput:
         """As the stock model; of a packed batch the logits are ``(sequences, longest)``, the lowest number behind ends.
 
         So the loss of a packed batch is that of its sequences one by one. The stock model's softmax takes in whatever
         comes out at the padding of a padded batch.
         """
-        positions = {"start_positions": start_positions, "end_positions": end_positions}
-        outputs = super().forward(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            packing=packing,
-            return_dict=True,
-            **(positions if packing is None else {}),
-            **kwargs,
-        )
         if packing is None:
-            return outputs
+            return super().forward(start_positions=start_positions, end_positions=end_positions, **inputs)
+        outputs = super().forward(packing=packing, **inputs)
         outside = ~inside(packing)
         for name in ("start_logits", "end_logits"):
             outputs[name] = outputs[name].masked_fill(outside, torch.finfo(outputs[name].dtype).min)

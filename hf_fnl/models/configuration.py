@@ -53,6 +53,21 @@ class FactorizedConfig:
         ranks = {option: getattr(self, option) for option in self.rank_options()}
         return TransformerRanks(**ranks, init=self.factor_init)
 
+    @property
+    def head_dim(self) -> int:
+        """Width of a head's queries, keys and values, by which Transformers lays out some caches before it has any.
+
+        Raises:
+            AttributeError: If they have several widths.
+        """
+        sizes, ranks = self._sizes(), self.ranks
+        layers = [ranks.of_layer(number) for number in range(sizes["num_layers"])]
+        dense = sizes["hidden_size"] // sizes["num_heads"]
+        widths = {rank or dense for layer in layers for rank in (layer.qk, layer.ov)}
+        if len(widths) > 1:
+            raise AttributeError(f"heads are {', '.join(map(str, sorted(widths)))} wide, so they have no one head_dim")
+        return widths.pop()
+
     @classmethod
     def rank_options(cls) -> list[str]:
         """Names of the fields that are ranks."""

@@ -186,9 +186,9 @@ def _sources(ours: PreTrainedModel, dense: nn.Module, units: Mapping[str, nn.Mod
     """The tensors of a stock model that go over as they are, by their names in ours; all of both are accounted for."""
     theirs = dense.state_dict(keep_vars=True)
     state = ours.state_dict(keep_vars=True)
-    aliases = getattr(ours, "dense_names", {})
-    sources = {name: theirs.get(aliases.get(name, name), theirs.get(name)) for name in state}
-    copied = {name: value for name, value in sources.items() if value is not None and value.shape == state[name].shape}
+    copied = {
+        name: theirs[name] for name, value in state.items() if name in theirs and theirs[name].shape == value.shape
+    }
     truncated = {f"{name}.weight": module.factors()[0] for name, module in _factorized(ours)}
     cut = [module for module in units.values() if isinstance(module, FactorizedAttention)]
     by_heads = _names_of_projections(dense, [(m, dense.get_submodule(name)) for name, m in units.items() if m in cut])
@@ -259,7 +259,7 @@ def _fill_linear_(ours: FactorizedLinear, weight: Tensor, moments: Moments | Non
     if moments is None:
         ours.set_factors_(spectral_init(weight, ours.rank))
         return
-    # The bias that ours holds already: a decoder's is not its own but its head's, and takes nothing over.
+    # The bias that ours holds already, which is that of the dense layer.
     U, V, bias = truncate_linear(weight, ours.bias, ours.rank, moments)
     ours.set_factors_((U, V))
     ours.set_bias_(bias)

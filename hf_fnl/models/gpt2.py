@@ -10,7 +10,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GPT2Config, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +28,7 @@ from hf_fnl.models.attention import (
 from hf_fnl.models.base import FactorizedBackbone, FactorizedPreTrainedModel, init_factors
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
+from hf_fnl.models.forwards import CACHE, extends
 
 
 @strict
@@ -92,6 +92,7 @@ class FactorizedGPT2Attention(FactorizedAttention, stock.GPT2Attention):
         super().__init__(config, is_cross_attention=dense.is_cross_attention, layer_idx=dense.layer_idx)
         self.ranks = ranks
         qk, ov = (self.num_heads * (rank or self.head_dim) for rank in (ranks.qk, ranks.ov))
+        self.qk_width, self.ov_width = qk, ov
         if self.is_cross_attention:
             self.q_attn = HeadConv1D(qk, self.embed_dim)
         self.c_attn = HeadConv1D(qk + ov if self.is_cross_attention else 2 * qk + ov, self.embed_dim)
@@ -124,32 +125,31 @@ class FactorizedGPT2Attention(FactorizedAttention, stock.GPT2Attention):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        *,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock layer; keys and values of an encoder are computed once and then taken from the cache."""
-        spans = self.projections(self)[:3]
-        fused = self.c_attn
+        cache, crossing = options.pop(CACHE, None), self.is_cross_attention
+        qk, ov = self.qk_width, self.ov_width  # not asked of the layers: LoRA and its like wrap them
 
-        def of(span: Span, outputs: Tensor) -> Tensor:
-            return split_heads(span.of(outputs), self.num_heads)
+        def project(layer: nn.Module, states: Any, *widths: int) -> Any:
+            return tuple(split_heads(part, self.num_heads) for part in layer(states).split(widths, dim=-1))
 
-        def key_value(outputs: Tensor) -> tuple[Tensor, Tensor]:
-            return of(spans[1], outputs), of(spans[2], outputs)
-
-        past, number = past_key_values, self.layer_idx
-        if self.is_cross_attention:
-            mask = encoder_attention_mask
-            query = of(spans[0], self.q_attn(hidden_states))
-            key, value = cached_heads(lambda: key_value(fused(encoder_hidden_states)), past, number, crossing=True)
+        if crossing:
+            (query,), mask = project(self.q_attn, hidden_states, qk), encoder_attention_mask
         else:
-            mask, outputs = attention_mask, fused(hidden_states)
-            query = of(spans[0], outputs)
-            key, value = cached_heads(lambda: key_value(outputs), past, number, crossing=False)
-        context, weights = self._attend((query, key, value), mask, **kwargs)
+            (query, *own), mask = project(self.c_attn, hidden_states, qk, qk, ov), attention_mask
+        key, value = cached_heads(
+            lambda: project(self.c_attn, encoder_hidden_states, qk, ov) if crossing else tuple(own),
+            cache,
+            self.layer_idx,
+            crossing=crossing,
+            options=options,
+        )
+        context, weights = self._attend((query, key, value), mask, **options)
         return self.resid_dropout(self.c_proj(context)), weights
 
     def _attend(
@@ -208,6 +208,11 @@ class FactorizedGPT2Model(FactorizedBackbone, FactorizedGPT2PreTrainedModel, sto
     """The backbone of GPT-2 with its matrices held as products, as its configuration says."""
 
     dense_class = stock.GPT2Model
+
+    @extends(stock.GPT2Model.forward)
+    def forward(self, **inputs: Any) -> Any:
+        """As the stock model."""
+        return super().forward(**inputs)
 
     def _replace_modules(self) -> None:
         config, all_ranks = self.config, self.config.ranks

@@ -19,15 +19,16 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as stock
-from transformers.utils.generic import can_return_tuple
 
+from hf_fnl.layers import FactorizedLinear
 from hf_fnl.models.base import is_initialized
+from hf_fnl.models.forwards import extends
 from hf_fnl.models.gpt2 import FactorizedGPT2Config, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
 from hf_fnl.models.tied_rows import tied_inputs
-from hf_fnl.models.vocabulary import TiedVocabulary, head_loss, tied_factors, vocabulary_layer
+from hf_fnl.models.vocabulary import TiedVocabulary, causal_loss, head_loss, is_plain, tied_factors, vocabulary_layer
 from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
 
@@ -60,64 +61,52 @@ class FactorizedGPT2LMHeadModel(_WithLMHead, stock.GPT2LMHeadModel):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
+    @extends(stock.GPT2LMHeadModel.forward, ForCausalLMLoss)
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
+        shift_labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int | None = None,
         return_logits: bool | None = None,
-        **kwargs: Any,
+        **inputs: Any,
     ) -> CausalLMOutputWithCrossAttentions:
         """As the stock model, with a loss that can do without logits of ``(batch, length, vocab_size)``.
 
-        All inputs are named: ``generate`` and the Trainer give a model only what its signature has.
-
         Args:
             labels: ``(batch, length)``, not shifted, -100 where nothing is to be predicted.
+            shift_labels: ``(batch, length)``, the label of each position, in the place of ``labels``.
             num_items_in_batch: Labelled positions in the whole batch, as the Trainer passes it.
+            ignore_index: In the place of -100.
             return_logits: Whether the output has logits. Default: unless there are labels and the model trains with
-                ``fused_loss``.
+                ``fused_loss``, its own loss function and an ``lm_head`` that computes no more than its class does.
         """
-        if return_logits is None:
-            return_logits = not (self.training and self.config.fused_loss)
-        options = {
-            "past_key_values": past_key_values,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_attention_mask": encoder_attention_mask,
-            "use_cache": use_cache,
-            "return_dict": True,
-            **kwargs,
-        }
-        if labels is None or return_logits:
-            counted = {"labels": labels, "num_items_in_batch": num_items_in_batch, "logits_to_keep": logits_to_keep}
-            return super().forward(input_ids, **counted, **options)
-        table = None
-        if input_ids is not None and inputs_embeds is None:
-            input_ids, options["inputs_embeds"], table = tied_inputs(self.transformer.wte, self.lm_head, input_ids)
-        outputs = self.transformer(input_ids, **options)
-        shifted = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-        head, hidden_states = self.lm_head, outputs.last_hidden_state
-        return CausalLMOutputWithCrossAttentions(
-            loss=head_loss(head, hidden_states, shifted, table=table, num_items_in_batch=num_items_in_batch),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+        options: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
+        if ignore_index is not None:
+            options["ignore_index"] = ignore_index
+        has_labels = labels is not None or shift_labels is not None
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        is_fused = has_labels and keeps_all and not return_logits and self._has_plain_loss()
+        if not is_fused or (return_logits is None and not (self.training and self.config.fused_loss)):
+            outputs = super().forward(logits_to_keep=logits_to_keep, **inputs)
+            return causal_loss(self, outputs, labels, shift_labels, **options)
+        if inputs.get("input_ids") is not None and inputs.get("inputs_embeds") is None:
+            input_ids, embeds, table = tied_inputs(self.transformer.wte, self.lm_head, inputs["input_ids"])
+            inputs = {**inputs, "input_ids": input_ids, "inputs_embeds": embeds}
+        else:
+            table = None
+        outputs = self.transformer(**inputs)
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = F.pad(labels, (0, 1), value=options.get("ignore_index", IGNORE_INDEX))[..., 1:]
+        loss = head_loss(self.lm_head, outputs.last_hidden_state, shift_labels, table=table, **options)
+        kept = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithCrossAttentions(loss=loss, **kept)
+
+    def _has_plain_loss(self) -> bool:
+        return self.loss_function is ForCausalLMLoss and is_plain(self.lm_head, nn.Linear, FactorizedLinear)
 
 
 class FactorizedGPT2DoubleHeadsModel(_WithLMHead, stock.GPT2DoubleHeadsModel):

@@ -64,10 +64,9 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
         if (found := unexpected.pop(holder(missing), None)) is not None:
             faults.append(f"the checkpoint holds {found} where the model holds {missing}")
     modules = {holder(f"{name}."): module for name, module in model.named_modules()}
-    aliases = getattr(model, "dense_names", {}).values() if getattr(model.config, "tie_word_embeddings", True) else ()
     for name, found in unexpected.items():
         of_layer = name in modules and found.endswith((".weight", ".bias")) and modules[name]._parameters
-        if of_layer and found not in aliases:
+        if of_layer:
             layer = type(modules[name]).__name__
             way = " (from_dense takes it)" if hasattr(model, "from_dense") else ""
             faults.append(f"the checkpoint holds {found}, for which the {layer} of the model has no place{way}")

@@ -10,7 +10,6 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import MarianConfig, PegasusConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.models.marian import modeling_marian as stock
 from transformers.models.pegasus import modeling_pegasus as pre_norm
 
@@ -30,6 +29,7 @@ from hf_fnl.models.attention import (
 from hf_fnl.models.base import FactorizedBackbone, FactorizedPreTrainedModel
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
+from hf_fnl.models.forwards import CACHE, extends
 from hf_fnl.models.vocabulary import tied_factors
 
 _POSITIONS = (stock.MarianSinusoidalPositionalEmbedding, pre_norm.PegasusSinusoidalPositionalEmbedding)
@@ -144,23 +144,24 @@ class _Heads(FactorizedAttention):
     def forward(
         self,
         hidden_states: Tensor,
+        *,
         key_value_states: Tensor | None = None,
-        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As the stock layer; keys and values of an encoder are computed once and then taken from the cache."""
-        crossing = key_value_states is not None
-        states, count = key_value_states if crossing else hidden_states, self.num_heads
+        states, count = hidden_states if key_value_states is None else key_value_states, self.num_heads
+        cache = options.pop(CACHE, None)
         key, value = cached_heads(
             lambda: (split_heads(self.k_proj(states), count), split_heads(self.v_proj(states), count)),
-            past_key_values,
+            cache,
             self.layer_idx,
-            crossing=crossing,
+            crossing=key_value_states is not None,
+            options=options,
         )
         heads = split_heads(self.q_proj(hidden_states), count), key, value
         context, weights = attend(
-            self, stock.eager_attention_forward, heads, attention_mask, dropout=self.dropout, **kwargs
+            self, stock.eager_attention_forward, heads, attention_mask, dropout=self.dropout, **options
         )
         return self.out_proj(context), weights
 
@@ -226,11 +227,21 @@ class FactorizedMarianEncoder(_Encoder, stock.MarianEncoder):
 
     attention_class = FactorizedMarianAttention
 
+    @extends(stock.MarianEncoder.forward)
+    def forward(self, **inputs: Any) -> Any:
+        """As the stock module."""
+        return super().forward(**inputs)
+
 
 class FactorizedMarianDecoder(_Decoder, stock.MarianDecoder):
     """The decoder, with LayerNorm after its blocks."""
 
     attention_class = FactorizedMarianAttention
+
+    @extends(stock.MarianDecoder.forward)
+    def forward(self, **inputs: Any) -> Any:
+        """As the stock module."""
+        return super().forward(**inputs)
 
 
 class PreNormMarianEncoder(_Encoder, pre_norm.PegasusEncoder):
@@ -238,11 +249,21 @@ class PreNormMarianEncoder(_Encoder, pre_norm.PegasusEncoder):
 
     attention_class = _PreNormAttention
 
+    @extends(pre_norm.PegasusEncoder.forward)
+    def forward(self, **inputs: Any) -> Any:
+        """As the stock module."""
+        return super().forward(**inputs)
+
 
 class PreNormMarianDecoder(_Decoder, pre_norm.PegasusDecoder):
     """The decoder, with LayerNorm before its blocks."""
 
     attention_class = _PreNormAttention
+
+    @extends(pre_norm.PegasusDecoder.forward)
+    def forward(self, **inputs: Any) -> Any:
+        """As the stock module."""
+        return super().forward(**inputs)
 
 
 def encoder_of(config: FactorizedMarianConfig) -> PreTrainedModel:

@@ -15,20 +15,19 @@ from transformers import (
     MarianTokenizer,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import fixed_cross_entropy
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithCrossAttentions, Seq2SeqLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.models.marian import modeling_marian as stock
 from transformers.models.pegasus import modeling_pegasus as pre_norm
-from transformers.utils.generic import can_return_tuple
 
+from hf_fnl.models.forwards import extends
 from hf_fnl.models.marian import (
     FactorizedMarianConfig,
     FactorizedMarianModel,
     FactorizedMarianPreTrainedModel,
     decoder_of,
 )
-from hf_fnl.models.vocabulary import TiedVocabulary, tied_factors, vocabulary_layer
+from hf_fnl.models.vocabulary import TiedVocabulary, tied_factors, vocabulary_layer, with_loss
 
 
 class _WithLMHead(TiedVocabulary, FactorizedMarianPreTrainedModel):
@@ -60,21 +59,9 @@ class FactorizedMarianMTModel(_WithLMHead, stock.MarianMTModel):
         self._tie_head(vocab_size, "model.shared" if shared else "model.decoder.embed_tokens")
         self.post_init()
 
-    @can_return_tuple
+    @extends(stock.MarianMTModel.forward)
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        decoder_inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        self, *, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
     ) -> Seq2SeqLMOutput:
         """As the stock model, with a loss that adds up over parts of a batch.
 
@@ -84,25 +71,10 @@ class FactorizedMarianMTModel(_WithLMHead, stock.MarianMTModel):
                 unless given.
         """
         if labels is not None:
-            use_cache = False
-            if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = super().forward(
-            input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            return_dict=True,
-            **kwargs,
-        )
-        if labels is None:
-            return outputs
-        return Seq2SeqLMOutput(loss=_loss(outputs.logits, labels, num_items_in_batch), **outputs)
+            inputs["use_cache"] = False
+            if inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
+                inputs["decoder_input_ids"] = self.prepare_decoder_input_ids_from_labels(labels)
+        return _with_loss(super().forward(**inputs), labels, num_items_in_batch)
 
 
 class _DecoderWrapper(FactorizedMarianPreTrainedModel, stock.MarianDecoderWrapper):
@@ -130,48 +102,24 @@ class FactorizedMarianForCausalLM(_WithLMHead, stock.MarianForCausalLM):
         self._tie_head(config.vocab_size, "model.decoder.embed_tokens")
         self.post_init()
 
-    @can_return_tuple
+    @extends(stock.MarianForCausalLM.forward)
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        self, *, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
     ) -> CausalLMOutputWithCrossAttentions:
         """As the stock model, with a loss that adds up over parts of a batch.
-
-        All inputs are named: ``generate`` and the Trainer give a model only what its signature has.
 
         Args:
             labels: ``(batch, length)``, not shifted inside, -100 where nothing is to be predicted.
             num_items_in_batch: As in :meth:`FactorizedMarianMTModel.forward`.
         """
-        outputs = super().forward(
-            input_ids,
-            attention_mask=attention_mask,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
-            **kwargs,
-        )
-        if labels is None:
-            return outputs
-        return CausalLMOutputWithCrossAttentions(loss=_loss(outputs.logits, labels, num_items_in_batch), **outputs)
+        return _with_loss(super().forward(**inputs), labels, num_items_in_batch)
 
 
-def _loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    return fixed_cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), num_items_in_batch)
+def _with_loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Any:
+    if labels is None:
+        return outputs
+    logits = outputs.logits.flatten(0, -2).float()
+    return with_loss(outputs, fixed_cross_entropy(logits, labels.flatten(), num_items_in_batch))
 
 
 AutoConfig.register(FactorizedMarianConfig.model_type, FactorizedMarianConfig, exist_ok=True)

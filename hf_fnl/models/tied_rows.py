@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_fnl.models.vocabulary import is_plain
+
 
 class _TiedRows(torch.autograd.Function):
     """Rows of a table and the table itself, whose gradients meet here.
@@ -47,24 +49,14 @@ def tied_inputs(
 
     Returns:
         ``None``, the embeddings, and the table to multiply with. Or ``input_ids`` and twice ``None``, where nothing is
-        gained or one of the modules does more than torch's own.
+        gained or one of the modules is not plain; see :func:`~hf_fnl.models.vocabulary.is_plain`.
     """
-    if not (_is_plain(embedding, nn.Embedding) and _is_plain(output, nn.Linear)) or output._forward_hooks:
+    plain = is_plain(embedding, nn.Embedding) and is_plain(output, nn.Linear)
+    if not plain or embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
         return input_ids, None, None
     table = embedding.get_parameter("weight")
     is_tied = table is output.weight and table.requires_grad and torch.is_grad_enabled()
     if not is_tied or table.device.type != "cpu" or torch.compiler.is_compiling():
         return input_ids, None, None  # on a GPU these bytes are quickly moved, and a compiler plans for itself
     embeds, table = _TiedRows.apply(table, input_ids, embedding.padding_idx)
-    for hook in embedding._forward_hooks.values():  # Transformers has one where activations are recomputed
-        replaced = hook(embedding, (input_ids,), embeds)
-        embeds = embeds if replaced is None else replaced
     return None, embeds, table
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of this very class, with a whole weight, and nothing but forward hooks would be called."""
-    hooks = module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    is_whole = isinstance(module._parameters.get("weight"), nn.Parameter)  # not a view or what a transform put there
-    has_others = any(hooks) or module._forward_hooks_with_kwargs or getattr(module, "max_norm", None) is not None
-    return type(module) is kind and is_whole and not has_others
