@@ -6,10 +6,8 @@ python run_scripts/pretrain_bert.py config.yaml
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTrainedModel, set_seed
@@ -40,6 +38,7 @@ from hf_fnl.training.tasks.packing import (
 )
 from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
 from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
+from hf_fnl.training.tasks.pretraining_phases import PHASES_HELP, Phase, describe, plan_phases
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 from hf_fnl.training.tasks.wordpiece import train_wordpiece
 from hf_fnl.training.tasks.workers import TextTrainingArguments
@@ -70,34 +69,12 @@ class DataOptions(DocumentOptions):
 
     vocab_size: int = field(default=30522, metadata={"help": "Size of a tokenizer that is trained."})
     lowercase: bool = field(default=True, metadata={"help": "Whether a tokenizer that is trained lower-cases."})
-    phases: list[str] = field(
-        default_factory=lambda: ["128"],
-        metadata={"help": "length[:steps[:learning_rate]] each, e.g. 128:900000 512:100000."},
-    )
+    phases: list[str] = field(default_factory=lambda: ["128"], metadata={"help": PHASES_HELP})
     next_sentence: bool = field(default=True, metadata={"help": "False: masked language modelling only (RoBERTa)."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
     whole_word_mask: bool = field(default=False, metadata={"help": "Mask all pieces of a word together."})
     packing: bool = field(default=False, metadata={"help": PACKING_HELP})
     packed_length: int | None = field(default=None, metadata={"help": PACKED_LENGTH_HELP})
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One part of the training, with sequences of its own length."""
-
-    length: int
-    steps: int | None
-    learning_rate: float | None
-
-    @classmethod
-    def parse(cls, text: str) -> Phase:
-        """Read ``length[:steps[:learning_rate]]``."""
-        parts = text.split(":")
-        try:
-            length, steps, rate = (*parts, *[None] * (3 - len(parts)))
-            return cls(int(length), steps and int(steps), rate and float(rate))
-        except ValueError:
-            raise ValueError(f"phases: expected length[:steps[:learning_rate]], got {text!r}") from None
 
 
 def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> PreTrainedModel:
@@ -127,6 +104,12 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     return build(model_class, BertConfig(**sizes))
 
 
+def check_lengths(phases: list[tuple[Phase, FLAMBeTrainingArguments]], longest: int) -> None:
+    """Refuse sequences that are longer than the model's."""
+    if too_long := [phase.length for phase, _ in phases if phase.length > longest]:
+        raise ValueError(f"phases: the model's max_position_embeddings is {longest}, got a length of {too_long[0]}")
+
+
 def build_collator(phase: Phase, data: DataOptions, tokenizer: Any) -> PretrainingCollator | PackingCollator:
     """What makes batches of a phase, padded or packed."""
     packed = packing_collator(tokenizer, phase.length, packing=data.packing, packed_length=data.packed_length)
@@ -134,9 +117,11 @@ def build_collator(phase: Phase, data: DataOptions, tokenizer: Any) -> Pretraini
 
 
 def train_phase(
-    phase: Phase, number: int, model: PreTrainedModel, tokenizer: Any, data: DataOptions, args: FLAMBeTrainingArguments
+    phase: Phase, model: PreTrainedModel, tokenizer: Any, data: DataOptions, args: FLAMBeTrainingArguments, folder: str
 ) -> tuple[dict[str, Any], FLAMBeTrainer]:
     """Train on sequences of one length, with an optimizer and checkpoints of its own; go on if it was broken off."""
+    if args.process_index == 0:
+        print(f"\n{describe(args, phase)}", flush=True)
     options = PretrainingOptions(
         max_seq_length=phase.length,
         next_sentence=data.next_sentence,
@@ -148,10 +133,6 @@ def train_phase(
     validation, held_out = None, data.validation()
     if held_out is not None:
         validation = build_pretraining_dataset(held_out, tokenizer, options, num_proc=data.num_proc)
-    folder, args = args.output_dir, copy.copy(args)
-    args.output_dir = str(Path(folder) / f"phase-{number}")
-    args.max_steps = phase.steps or args.max_steps
-    args.learning_rate = phase.learning_rate or args.learning_rate
     trainer = FLAMBeTrainer(
         model,
         args,
@@ -173,13 +154,15 @@ def train_phase(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
     options, data, args = parse_arguments(argv, ModelOptions, DataOptions, TextTrainingArguments, description=__doc__)
-    phases = [Phase.parse(text) for text in data.phases]
+    phases = plan_phases(data.phases, args)
     if len(phases) > 1 and str(args.resume_from_checkpoint or "true").lower() != "true":
         raise ValueError(
             f"resume_from_checkpoint={args.resume_from_checkpoint} belongs to one phase of {len(phases)}; with true, "
             "each goes on from its own newest checkpoint"
         )
     check_output_folder(args)
+    if not options.init_from:
+        check_lengths(phases, options.max_position_embeddings)
     set_seed(args.seed)
     if data.tokenizer or options.init_from:
         with named("tokenizer" if data.tokenizer else "init_from", data.tokenizer or options.init_from):
@@ -189,15 +172,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with args.main_process_first(desc="training the tokenizer"):
             tokenizer = train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
     model = build_model(options, data.next_sentence, tokenizer)
-    longest = model.config.max_position_embeddings
-    if too_long := [phase.length for phase in phases if phase.length > longest]:
-        raise ValueError(f"phases: the model's max_position_embeddings is {longest}, got a length of {too_long[0]}")
-    for phase in phases:
+    check_lengths(phases, model.config.max_position_embeddings)
+    for phase, _ in phases:
         check_packing(build_collator(phase, data, tokenizer), model, args)
     metrics: dict[str, Any] = {"parameters": parameter_count(model)}
     saved = dataclasses.replace(options, init_from=args.output_dir)
-    for number, phase in enumerate(phases, start=1):
-        metrics[f"phase-{number}"], trainer = train_phase(phase, number, model, tokenizer, data, args)
+    for number, (phase, own) in enumerate(phases, start=1):
+        metrics[f"phase-{number}"], trainer = train_phase(phase, model, tokenizer, data, own, args.output_dir)
         if number < len(phases) and let_go(trainer):
             del model, trainer  # what an engine took over cannot be trained by the next one
             model = build_model(saved, data.next_sentence, tokenizer)

@@ -66,6 +66,20 @@ class FLAMBeTrainingArguments(TrainingArguments):
         },
     )
     decay_vectors: bool = field(default=False, metadata={"help": "Decay biases and normalizations as matrices are."})
+    lr_power: float | None = field(
+        default=None,
+        metadata={
+            "help": "With lr_scheduler_type=polynomial: the power of the decay, (1 - step / steps)^power after the "
+            "warm-up as in NVIDIA's LAMB BERT, which takes 0.5. Default: Transformers' polynomial decay."
+        },
+    )
+    warmup_start: float = field(
+        default=0.0,
+        metadata={
+            "help": "With lr_scheduler_type=inverse_sqrt: share of the learning rate at which the warm-up begins; 1: "
+            "the rate is constant for warmup_steps (Khodak et al. 2021)."
+        },
+    )
     diagnostics_steps: int = field(
         default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
     )
@@ -116,6 +130,7 @@ class FLAMBeTrainingArguments(TrainingArguments):
             self.optim = chosen
         self._keep_narrow()
         self._check_decay()
+        self._check_rate()
         self._check_profile()
         self._check_dense_steps()
         self._check_checkpoints()
@@ -163,6 +178,20 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"factor_decay must be one of {', '.join(FACTOR_DECAYS)}, got {self.factor_decay!r}")
         if self.diagnostics_steps < 0:
             raise ValueError(f"diagnostics_steps must not be negative, got {self.diagnostics_steps}")
+
+    def _check_rate(self) -> None:
+        kind = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        if self.lr_power is not None and (kind != "polynomial" or not self.lr_power > 0):
+            raise ValueError(
+                f"lr_power must be positive and is for lr_scheduler_type=polynomial, got {self.lr_power} with {kind}"
+            )
+        if self.warmup_start and (kind != "inverse_sqrt" or not 0 <= self.warmup_start <= 1):
+            raise ValueError(
+                "warmup_start must be in [0, 1] and is for lr_scheduler_type=inverse_sqrt, got "
+                f"{self.warmup_start} with {kind}"
+            )
+        if self.warmup_start and not self.warmup_steps:
+            raise ValueError(f"warmup_start={self.warmup_start} needs warmup_steps, after which the rate goes down")
 
     def _check_profile(self) -> None:
         for name in ("profile_steps", "profile_after"):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -25,6 +27,7 @@ from hf_fnl.training.checkpoints.resume import tied_are_not_missing
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.profiling import StepProfiler
+from hf_fnl.training.schedules import schedule_of
 from hf_fnl.training.stream_trainer import StreamingTrainer
 from hf_fnl.training.tasks.packing import check_packing
 
@@ -126,6 +129,8 @@ class FLAMBeTrainer(StreamingTrainer):
             ``model_init``, DeepSpeed or FSDP; or batches are packed that the model would not keep apart.
     """
 
+    lr_scheduler: LRScheduler | None
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -176,6 +181,13 @@ class FLAMBeTrainer(StreamingTrainer):
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(model, self.args, dense=self._is_dense)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """As in Transformers, or the schedule of ``args.lr_power`` or ``args.warmup_start``."""
+        schedule = schedule_of(self.args, num_training_steps)
+        if self.lr_scheduler is None and schedule is not None:
+            self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), schedule)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _watch_products(self) -> None:
         """Find the products that are penalized and watched, in the form that the model has now."""

@@ -197,7 +197,6 @@ class ImageTrainer(FLAMBeTrainer):
     """
 
     args: ImageTrainingArguments
-    lr_scheduler: LRScheduler | None
 
     def __init__(
         self, model: nn.Module, args: ImageTrainingArguments, *, transform: Callable[..., Tensor], **kwargs: Any

@@ -1,0 +1,111 @@
+"""The learning-rate schedules of the papers' recipes, by themselves and in a Trainer."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_polynomial_decay_schedule_with_warmup
+
+from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training.schedules import inverse_sqrt, polynomial
+
+
+class Line(nn.Module):
+    """The smallest model that a Trainer takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 2))
+
+    def forward(self, x, labels=None):
+        return {"loss": (x @ self.weight).square().mean()}
+
+
+def rates(folder, steps: int, **options) -> list[float]:
+    """The rates of all updates of a training, as the optimizer had them."""
+    args = FLAMBeTrainingArguments(
+        str(folder), max_steps=steps, optim="sgd", use_cpu=True, report_to=[], save_strategy="no", **options
+    )
+    rows = [{"x": torch.ones(3), "labels": 0}] * 8
+    trainer = FLAMBeTrainer(Line(), args, train_dataset=rows)
+    used: list[float] = []
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(lambda opt, args, kwargs: used.append(opt.param_groups[0]["lr"]))
+    trainer.train()
+    return used
+
+
+@pytest.mark.parametrize(("warmup", "steps", "power"), [(2001, 7038, 0.5), (201, 1563, 0.5), (3, 11, 2.0), (0, 7, 1.0)])
+def test_polynomial_decay_counts_from_the_first_update(warmup, steps, power):
+    factor = polynomial(warmup, steps, power)
+    for step in {0, max(warmup - 2, 0), max(warmup - 1, 0), steps // 2, steps - 1}:
+        update = step + 1
+        expected = update / warmup if update < warmup else (1 - update / steps) ** power
+        assert factor(step) == pytest.approx(expected, rel=1e-12)
+    assert factor(steps - 1) == factor(steps + 5) == 0
+    assert factor(warmup) == pytest.approx((1 - (warmup + 1) / steps) ** power, rel=1e-12)
+
+
+def test_polynomial_decay_is_lower_than_that_of_transformers_by_a_constant():
+    warmup, steps, power = 12, 40, 0.5
+    parameter = nn.Parameter(torch.zeros(1))
+    theirs = get_polynomial_decay_schedule_with_warmup(
+        torch.optim.SGD([parameter], lr=1.0), warmup, steps, lr_end=0.0, power=power
+    ).lr_lambdas[0]
+    ours = polynomial(warmup, steps, power)
+    for update in range(warmup, steps):
+        assert ours(update - 1) / theirs(update) == pytest.approx((1 - warmup / steps) ** power, rel=1e-12)
+
+
+@pytest.mark.parametrize("start", [1.0, 0.25, 0.0])
+def test_inverse_square_root_begins_at_a_share_of_the_rate(start):
+    factor = inverse_sqrt(4000, start)
+    assert factor(0) == start
+    assert factor(2000) == (1 + start) / 2
+    assert factor(4000) == 1
+    assert factor(16000) == 0.5
+    assert all(later <= earlier for earlier, later in pairwise(map(factor, range(4000, 4100))))
+
+
+def test_a_trainer_takes_the_schedule_of_nvidias_bert(tmp_path):
+    options = {"lr_scheduler_type": "polynomial", "lr_power": 0.5, "warmup_steps": 0.25, "learning_rate": 6e-3}
+    expected = [6e-3 * (n / 2 if n < 2 else math.sqrt(1 - n / 8)) for n in range(1, 9)]
+    assert rates(tmp_path, 8, **options) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_trainer_takes_the_schedule_of_khodak_et_al_for_translation(tmp_path):
+    options = {"lr_scheduler_type": "inverse_sqrt", "warmup_start": 1.0, "warmup_steps": 3, "learning_rate": 0.25}
+    expected = [0.25, 0.25, 0.25, 0.25, 0.25 * math.sqrt(3 / 4), 0.25 * math.sqrt(3 / 5)]
+    assert rates(tmp_path, 6, **options) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_trainer_without_these_options_has_the_schedule_of_transformers(tmp_path):
+    expected = [0.0, 0.5, 1.0, 0.5 * 1.0]  # linear: warm-up over two updates, then to zero over two
+    assert rates(tmp_path, 4, learning_rate=1.0, warmup_steps=2) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_power": 0.5}, "lr_power must be positive and is for lr_scheduler_type=polynomial, got 0.5 with linear"),
+        ({"lr_power": 0.0, "lr_scheduler_type": "polynomial"}, "lr_power must be positive .* got 0.0 with polynomial"),
+        ({"warmup_start": 1.0, "warmup_steps": 3}, "is for lr_scheduler_type=inverse_sqrt, got 1.0 with linear"),
+        (
+            {"warmup_start": 2.0, "warmup_steps": 3, "lr_scheduler_type": "inverse_sqrt"},
+            r"warmup_start must be in \[0, 1\]",
+        ),
+        ({"warmup_start": 1.0, "lr_scheduler_type": "inverse_sqrt"}, "warmup_start=1.0 needs warmup_steps"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        FLAMBeTrainingArguments(str(tmp_path), use_cpu=True, **options)
+
+
+def test_a_warm_up_over_the_whole_training_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="warmup_steps must be below the 4 steps of the training, got 9"):
+        rates(tmp_path, 4, lr_scheduler_type="polynomial", lr_power=0.5, warmup_steps=9)
