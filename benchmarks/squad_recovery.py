@@ -49,8 +49,7 @@ def finetuning_command(cell: dict[str, str], model: Path, data: Path, run: Path)
     flags = f"""
         --model {model} --train_dataset {data}/squad/train-partial-v1.1.json
         --eval_dataset {data}/squad/dev-v1.1.json --max_seq_length 320 --doc_stride 96 --max_query_length 32
-        --optim adamw_torch --learning_rate 2e-4 --weight_decay 1.0 --frobenius_decay {cell["frobenius_decay"]}
-        --warmup_steps 100 --num_train_epochs 2
+        --learning_rate 2e-4 --weight_decay 1.0 --frobenius_decay {cell["frobenius_decay"]}
         --per_device_train_batch_size 32 --per_device_eval_batch_size 64
         --logging_steps 25 --save_steps 100 --save_total_limit 1 --diagnostics_steps 100 --bf16 --use_cpu --seed 42
         --report_to none --train_sampling_strategy group_by_length --output_dir {run} --resume_from_checkpoint true

@@ -20,8 +20,8 @@ from hf_fnl.training.tasks.packing import PACKED_LENGTH_HELP, PACKING_HELP, chec
 from hf_fnl.training.tasks.positions import check_length
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
 from hf_fnl.training.tasks.squad_evaluation import answer_questions
+from hf_fnl.training.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.training.tasks.tokenization import load_tokenizer
-from hf_fnl.training.tasks.workers import TextTrainingArguments
 
 
 @dataclass
@@ -55,7 +55,7 @@ class DataOptions:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    data, args = parse_arguments(argv, DataOptions, TextTrainingArguments, description=__doc__)
+    data, args = parse_arguments(argv, DataOptions, SquadTrainingArguments, description=__doc__)
     options = SquadOptions(
         max_seq_length=data.max_seq_length, doc_stride=data.doc_stride, max_query_length=data.max_query_length
     )

@@ -34,7 +34,7 @@ PRETRAINING = """
 """
 FINE_TUNING = """
     --model {folder}/pretrained --train_dataset embedded --max_seq_length 256 --doc_stride 64
-    --optim flambe --learning_rate 2e-3 --num_train_epochs {epochs} --warmup_steps 0.1
+    --learning_rate 1e-3 --num_train_epochs {epochs}
     --per_device_train_batch_size 16 --per_device_eval_batch_size 32 --logging_steps 10 --diagnostics_steps 10
     --save_strategy no --report_to tensorboard --use_cpu --output_dir {folder}/squad
 """

@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", help="where models and logs go")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where results go")
-    parser.add_argument("--script", type=Path, default=ROOT / "run_scripts" / "train_vision.py", help="what trains")
+    parser.add_argument("--script", type=Path, help="what trains. Default: the script that each table names")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, each with its share of the cores")
     parser.add_argument("--list", action="store_true", help="say how far every training is, and stop")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="flags for every training; comes last")
@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return outcome
     for run, future in train_all(runs, options.jobs):
         try:
-            outcome["results"][run.row.table.name] = add_run(options.out, run, future.result(), invocation(options))
+            outcome["results"][run.row.table.name] = add_run(
+                options.out, run, future.result(), invocation(options), [row for row in rows if not row.trained]
+            )
             logger.info("%s: done", run.name)
         except (RuntimeError, ValueError) as error:
             outcome["failed"][run.name] = str(error)

@@ -7,6 +7,7 @@ python run_scripts/train_clm.py config.yaml
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,8 @@ from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
 from hf_fnl.training.tasks.clm import BlockDataset, build_blocks
 from hf_fnl.training.tasks.documents import DocumentOptions
 from hf_fnl.training.tasks.tokenization import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 RANKS = ("qkv_rank", "qk_rank", "ov_rank", "ffn_rank", "embedding_rank")
 
@@ -90,11 +93,18 @@ class DataOptions(DocumentOptions):
     validation_split: str = field(default="validation", metadata={"help": "Split of validation_dataset."})
     vocab_size: int = field(default=50257, metadata={"help": "Size of a tokenizer that is trained."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens of an example. Default: n_positions."})
+    eval_block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a block of the evaluation. Default: block_size. Positions beyond those of the training "
+            "are untrained."
+        },
+    )
     eval_stride: int | None = field(
         default=None,
         metadata={
             "help": "Tokens that a block of the evaluation predicts; the others in it are context. Default: "
-            "block_size - 1, the fewest blocks."
+            "eval_block_size - 1, the fewest blocks."
         },
     )
 
@@ -139,6 +149,26 @@ def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, int | No
     return build(model_class, FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
 
 
+def block_sizes(data: DataOptions, n_positions: int, *, is_fresh: bool) -> tuple[int, int]:
+    """Tokens of a block, in training and in evaluation.
+
+    Raises:
+        ValueError: If the model has fewer positions.
+    """
+    block_size = data.block_size or n_positions
+    eval_block_size = data.eval_block_size or block_size
+    for name, size in (("block_size", block_size), ("eval_block_size", eval_block_size)):
+        if size > n_positions:
+            raise ValueError(f"{name}: the model's n_positions is {n_positions}, got {size}")
+    if is_fresh and eval_block_size > block_size:
+        logger.warning(
+            "eval_block_size=%d is above block_size=%d: the positions in between are evaluated as they were drawn",
+            eval_block_size,
+            block_size,
+        )
+    return block_size, eval_block_size
+
+
 def held_out_blocks(data: DataOptions, tokenizer: Any, block_size: int) -> BlockDataset | None:
     """The blocks to evaluate on, if any."""
     documents = data.validation()
@@ -158,13 +188,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with named("init_from", options.init_from):
             check_source(options.init_from)
             positions = AutoConfig.from_pretrained(options.init_from).n_positions
-    if data.block_size and data.block_size > positions:
-        raise ValueError(f"block_size: the model's n_positions is {positions}, got {data.block_size}")
+    block_size, eval_block_size = block_sizes(data, positions, is_fresh=options.init_from is None)
     set_seed(args.seed)
     tokenizer = choose_tokenizer(options, data, args)
     model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)
-    block_size = data.block_size or model.config.n_positions
-    held_out = held_out_blocks(data, tokenizer, block_size)
+    held_out = held_out_blocks(data, tokenizer, eval_block_size)
     documents = data.training(streaming=data.streaming)
     trainer = FLAMBeTrainer(
         model,

@@ -339,6 +339,17 @@ def test_the_script_writes_a_model_its_tokenizer_metrics_and_settings(tmp_path, 
     assert again["eval_nats_per_token"] == pytest.approx(metrics["eval_nats_per_token"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("size", "evaluated", "warned"), [(16, 32, True), (32, 16, False), (16, None, False)])
+def test_the_script_evaluates_at_another_length_than_it_trains(tmp_path, held_out, caplog, size, evaluated, warned):
+    flags = ["--block_size", str(size), *(["--eval_block_size", str(evaluated)] if evaluated else [])]
+    found = run(tmp_path / "run", *flags, *held_out)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    blocks = build_blocks(documents(), load_tokenizer(tmp_path / "run"), block_size=evaluated or size)
+    again = evaluate(tmp_path, model, blocks, 3)
+    assert again["eval_nats_per_token"] == pytest.approx(found["eval_nats_per_token"], rel=1e-5)
+    assert ("positions in between are evaluated as they were drawn" in caplog.text) == warned
+
+
 def test_the_script_on_the_stock_class_while_streaming_and_further_from_its_model(tmp_path):
     stock = ("--stock", "true", "--streaming", "true", "--optim", "adamw_torch", "--block_size", "16")
     assert "eval_loss" not in run(tmp_path / "one", *stock)
@@ -369,6 +380,7 @@ def test_the_script_trains_dense_and_then_goes_on_at_low_rank(tmp_path):
         (["--stock", "true", "--rank_scale", "0.5", "--ov_rank", "2"], "takes no ranks, got rank_scale, ov_rank"),
         (["--qkv_rank", "25"], r"qkv_rank must be in \[1, 24\], got 25"),
         (["--block_size", "33"], "block_size: the model's n_positions is 32, got 33"),
+        (["--eval_block_size", "33"], "eval_block_size: the model's n_positions is 32, got 33"),
         (["--block_size", "1"], "block_size must be at least 2, got 1"),
         (["--validation_dataset", "embedded", "--eval_stride", "32"], "stride must be .* which is 32; got 32"),
         (["--dataset", "./nowhere.txt"], "no such file or folder: nowhere.txt"),
@@ -381,6 +393,7 @@ def test_the_script_trains_dense_and_then_goes_on_at_low_rank(tmp_path):
         "stock",
         "rank",
         "long block",
+        "long block of the evaluation",
         "short block",
         "stride",
         "data",

@@ -35,7 +35,7 @@ QUIET = "--use_cpu --report_to none --disable_tqdm true --logging_steps 1"
 SIZE = "--vocab_size 300 --max_documents 12 --ov_rank 5 --ffn_rank 7 --embedding_rank 11 --weight_decay 0.1 --dropout 0"
 RUNS = {
     "pretrain_bert": f"""{SIZE} --hidden_size 24 --num_hidden_layers 2 --num_attention_heads 3 --intermediate_size 40
-        --max_position_embeddings 32 --phases 16:3 24:2:1e-3 --learning_rate 0.01 --save_steps 1 --max_grad_norm 0
+        --max_position_embeddings 32 --phases 16:3 24:2:1e-3::16 --learning_rate 0.01 --save_steps 1 --max_grad_norm 0
         --validation_dataset embedded --max_validation_documents 2""",
     "train_clm": f"""{SIZE} --n_embd 24 --n_layer 2 --n_head 3 --n_positions 32 --max_steps 3 --learning_rate 0.01
         --save_strategy no --frobenius_decay ov --validation_dataset embedded --validation_split train

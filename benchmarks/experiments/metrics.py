@@ -21,10 +21,14 @@ def _effective_rank(run: Path, metrics: dict[str, Any]) -> float:
     return statistics.fmean(figures["effective_rank"] for figures in last["products"].values())
 
 
-METRICS = {
+METRICS: dict[str, Callable[[Path, dict[str, Any]], float]] = {
     "accuracy": _percentage("eval_accuracy"),
     "top5": _percentage("eval_top5_accuracy"),
     "effective_rank": _effective_rank,
+    "perplexity": lambda run, metrics: metrics["eval_perplexity_per_token"],
+    "word_perplexity": lambda run, metrics: metrics["eval_perplexity_per_word"],
+    "bleu": lambda run, metrics: metrics["test"]["tokenized_bleu"],
+    "hours": lambda run, metrics: metrics["seconds"] / 3600,
 }
 
 

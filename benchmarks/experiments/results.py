@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.experiments.metrics import measure
+from benchmarks.experiments.rows import Row
 from benchmarks.experiments.runs import Run, suffix
 from benchmarks.house.machine import machine
 from benchmarks.house.record import write_result
@@ -20,7 +22,9 @@ from hf_fnl.training.files import write_text
 _ALSO = ("eval_loss", "train_loss", "seconds_per_epoch", "seconds", "peak_memory_bytes", "command", "commit")
 
 
-def add_run(folder: Path, run: Run, found: dict[str, Any], command: str) -> dict[str, Any]:
+def add_run(
+    folder: Path, run: Run, found: dict[str, Any], command: str, untrained: Sequence[Row] = ()
+) -> dict[str, Any]:
     """Add a finished run to the results of its table: JSON, and a table in Markdown beside it.
 
     Those of the two scales are two files. Seeds of the same row that stand there stay, unless they were trained with
@@ -31,6 +35,7 @@ def add_run(folder: Path, run: Run, found: dict[str, Any], command: str) -> dict
         run: What was run.
         found: Its metrics, command and seconds, as :meth:`Run.train` returns them.
         command: The command that runs the table.
+        untrained: Rows of which there are published numbers only; those of this table stand beside the run.
 
     Returns:
         All that the JSON holds.
@@ -45,6 +50,9 @@ def add_run(folder: Path, run: Run, found: dict[str, Any], command: str) -> dict
     cells = result.get("cells", {})
     key = f"{run.row.name} {run.column}"
     cells[key] = _cell(run, cells.get(key), {str(run.seed): figures}, found.get("parameters"))
+    for row in untrained:
+        if row.table.name == table.name:
+            cells |= {f"{row.name} {column}": _published(row, column) for column in row.paper}
     order = {column: number for number, column in enumerate(table.columns)}
     described = machine("cuda" if torch.cuda.is_available() else "cpu")
     result = {
@@ -86,6 +94,13 @@ def _cell(
     }
 
 
+def _published(row: Row, column: str) -> dict[str, Any]:
+    """A row's column of which nothing is trained."""
+    metrics = {name: {"mean": None, "std": None, "paper": value} for name, value in row.published(column).items()}
+    known = {"row": row.row, "column": column, "settings": None, "instead_of": {}, "source": row.source}
+    return {**known, "parameters": None, "metrics": metrics, "seeds": {}}
+
+
 def _summary(values: list[float]) -> dict[str, float | None]:
     """Mean and sample standard deviation."""
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
@@ -107,11 +122,12 @@ def _line(cell: dict[str, Any]) -> dict[str, Any]:
     line: dict[str, Any] = {"row": cell["row"], "column": cell["column"]}
     for metric, summary in cell["metrics"].items():
         spread = "" if summary["std"] is None else f" ± {summary['std']:.2f}"
-        line |= {metric: f"{summary['mean']:.2f}{spread}", f"{metric}, paper": summary["paper"]}
+        mean = None if summary["mean"] is None else f"{summary['mean']:.2f}{spread}"
+        line |= {metric: mean, f"{metric}, paper": summary["paper"]}
     parameters = cell["parameters"] or {}
     seconds = [figures["seconds_per_epoch"] for figures in cell["seeds"].values() if figures.get("seconds_per_epoch")]
     return line | {
-        "seeds": len(cell["seeds"]),
+        "seeds": len(cell["seeds"]) or None,
         "parameters": parameters.get("nonzero", parameters.get("total")),
         "share of dense": parameters.get("ratio"),
         "seconds per epoch": statistics.median(seconds) if seconds else None,

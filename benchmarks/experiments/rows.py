@@ -6,6 +6,8 @@ beside the folder holds what belongs to the data. A row has a training for each 
     row: ResNet-32 x2, low-rank (SI and FD)
     settings: {model: resnet32x2, factor_init: spectral, decay: frobenius}
     paper: {cifar10_10: 94.34, tiny_imagenet_15: 62.24 ± 0.39, cifar10_2: null}
+
+A method that the project does not have is a row with ``trained: false``: its published numbers stand in the table.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Images by the name that columns give them."""
+    """Images or text by the name that columns give them."""
 
-    hub: Settings  # flags that load it from the Hub
+    hub: Settings | None = None  # flags that load it from the Hub; none where it is not there
+    place: Sequence[str] = ("dataset",)  # flags that take the file or folder where it lies
     settings: Settings = field(default_factory=dict)  # flags that hold wherever it lies
 
 
@@ -43,7 +46,8 @@ class Table:
     name: str
     datasets: Mapping[str, Dataset]
     title: str
-    columns: Mapping[str, Settings]  # flags of each column, and ``data``, the name of its data set
+    columns: Mapping[str, Settings]  # flags of each column; ``data``, the name of its data set; and ``small``
+    script: str = "train_vision.py"  # in run_scripts, what trains
     source: str | None = None  # of the paper's numbers
     metrics: Sequence[str] = ("accuracy",)
     settings: Settings = field(default_factory=dict)
@@ -72,6 +76,7 @@ class Row:
     settings: Settings = field(default_factory=dict)
     small: Settings = field(default_factory=dict)
     source: str | None = None  # where it is not that of the table
+    trained: bool = True  # whether the project can
 
     def __post_init__(self) -> None:
         if unknown := [column for column in self.paper if column not in self.table.columns]:
@@ -95,14 +100,14 @@ class Row:
     def flags(self, column: str, scale: str) -> Settings:
         """Flags of the training of a column, without those that say where the data lies.
 
-        Later ones win: data set, table, column, row; on the scale ``"small"`` then ``small`` of table and row. A flag
-        whose value is ``None`` is left out.
+        Later ones win: data set, table, column, row; on the scale ``"small"`` then ``small`` of table, column and row.
+        A flag whose value is ``None`` is left out.
         """
         table = self.table
-        of_column = {flag: value for flag, value in table.columns[column].items() if flag != "data"}
+        of_column = {flag: value for flag, value in table.columns[column].items() if flag not in ("data", "small")}
         flags = table.datasets[self.data(column)].settings | table.settings | of_column | self.settings
         if scale == "small":
-            flags = flags | table.small | self.small
+            flags = flags | table.small | table.columns[column].get("small", {}) | self.small
         return {flag: value for flag, value in flags.items() if value is not None}
 
 

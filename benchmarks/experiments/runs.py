@@ -95,7 +95,7 @@ class Launch:
     """How rows become trainings.
 
     Args:
-        script: What trains; it reads its flags into dataclasses.
+        script: What trains in place of the tables' own scripts; it reads its flags into dataclasses.
         runs: Folder of all runs; those of the two scales do not meet in it.
         places: Where data sets lie, as :func:`data_places` gives them.
         scale: ``"full"`` or ``"small"``.
@@ -103,30 +103,31 @@ class Launch:
 
     Raises:
         FileNotFoundError: If there is no such script.
-        ValueError: If ``extra`` has a flag that the script does not have.
     """
 
-    script: Path
     runs: Path
     places: Mapping[str, str | None]
+    script: Path | None = None
     scale: str = "full"
     extra: Settings = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.script.is_file():
+        if self.script is not None and not self.script.is_file():
             raise FileNotFoundError(f"no such script: {self.script}")
-        self._check(self.extra, "--extra")
 
     def plan(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
         """All trainings of rows, the first seed of every row before the second of any.
 
         Raises:
-            ValueError: If a row has a flag that the script does not have.
+            FileNotFoundError: If a table names a script that is not there.
+            ValueError: If a row or ``extra`` has a flag that the script does not have.
         """
+        rows = [row for row in rows if row.trained]
         for row in rows:
-            self._check(
-                [flag for column in row.paper for scale in SCALES for flag in row.flags(column, scale)], row.path
-            )
+            script = self._script(row)
+            _check(self.extra, script, "--extra")
+            flags = [flag for column in row.paper for scale in SCALES for flag in row.flags(column, scale)]
+            _check(flags, script, row.path)
         return [self._run(row, column, seed) for seed in dict.fromkeys(seeds) for row in rows for column in row.paper]
 
     def _run(self, row: Row, column: str, seed: int) -> Run:
@@ -136,13 +137,17 @@ class Launch:
         command = None
         if data in self.places:
             place = self.places[data]
-            where = row.table.datasets[data].hub if place is None else {"dataset": place}
-            command = self._command(settings | where | self.extra, seed, folder)
+            known = row.table.datasets[data]
+            where = known.hub or {} if place is None else dict.fromkeys(known.place, place)
+            command = self._command(self._script(row), settings | where | self.extra, seed, folder)
         return Run(
             row=row, column=column, seed=seed, scale=self.scale, settings=settings, folder=folder, command=command
         )
 
-    def _command(self, settings: Settings, seed: int, folder: Path) -> list[str]:
+    def _script(self, row: Row) -> Path:
+        return self.script or ROOT / "run_scripts" / row.table.script
+
+    def _command(self, script: Path, settings: Settings, seed: int, folder: Path) -> list[str]:
         habits: Settings = {
             "seed": seed,
             "use_cpu": not torch.cuda.is_available(),
@@ -151,17 +156,21 @@ class Launch:
             "output_dir": relative(folder),
             "resume_from_checkpoint": True,
         }
-        return [relative(self.script), *_words(settings | habits)]
+        return [relative(script), *_words(settings | habits)]
 
-    def _check(self, flags: Iterable[str], source: str) -> None:
-        if unknown := sorted(set(flags) - self._known):
-            raise ValueError(f"{source}: {relative(self.script)} has no flag {unknown[0]}")
 
-    @functools.cached_property
-    def _known(self) -> set[str]:
-        """Fields of all dataclasses that the script names."""
-        kinds = [kind for kind in runpy.run_path(str(self.script)).values() if isinstance(kind, type)]
-        return {option.name for kind in kinds if dataclasses.is_dataclass(kind) for option in dataclasses.fields(kind)}
+def _check(flags: Iterable[str], script: Path, source: str) -> None:
+    if unknown := sorted(set(flags) - _flags_of(script)):
+        raise ValueError(f"{source}: {relative(script)} has no flag {unknown[0]}")
+
+
+@functools.cache
+def _flags_of(script: Path) -> set[str]:
+    """Fields of all dataclasses that a script names."""
+    if not script.is_file():
+        raise FileNotFoundError(f"no such script: {script}")
+    kinds = [kind for kind in runpy.run_path(str(script)).values() if isinstance(kind, type)]
+    return {option.name for kind in kinds if dataclasses.is_dataclass(kind) for option in dataclasses.fields(kind)}
 
 
 def _words(settings: Settings) -> Iterator[str]:
@@ -206,15 +215,17 @@ def data_places(entries: Sequence[str], rows: Sequence[Row]) -> dict[str, str | 
         Place of each data set that is at hand, ``None`` for the Hub.
 
     Raises:
-        ValueError: If no row knows the name.
+        ValueError: If no row knows the name, or the Hub has no such data.
         FileNotFoundError: If there is nothing at the place.
     """
-    names = sorted({name for row in rows for name in row.table.datasets})
+    names = {name: known for row in rows for name, known in sorted(row.table.datasets.items())}
     places: dict[str, str | None] = {}
     for entry in entries:
         name, _, place = entry.partition("=")
         if name not in names:
             raise ValueError(f"--data: no data set {name!r}; there are {', '.join(names)}")
+        if not place and names[name].hub is None:
+            raise ValueError(f"--data {name}: it is not on the Hub; give {name}=FOLDER")
         if place and not Path(place).exists():
             raise FileNotFoundError(f"--data {name}: no such file or folder: {place}; give {name} alone for the Hub's")
         places[name] = relative(place) if place else None

@@ -69,6 +69,7 @@ class Phase:
             ValueError: If the warm-up takes all steps of the phase, or no accumulation makes the batch.
         """
         args = copy.copy(args)
+        args.deepspeed_plugin = copy.deepcopy(args.deepspeed_plugin)  # a Trainer fills in its accumulation for good
         args.output_dir = str(Path(args.output_dir) / f"phase-{number}")
         args.max_steps = self.steps or args.max_steps
         args.learning_rate = self.learning_rate or args.learning_rate
@@ -88,6 +89,11 @@ class Phase:
             raise ValueError(
                 f"phases: {self.text} says how large a batch is; leave out gradient_accumulation_steps, got "
                 f"{args.gradient_accumulation_steps}"
+            )
+        if args.deepspeed is not None:
+            raise ValueError(
+                f"phases: the batch of {self.text} and deepspeed={args.deepspeed}, which is read before it, do not go "
+                "together: launch with accelerate and run_scripts/launch/zero2.yaml or its like"
             )
         at_once = args.train_batch_size * args.world_size
         if self.batch is None or self.batch % at_once:

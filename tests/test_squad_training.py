@@ -1,0 +1,73 @@
+"""Fine-tuning on SQuAD: BERT's own routine, whatever optimizer pretrained the model."""
+
+from __future__ import annotations
+
+import json
+
+import finetune_squad
+import pretrain_bert
+import pytest
+import torch
+
+from benchmarks import k21_table4
+from hf_fnl import FLAMBe, Lamb
+from hf_fnl.training import FLAMBeTrainer
+from hf_fnl.training.runs import parse_arguments
+from hf_fnl.training.tasks.squad_training import SquadTrainingArguments
+
+QUIET = "--use_cpu --report_to none --disable_tqdm true --logging_steps 1 --save_strategy no"
+
+
+@pytest.fixture
+def optimizers(monkeypatch):
+    """The optimizers that trainers make, in their order."""
+    made: list[torch.optim.Optimizer] = []
+    create = FLAMBeTrainer.create_optimizer
+
+    def watch(trainer, *args, **kwargs):
+        made.append(create(trainer, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(FLAMBeTrainer, "create_optimizer", watch)
+    return made
+
+
+@pytest.mark.parametrize(("optim", "kind"), [("flambe", FLAMBe), ("lamb", Lamb), ("sgd", torch.optim.SGD)])
+def test_all_pretrained_models_are_fine_tuned_alike(tmp_path, optimizers, optim, kind):
+    pretrain_bert.main(
+        f"""--vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 1 --num_attention_heads 3
+        --max_position_embeddings 64 --phases 16:1 --optim {optim} --output_dir {tmp_path / "bert"} {QUIET}""".split()
+    )
+    finetune_squad.main(
+        f"""--model {tmp_path / "bert"} --max_train_questions 24 --max_eval_questions 2 --max_seq_length 64
+        --doc_stride 16 --max_query_length 16 --max_steps 20 --output_dir {tmp_path / "squad"} {QUIET}""".split()
+    )
+    assert isinstance(optimizers[0], kind)
+    assert isinstance(optimizers[-1], torch.optim.AdamW)
+    history = json.loads((tmp_path / "squad" / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    expected = [3e-5 * step / 2 for step in (0, 1)] + [3e-5 * (20 - step) / 18 for step in range(2, 20)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_defaults_are_those_of_bert(tmp_path):
+    args = SquadTrainingArguments(str(tmp_path), use_cpu=True)
+    assert (args.optim, args.learning_rate, args.num_train_epochs, args.weight_decay) == ("adamw_torch", 3e-5, 2, 0.01)
+    assert (args.lr_scheduler_type, args.get_warmup_steps(1000)) == ("linear", 100)
+    assert (args.train_batch_size, args.adam_epsilon, args.frobenius_decay) == (12, 1e-6, [])
+
+
+def test_the_cells_of_k21_table_4_differ_by_optimizer_and_heads_alone(tmp_path):
+    pretraining, finetuning = {}, {}
+    for name, (optim, rank) in k21_table4.CELLS.items():
+        words = k21_table4.pretraining_command(optim, rank, tmp_path, tmp_path, 1000)[1:]
+        _, data, args = parse_arguments(
+            words, pretrain_bert.ModelOptions, pretrain_bert.DataOptions, pretrain_bert.TextTrainingArguments
+        )
+        pretraining[name] = (args.optim, *args.frobenius_decay, args.frobenius_mode, args.weight_decay)
+        assert (data.phases, args.lr_power) == (["128:1000::0.2843"], 0.5)
+        finetuning[name] = k21_table4.finetuning_command(tmp_path, tmp_path)
+    assert {pretraining[f"lamb-{rank}"] for rank in (64, 32)} == {("lamb", "decoupled", 0.01)}
+    assert {pretraining[f"lamb_frobenius-{rank}"] for rank in (64, 32)} == {("lamb", "ov", "coupled", 0.01)}
+    assert {pretraining[f"flambe-{rank}"] for rank in (64, 32)} == {("flambe", "ov", "decoupled", 0.01)}
+    assert len({tuple(words) for words in finetuning.values()}) == 1
