@@ -1,0 +1,175 @@
+"""What the READMEs say of results, held against the results and the code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import statistics
+
+import finetune_squad
+import pretrain_bert
+import pytest
+import torch
+import train_translation
+from transformers import BertConfig, BertModel
+
+from benchmarks.house.record import ROOT
+from hf_fnl import FactorizedBertConfig, FactorizedBertModel
+from hf_fnl.training.runs import parse_arguments
+from hf_fnl.training.tasks.pretraining_phases import plan_phases
+from hf_fnl.training.tasks.translation_training import TranslationArguments
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+CARD = (ROOT / "model_cards" / "bert-4x256-flambe.md").read_text(encoding="utf-8")
+
+
+def cells(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["cells"]
+
+
+def says(text: str, words: str) -> bool:
+    """Whether a text has these words, wherever its lines break."""
+    return words in " ".join(text.split())
+
+
+def command(script: str, *has: str) -> list[str]:
+    """Flags of the README's command of a script that has these."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    (found,) = [line for line in lines if f"run_scripts/{script}" in line and all(word in line for word in has)]
+    words = shlex.split(found, comments=True)
+    return words[words.index(f"run_scripts/{script}") + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "saved", "blog"), [(768, 12, "14.17 M", "14.3 M"), (1024, 24, "50.37 M", "44.2 M")]
+)
+def test_what_heads_of_half_the_width_save(width, layers, saved, blog):
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
+    sizes["intermediate_size"] = 4 * width
+    with torch.device("meta"):
+        dense = BertModel(BertConfig(**sizes))
+        halved = FactorizedBertModel(FactorizedBertConfig(**sizes, qk_rank=32, ov_rank=32))
+    difference = dense.num_parameters() - halved.num_parameters()
+    assert difference == layers * (4 * width * width // 2 + 3 * width // 2)  # matrices; biases of queries, keys, values
+    assert f"{difference / 1e6:.2f} M" == saved
+    assert says(README, saved)
+    assert says(README, blog)
+
+
+def test_the_readmes_pretraining_is_nvidias_recipe_for_lamb(tmp_path, monkeypatch):
+    words = command("pretrain_bert.py", "--lr_power")
+    words.remove("--bf16")
+    words[words.index("--output_dir") + 1] = str(tmp_path)
+    kinds = (pretrain_bert.ModelOptions, pretrain_bert.DataOptions, pretrain_bert.TextTrainingArguments)
+    options, data, args = parse_arguments([*words, "--use_cpu"], *kinds)
+    monkeypatch.setattr(type(args), "world_size", 8)
+    (first, one), (second, two) = plan_phases(data.phases, args)
+    found = [
+        (phase.length, own.max_steps, own.learning_rate, own.warmup_steps, phase.batch)
+        for phase, own in ((first, one), (second, two))
+    ]
+    assert found == [(128, 7038, 6e-3, 0.2843, 65536), (512, 1563, 4e-3, 0.128, 32768)]
+    assert [own.gradient_accumulation_steps for own in (one, two)] == [128, 64]
+    assert says(README, "65,536 sequences are 8 GPUs # x 64 x 128 accumulated, 32,768 are 8 x 64 x 64")
+    assert (str(args.lr_scheduler_type.value), args.lr_power, args.weight_decay) == ("polynomial", 0.5, 0.01)
+    assert (options.qk_rank, options.ov_rank, options.ffn_rank, args.optim) == (32, 32, None, "flambe")
+
+
+def test_the_readmes_translation_is_that_of_khodak_et_al(tmp_path):
+    kinds = (train_translation.ModelOptions, train_translation.DataOptions, TranslationArguments)
+    options, data, args = parse_arguments([*command("train_translation.py", "--warmup_start"), "--use_cpu"], *kinds)
+    assert (options.normalize_before, options.dropout, data.vocab_size, args.max_tokens) == (True, 0.2, 10000, 4000)
+    assert (args.learning_rate, args.warmup_start, args.warmup_steps, args.max_steps) == (0.25, 1.0, 4000, 100000)
+    assert (args.optim, args.optim_args, args.max_grad_norm) == ("sgd", "momentum=0.99,nesterov=True", 0.1)
+    assert (args.frobenius_decay, args.frobenius_mode, args.weight_decay) == (["ov"], "coupled", 0)
+
+
+def test_the_readmes_fine_tuning_leaves_the_routine_as_it_is():
+    given = {word for word in command("finetune_squad.py") if word.startswith("--")}
+    known = set(finetune_squad.DataOptions.__dataclass_fields__) | {"output_dir"}
+    assert {word.removeprefix("--") for word in given} <= known
+
+
+def test_updates_to_a_loss():
+    path = ROOT / "benchmarks" / "results" / "time_to_loss.json"
+    rows = {row["case"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    updates = {case: [row[f"updates to {loss}"] for loss in ("6", "5.5", "5.2")] for case, row in rows.items()}
+
+    def more(ours: str, theirs: str) -> list[int]:
+        return [round(100 * (a / b - 1)) for a, b in zip(updates[ours], updates[theirs], strict=True)]
+
+    assert all(share < 0 for share in more("factorized BERT, AdamW", "stock BERT, AdamW"))
+    assert more("factorized BERT, FLAMBe", "stock BERT, LAMB") == [12, 1, 1]
+    assert says(BENCHMARKS, "with FLAMBe more than the stock one with LAMB (12, 1 and 1 % more)")
+    assert not says(BENCHMARKS, "or fewer")
+
+
+def test_overcomplete_networks_beside_the_dense_one_of_the_same_seeds():
+    dense = cells("resnet20_low_rank-small")["dense cifar10"]["seeds"]
+    wide = {name.split()[0]: cell["seeds"] for name, cell in cells("resnet20_overcomplete-small").items()}
+
+    def mean(seeds: dict, only: dict) -> str:
+        return f"{statistics.fmean(seeds[seed]['accuracy'] for seed in only):.1f}"
+
+    assert [mean(wide["full_fd"], wide["full_fd"]), mean(dense, wide["full_fd"])] == ["72.6", "72.7"]
+    assert says(README, "Overcomplete 72.6 % with Frobenius decay")
+    assert says(README, "where the dense network has 72.7 % with the same two seeds")
+    assert says(BENCHMARKS, "(72.6 against 72.7 with the same two seeds)")
+    assert not says(BENCHMARKS, "shows in every one of them")
+
+
+def test_each_seed_of_the_low_rank_networks_has_the_order_of_the_paper():
+    found = cells("resnet20_low_rank-small")
+    for seed in ("1", "2", "3"):
+        plain, si, fd, both = (
+            found[f"low_rank{name} cifar10_10"]["seeds"][seed]["accuracy"] for name in ("", "_si", "_fd", "_si_fd")
+        )
+        assert max(si, fd) < plain < both
+
+
+def test_spectral_initialization_in_translation_by_perplexity_and_by_bleu():
+    found = list(cells("k21_figure4_small").values())
+    by = {(cell["rank scale"], cell["decay"], cell["init"]): cell for cell in found}
+    pairs = [(by[key[0], key[1], "spectral"], by[key[0], key[1], "default"]) for key in by if key[2] == "spectral"]
+    lower = sum(ours["validation perplexity"] < theirs["validation perplexity"] for ours, theirs in pairs)
+    higher = sum(ours["BLEU (tokens)"] > theirs["BLEU (tokens)"] for ours, theirs in pairs)
+    assert (len(pairs), lower, higher) == (9, 9, 6)
+    assert max(cell["BLEU (tokens)"] for cell in found) < 3
+    assert says(README, "the lower perplexity in all nine pairs and the higher BLEU in six, all of them below 3")
+    assert says(BENCHMARKS, "By BLEU it is ahead in six of the nine pairs.")
+
+
+def test_recovery_says_that_frobenius_decay_lost():
+    f1 = {name: f"{cell['f1']:.1f}" for name, cell in cells("squad_recovery").items()}
+    assert says(README, f"reaches F1 {f1['ordinary']} on SQuAD after two epochs on part of its data, the dense model")
+    assert says(README, f"{f1['dense']}. Frobenius decay lost there: {f1['frobenius']}.")
+
+
+def test_calibrated_truncation():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "minilm.json").read_text(encoding="utf-8"))["rows"]
+    for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3):
+        plain, calibrated = (rows[f"{share} ratio {kind}"] for kind in ("plain", "calibrated"))
+        assert calibrated["cosine"] > plain["cosine"]
+        assert calibrated["product error"] > plain["product error"]
+    assert says(README, f"a cosine of {rows['0.5 budget calibrated']['cosine']:.3f} at half")
+    assert says(README, f"where plain truncation keeps {rows['0.5 ratio plain']['cosine']:.3f}")
+
+
+def test_the_table_of_lamb_and_flambe():
+    for cell in cells("k21_table4_small").values():
+        heads = "full (64)" if cell["head_rank"] == 64 else "halved (32)"
+        name = {"lamb": "LAMB", "flambe": "FLAMBe"}[cell["optimizer"]]
+        line = (
+            f"| {name} | {heads} | {cell['parameters'] / 1e6:.2f} M | {cell['mlm_loss']:.3f} | "
+            f"{100 * cell['next_sentence_accuracy']:.1f} % | {cell['exact_match']:.2f} | {cell['f1']:.2f} |"
+        )
+        assert line in BENCHMARKS
+        assert line in CARD
+
+
+def test_every_table_of_experiments_is_listed():
+    tables = {path.name for path in (ROOT / "run_scripts" / "experiments").iterdir() if path.is_dir()}
+    assert {name for name in tables if f"`{name}`" not in BENCHMARKS} == set()
