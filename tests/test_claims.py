@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.house.record import ROOT
 from hf_fnl import FactorizedBertConfig, FactorizedBertModel
-from hf_fnl.training.runs import parse_arguments
+from hf_fnl.training.command_line import parse_arguments
 from hf_fnl.training.tasks.pretraining_phases import plan_phases
 from hf_fnl.training.tasks.translation_training import TranslationArguments
 
