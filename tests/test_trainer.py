@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from launching import launch
-from training_cases import losses, tiny_model, tiny_trainer
+from training_cases import losses, tiny_examples, tiny_model, tiny_trainer
 
-from hf_fnl import FLAMBe, FLAMBeTrainingArguments, Lamb, find_products
+from hf_fnl import (
+    FactorizationConfig,
+    FLAMBe,
+    FLAMBeTrainer,
+    FLAMBeTrainingArguments,
+    Lamb,
+    factorize_,
+    find_products,
+    merge_,
+)
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 
 WORKER = Path(__file__).parent / "workers" / "data_parallel.py"
@@ -36,6 +45,52 @@ def test_the_chosen_optimizer_is_the_one_that_runs(tmp_path, optim, expected):
     trainer = tiny_trainer(tmp_path, optim=optim, max_steps=1)
     trainer.train()
     assert type(trainer.optimizer.optimizer) is expected
+
+
+STALE = "the optimizer holds {} parameters that the BertForPreTraining no longer has .*build the optimizer after"
+LOW = FactorizationConfig(rank=4, include=("*.intermediate.*",))
+
+
+def given(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> FLAMBeTrainer:
+    options = {"use_cpu": True, "report_to": "none", "max_steps": 1, "disable_tqdm": True, "save_strategy": "no"}
+    args = FLAMBeTrainingArguments(folder, **options)
+    return FLAMBeTrainer(model, args, optimizers=(optimizer, None), train_dataset=tiny_examples())
+
+
+@pytest.mark.parametrize("change", [lambda m: factorize_(m, LOW), merge_], ids=["factorized", "merged"])
+@pytest.mark.parametrize("named", [False, True], ids=["shapes", "names"])
+def test_an_optimizer_of_parameters_that_surgery_replaced_is_refused(tmp_path, change, named):
+    model = tiny_model(stock=True)
+    if change is merge_:
+        factorize_(model, LOW)
+    optimizer = torch.optim.SGD(model.named_parameters() if named else model.parameters(), lr=0.1)
+    trainer = given(model, optimizer, tmp_path)
+    change(model)
+    message = STALE.format(2 if change is not merge_ else 4)
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer.train()
+    old, new = ("U", "weight") if change is merge_ else ("weight", "U")
+    assert f"and not its bert.encoder.layer.0.intermediate.dense.{new}" in str(caught.value)
+    if named:
+        assert f"no longer has (bert.encoder.layer.0.intermediate.dense.{old}" in str(caught.value)
+    with pytest.raises(ValueError, match=message):
+        given(model, optimizer, tmp_path)
+
+
+def test_so_is_the_optimizer_of_a_first_training(tmp_path):
+    trainer = tiny_trainer(tmp_path, tiny_model(stock=True), max_steps=1)
+    trainer.train()
+    factorize_(trainer.model, LOW)
+    with pytest.raises(ValueError, match=STALE.format(2)):
+        trainer.train()
+
+
+def test_an_optimizer_of_a_part_or_with_more_is_taken(tmp_path):
+    model = tiny_model(stock=True)
+    part = torch.optim.SGD(model.bert.pooler.parameters(), lr=0.1)
+    more = torch.optim.SGD([*model.parameters(), torch.nn.Parameter(torch.ones(3))], lr=0.1)
+    for optimizer in (part, more):
+        given(model, optimizer, tmp_path).train()
 
 
 def test_flambe_decays_ov_products_and_matrices_but_no_vectors(tmp_path):
