@@ -70,9 +70,10 @@ class RankRule:
 class FactorizationConfig(RankRule):
     """Which layers of a model are held as products, at which ranks, and how their factors start.
 
-    The largest rank, which ``rank_scale`` is a share of, is here ``min(m, n)`` for a linear layer or an embedding, and
-    for a convolution the rows of its kernel's matrix (Khodak et al. 2021, Sec. 3): ``out * kh`` or ``out``. A rank
-    that this makes higher than the matrix can have is lowered to that, unless ``overcomplete``.
+    The largest rank, which ``rank_scale`` is a share of, is here ``min(m, n)``. That is ``min(in * kh * kw, out)`` for
+    a convolution with ``conv_scheme="channel"`` (Kamalakara et al. 2022, Sec. 3.1.2); with ``"spatial"`` it is the
+    rows of the kernel's matrix, ``out * kh`` (Khodak et al. 2021, Sec. 3), and a rank that this makes higher than the
+    matrix can have is lowered to that, unless ``overcomplete``.
 
     Args:
         kinds: Any of ``"linear"`` (``torch.nn.Linear`` and GPT-2's ``Conv1D``), ``"embedding"`` and ``"conv"``.

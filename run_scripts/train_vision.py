@@ -67,7 +67,11 @@ class ModelOptions:
     )
     width: int | None = field(default=None, metadata={"help": "Channels of the first convolution. Default: published."})
     rank_scale: float | None = field(
-        default=None, metadata={"help": "Rank of every convolution as a share of the rows of its kernel's matrix."}
+        default=None,
+        metadata={
+            "help": "Rank of every convolution as a share of out * kernel height (spatial: Khodak et al. 2021) or of "
+            "min(in * kernel points, out) (channel: Kamalakara et al. 2022)."
+        },
     )
     ratio: float | None = field(
         default=None, metadata={"help": "Share of the parameters of the whole network that is kept."}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from vision_cases import OURS
 
-from hf_fnl import FactorizationConfig, factorize_, find_products, merge_
+from hf_fnl import FactorizationConfig, factorize_, find_products, merge_, vision_model
 from hf_fnl.layers import Factorized, TensorizedConv2d
 from hf_fnl.models.vision import inner_convolutions
 from hf_fnl.surgery import restore_
@@ -57,6 +57,42 @@ def test_a_network_in_every_form_saves_loads_and_merges(way, tmp_path):
     merge_(loaded)
     assert set(dict(loaded.named_parameters())) == names
     assert torch.allclose(loaded(**batch).logits, before.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "channel"])
+@pytest.mark.parametrize("scale", [0.1, 0.3, 0.5])
+def test_ranks_of_resnet50_are_those_of_the_papers(scheme, scale):
+    """K21, Sec. 3: a share of ``out k``. K22, Sec. 3.1.2: of ``min(in k k, out)``, which is never more than dense."""
+    with torch.device("meta"):
+        model = vision_model("resnet50", num_labels=1000)
+    shapes = {name: layer.weight.shape for name, layer in convolutions(model).items()}
+    replacements = factorize_(model, config(model, rank_scale=scale, conv_scheme=scheme)).replacements
+    assert len(replacements) == 52
+    for replacement in replacements:
+        out_channels, in_channels, height, width = shapes[replacement.name]
+        if scheme == "channel":
+            full = largest = min(in_channels * height * width, out_channels)
+            assert replacement.parameters_after <= replacement.parameters_before
+        else:
+            full, largest = out_channels * height, min(out_channels * height, in_channels * width)
+        assert replacement.rank == min(math.floor(scale * full + 0.5), largest)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "ranks"),
+    [
+        pytest.param((512, 128, 1), {}, {"channel": 38, "spatial": 38}, id="reduces"),
+        pytest.param((64, 256, 1), {}, {"channel": 19, "spatial": 64}, id="widens"),
+        pytest.param((4, 64, 3), {}, {"channel": 11, "spatial": 12}, id="few-channels"),
+        pytest.param((32, 64, 3), {"groups": 8}, {"channel": 11, "spatial": 12}, id="groups"),
+        pytest.param((16, 64, (3, 1)), {}, {"channel": 14, "spatial": 16}, id="column"),
+    ],
+)
+def test_a_rank_scale_is_a_share_of_the_rank_of_the_scheme(sizes, options, ranks):
+    for scheme, rank in ranks.items():
+        model = nn.Sequential(nn.Conv2d(*sizes, **options))
+        factorize_(model, FactorizationConfig(kinds=("conv",), rank_scale=0.3, conv_scheme=scheme))
+        assert model[0].rank == rank
 
 
 @pytest.mark.parametrize(("way", "scale"), [("full", 1), ("deep", 1), ("wide", 3)])

@@ -219,7 +219,7 @@ def _sizes(target: Target, config: FactorizationConfig) -> tuple[int, Callable[[
         return limit, lambda rank: TensorizedConv2d.parameter_count(kernel, rank, scheme), limit
     m, n = target.matrix.shape
     limit = sys.maxsize if config.overcomplete else min(m, n)
-    full = m if isinstance(target.first, nn.Conv2d) else min(m, n)
+    full = m if isinstance(target.first, nn.Conv2d) and target.scheme == "spatial" else min(m, n)
     return limit, lambda rank: rank * (m + n + rank * config.deep), full
 
 
