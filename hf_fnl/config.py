@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from hf_fnl.selectors import Selector
-from hf_fnl.spectral import check_method, check_rank
+from hf_fnl.spectral import DRAWN_METHODS, check_method, check_rank
 
 RULES = ("rank", "rank_scale", "ratio", "energy", "budget", "layer_ratio")  # each says ranks by itself
 LAYER_KINDS = ("linear", "embedding", "conv")
@@ -80,12 +80,13 @@ class FactorizationConfig(RankRule):
         include: Patterns of module names, as for a shell: ``"*.mlp.*"``. One of them has to match.
         exclude: Patterns of names that are left dense.
         classes: Classes of layers to take, subclasses not included. Empty takes the stock classes of ``kinds``.
-        init: ``"spectral"``, ``"spectral_ones"`` or, for a model that has not been trained, ``"default"``.
+        init: ``"spectral"``, ``"spectral_ones"`` or, for a model that has not been trained, ``"default"`` or ``"he"``;
+            see :func:`~hf_fnl.spectral.initial_factors`.
         conv_scheme: ``"spatial"``, a column of the kernel after a row (Khodak et al. 2021); ``"channel"``, the kernel
             into ``rank`` channels and then 1-by-1 (Kamalakara et al. 2022); or ``"tt"`` or ``"tucker"``, the kernel as
             a tensor, see :class:`~hf_fnl.layers.TensorizedConv2d`.
         overcomplete: Allows ranks above those of the matrices, for training that is multiplied back afterwards, and a
-            ``rank_scale`` above 1. Factors are drawn: ``init`` is ``"default"``.
+            ``rank_scale`` above 1. Factors are drawn: ``init`` is ``"default"`` or ``"he"``.
         deep: Holds ``U M V^T`` with ``M`` starting as the identity.
 
     The three ways of Khodak et al. 2021, Sec. 5, to train an overcomplete network are ``rank_scale=1`` ("full"),
@@ -120,8 +121,8 @@ class FactorizationConfig(RankRule):
             self._check_tensors()
         if "embedding" in self.kinds and (self.overcomplete or self.deep):
             raise ValueError("overcomplete and deep are for linear layers and convolutions, not for kind 'embedding'")
-        if self.overcomplete and self.init != "default":
-            raise ValueError(f"overcomplete factors are drawn: set init='default', got {self.init!r}")
+        if self.overcomplete and self.init not in DRAWN_METHODS:
+            raise ValueError(f"overcomplete factors are drawn: set init='default' or 'he', got {self.init!r}")
         if self.overcomplete and self.rank is None and self.rank_scale is None:
             raise ValueError("overcomplete needs rank or rank_scale: other rules look for fewer parameters")
 
@@ -175,9 +176,10 @@ class TransformerRanks:
         ffn_rank: Rank of both feed-forward matrices of a layer.
         qkv_rank: Rank of the one matrix that gives queries, keys and values, where a model has it.
         embedding_rank: Rank of the word embedding, and of the output matrix that is tied to it.
-        init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022) or ``"default"``; or one
-            of them for each of some selectors, as in ``{"linear": "spectral", "ov:encoder": "spectral"}``, and
-            ``"default"`` for what none of them names. A selector with a part goes before one without.
+        init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022), ``"he"`` (the baseline
+            of the latter) or ``"default"``; or one of them for each of some selectors, as in
+            ``{"linear": "spectral", "ov:encoder": "he"}``, and ``"default"`` for what none of them names. A selector
+            with a part goes before one without.
 
     Raises:
         ValueError: If a rank is below 1, ``init`` is unknown, or a matrix is to be factorized in two ways.

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-INIT_METHODS = ("spectral", "spectral_ones", "default")
+DRAWN_METHODS = ("default", "he")  # draw the factors themselves, not a weight to be split
+INIT_METHODS = ("spectral", "spectral_ones", *DRAWN_METHODS)
 
 # Largest entry of ``Q^T Q - I`` that passes. Rounding in the Gram matrix turns ``P`` a little, but its columns stay
 # orthonormal and ``P diag(S) Q^T = P P^T W`` holds; what is lost, and measured, is the orthogonality of ``Q``.
@@ -206,8 +207,12 @@ def initial_factors(
 ) -> tuple[Tensor, Tensor]:
     r"""Fresh factors of a layer, drawn with the dense layer's own initialization.
 
-    ``"spectral"`` and ``"spectral_ones"`` draw the dense weight and split it. ``"default"`` draws each factor as a
-    layer of its own: ``U`` as the weight of ``Linear(rank, m)``, ``V^T`` as that of ``Linear(n, rank)``.
+    ``"spectral"`` and ``"spectral_ones"`` draw the dense weight and split it. The others draw each factor as a layer
+    of its own, ``U`` as the weight of ``Linear(rank, m)`` and ``V^T`` as that of ``Linear(n, rank)``: ``"default"`` as
+    ``draw`` draws weights, ``"he"`` by the rule of He et al. 2015, the baseline of Kamalakara et al. 2022.
+
+    A ``draw`` at one small standard deviation ``s``, as that of BERT and GPT-2 at 0.02, makes ``"default"`` products of
+    entries at ``s^2 sqrt(rank)``, far below those of a dense weight; ``"he"`` scales each factor by its own fan-in.
 
     Args:
         shape: Shape ``(m, n)`` of the dense weight.
@@ -222,14 +227,28 @@ def initial_factors(
     """
     check_method(method)
     m, n = shape
-    if method == "default":
+    if method in DRAWN_METHODS:
         U, Vt = torch.empty(m, rank, dtype=dtype, device=device), torch.empty(rank, n, dtype=dtype, device=device)
-        draw(Vt)
-        draw(U)
+        for factor in (Vt, U):
+            draw_factor(factor, draw, method)
         return U, Vt.mT.contiguous()
     weight = torch.empty(m, n, dtype=dtype, device=device)
     draw(weight)
     return spectral_init(weight, rank, method)
+
+
+def draw_factor(weight: Tensor, draw: Callable[[Tensor], object], method: str) -> None:
+    r"""Fill the weight ``(out, in, ...)`` of a factor, as a layer of its own, in place.
+
+    Args:
+        weight: What is filled.
+        draw: Fills it for ``"default"``.
+        method: ``"default"`` or ``"he"``, which draws normally with the variance ``2 / fan_in`` (He et al. 2015).
+    """
+    if method == "he":
+        torch.nn.init.kaiming_normal_(weight)
+    else:
+        draw(weight)
 
 
 def check_rank(rank: int, limit: int, option: str = "rank") -> None:
@@ -244,8 +263,13 @@ def check_method(method: str) -> None:
         raise ValueError(f"factor_init must be one of {', '.join(INIT_METHODS)}, got {method!r}")
 
 
-def _root(singular_values: Tensor, method: str) -> Tensor:
+def check_split_method(method: str) -> None:
+    """Raise a ``ValueError`` unless ``method`` is one of ``INIT_METHODS`` that split a weight."""
     check_method(method)
-    if method == "default":
-        raise ValueError("factor_init='default' draws the factors themselves; there is no weight to split")
+    if method in DRAWN_METHODS:
+        raise ValueError(f"factor_init={method!r} draws the factors themselves; there is no weight to split")
+
+
+def _root(singular_values: Tensor, method: str) -> Tensor:
+    check_split_method(method)
     return singular_values.sqrt() if method == "spectral" else torch.ones_like(singular_values)

@@ -26,7 +26,7 @@ from hf_fnl.hub import check_source
 from hf_fnl.layers import Factorized
 from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
 from hf_fnl.pruning import finalize_, prune_, sparsity, weights_to_keep
-from hf_fnl.spectral import INIT_METHODS
+from hf_fnl.spectral import DRAWN_METHODS, INIT_METHODS
 from hf_fnl.training.command_line import named, parse_arguments, run_script
 from hf_fnl.training.lottery import train_in_rounds
 from hf_fnl.training.metrics.accuracy import image_accuracy, topk_hits
@@ -129,8 +129,11 @@ class ModelOptions:
             raise ValueError(f"overcomplete={self.overcomplete} has more parameters, not a share: leave ratio out")
         if self.overcomplete == "do_conv" and self.rank_scale is not None:
             raise ValueError("overcomplete=do_conv has no ranks: leave rank_scale out")
-        if self.overcomplete and self.factor_init not in (None, "default"):
-            raise ValueError(f"overcomplete factors are drawn: factor_init must be default, got {self.factor_init!r}")
+        if self.overcomplete and self.factor_init not in (None, *DRAWN_METHODS):
+            raise ValueError(
+                f"overcomplete factors are drawn: factor_init must be {' or '.join(DRAWN_METHODS)}, got "
+                f"{self.factor_init!r}"
+            )
         if not self.rule and (self.conv_scheme != "spatial" or self.factor_init):
             option = "factor_init" if self.factor_init else "conv_scheme"
             raise ValueError(f"{option} says how factors are made: give rank_scale or ratio as well")
@@ -251,8 +254,10 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
     config = options.factorization(model)
     factorize: Callable[[nn.Module], object] | None = None
     if config is not None and args.dense_epochs:
-        if config.init == "default":
-            raise ValueError("dense_epochs trains weights that factor_init=default would draw anew: set it to spectral")
+        if config.init in DRAWN_METHODS:
+            raise ValueError(
+                f"dense_epochs trains weights that factor_init={config.init} would draw anew: set it to spectral"
+            )
         factorize_(copy.deepcopy(model).to("meta"), config)  # raises now, and not after the dense epochs
         factorize = functools.partial(factorize_, config=config)
     elif config is not None:

@@ -25,7 +25,7 @@ from hf_fnl import FactorizedBertConfig
         ({"embedding_rank": 22}, r"embedding_rank must be in \[1, 21\], got 22"),
         ({"vocab_size": 15, "embedding_rank": 16}, r"embedding_rank must be in \[1, 15\], got 16"),
         ({"num_attention_heads": 4}, r"multiple of num_attention_heads, got 21 and 4 heads"),
-        ({"factor_init": "random"}, r"one of spectral, spectral_ones, default, got 'random'"),
+        ({"factor_init": "random"}, r"one of spectral, spectral_ones, default, he, got 'random'"),
         ({"ffn_rank": 2.5}, r"'ffn_rank' expected int"),
         ({"qk_rank": "7"}, r"'qk_rank' expected int"),
         ({"sparse_prediction": "yes"}, r"'sparse_prediction' expected bool"),

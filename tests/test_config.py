@@ -47,12 +47,12 @@ TENSORS: dict[str, Any] = {"kinds": ["conv"], "conv_scheme": "tt"}
         pytest.param({"kinds": "linear"}, "kinds must be a sequence of names, got the string 'linear'", id="kinds"),
         pytest.param({"include": "*.mlp"}, "include must be a sequence of names, got the string", id="include"),
         pytest.param({"exclude": "lm_head"}, "exclude must be a sequence of names, got the string", id="exclude"),
-        pytest.param({"init": "svd"}, "one of spectral, spectral_ones, default, got 'svd'", id="init"),
+        pytest.param({"init": "svd"}, "one of spectral, spectral_ones, default, he, got 'svd'", id="init"),
         pytest.param({"conv_scheme": "cp"}, "one of spatial, channel, tt, tucker, got 'cp'", id="conv-scheme"),
         pytest.param({"conv_scheme": "tt"}, "does not go with kinds other than conv", id="tensors-of-matrices"),
         pytest.param({**TENSORS, "deep": True}, "does not go with deep", id="deep-tensors"),
         pytest.param({**TENSORS, "init": "spectral_ones"}, "does not go with init='spectral_ones'", id="tensors-ones"),
-        pytest.param({"overcomplete": True}, "set init='default', got 'spectral'", id="overcomplete-init"),
+        pytest.param({"overcomplete": True}, "set init='default' or 'he', got 'spectral'", id="overcomplete-init"),
         pytest.param({"kinds": ["embedding"], "deep": True}, "not for kind 'embedding'", id="deep-embedding"),
     ],
 )
@@ -168,9 +168,13 @@ def test_an_embedding_has_one_rank() -> None:
 
 
 def test_an_unknown_init_and_heads_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="factor_init must be one of spectral, spectral_ones, default, got 'random'"):
+    with pytest.raises(
+        ValueError, match="factor_init must be one of spectral, spectral_ones, default, he, got 'random'"
+    ):
         TransformerRanks(init="random")
-    with pytest.raises(ValueError, match="factor_init must be one of spectral, spectral_ones, default, got 'random'"):
+    with pytest.raises(
+        ValueError, match="factor_init must be one of spectral, spectral_ones, default, he, got 'random'"
+    ):
         TransformerRanks(init={"linear": "random"})
     with pytest.raises(ValueError, match=r"any of linear, embedding, conv, qk, ov, .* got 'mlp'"):
         TransformerRanks(init={"mlp": "spectral"})

@@ -239,8 +239,9 @@ def test_it_starts_as_the_split_of_a_dense_kernel(scheme, init):
 @pytest.mark.parametrize(
     ("scheme", "fans"),
     [
-        # Inputs of the last convolution of the chain to the first, in the order of the factors.
-        ("spatial", (29 * 3, 31 * 5)),
+        # Inputs of the last convolution of the chain to the first, in the order of the factors. That of the spatial
+        # scheme counts as if it were 1 x 1, as the authors' code draws it.
+        ("spatial", (29, 31 * 5)),
         ("channel", (29, 31 * 15)),
         ("tt", (29, 29 * 3, 29 * 5, 31)),
         ("tucker", (29, 29 * 15, 31)),

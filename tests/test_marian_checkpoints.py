@@ -161,7 +161,7 @@ def test_auto_classes_know_configuration_and_tokenizer(tmp_path: Path) -> None:
         ({"decoder_vocab_size": 15, "embedding_rank": 16}, r"embedding_rank must be in \[1, 15\], got 16"),
         ({"encoder_attention_heads": 7}, "encoder_attention_heads and decoder_attention_heads .* got 7 and 3"),
         ({"d_model": 22}, "must be a multiple of num_attention_heads, got 22 and 3 heads"),
-        ({"factor_init": "random"}, "one of spectral, spectral_ones, default, got 'random'"),
+        ({"factor_init": "random"}, "one of spectral, spectral_ones, default, he, got 'random'"),
         ({"factor_init": {"ov:head": "spectral"}}, "got 'ov:head'"),
         ({"factor_init": {"ov:cross": "random"}}, "got 'random'"),
         ({"normalize_before": "yes"}, "'normalize_before' expected bool"),

@@ -167,7 +167,7 @@ def test_the_launch_configurations_give_the_same_losses(tmp_path):
     [
         (["--qk_rank", "9"], r"qk_rank must be in \[1, 8\], got 9"),
         (["--ffn_rank", "0"], "ffn_rank must be at least 1"),
-        (["--factor_init", "svd"], "factor_init must be one of spectral, spectral_ones, default, got 'svd'"),
+        (["--factor_init", "svd"], "factor_init must be one of spectral, spectral_ones, default, he, got 'svd'"),
         (["--phases", "16:three"], r"phases: expected length.*, got '16:three'"),
         (
             ["--resume_from_checkpoint", "run/phase-1/checkpoint-3"],

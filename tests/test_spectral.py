@@ -217,7 +217,9 @@ def not_finite(value: float) -> torch.Tensor:
         pytest.param(not_finite(torch.inf), 3, "spectral", r"shape \(5, 7\) .* NaN or Inf", id="inf"),
         pytest.param(not_finite(-torch.inf), 3, "spectral", r"shape \(5, 7\) .* NaN or Inf", id="minus-inf"),
         pytest.param(torch.ones(2, 5, 7), 1, "spectral", r"must be a matrix, got shape \(2, 5, 7\)", id="not-a-matrix"),
-        pytest.param(torch.ones(5, 7), 3, "svd", r"one of spectral, spectral_ones, default, got 'svd'", id="method"),
+        pytest.param(
+            torch.ones(5, 7), 3, "svd", r"one of spectral, spectral_ones, default, he, got 'svd'", id="method"
+        ),
         pytest.param(torch.ones(5, 7), 3, "default", r"there is no weight to split", id="default"),
     ],
 )

@@ -187,7 +187,7 @@ def test_what_is_drawn_has_the_shape_of_kernels(scheme, init, shapes):
     [
         pytest.param({"scheme": "cp"}, "one of tt, tucker, got 'cp'", id="scheme"),
         pytest.param({"groups": 2}, "needs groups=1, got 2", id="groups"),
-        pytest.param({"init": "spectral_ones"}, "must be spectral or default", id="ones"),
+        pytest.param({"init": "spectral_ones"}, "must be spectral, default or he", id="ones"),
     ],
 )
 def test_options_that_it_cannot_hold_are_refused(options, message):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_fnl.functional import product
 from hf_fnl.layers.weight import readable_weight, refuse_write
-from hf_fnl.spectral import check_method, check_rank, initial_factors
+from hf_fnl.spectral import DRAWN_METHODS, check_method, check_rank, initial_factors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -203,7 +203,8 @@ class FactorizedMatrix(Factorized):
     Args:
         shape: Shape ``(m, n)`` of the dense matrix.
         rank: Columns of the factors. At most ``min(m, n)``, any number where ``overcomplete``.
-        init: One of ``hf_fnl.spectral.INIT_METHODS``. A layer of a higher rank is drawn with ``"default"``.
+        init: One of ``hf_fnl.spectral.INIT_METHODS``. A layer of a higher rank is drawn, by
+            ``"default"`` unless ``"he"``.
         deep: Adds a middle factor ``M (rank, rank)``, which starts as the identity (Khodak et al. 2021, Sec. 5).
         overcomplete: Allows a rank above ``min(m, n)``, for training that is multiplied back afterwards.
 
@@ -227,7 +228,7 @@ class FactorizedMatrix(Factorized):
         super().__init__(rank, init=init)
         m, n = shape
         if overcomplete and rank > min(m, n):
-            self.init = "default"
+            self.init = init if init in DRAWN_METHODS else "default"
         else:
             check_rank(rank, min(m, n))
         self.shape, self.overcomplete = shape, overcomplete

@@ -12,7 +12,7 @@ from hf_fnl.config import CONV_SCHEMES
 from hf_fnl.functional import product
 from hf_fnl.layers.base import FactorizedMatrix
 from hf_fnl.layers.convolution import Convolution, KernelShape, Pair, options_of
-from hf_fnl.spectral import check_rank, spectral_init
+from hf_fnl.spectral import DRAWN_METHODS, check_rank, draw_factor, spectral_init
 
 
 def kernel_matrix(kernel: Tensor, scheme: str) -> Tensor:
@@ -74,7 +74,8 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         scheme: ``"spatial"`` or ``"channel"``.
         compose: Whether the kernel is multiplied out in the forward pass; ``None`` chooses by the operations.
-        init: ``"spectral"``, ``"spectral_ones"`` or ``"default"``; see :class:`~hf_fnl.layers.base.FactorizedMatrix`.
+        init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see
+            :func:`~hf_fnl.spectral.initial_factors`.
         deep: Holds ``W = U M V^T`` with ``M`` starting as the identity.
         overcomplete: Allows a rank above that of ``W``.
 
@@ -123,9 +124,16 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         return matrix_kernel(product(*operands), self.dense_shape, self.scheme)
 
     def outer_factors(self, draw: Callable[[Tensor], object]) -> tuple[Tensor, Tensor]:
-        """New ``U`` and ``V`` from kernels that ``draw`` fills: the dense one, or those of the two convolutions."""
-        if self.init == "default":
-            U, V = self.draw_chain(draw, self.U, self.V)
+        """New ``U`` and ``V`` from what ``draw`` fills: the dense kernel, or each factor as a kernel of its own.
+
+        That of ``V`` is the kernel of the first convolution. ``U`` is drawn as a 1 x 1 kernel ``(m, rank, 1, 1)``, so
+        that its fan-in is the rank in both schemes, as in the code of Khodak et al. 2021, which draws it as a matrix.
+        """
+        if self.init in DRAWN_METHODS:
+            U, V = torch.empty_like(self.U), torch.empty_like(self.V)
+            first, _ = self.chain(U, V)
+            for kernel in (first, U[..., None, None]):
+                draw_factor(kernel, draw, self.init)
             return U, V
         return spectral_init(kernel_matrix(self.draw_kernel(draw), self.scheme), self.rank, self.init)
 

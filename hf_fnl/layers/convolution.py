@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hf_fnl.layers.base import Factorized
 from hf_fnl.layers.recomputing import Options, RecomputingConvolution
+from hf_fnl.spectral import draw_factor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -191,7 +192,7 @@ class Convolution(Factorized):
         """New factors like ``factors``, each drawn as the kernel of its convolution."""
         drawn = tuple(torch.empty_like(factor) for factor in factors)
         for kernel in self.chain(*drawn):
-            draw(kernel)
+            draw_factor(kernel, draw, self.init)
         return drawn
 
     def placed_like(self, dense: nn.Module) -> Self:

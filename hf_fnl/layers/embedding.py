@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_fnl.layers.base import FactorizedMatrix
-from hf_fnl.spectral import spectral_init
+from hf_fnl.spectral import DRAWN_METHODS, spectral_init
 
 
 class FactorizedEmbedding(FactorizedMatrix):
@@ -20,7 +20,8 @@ class FactorizedEmbedding(FactorizedMatrix):
         embedding_dim: Size of an embedding.
         rank: Columns of ``U (num_embeddings, rank)`` and ``V (embedding_dim, rank)``.
         padding_idx: Row that starts as zero and gets no gradient.
-        init: ``"spectral"``, ``"spectral_ones"`` or ``"default"``.
+        init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see
+            :func:`~hf_fnl.spectral.initial_factors`.
 
     Raises:
         ValueError: If ``rank`` or ``init`` is not allowed.
@@ -57,7 +58,7 @@ class FactorizedEmbedding(FactorizedMatrix):
 
         def draw_table(weight: Tensor) -> None:
             draw(weight)
-            if self.padding_idx is not None and self.init != "default":
+            if self.padding_idx is not None and self.init not in DRAWN_METHODS:
                 weight[self.padding_idx] = 0
 
         U, V = super().fresh_factors(draw_table)

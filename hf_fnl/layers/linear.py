@@ -26,7 +26,8 @@ class FactorizedLinear(FactorizedMatrix):
         out_features: Size of the output.
         rank: Columns of ``U (out_features, rank)`` and ``V (in_features, rank)``.
         bias: Adds a learned ``bias (out_features,)``.
-        init: ``"spectral"``, ``"spectral_ones"`` or ``"default"``; see :class:`~hf_fnl.layers.base.FactorizedMatrix`.
+        init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see
+            :func:`~hf_fnl.spectral.initial_factors`.
         deep: Holds ``W = U M V^T`` with ``M`` starting as the identity.
         overcomplete: Allows ``rank > min(in_features, out_features)``.
 

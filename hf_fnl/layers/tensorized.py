@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.layers.convolution import Convolution, KernelShape, Pair, options_of
-from hf_fnl.spectral import check_rank
+from hf_fnl.spectral import DRAWN_METHODS, check_rank
 from hf_fnl.tensors import Shape, core_shapes, decompose, largest_bonds, product, product_cost
 
 # The parameters that hold the cores, in the order in which these are multiplied.
@@ -39,7 +39,8 @@ class TensorizedConv2d(Convolution):
         scheme: ``"tt"`` or ``"tucker"``.
         compose: Whether the kernel is multiplied out in the forward pass; ``None`` chooses by the operations.
         init: ``"spectral"`` decomposes a kernel drawn as :class:`torch.nn.Conv2d` does into cores of the same norm,
-            ``"default"`` draws each core as the kernel of its convolution (Khodak et al. 2021, Sec. 4).
+            ``"default"`` draws each core as the kernel of its convolution (Khodak et al. 2021, Sec. 4), ``"he"`` by
+            the rule of He et al. 2015 on the fan-in of that kernel.
 
     Raises:
         ImportError: If a kernel is to be decomposed and TensorLy is not installed.
@@ -71,7 +72,9 @@ class TensorizedConv2d(Convolution):
         if groups != 1:
             raise ValueError(f"a tensorized convolution needs groups=1, got {groups}")
         if init == "spectral_ones":
-            raise ValueError("a tensor has no singular values: init must be spectral or default, got 'spectral_ones'")
+            raise ValueError(
+                "a tensor has no singular values: init must be spectral, default or he, got 'spectral_ones'"
+            )
         super().__init__(rank, init=init)
         sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         self.take_options_(nn.Conv2d(*sizes, device="meta"))  # type: ignore[arg-type]  # torch's own checks and defaults
@@ -125,7 +128,7 @@ class TensorizedConv2d(Convolution):
                 given.
         """
         draw = draw or self.draw_
-        if self.init == "default":
+        if self.init in DRAWN_METHODS:
             return self.draw_chain(draw, *self.factors())
         return decompose(self.draw_kernel(draw), self.rank, self.scheme)
 
@@ -144,8 +147,8 @@ class TensorizedConv2d(Convolution):
             ImportError: If TensorLy is not installed.
             ValueError: If an option is not allowed or the kernel is not finite.
         """
-        if init == "default":
-            raise ValueError("factor_init='default' draws the cores themselves; there is no kernel to decompose")
+        if init in DRAWN_METHODS:
+            raise ValueError(f"factor_init={init!r} draws the cores themselves; there is no kernel to decompose")
         layer = cls.empty_like(dense, rank, init=init, scheme=scheme)
         if not dense.weight.is_meta:
             layer.set_factors_(decompose(dense.weight, rank, scheme))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.config import LayerRanks
 from hf_fnl.layers.span import Span
-from hf_fnl.spectral import spectral_init_heads
+from hf_fnl.spectral import DRAWN_METHODS, spectral_init_heads
 
 Spans = tuple[Span, Span, Span, Span]
 
@@ -65,8 +66,11 @@ class FactorizedAttention(nn.Module):
         query, key, value, output = self.draw_heads(spans[0].weight.shape[1], std)
         Q_h, K_h, V_h = (weight.unflatten(0, (self.num_heads, -1)).mT for weight in (query, key, value))
         O_h = output.unflatten(1, (self.num_heads, -1)).transpose(0, 1)
-        Q_h, K_h = _cut_heads(Q_h, K_h, self.ranks.qk, self.ranks.init["qk"], (std, std))
-        V_h, O_h = _cut_heads(V_h, O_h, self.ranks.ov, self.ranks.init["ov"], (std, self.output_std(std)))
+        stds, init = (std, self.output_std(std)), self.ranks.init
+        inward = he_std(query.shape[1])
+        Q_h, K_h = _cut_heads(Q_h, K_h, self.ranks.qk, init["qk"], (std, std), (inward, inward))
+        outward = he_std(self.num_heads * (self.ranks.ov or 1))  # the output matrix adds the heads up
+        V_h, O_h = _cut_heads(V_h, O_h, self.ranks.ov, init["ov"], stds, (inward, outward))
         drawn = [*(factor.mT.flatten(0, 1) for factor in (Q_h, K_h, V_h)), O_h.transpose(0, 1).flatten(1)]
         for span, weight in zip(spans, drawn, strict=True):
             if span in fresh:
@@ -74,12 +78,17 @@ class FactorizedAttention(nn.Module):
 
 
 def _cut_heads(
-    left: Tensor, right: Tensor, rank: int | None, method: str, stds: tuple[float, float]
+    left: Tensor,
+    right: Tensor,
+    rank: int | None,
+    method: str,
+    stds: tuple[float, float],
+    he_stds: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     if rank is None:
         return left, right
-    if method == "default":
-        sides = zip((left, right), stds, strict=True)
+    if method in DRAWN_METHODS:
+        sides = zip((left, right), he_stds if method == "he" else stds, strict=True)
         left, right = (draw_normal_(factor.new_empty(*factor.shape[:2], rank), std) for factor, std in sides)
         return left, right
     return spectral_init_heads(left, right, rank, method)
@@ -152,6 +161,11 @@ def attend(
     rate = dropout if attention.training else 0.0
     context, weights = kernel(attention, *heads, mask, dropout=rate, scaling=attention.scaling, **kwargs)
     return context.flatten(-2), weights
+
+
+def he_std(fan_in: int) -> float:
+    """Standard deviation of a weight by the rule of He et al. 2015."""
+    return math.sqrt(2 / fan_in)
 
 
 def draw_normal_(weight: Tensor, std: float) -> Tensor:

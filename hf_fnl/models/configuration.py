@@ -24,8 +24,10 @@ class FactorizedConfig:
         ffn_rank: Rank of both feed-forward matrices of a layer, up to the smaller of their sides; ``None`` leaves them
             dense.
         embedding_rank: Rank of the word embedding and of the output matrix tied to it; ``None`` leaves them dense.
-        factor_init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022) or ``"default"``;
-            or one of them for each selector, such as ``{"linear": "spectral"}``, and ``"default"`` for the rest.
+        factor_init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022), ``"he"`` (each
+            factor with the variance 2 / fan-in: the baseline of the latter) or ``"default"`` (each factor at
+            ``initializer_range``, so that products start far smaller than dense weights); or one of them for each
+            selector, such as ``{"linear": "spectral"}``, and ``"default"`` for the rest.
 
     Raises:
         ValueError: If a rank does not fit the model or ``factor_init`` is unknown.

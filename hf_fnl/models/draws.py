@@ -14,6 +14,7 @@ from hf_fnl.layers import Factorized
 from hf_fnl.models.attention import FactorizedAttention
 from hf_fnl.models.division import holders
 from hf_fnl.models.recording import Event, MetaWrites, drawing_on_meta, record
+from hf_fnl.spectral import DRAWN_METHODS
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,14 @@ def matrix_cost(m: int, n: int) -> float:
 def _decomposition_cost(module: nn.Module) -> float:
     if isinstance(module, FactorizedAttention):
         hidden, ranks = module.projections(module)[0].weight.shape[1], module.ranks
-        cut = [kind for kind, rank in (("qk", ranks.qk), ("ov", ranks.ov)) if rank and ranks.init[kind] != "default"]
+        cut = [
+            kind
+            for kind, rank in (("qk", ranks.qk), ("ov", ranks.ov))
+            if rank and ranks.init[kind] not in DRAWN_METHODS
+        ]
         # Two Gram matrices of each head, in float64; the factor was measured as that of `matrix_cost`.
         return 100.0 * len(cut) * hidden**2 * (hidden // module.num_heads)
-    if isinstance(module, Factorized) and module.init != "default":
+    if isinstance(module, Factorized) and module.init not in DRAWN_METHODS:
         m, *others = module.shape
         return matrix_cost(m, math.prod(others))
     return 0.0

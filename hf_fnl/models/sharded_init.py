@@ -18,6 +18,7 @@ from hf_fnl.layers.whole import whole_shape
 from hf_fnl.models.division import holders, partition_, write_
 from hf_fnl.models.draws import Draws, Group, matrix_cost
 from hf_fnl.processes import process
+from hf_fnl.spectral import DRAWN_METHODS
 from hf_fnl.surgery.record import layer_record
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -123,9 +124,9 @@ def _jobs(model: PreTrainedModel, draws: Draws) -> list[_Job]:
         if isinstance(layer, Factorized) and not isinstance(dense.get(name), Factorized)
     }
     for name, layer in cut.items():
-        if layer.init == "default":
+        if layer.init in DRAWN_METHODS:
             raise ValueError(
-                f"surgery made {name.removesuffix('.weight')} with init='default', which draws after the model is "
+                f"surgery made {name.removesuffix('.weight')} with init={layer.init!r}, which draws after the model is "
                 "drawn: use init='spectral', or factorize in one process and load the result"
             )
     jobs = [_job(model, draws, group, {n: cut[n] for n in group.names if n in cut}) for group in draws.groups]

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import initialization as init
 
 from hf_fnl.layers import Factorized, FactorizedLinear
-from hf_fnl.spectral import spectral_init_stack
+from hf_fnl.spectral import DRAWN_METHODS, spectral_init_stack
 
 STACKING_DEVICES = ("cuda",)  # on a CPU matrices of a stack are decomposed one by one, too
 PENDING_BYTES = 2**29  # of drawn weights that wait; they are held once more while they are decomposed
@@ -73,7 +73,7 @@ def split_later(layer: Factorized, draw: Callable[[Tensor], object]) -> bool:
         Whether that was done; if not, nothing was drawn.
     """
     pending = _PENDING.get()
-    if pending is None or not isinstance(layer, FactorizedLinear) or layer.init == "default":
+    if pending is None or not isinstance(layer, FactorizedLinear) or layer.init in DRAWN_METHODS:
         return False
     if layer.U.device.type not in STACKING_DEVICES:
         return False

@@ -17,6 +17,7 @@ from hf_fnl.config import TENSOR_SCHEMES, FactorizationConfig
 from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.layers.linear import dense_weight
+from hf_fnl.spectral import DRAWN_METHODS
 from hf_fnl.surgery.record import models_with
 from hf_fnl.surgery.swap import is_read_by_its_parent, weight_obstacle, what_hangs_on
 
@@ -67,12 +68,12 @@ def empty_successor(dense: nn.Module, rank: int, *, scheme: str = "spatial", **o
 
 
 def split(model: nn.Module, dense: nn.Module, rank: int, config: FactorizationConfig) -> Factorized:
-    """The factorized layer in the place of a dense one, from its weight or, for ``init="default"``, freshly drawn.
+    """The factorized layer in the place of a dense one, from its weight or, for ``init="default"`` and ``"he"``, drawn.
 
     What is drawn is drawn as the model draws its own weights, where it is one of Transformers, and else as torch does.
     """
     ours: Any = successor_of(type(dense), config.conv_scheme)
-    if config.init != "default":
+    if config.init not in DRAWN_METHODS:
         return ours.from_dense(dense, rank, **_scheme_option(ours, config.conv_scheme), **layer_options(config))
     layer = empty_successor(dense, rank, scheme=config.conv_scheme, **layer_options(config))
     if not layer.factors()[0].is_meta:

@@ -26,7 +26,7 @@ _NOT_SETTINGS = {"hub_token", "deepspeed_plugin", "distributed_state"}
 _NOT_SHOWN = ("_per_second", "_flos", "epoch", "_runtime")
 
 FACTOR_INIT_HELP = (
-    "spectral, spectral_ones or default; or selector=method each, as in linear=spectral ov:encoder=spectral, and "
+    "spectral, spectral_ones, he or default; or selector=method each, as in linear=spectral ov:encoder=spectral, and "
     "default for the rest."
 )
 
