@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_fnl.spectral import check_rank, spectral_init, truncated_svd
+from hf_fnl.spectral import check_rank, check_split_method, spectral_init, truncated_svd
 
 # Share of the mean variance that is added to every direction: data seldom span all of them.
 _RIDGE = 1e-5
@@ -141,7 +141,7 @@ class Projection:
 
 @torch.no_grad()
 def truncate_qk(
-    query: Projection, key: Projection, rank: int, moments: HeadMoments | None = None
+    query: Projection, key: Projection, rank: int, moments: HeadMoments | None = None, method: str = "spectral"
 ) -> tuple[Projection, Projection]:
     r"""Cut every head's scores ``(x Q + b_q)(y K + b_k)^T`` to a rank.
 
@@ -154,6 +154,7 @@ def truncate_qk(
         key: ``K`` and ``b_k``.
         rank: Rank per head, at most the width of a head.
         moments: What flows through the heads.
+        method: ``"spectral"``, or ``"spectral_ones"``, which sets the singular values of what is cut to ones.
 
     Returns:
         The new query and key projections, in the dtypes given.
@@ -162,13 +163,13 @@ def truncate_qk(
         ValueError: If ``rank`` is out of range or a weight is not finite.
     """
     left = _augmented(query)
-    to_query, to_key = _head_maps(left, key.weight, rank, _qk_roots(query, key, moments))
+    to_query, to_key = _head_maps(left, key.weight, rank, _qk_roots(query, key, moments), method)
     return query.mapped(to_query), Projection(key.mapped(to_key).weight, _zeros(key.bias, rank))
 
 
 @torch.no_grad()
 def truncate_ov(
-    value: Projection, output: Projection, rank: int, moments: HeadMoments | None = None
+    value: Projection, output: Projection, rank: int, moments: HeadMoments | None = None, method: str = "spectral"
 ) -> tuple[Projection, Projection]:
     r"""Cut every head's ``V_h O_h^T`` to a rank.
 
@@ -181,6 +182,7 @@ def truncate_ov(
         output: ``O`` and ``b_o``, which has the shape ``(d,)``.
         rank: Rank per head, at most the width of a head.
         moments: What flows through the heads.
+        method: ``"spectral"``, or ``"spectral_ones"``, which sets the singular values of what is cut to ones.
 
     Returns:
         The new value and output projections, in the dtypes given.
@@ -191,7 +193,8 @@ def truncate_ov(
     """
     if value.bias is not None and output.bias is None:
         raise ValueError("a value bias moves into the output bias when heads are cut, and this attention has none")
-    to_value, to_output = _head_maps(value.weight, output.weight, rank, _ov_roots(value, output, moments))
+    roots = _ov_roots(value, output, moments)
+    to_value, to_output = _head_maps(value.weight, output.weight, rank, roots, method)
     cut = Projection(value.mapped(to_value).weight, _zeros(value.bias, rank))
     bias = output.bias
     if bias is not None:
@@ -239,13 +242,25 @@ def _augmented(projection: Projection) -> Tensor:
     return torch.cat([projection.weight, projection.bias.unsqueeze(-2)], -2)
 
 
-def _head_maps(left: Tensor, right: Tensor, rank: int, roots: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _head_maps(
+    left: Tensor, right: Tensor, rank: int, roots: tuple[Tensor, Tensor], method: str
+) -> tuple[Tensor, Tensor]:
     """Maps ``(heads, r, rank)`` that turn both factors into balanced ones with orthogonal columns."""
+    check_split_method(method)
     check_rank(rank, min(*left.shape[-2:], right.shape[-2]))
     left_map, right_map = _best_maps(*roots, rank)
     left_root, right_root = _weight_root(left.double() @ left_map), _weight_root(right.double() @ right_map)
     left_balance, right_balance = _best_maps(left_root, right_root, rank)
-    return left_map @ left_balance, right_map @ right_balance
+    maps = left_map @ left_balance, right_map @ right_balance
+    if method == "spectral":
+        return maps
+    # Columns of both are orthogonal and as long as the roots of the singular values, which become ones.
+    left_map, right_map = (
+        by / length.where(length > 0, 1)
+        for factor, by in zip((left, right), maps, strict=True)
+        for length in [torch.linalg.vector_norm(factor.double() @ by, dim=-2, keepdim=True)]
+    )
+    return left_map, right_map
 
 
 def _best_maps(left_root: Tensor, right_root: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         rule: RankRule | None = None,
         kinds: Sequence[str] = ("qk", "ov", "ffn"),
         calibration: Calibration | None = None,
+        factor_init: str | Mapping[str, str] | None = None,
         **ranks: LayerRank,
     ) -> Self:
         r"""Truncate a trained stock model.
@@ -172,6 +173,8 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
                 configuration has it, ``"qkv"``.
             calibration: Inputs of the model, one batch or several, with an ``attention_mask`` where they are padded.
                 All of it runs through the model at once. Some ten thousand tokens are enough.
+            factor_init: As in the configuration, but only what cuts weights: ``"spectral"`` or ``"spectral_ones"``.
+                ``None`` takes that of ``dense``, where this is a model of this class, and else ``"spectral"``.
             **ranks: In place of a rule, the fields of the configuration that are ranks, such as ``qk_rank=32``.
 
         Returns:
@@ -196,7 +199,9 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             raise ValueError(f"give ranks or a rule, one of them; got {', '.join(given) or 'neither'}")
         if rule is not None:
             ranks |= cls._ranks_by_rule(dense, rule, kinds, calibration)
-        config = cls.config_class.from_dense(dense.config, **ranks)
+        config = cls.config_class.from_dense(
+            dense.config, **ranks, **({} if factor_init is None else {"factor_init": factor_init})
+        )
         with init.no_init_weights(), modeling_utils.set_zero3_state():
             model = cls._from_config(config, dtype=dense.dtype, attn_implementation=dense.config._attn_implementation)
         model.to(dense.device).eval()

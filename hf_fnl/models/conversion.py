@@ -16,7 +16,7 @@ from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.models.attention import FactorizedAttention, Spans
 from hf_fnl.ranks import Candidate, choose_ranks
-from hf_fnl.spectral import spectral_init
+from hf_fnl.spectral import DRAWN_METHODS, spectral_init
 from hf_fnl.surgery.select import listed
 from hf_fnl.truncation import (
     HeadMoments,
@@ -154,11 +154,13 @@ def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | No
             output matrix that is tied to it, always are.
 
     Raises:
-        ValueError: If a tensor of one of the models has no counterpart in the other, or ``ours`` ties what ``dense``
-            holds twice with other values.
+        ValueError: If a tensor of one of the models has no counterpart in the other, ``ours`` ties what ``dense`` holds
+            twice with other values, ``factor_init`` of the configuration draws factors, so that what was learned would
+            be lost, or is not ``"spectral"`` where there is a calibration.
     """
     ours.tie_weights()  # which a construction that initializes nothing leaves out
     units = _units(ours)
+    _check_methods(units, calibrated=calibration is not None)
     sources = _sources(ours, dense, units)
     for name, value in ours.state_dict().items():
         if name in sources:
@@ -246,18 +248,37 @@ def _units(ours: PreTrainedModel) -> dict[str, nn.Module]:
     return units
 
 
+def _check_methods(units: Mapping[str, nn.Module], *, calibrated: bool) -> None:
+    """Raise a ``ValueError`` that names the kind unless trained weights can be cut as ``factor_init`` says."""
+    methods: dict[str, str] = {}
+    for unit in units.values():
+        if isinstance(unit, Factorized):
+            methods[unit.kind] = unit.init
+        elif isinstance(unit, FactorizedAttention):
+            ranks = {"qk": unit.ranks.qk, "ov": unit.ranks.ov}
+            methods |= {kind: unit.ranks.init[kind] for kind, rank in ranks.items() if rank is not None}
+    for kind, method in methods.items():
+        if method in DRAWN_METHODS:
+            raise ValueError(
+                f"factor_init={method!r} of {kind} draws factors in the place of trained weights: set factor_init to "
+                "'spectral' or 'spectral_ones' to cut these"
+            )
+        if calibrated and method != "spectral":
+            raise ValueError(f"calibration cuts trained weights and needs factor_init='spectral', got {method!r}")
+
+
 def _fill_unit_(ours: nn.Module, dense: Any, call: Call | None) -> None:
     if isinstance(ours, FactorizedAttention):
         _fill_attention_(ours, dense, call)
     elif isinstance(ours, FactorizedEmbedding):
-        ours.load_state_dict(FactorizedEmbedding.from_dense(dense, ours.rank).state_dict())
+        ours.load_state_dict(FactorizedEmbedding.from_dense(dense, ours.rank, init=ours.init).state_dict())
     elif isinstance(ours, FactorizedLinear):
         _fill_linear_(ours, dense_weight(dense), None if call is None else call.input_moments())
 
 
 def _fill_linear_(ours: FactorizedLinear, weight: Tensor, moments: Moments | None) -> None:
     if moments is None:
-        ours.set_factors_(spectral_init(weight, ours.rank))
+        ours.set_factors_(spectral_init(weight, ours.rank, ours.init))
         return
     # The bias that ours holds already, which is that of the dense layer.
     U, V, bias = truncate_linear(weight, ours.bias, ours.rank, moments)
@@ -272,11 +293,11 @@ def _fill_attention_(ours: FactorizedAttention, dense: nn.Module, call: Call | N
     if call is not None:
         moments = call.head_moments(theirs[0], theirs[1], theirs[3].layer, ours.num_heads)
     width = query.weight.shape[-1]
-    qk_rank, ov_rank = ours.ranks.qk or width, ours.ranks.ov or width
-    if qk_rank < width:
-        query, key = truncate_qk(query, key, qk_rank, moments)
-    if ov_rank < width:
-        value, output = truncate_ov(value, output, ov_rank, moments)
+    ranks, init = ours.ranks, ours.ranks.init
+    if ranks.qk is not None and (ranks.qk < width or init["qk"] != "spectral"):
+        query, key = truncate_qk(query, key, ranks.qk, moments, init["qk"])
+    if ranks.ov is not None and (ranks.ov < width or init["ov"] != "spectral"):
+        value, output = truncate_ov(value, output, ranks.ov, moments, init["ov"])
     *inner, outer = ours.projections(ours)
     for projection, side in zip(inner, (query, key, value), strict=True):
         projection.set_(side.weight.mT.flatten(0, 1), None if side.bias is None else side.bias.flatten())
