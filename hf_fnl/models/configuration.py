@@ -2,18 +2,20 @@
 
 # No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from hf_fnl.config import RANK_OPTIONS, LayerRank, TransformerRanks
+from hf_fnl.suggest import did_you_mean
 
 _OF_A_CLASS = {"model_type", "architectures", "transformers_version"}  # what a configuration of another class has anew
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class FactorizedConfig:
     """Mixin before a stock configuration: the fields that concern products.
 
@@ -30,6 +32,7 @@ class FactorizedConfig:
             selector, such as ``{"linear": "spectral"}``, and ``"default"`` for the rest.
 
     Raises:
+        TypeError: If an option is misspelt, for what a configuration does not know it keeps as it is.
         ValueError: If a rank does not fit the model or ``factor_init`` is unknown.
     """
 
@@ -42,8 +45,16 @@ class FactorizedConfig:
     factor_init: str | dict[str, str] = "spectral"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_spelling(kwargs)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.ranks.check(**self._sizes())
+
+    def _check_spelling(self, names: Iterable[str]) -> None:
+        ours = [*self.rank_options(), "factor_init"]
+        for name in names:
+            if "rank" in name.split("_") or get_close_matches(name, ours, cutoff=0.8):
+                listed = ", ".join(ours)
+                raise TypeError(f"{type(self).__name__} has {listed}, got {name}{did_you_mean(name, ours)}")
 
     def _sizes(self) -> Mapping[str, int]:
         """The sizes by which :meth:`TransformerRanks.check` measures ranks."""

@@ -37,6 +37,7 @@ def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[
     Warns:
         UserWarning: If ``"qk"`` or ``"ov"`` is wanted and the model has, besides, attentions of an unknown layout.
     """
+    kinds = [kinds] if isinstance(kinds, str) else kinds
     wanted = [Selector.parse(kind, "kind of product") for kind in (KINDS if kinds is None else kinds)]
     attentions = {path: known for path, module in model.named_modules() if (known := attention_of(module)) is not None}
     products = list(_distinct(_all_products(model, attentions)))

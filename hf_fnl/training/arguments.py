@@ -115,6 +115,9 @@ class FLAMBeTrainingArguments(TrainingArguments):
     async_save: bool = field(default=False, metadata={"help": "Write checkpoints while training goes on."})
 
     def __post_init__(self) -> None:
+        for name in ("frobenius_decay", "label_names", "include_for_metrics"):  # lists, which one name may stand for
+            if isinstance(given := getattr(self, name, None), str):
+                setattr(self, name, given.replace(",", " ").split())
         chosen = str(getattr(self.optim, "value", self.optim))
         known = {*OUR_OPTIMIZERS, *(name.value for name in OptimizerNames)}
         if chosen not in known:
