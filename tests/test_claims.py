@@ -15,7 +15,14 @@ import train_translation
 from transformers import BertConfig, BertModel
 
 from benchmarks.house.record import ROOT
-from hf_fnl import FactorizedBertConfig, FactorizedBertModel
+from hf_fnl import (
+    FactorizedBertConfig,
+    FactorizedBertModel,
+    FactorizedLinear,
+    FLAMBe,
+    find_products,
+    parameter_groups,
+)
 from hf_fnl.training.command_line import parse_arguments
 from hf_fnl.training.tasks.pretraining_phases import plan_phases
 from hf_fnl.training.tasks.translation_training import TranslationArguments
@@ -57,6 +64,40 @@ def test_what_heads_of_half_the_width_save(width, layers, saved, blog):
     assert f"{difference / 1e6:.2f} M" == saved
     assert says(README, saved)
     assert says(README, blog)
+
+
+@pytest.mark.parametrize("weight_decay", [0.01, 0.5, 30.0])
+def test_decay_stands_inside_the_trust_ratio(weight_decay):
+    """The length of a step does not depend on the coefficient of decay."""
+    torch.manual_seed(0)
+    layer = FactorizedLinear(7, 5, 3)
+    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    optimizer = FLAMBe(
+        parameter_groups(layer, weight_decay=weight_decay, products=(products := find_products(layer))),
+        products=products,
+        lr=0.1,
+    )
+    layer(torch.randn(11, 7)).square().sum().backward()
+    optimizer.step()
+    for name in ("U", "V"):
+        moved = (layer.get_parameter(name) - before[name]).norm() / before[name].norm()
+        assert moved.item() == pytest.approx(0.1, rel=1e-5)
+    assert says(README, "so that a larger coefficient turns the step and does not lengthen it")
+
+
+def test_heads_of_full_rank_are_balanced_products_of_the_stock_ones():
+    """Asking for the width of a dense head gives what the authors' code does: the same product, balanced."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 40}
+    models = []
+    for config in (FactorizedBertConfig(**sizes), FactorizedBertConfig(**sizes, qk_rank=8, ov_rank=8)):
+        torch.manual_seed(0)
+        models.append(FactorizedBertModel(config).double())
+    for kind in ("qk", "ov"):
+        stock, balanced = (find_products(model, [kind])[0] for model in models)
+        assert torch.dist(stock.matrix(models[0]), balanced.matrix(models[1])) < 1e-5 * stock.matrix(models[0]).norm()
+        left, right = balanced.factors(models[1])
+        for gram, other in zip(left.mT @ left, right.mT @ right, strict=True):
+            assert torch.dist(gram, other) < 1e-5 * gram.norm()
 
 
 def test_the_readmes_pretraining_is_nvidias_recipe_for_lamb(tmp_path, monkeypatch):
@@ -140,6 +181,28 @@ def test_spectral_initialization_in_translation_by_perplexity_and_by_bleu():
     assert max(cell["BLEU (tokens)"] for cell in found) < 3
     assert says(README, "the lower perplexity in all nine pairs and the higher BLEU in six, all of them below 3")
     assert says(BENCHMARKS, "By BLEU it is ahead in six of the nine pairs.")
+
+
+def test_low_rank_language_models():
+    found = [cell for cell in cells("k22_language_models_small").values() if cell["form"] == "low-rank"]
+
+    def pairs(name: str, one: object, other: object) -> list[tuple[dict, dict]]:
+        """Cells that differ in this setting alone."""
+        rest = {"width", "init", "decay", "lr scaling", "seed"} - {name}
+        return [
+            (a, b)
+            for a in found
+            for b in found
+            if (a[name], b[name]) == (one, other) and all(a[key] == b[key] for key in rest)
+        ]
+
+    decays = pairs("decay", "Frobenius", "L2")
+    higher_rank = sum(a["mean effective rank"] > b["mean effective rank"] for a, b in decays)
+    better = sum(a["perplexity per token"] < b["perplexity per token"] for a, b in decays)
+    half = [a["perplexity per token"] <= b["perplexity per token"] for a, b in pairs("lr scaling", 0.5, 1.0)]
+    assert (len(decays), higher_rank, better, len(half), sum(half)) == (18, 15, 15, 18, 13)
+    assert says(README, "Frobenius decay keeps the higher effective rank in 15 of 18 pairs")
+    assert says(BENCHMARKS, "the lower perplexity in 15 of them too, and half the learning rate in 13 of 18")
 
 
 def test_recovery_says_that_frobenius_decay_lost():

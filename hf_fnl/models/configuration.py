@@ -21,7 +21,9 @@ class FactorizedConfig:
 
     Args:
         qk_rank: Rank of every head's query-key product, up to the width of a dense head; ``None`` leaves the stock
-            projections. This and the next two are numbers, or lists with one entry for each layer.
+            projections. This and the next two are numbers, or lists with one entry for each layer. Spectral
+            initialization cuts the dense head's product to this rank; the authors' code balances the product of a head
+            of this width, which the width of a dense head does here.
         ov_rank: Rank of every head's output-value product, likewise. It may differ from ``qk_rank``.
         ffn_rank: Rank of both feed-forward matrices of a layer, up to the smaller of their sides; ``None`` leaves them
             dense.

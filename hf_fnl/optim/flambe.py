@@ -19,7 +19,9 @@ class FLAMBe(Lamb):
 
     In the update of a factor ``p`` of a product ``W``, ``weight_decay * p`` becomes ``weight_decay * F_p``, where
     ``F_p`` is the gradient of ``||W||_F^2 / 2``, summed over the heads that share ``p``; the trust ratio is that of the
-    whole parameter. All other parameters, and what a parameter holds beside factors, are updated as by :class:`Lamb`.
+    whole parameter. The decay stands inside it, as that of LAMB does: a larger ``weight_decay`` turns a step and leaves
+    it ``lr ||p||`` long, where the paper's text subtracts ``lr * weight_decay * F_p``. All other parameters, and what a
+    parameter holds beside factors, are updated as by :class:`Lamb`.
     All products are taken as they are before the step. Where parameters are divided among processes (FSDP2, ZeRO), the
     processes add up one ``(heads, r, r)`` matrix per factor in each step, and exchange the rows and heads that are cut.
 
