@@ -53,7 +53,8 @@ class SurgeryLoader(HfQuantizer):
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Draw what the checkpoint lacks, and leave a model that does not count as quantized."""
         for layer in model.modules():
-            if isinstance(layer, Factorized):
+            # What is on the meta device now is on disk.
+            if isinstance(layer, Factorized) and not layer.factors()[0].is_meta:
                 init_factors(layer, getattr(model.config, "initializer_range", 0.02))
         self.remove_quantization_config(model)
         update_records_([model])

@@ -18,8 +18,17 @@ from hf_fnl.surgery.swap import check_present, share_factors_, swap_and_record_,
 def merge_(model: nn.Module) -> list[str]:
     """Multiply every product of a model out, in place: plain layers of the stock classes, with the same outputs.
 
+    An adapter of PEFT is merged into plain layers only; into factors it would have to be approximated, so that PEFT's
+    own merges raise an error there. After ``merge_`` they are exact. A LoRA of rank ``s`` around a product of rank
+    ``r`` is then held exactly by factors of rank ``r + s``::
+
+        merge_(adapted)
+        model = adapted.merge_and_unload()
+        factorize_(model, FactorizationConfig(rank=r + s, include=[...]))
+
     Args:
-        model: A model that holds factorized layers. Layers that share factors share a weight afterwards.
+        model: A model that holds factorized layers, or PEFT's around one. Layers that share factors share a weight
+            afterwards.
 
     Returns:
         Names of the layers that are plain now.

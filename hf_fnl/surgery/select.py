@@ -298,6 +298,8 @@ def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -
             return _READ_BY_ITS_PARENT
         if name.rpartition(".")[2] == "_orig_mod":
             return "torch.compile wraps this layer alone: compile the model afterwards"
+        if getattr(model.get_submodule(name.rpartition(".")[0]), "merged_adapters", None):
+            return "an adapter is merged into it, and could not be taken out again: call unmerge_adapter() first"
         if reason := weight_obstacle(layer.get_parameter("weight")) or what_hangs_on(layer):
             return reason
     if len({isinstance(layer, Conv1D) for layer in holders.values()}) > 1:
