@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from hf_fnl.selectors import Selector
 from hf_fnl.spectral import DRAWN_METHODS, check_method, check_rank
+from hf_fnl.suggest import did_you_mean
 
 RULES = ("rank", "rank_scale", "ratio", "energy", "budget", "layer_ratio")  # each says ranks by itself
 LAYER_KINDS = ("linear", "embedding", "conv")
@@ -113,10 +114,12 @@ class FactorizationConfig(RankRule):
                 raise ValueError(f"{option} must be a sequence of names, got the string {getattr(self, option)!r}")
         unknown = sorted(set(self.kinds) - set(LAYER_KINDS))
         if unknown or not self.kinds:
-            raise ValueError(f"kinds must be any of {', '.join(LAYER_KINDS)}, got {', '.join(unknown) or 'none'}")
+            hint = did_you_mean(unknown[0], LAYER_KINDS) if unknown else ""
+            raise ValueError(f"kinds must be any of {', '.join(LAYER_KINDS)}, got {', '.join(unknown) or 'none'}{hint}")
         schemes = (*CONV_SCHEMES, *TENSOR_SCHEMES)
         if self.conv_scheme not in schemes:
-            raise ValueError(f"conv_scheme must be one of {', '.join(schemes)}, got {self.conv_scheme!r}")
+            hint = did_you_mean(self.conv_scheme, schemes)
+            raise ValueError(f"conv_scheme must be one of {', '.join(schemes)}, got {self.conv_scheme!r}{hint}")
         if self.conv_scheme in TENSOR_SCHEMES:
             self._check_tensors()
         if "embedding" in self.kinds and (self.overcomplete or self.deep):

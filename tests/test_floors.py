@@ -39,6 +39,7 @@ NEIGHBOURS = {
     ("config", "selectors"),
     ("folders", "hub"),
     ("config", "spectral"),
+    ("config", "suggest"),
     ("decay", "optim"),
     ("tensors", "config"),
     ("tensors", "spectral"),

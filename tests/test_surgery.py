@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -518,3 +519,22 @@ def test_a_tied_weight_counts_once_in_a_ratio_of_the_model():
     assert before == 400 * 400 + 400 * 90 + 90
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.5 * before, rel=0.02)
     assert parameter_count(model)["ratio"] == sum(p.numel() for p in model.parameters()) / before
+
+
+def named_layers() -> nn.Module:
+    return nn.ModuleDict({"attn": nn.Linear(20, 20), "mlp": nn.ModuleDict({"up": nn.Linear(20, 30)})})
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("*mpl*", r"\*mlp\*"), ("atn", "attn"), ("mlp.upp", "mlp.up"), ("*.mpl.*", r"\*.mlp.\*")]
+)
+def test_a_pattern_that_matches_nothing_is_an_error_with_a_suggestion(given, meant):
+    for include in ([given], [given, "mlp.up"]):
+        with pytest.raises(ValueError, match=rf"include={re.escape(given)} matches nothing .*did you mean {meant}"):
+            factorize_(named_layers(), FactorizationConfig(rank=2, include=include))
+
+
+def test_a_misspelt_pattern_to_exclude_is_a_warning_and_one_for_other_models_is_none():
+    with pytest.warns(UserWarning, match="exclude=atn matches nothing in ModuleDict; did you mean attn"):
+        factorize_(named_layers(), FactorizationConfig(rank=2, exclude=["atn"]))
+    factorize_(named_layers(), FactorizationConfig(rank=2, exclude=["lm_head"]))

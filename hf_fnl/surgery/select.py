@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -146,7 +150,11 @@ def select(model: nn.Module, config: FactorizationConfig) -> tuple[list[Target],
         by the name of the layer, or of the parameter where that is no layer's weight.
 
     Raises:
-        ValueError: If nothing is left, or a layer that a pattern other than ``"*"`` names cannot be factorized.
+        ValueError: If nothing is left, a pattern to include matches no module, or a layer that one other than ``"*"``
+            names cannot be factorized.
+
+    Warns:
+        UserWarning: If a pattern to exclude matches no module and is like the name of one.
     """
     classes = tuple(config.classes) or tuple(stock for stock, ours in SUCCESSORS.items() if ours.kind in config.kinds)
     _check_classes(classes)
@@ -173,9 +181,31 @@ def select(model: nn.Module, config: FactorizationConfig) -> tuple[list[Target],
             raise ValueError(f"{named[0]} cannot be factorized: {reason}")
         else:
             skipped[chosen[0]] = reason
+    strangers = list(_unmatched(model, config))
     if not targets:
-        raise ValueError(_nothing_selected(model, config, skipped))
+        raise ValueError(". ".join([_nothing_selected(model, config, skipped), *(text for _, text in strangers)]))
+    for option, text in strangers:
+        if option == "include":
+            raise ValueError(text)
+        if "did you mean" in text:  # else it may be meant for other models, as lm_head is
+            warnings.warn(text, stacklevel=3)
     return targets, skipped
+
+
+def _unmatched(model: nn.Module, config: FactorizationConfig) -> Iterator[tuple[str, str]]:
+    """The option and a complaint for each pattern that no name of a module or a parameter matches."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parts = sorted({part for name in names for part in name.split(".")})
+    for option in ("include", "exclude"):
+        for pattern in getattr(config, option):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                strange = [word for word in re.split(r"[.*?]+", pattern) if word and not any(word in p for p in parts)]
+                meant = pattern
+                for word in strange:
+                    meant = meant.replace(word, next(iter(get_close_matches(word, parts, n=1)), word))
+                hint = "" if meant == pattern else f"; did you mean {meant}?"
+                yield option, f"{option}={pattern} matches nothing in {type(model).__name__}{hint}"
 
 
 def _check_classes(classes: Iterable[type]) -> None:
