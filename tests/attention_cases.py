@@ -19,9 +19,9 @@ _COMMON = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 11,
 }
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_GROUPED = {**_COMMON, "num_attention_heads": 6, "num_key_value_heads": 2, **_TOKENS}
-_GPT2 = {"n_embd": HIDDEN, "n_head": HEADS, "n_layer": LAYERS, "vocab_size": VOCABULARY, "n_positions": 11, **_TOKENS}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_GROUPED = {**_COMMON, "num_attention_heads": 6, "num_key_value_heads": 2, **TOKENS}
+_GPT2 = {"n_embd": HIDDEN, "n_head": HEADS, "n_layer": LAYERS, "vocab_size": VOCABULARY, "n_positions": 11, **TOKENS}
 _VIT = {name: _COMMON[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")}
 
 
@@ -87,13 +87,13 @@ CASES = {
         _linear("q_lin", "k_lin", "v_lin", "out_lin"),
     ),
     "deberta-v2": Case(
-        lambda: T.DebertaV2Config(**_COMMON, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        lambda: T.DebertaV2Config(**_COMMON, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True),
         ("encoder.layer.{}.attention",),
         _linear("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
     ),
     "gpt2": Case(lambda: T.GPT2Config(**_GPT2), ("h.{}.attn",), _gpt2),
     "opt": Case(
-        lambda: T.OPTConfig(**{**_COMMON, **_TOKENS}, ffn_dim=7, word_embed_proj_dim=HIDDEN),
+        lambda: T.OPTConfig(**{**_COMMON, **TOKENS}, ffn_dim=7, word_embed_proj_dim=HIDDEN),
         ("decoder.layers.{}.self_attn",),
         _linear("q_proj", "k_proj", "v_proj", "out_proj"),
     ),
@@ -103,7 +103,7 @@ CASES = {
     "phi3": Case(lambda: T.Phi3Config(**{**_GROUPED, "hidden_size": 24}), ("layers.{}.self_attn",), _phi3, 6, 2),
     "t5": Case(
         lambda: T.T5Config(
-            d_model=HIDDEN, d_kv=4, num_heads=HEADS, d_ff=7, num_layers=LAYERS, vocab_size=VOCABULARY, **_TOKENS
+            d_model=HIDDEN, d_kv=4, num_heads=HEADS, d_ff=7, num_layers=LAYERS, vocab_size=VOCABULARY, **TOKENS
         ),
         (
             "encoder.block.{}.layer.0.SelfAttention",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from attention_cases import CASES, CROSS, HEADS, HIDDEN, LAYERS, VOCABULARY, Case
+import transformers as T
+from attention_cases import CASES, CROSS, HEADS, HIDDEN, LAYERS, TOKENS, VOCABULARY, Case
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModel, BertConfig, BertModel, DebertaConfig, GPTNeoXConfig
+from transformers import AlbertConfig, AlbertModel, AutoModel, BertConfig, BertModel, DebertaConfig, GPTNeoXConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import FactorizedLinear
@@ -84,16 +87,35 @@ def test_cross_attention_of_gpt2():
         assert_close(product.matrix(model), expected_matrices(CROSS, attention)[product.kind])
 
 
+class GPT2LikeAttention(nn.Module):
+    """Attention in GPT-2's layout whose queries and keys have another width than its values."""
+
+    num_heads = HEADS
+
+    def __init__(self, qk: int, ov: int, is_cross: bool) -> None:
+        super().__init__()
+        self.widths = [qk] * (2 - is_cross) + [ov]
+        self.c_attn, self.c_proj = Conv1D(sum(self.widths), HIDDEN), Conv1D(HIDDEN, ov)
+        if is_cross:
+            self.q_attn = Conv1D(qk, HIDDEN)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        if hasattr(self, "q_attn"):
+            parts = self.q_attn(hidden_states), *self.c_attn(encoder_hidden_states).split(self.widths, -1)
+        else:
+            parts = self.c_attn(hidden_states).split(self.widths, -1)
+        query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
+        context = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.c_proj(context.transpose(1, 2).flatten(-2))
+
+
 @pytest.mark.parametrize("is_cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize(("qk", "ov"), [(6, 15), (12, 9), (3, 21)])
 def test_heads_of_gpt2_may_have_two_widths(is_cross, qk, ov):
     torch.manual_seed(0)
-    attention = nn.Module()
-    attention.num_heads = HEADS
-    attention.c_attn, attention.c_proj = Conv1D(qk * (2 - is_cross) + ov, HIDDEN), Conv1D(HIDDEN, ov)
+    attention = GPT2LikeAttention(qk, ov, is_cross)
     inputs = list(attention.c_attn.weight.split([qk] * (2 - is_cross) + [ov], dim=1))
     if is_cross:
-        attention.q_attn = Conv1D(qk, HIDDEN)
         inputs.insert(0, attention.q_attn.weight)
     query, key, value = (weight.unflatten(1, (HEADS, -1)).transpose(0, 1) for weight in inputs)
     expected = {"qk": query @ key.mT, "ov": value @ attention.c_proj.weight.unflatten(0, (HEADS, -1))}
@@ -186,16 +208,121 @@ def test_factorized_projections_of_gpt2(names, left):
 
 
 def test_a_feed_forward_as_wide_as_the_heads_is_no_output_of_an_attention():
-    class AlbertAttention(nn.Module):
-        num_heads = HEADS
-
-        def __init__(self) -> None:
-            super().__init__()
-            for name in ("query", "key", "value", "dense"):
-                setattr(self, name, nn.Linear(HIDDEN, HIDDEN))
-
-    layer = nn.ModuleDict({"attention": AlbertAttention(), "output": nn.ModuleDict({"dense": nn.Linear(15, 15)})})
+    config = AlbertConfig(hidden_size=HIDDEN, num_attention_heads=HEADS, embedding_size=7, intermediate_size=7)
+    attention = AlbertModel(config).encoder.albert_layer_groups[0].albert_layers[0].attention
+    layer = nn.ModuleDict({"attention": attention, "output": nn.ModuleDict({"dense": nn.Linear(15, 15)})})
     assert [p.name for p in find_products(layer)] == ["attention.qk", "attention.ov"]
+
+
+MARIAN = T.MarianConfig(
+    vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=8, decoder_ffn_dim=8, pad_token_id=0, eos_token_id=2,
+    decoder_start_token_id=0,
+)  # fmt: skip
+SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4, **TOKENS,
+}  # fmt: skip
+
+
+class HeadAttention(nn.Module):
+    """Attention by the book, with a step of its own between the heads and the output."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = lambda heads: heads, gain: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.between = 4, between
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(16, 16) for _ in range(4))
+        self.gain = nn.Parameter(torch.ones(16)) if gain else 1.0
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (layer(hidden_states).unflatten(-1, (4, 4)).transpose(-2, -3) for layer in projections)
+        heads = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.o_proj(self.between(heads).transpose(-2, -3).flatten(-2) * self.gain)
+
+
+@pytest.mark.parametrize(
+    ("build", "kinds"),
+    [
+        pytest.param(lambda: HeadAttention(), "ov qk", id="plain"),
+        pytest.param(lambda: HeadAttention(lambda heads: 2 * heads), "ov qk", id="scaled"),
+        pytest.param(lambda: HeadAttention(lambda heads: heads - heads.mean(-2, keepdim=True)), "ov qk", id="centered"),
+        pytest.param(lambda: HeadAttention(lambda heads: heads.roll(1, -3)), "qk", id="heads-exchanged"),
+        pytest.param(lambda: HeadAttention(lambda heads: heads + heads.mean(-3, keepdim=True)), "qk", id="heads-mixed"),
+        pytest.param(lambda: HeadAttention(torch.relu), "qk", id="relu"),
+        pytest.param(lambda: HeadAttention(lambda heads: heads * heads.sigmoid()), "qk", id="gated"),
+        pytest.param(lambda: HeadAttention(lambda x: nn.functional.normalize(x, dim=-1)), "qk", id="normalized"),
+        pytest.param(lambda: HeadAttention(gain=True), "qk", id="gain-that-starts-at-one"),
+        pytest.param(lambda: T.LlamaModel(T.LlamaConfig(**SMALL, attention_bias=True)), "ov qk", id="llama-biases"),
+        pytest.param(lambda: T.Qwen2Model(T.Qwen2Config(**SMALL)), "ov qk", id="qwen2"),
+        pytest.param(lambda: T.MarianModel(MARIAN), "ov qk", id="marian"),
+        pytest.param(lambda: T.DebertaV2Model(T.DebertaV2Config(**SMALL, relative_attention=True,
+                     pos_att_type=["p2c", "c2p"])), "ov", id="deberta-v2-queries-have-positions-of-their-own"),
+        pytest.param(lambda: T.Qwen3Model(T.Qwen3Config(**SMALL)), "ov", id="qwen3-normalizes-queries-and-keys"),
+        pytest.param(lambda: T.Olmo2Model(T.Olmo2Config(**SMALL)), "ov", id="olmo2-normalizes-them-over-all-heads"),
+        pytest.param(lambda: T.DiffLlamaModel(T.DiffLlamaConfig(**SMALL)), "qk", id="diffllama-pairs-heads"),
+        pytest.param(lambda: T.BitNetModel(T.BitNetConfig(**SMALL)), "qk", id="bitnet-normalizes-before-the-output"),
+        pytest.param(lambda: T.AfmoeModel(T.AfmoeConfig(**SMALL, num_dense_layers=1)), "", id="afmoe-gates"),
+    ],
+)  # fmt: skip
+def test_products_are_found_where_the_attention_computes_by_them(build, kinds):
+    torch.manual_seed(0)
+    model = nn.Sequential(build())
+    attentions = {name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
+    found = {kind: [] for kind in ("ov", "qk")}
+    for kind in found:
+        if kind in kinds.split():
+            found[kind] = find_products(model, [kind])
+        else:
+            with pytest.raises(ValueError, match=f"attentions that do not compute by {kind} products"):
+                find_products(model, [kind])
+    for kind in kinds.split():
+        owners = {product.name.removesuffix(f".{kind}") for product in found[kind]}
+        assert owners <= attentions
+        assert len(owners) == len([name for name in attentions if not name.endswith(".self")])
+
+
+def test_one_kind_of_an_attention_may_be_left_out_with_a_warning():
+    model = nn.Sequential(T.Qwen3Model(T.Qwen3Config(**SMALL)))
+    message = r"that do not compute by qk products, which are left out: Qwen3Attention \(0\.layers\.0\.self_attn\)"
+    with pytest.warns(UserWarning, match=message):
+        assert [product.kind for product in find_products(model)] == ["ov"]
+
+
+class Unfamiliar(HeadAttention):
+    """The same, called in a way that nobody can guess."""
+
+    def forward(self, hidden_states: Tensor, frequencies: Tensor) -> Tensor:
+        return super().forward(hidden_states * frequencies.cos())
+
+
+def test_an_attention_that_cannot_be_run_is_left_out_until_it_is_registered():
+    model = nn.Sequential(Unfamiliar())
+    with pytest.raises(ValueError, match=r"that could not be run to see .*: Unfamiliar \(0\); .* register_attention"):
+        find_products(model)
+
+    def known(module: nn.Module) -> AttentionProjections | None:
+        if not isinstance(module, Unfamiliar):
+            return None
+        return AttentionProjections(module.q_proj, module.k_proj, module.v_proj, module.o_proj, module.num_heads)
+
+    with register_attention(known):
+        assert [product.name for product in find_products(model)] == ["0.qk", "0.ov"]
+
+
+def test_looking_for_products_leaves_no_trace():
+    """No weight is read, no hook runs, and no random number is drawn."""
+    model = T.LlamaModel(T.LlamaConfig(**SMALL, attn_implementation="flex_attention"))
+    model.layers[0].self_attn.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
+    model.layers[0].self_attn.v_proj.register_forward_pre_hook(lambda *_: pytest.fail("a hook ran"))
+    model.train()
+    before, state = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    assert len(find_products(model)) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    assert model.layers[0].self_attn.training
+    assert model.config._attn_implementation == "flex_attention"
+    assert [p.kind for p in find_products(model.half().to("meta"))] == ["qk", "ov"]
 
 
 class OwnAttention(nn.Module):

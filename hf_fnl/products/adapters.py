@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fnl.layers import Factorized
 from hf_fnl.layers.whole import whole_shape
 from hf_fnl.products.attention import AttentionProjections, Projection, Section, size
-
-Adapter = Callable[[nn.Module], AttentionProjections | None]
+from hf_fnl.products.invariance import Adapter, invariant_kinds
 
 # Where query, key, value and output are layers of their own.
 _SEPARATE = (
@@ -101,13 +101,18 @@ _REGISTERED: OrderedDict[int, Adapter] = OrderedDict()
 
 
 def register_attention(adapter: Adapter) -> RemovableHandle:
-    """Teach :func:`~hf_fnl.products.find_products` another attention.
+    r"""Teach :func:`~hf_fnl.products.find_products` another attention.
 
     Adapters are asked in turn, the newest first and the built-in ones last::
 
         def mine(module):
             if isinstance(module, MyAttention):
                 return AttentionProjections(module.wq, module.wk, module.wv, module.wo, module.heads)
+
+    What an adapter says is taken for true. It must hold that, head by head, ``V R`` and ``O R^-T`` give the same
+    outputs as ``V`` and ``O`` for every invertible ``R (r, r)``, and so for queries and keys before their positions are
+    rotated in: nothing but the weighted sum over tokens stands between the two, no gate, norm or exchange of heads.
+    Biases are no part of a product: the value's moves along with its heads, as ``b R``.
 
     Args:
         adapter: Takes any module; returns its projections, or ``None`` if it is no such attention.
@@ -120,11 +125,27 @@ def register_attention(adapter: Adapter) -> RemovableHandle:
     return handle
 
 
-def attention_of(module: nn.Module) -> AttentionProjections | None:
-    """The projections of a module if an adapter knows it as an attention."""
-    for adapter in (*reversed(_REGISTERED.values()), *_BUILT_IN):
-        if (found := adapter(module)) is not None:
-            return found
+@dataclass(frozen=True)
+class KnownAttention:
+    """An attention that an adapter knows.
+
+    Args:
+        projections: Its projections.
+        kinds: The products by which it computes, of ``"qk"`` and ``"ov"``; ``None`` if there is no telling.
+    """
+
+    projections: AttentionProjections
+    kinds: frozenset[str] | None
+
+
+def attention_of(module: nn.Module) -> KnownAttention | None:
+    """What is known of a module as an attention, ``None`` if no adapter knows it."""
+    for registered in reversed(_REGISTERED.values()):
+        if (projections := registered(module)) is not None:
+            return KnownAttention(projections, frozenset({"qk", "ov"}))
+    for adapter in _BUILT_IN:
+        if (projections := adapter(module)) is not None:
+            return KnownAttention(projections, invariant_kinds(module, adapter))
     return None
 
 

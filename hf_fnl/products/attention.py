@@ -80,6 +80,11 @@ class AttentionProjections:
         """Heads of key and value."""
         return self.num_heads * size(self.key, 0) // size(self.query, 0)
 
+    def factorized_kinds(self) -> set[str]:
+        """Of ``"qk"`` and ``"ov"`` those with a projection that is itself held as factors."""
+        pairs = {"qk": (self.query, self.key), "ov": (self.value, self.output)}
+        return {kind for kind, pair in pairs.items() if any(isinstance(side, Factorized) for side in pair)}
+
     def products(self, path: str, names: Mapping[int, str], part: str | None) -> Iterator[Product]:
         """The ``qk`` and the ``ov`` product, except where a projection is itself factorized.
 
@@ -97,7 +102,7 @@ class AttentionProjections:
             "ov": ((self.value, 0, shared), (self.output, 1, full)),
         }
         for kind, pair in pairs.items():
-            if not any(isinstance(projection, Factorized) for projection, _, _ in pair):
+            if kind not in self.factorized_kinds():
                 parts = tuple(_factor(projection, side, heads, names) for projection, side, heads in pair)
                 yield Product(f"{path}.{kind}" if path else kind, kind, parts, part)
 
@@ -112,6 +117,13 @@ def size(projection: Projection, side: int) -> int:
         return projection.length
     shape = projection.shape if isinstance(projection, Factorized) else whole_shape(projection.weight)
     return shape[side ^ isinstance(projection, Conv1D)]
+
+
+def inputs_of(projection: Projection) -> int:
+    """Inputs of a projection from inputs to heads."""
+    if isinstance(projection, Section):
+        return whole_shape(projection.weight)[1 - projection.dim]
+    return size(projection, 1)
 
 
 def _shared_heads(full: int, part: int, num_heads: int) -> int | None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from hf_fnl.layers import Factorized
 from hf_fnl.layers.whole import whole_shape
-from hf_fnl.products.adapters import attention_of
-from hf_fnl.products.attention import AttentionProjections
+from hf_fnl.products.adapters import KnownAttention, attention_of
 from hf_fnl.products.core import Factor, Product
 from hf_fnl.products.parts import parts_of
 from hf_fnl.selectors import KINDS, Selector
@@ -21,9 +20,12 @@ from hf_fnl.selectors import KINDS, Selector
 def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[Product]:
     """List the products of a model, stock or ours, in the order of its modules.
 
-    Parameters that are tied appear once, under the name that ``named_parameters`` gives them. An attention is known
-    by the layout of its layers; see :func:`~hf_fnl.products.register_attention` for others. Its products are those of
-    its weights, before anything that it does to queries and keys, as rotary embeddings and normalizations do.
+    Parameters that are tied appear once, under the name that ``named_parameters`` gives them. The projections of an
+    attention are known by their names, and are products only if it computes with them as such: a small copy of it with
+    random weights gives the same outputs for ``V R`` and ``O R^-T`` as for ``V`` and ``O``, and for ``Q R`` and
+    ``K R^-T``, with any invertible ``R`` for each head. Heads that are mixed, gated or normalized in between have no
+    such product. Queries and keys are those before a rotary embedding: their product is the one of tokens at the same
+    position. See :func:`~hf_fnl.products.register_attention` for attentions of other layouts.
 
     Args:
         model: Any module; unwrapped, so that names are those of its own ``named_parameters``.
@@ -35,13 +37,14 @@ def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[
         ValueError: If a kind or part is unknown, or the model has no product that was asked for, or none at all.
 
     Warns:
-        UserWarning: If ``"qk"`` or ``"ov"`` is wanted and the model has, besides, attentions of an unknown layout.
+        UserWarning: If ``"qk"`` or ``"ov"`` is wanted and the model has, besides, attentions without such a product, or
+            of an unknown layout.
     """
     kinds = [kinds] if isinstance(kinds, str) else kinds
     wanted = [Selector.parse(kind, "kind of product") for kind in (KINDS if kinds is None else kinds)]
     attentions = {path: known for path, module in model.named_modules() if (known := attention_of(module)) is not None}
     products = list(_distinct(_all_products(model, attentions)))
-    complaint = _complaint(model, attentions) if any(selector.kind in ("qk", "ov") for selector in wanted) else ""
+    complaint = _complaint(model, attentions, {selector.kind for selector in wanted} & {"qk", "ov"})
     found = {selector: [p for p in products if selector.matches(p.kind, p.part)] for selector in wanted}
     if missing := [str(selector) for selector in wanted if not found[selector] and (kinds is not None or not products)]:
         present = sorted({str(Selector(p.kind, p.part)) for p in products})
@@ -64,30 +67,46 @@ def _distinct(found: Iterable[Product]) -> Iterator[Product]:
         yield replace(same[0], part=parts.pop() if len(parts) == 1 else None)
 
 
-def _all_products(model: nn.Module, attentions: dict[str, AttentionProjections]) -> Iterator[Product]:
+def _all_products(model: nn.Module, attentions: dict[str, KnownAttention]) -> Iterator[Product]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parts = parts_of(model)
     for path, module in model.named_modules():
         if isinstance(module, Factorized):
             yield Product(path, module.kind, tuple(Factor(names[id(p)]) for p in module.factors()), parts[path])
         if path in attentions:
-            yield from attentions[path].products(path, names, parts[path])
+            known = attentions[path]
+            products = known.projections.products(path, names, parts[path])
+            yield from (product for product in products if product.kind in (known.kinds or ()))
 
 
-def _complaint(model: nn.Module, known: Iterable[str]) -> str:
-    """What to say of the attentions that no adapter knows; empty if there are none."""
-    seen, unknown = list(known), defaultdict(list)
-    for path, module in model.named_modules():
+def _complaint(model: nn.Module, known: Mapping[str, KnownAttention], kinds: set[str]) -> str:
+    """What to say of the attentions that have no product of a kind that is wanted; empty if all have."""
+    if not kinds:
+        return ""
+    modules = dict(model.named_modules())
+    lacking: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for path, attention in known.items():
+        for kind in sorted(kinds - attention.projections.factorized_kinds()):
+            if attention.kinds is None:
+                reason = "attentions that could not be run to see how they compute"
+            elif kind not in attention.kinds:
+                reason = f"attentions that do not compute by {kind} products"
+            else:
+                continue
+            paths = lacking[reason][type(modules[path]).__name__]
+            paths.extend([path] if path not in paths else [])
+    seen = list(known)
+    for path, module in modules.items():
         if _looks_like_attention(module) and not any(_within(path, other) or _within(other, path) for other in seen):
             seen.append(path)
-            unknown[type(module).__name__].append(path)
-    if not unknown:
+            lacking["attentions of unknown layout"][type(module).__name__].append(path)
+    if not lacking:
         return ""
-    listed = "; ".join(f"{name} ({', '.join(paths)})" for name, paths in unknown.items())
-    return (
-        f"{type(model).__name__} has attentions of unknown layout, which are left out: {listed}; "
-        "name their projections with register_attention"
+    listed = " and ".join(
+        f"{reason}, which are left out: " + "; ".join(f"{name} ({', '.join(paths)})" for name, paths in classes.items())
+        for reason, classes in lacking.items()
     )
+    return f"{type(model).__name__} has {listed}; name the projections of those that do with register_attention"
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

@@ -1,0 +1,201 @@
+r"""What an attention computes, measured: whether its projections multiply as its products say.
+
+A head's values ``V`` and outputs ``O`` count as ``V O^T`` alone if ``V R`` and ``O R^-T`` give the same outputs for
+every invertible ``R``, and so do its queries and keys. Heads that are paired, mixed, gated or normalized on the way
+break this, whatever the names of the layers. So the attention itself is run: a copy with random weights, for a few
+tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from hf_fnl.layers.whole import whole_shape
+from hf_fnl.products.attention import AttentionProjections, inputs_of, size
+
+_TOLERANCE = 1e-3  # of what one factor alone changes; many attentions round some of their steps to float32
+# What a copy does not take along: the state of nn.Module, hooks among it, and what accelerate puts before a forward.
+_NOT_COPIED = frozenset(vars(nn.Module())) | {"forward", "_hf_hook", "_old_forward"}
+_MEASURED: dict[Hashable, frozenset[str] | None] = {}
+
+Adapter = Callable[[nn.Module], AttentionProjections | None]
+
+
+def invariant_kinds(attention: nn.Module, adapter: Adapter) -> frozenset[str] | None:
+    """The kinds of products, of ``"qk"`` and ``"ov"``, by which an attention computes; ``None`` if it cannot be run.
+
+    Measured once for all attentions of a class, sizes, settings and configuration. All tokens are at the first
+    position, where rotary embeddings change nothing.
+
+    Args:
+        attention: Stays as it is. None of its weights is read: they may be anywhere, or divided among processes.
+        adapter: Finds its projections, and those of a copy.
+    """
+    key = type(attention), *_settings(attention)
+    if key not in _MEASURED:
+        _MEASURED[key] = _measure(attention, adapter)
+    return _MEASURED[key]
+
+
+def _settings(attention: nn.Module) -> Iterator[Hashable]:
+    """All on which the computation of a class can depend, but for the number of the layer."""
+    yield str(getattr(attention, "config", None))
+    yield tuple((name, tuple(whole_shape(parameter))) for name, parameter in attention.named_parameters())
+    for module in attention.modules():
+        yield (type(module),)
+        for name, value in vars(module).items():
+            if name != "training" and not name.startswith("layer_i"):
+                if isinstance(value, bool | int | str) or (callable(value) and isinstance(value, Hashable)):
+                    yield name, value
+
+
+@torch.no_grad()
+def _measure(attention: nn.Module, adapter: Adapter) -> frozenset[str] | None:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(0)
+        twin = _redrawn(attention, {}, generator).eval()
+        if (projections := adapter(twin)) is None:
+            return None
+        seen: list[dict[str, tuple[float, float]]] = []
+        for arguments in _arguments(twin, projections, generator):
+            try:
+                seen.append(_changes(twin, projections, arguments, generator))
+            except Exception:  # there is no telling what a call with the wrong arguments raises
+                continue
+            if all(alone > _TOLERANCE for alone, _ in seen[-1].values()):
+                break
+        # Calls in which a product does not matter, as queries and keys of a single token do not, say nothing of it.
+        changes = max(seen, key=lambda change: sum(alone > _TOLERANCE for alone, _ in change.values()), default=None)
+    if changes is None:
+        return None
+    return frozenset(kind for kind, (alone, both) in changes.items() if alone > _TOLERANCE > both / alone)
+
+
+def _changes(
+    twin: nn.Module, projections: AttentionProjections, arguments: Mapping[str, Any], generator: torch.Generator
+) -> dict[str, tuple[float, float]]:
+    """How far the outputs move, relative to them, if one factor of a product changes alone, and if both do."""
+    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    expected = _outputs(twin, arguments)
+    changes = {}
+    for product in projections.products("", names, None):
+        left, right = product.factors(twin)
+        before = left.clone(), right.clone()
+        heads = [min(sizes) for sizes in zip(left.shape[:-2], right.shape[:-2], strict=True)]
+        basis = torch.linalg.qr(_normal(*heads, left.shape[-1], left.shape[-1], generator=generator)).Q
+        scale = torch.rand(basis[..., :1, :].shape, generator=generator, dtype=basis.dtype) + 0.5
+        left.copy_(left @ (basis * scale))
+        alone = _distance(_outputs(twin, arguments), expected)
+        right.copy_(right @ (basis / scale))
+        changes[product.kind] = alone, _distance(_outputs(twin, arguments), expected)
+        left.copy_(before[0])
+        right.copy_(before[1])
+    return changes
+
+
+def _normal(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _redrawn(module: nn.Module, drawn: dict[nn.Parameter, nn.Parameter], generator: torch.Generator) -> nn.Module:
+    """A copy without hooks, its parameters drawn in float64; biases, which move along with a product, are zero."""
+    twin = type(module).__new__(type(module))
+    nn.Module.__init__(twin)
+    vars(twin).update({name: value for name, value in vars(module).items() if name not in _NOT_COPIED})
+    config = copy.deepcopy(getattr(module, "config", None))
+    if isinstance(config, PreTrainedConfig):
+        config._attn_implementation = "eager"
+        vars(twin)["config"] = config
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter not in drawn:
+            drawn[parameter] = nn.Parameter(_draw(name, whole_shape(parameter), generator))
+        twin.register_parameter(name, None if parameter is None else drawn[parameter])
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            buffer = torch.ones(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer.cpu()
+            buffer = buffer.double() if buffer.is_floating_point() else buffer
+        twin.register_buffer(name, buffer)
+    for name, child in module.named_children():
+        twin.add_module(name, _redrawn(child, drawn, generator))
+    return twin
+
+
+def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(shape, dtype=torch.float64)
+    if len(shape) < 2:  # the scales of normalizations, which are ones in a fresh model
+        return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    return _normal(*shape, generator=generator) / shape[-1] ** 0.5
+
+
+def _arguments(
+    attention: nn.Module, projections: AttentionProjections, generator: torch.Generator
+) -> Iterator[dict[str, Any]]:
+    """Ways in which an attention may be called, by the names that Transformers gives to arguments."""
+    parameters = inspect.signature(attention.forward).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not named:
+        return
+    names = {parameter.name for parameter in named}
+    required = [parameter.name for parameter in named if parameter.default is parameter.empty]
+    width = size(projections.query, 0) // projections.num_heads
+    tokens = 256 if "height" in names else 4
+    layouts: list[tuple[int, ...]] = [(2, tokens), (1, tokens), (tokens,), (1, 2, tokens // 2)]
+    if "cu_seqlens" in names:
+        layouts.insert(0, (tokens,))
+    # Attentions of windows hold the index of a bias for every pair of tokens.
+    indices = (buffer.numel() for buffer in attention.buffers() if not buffer.is_floating_point())
+    layouts += [(2, math.isqrt(n)) for n in indices if 1 < math.isqrt(n) ** 2 == n]
+    relative = _normal(1024, inputs_of(projections.query), generator=generator)  # DeBERTa's, of distances up to 512
+    for layout, crossing, rotation, masked in itertools.product(layouts, (False, True), (1, width, 0), (False, True)):
+        query, key, value = (
+            _normal(*layout, inputs_of(projection), generator=generator)
+            for projection in (projections.query, projections.key, projections.value)
+        )
+        given = dict.fromkeys(required) | {
+            "position_embeddings": (torch.ones(*layout, rotation).double(), torch.zeros(*layout, rotation).double())
+            if rotation
+            else None,
+            "position_ids": torch.zeros(layout, dtype=torch.long),
+            "attention_mask": torch.ones(1, 1, tokens, tokens) if masked else None,
+            "mask": torch.ones(layout) if masked else None,
+            "rel_embeddings": relative,
+            "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32),
+            "max_seqlen": tokens,
+            **dict.fromkeys(("height", "width"), math.isqrt(tokens)),
+            **dict.fromkeys(("key", "keys"), key),
+            **dict.fromkeys(("value", "values"), value),
+            **{name: key for name in names if crossing and name.endswith("_states")},
+            **{name: {} for name in required if name.startswith("shared")},
+            named[0].name: query,
+        }
+        yield {name: argument for name, argument in given.items() if name in names}
+
+
+def _outputs(twin: nn.Module, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """All that a call hands on: what it returns, and what it puts into a dictionary that layers share."""
+    arguments = copy.deepcopy(dict(arguments))
+    returned = twin(**arguments)
+    return [*_tensors(returned), *_tensors([value for value in arguments.values() if isinstance(value, dict)])]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value.double()
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(inner)
+
+
+def _distance(outputs: list[Tensor], expected: list[Tensor]) -> float:
+    pairs = zip(outputs, expected, strict=True)
+    return max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
