@@ -21,10 +21,11 @@ _RIDGE = 1e-5
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean ``(..., n)`` and covariance ``(..., n, n)`` of vectors, in float64."""
+    """Mean ``(..., n)`` and covariance ``(..., n, n)`` of ``count`` vectors, in float64."""
 
     mean: Tensor
     covariance: Tensor
+    count: int = 1
 
     @classmethod
     def of(cls, samples: Tensor) -> Moments:
@@ -41,7 +42,15 @@ class Moments:
         samples = samples.detach().double()
         mean = samples.mean(-2, keepdim=True)
         centered = samples - mean
-        return cls(mean.squeeze(-2), centered.mT @ centered / samples.shape[-2])
+        return cls(mean.squeeze(-2), centered.mT @ centered / samples.shape[-2], samples.shape[-2])
+
+    def joined(self, other: Moments) -> Moments:
+        """Moments of the vectors of both."""
+        share = other.count / (self.count + other.count)
+        shift = other.mean - self.mean
+        spread = shift.unsqueeze(-1) * shift.unsqueeze(-2) * (share * (1 - share))
+        covariance = self.covariance * (1 - share) + other.covariance * share + spread
+        return Moments(self.mean + share * shift, covariance, self.count + other.count)
 
     @property
     def second(self) -> Tensor:
@@ -117,6 +126,12 @@ class HeadMoments:
     query: Moments
     key: Moments
     context: Moments
+
+    def joined(self, other: HeadMoments) -> HeadMoments:
+        """Moments of the vectors of both."""
+        return HeadMoments(
+            self.query.joined(other.query), self.key.joined(other.key), self.context.joined(other.context)
+        )
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,26 @@
-"""Data run through a model once, visitors answer for its modules, and the model is as before."""
+"""Data run through a model, handlers answer for its modules, and the model is as before."""
 
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers as T
 from bert_cases import BACKBONE, CROSS_DECODER, FULL, HEADS, NO_DROPOUT
 from family import Head, run
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import AlbertConfig, AlbertModel
 
-from hf_fnl.calibration import Call, join_batches, visit
+from hf_fnl.calibration import Heads as HeadsOf
+from hf_fnl.calibration import Request, join_batches, visit
+from hf_fnl.config import FactorizationConfig
+from hf_fnl.layers import FactorizedLinear
 from hf_fnl.layers.span import Span
+from hf_fnl.surgery import factorize_
 from hf_fnl.truncation import Moments
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -37,51 +44,44 @@ class Net(nn.Module):
         return self.twice(self.dropout(self.first(input=self.twice(self.last(x)))))
 
 
-def keep(call: Call) -> nn.Module:
-    return call.module
+def keep(name: str, moments: Any) -> None:
+    return None
 
 
-def looking(seen: dict[str, Tensor], *names: str) -> dict[str, Callable[[Call], nn.Module]]:
-    """Visitors that note what their modules are given and leave them in place."""
-
-    def visitor(name: str) -> Callable[[Call], nn.Module]:
-        def look(call: Call) -> nn.Module:
-            seen[name] = call.samples(call.args[0] if call.args else call.kwargs["input"]).clone()
-            return call.module
-
-        return look
-
-    return {name: visitor(name) for name in names}
+def seen_in(model: nn.Module, batch: Any, *names: str, requests: Mapping[str, Request] | None = None) -> dict[str, Any]:
+    """What is measured at modules that stay in place."""
+    seen: dict[str, Any] = {}
+    visit(model, batch, dict.fromkeys(names, "inputs") | dict(requests or {}), seen.__setitem__)
+    return seen
 
 
 # The pass
 
 
-def test_modules_are_visited_in_the_order_of_execution_each_once() -> None:
-    visits: list[nn.Module] = []
+def test_modules_are_handled_in_the_order_of_execution_each_once() -> None:
+    visits: list[str] = []
     model = Net()
-
-    def visitor(call: Call) -> nn.Module:
-        visits.append(call.module)
-        return call.module
-
-    found = visit(model, {"x": torch.randn(7, 5)}, dict.fromkeys(["first", "twice", "last"], visitor))
+    requests: dict[str, Request] = dict.fromkeys(["first", "twice", "last"])
+    found = visit(model, {"x": torch.randn(7, 5)}, requests, lambda name, moments: visits.append(name))
     assert list(found) == ["last", "twice", "first"]
-    assert visits == [model.last, model.twice, model.first]
-    assert list(found.values()) == visits
+    assert visits == ["last", "twice", "first"]
+    assert list(found.values()) == [model.last, model.twice, model.first]
 
 
 def test_a_layer_sees_what_replaced_layers_give_it() -> None:
     model = Net().eval()
     x = torch.randn(7, 5)
-    doubled = {name: nn.Linear(5, 5) for name in ("last", "twice")}
-    seen: dict[str, Tensor] = {}
-    visit(
-        model,
-        {"x": x},
-        {name: lambda call, layer=layer: layer for name, layer in doubled.items()} | looking(seen, "first"),
-    )
-    assert_close(seen["first"], doubled["twice"](doubled["last"](x)).detach())
+    replaced = {name: nn.Linear(5, 5) for name in ("last", "twice")}
+    seen: dict[str, Any] = {}
+
+    def handle(name: str, moments: Any) -> nn.Module | None:
+        seen[name] = moments
+        return replaced.get(name)
+
+    visit(model, {"x": x}, {"last": None, "twice": None, "first": "inputs"}, handle)
+    expected = Moments.of(replaced["twice"](replaced["last"](x)))
+    assert_close(seen["first"].mean, expected.mean)
+    assert_close(seen["first"].covariance, expected.covariance)
 
 
 def test_what_answers_at_the_first_call_answers_at_the_next() -> None:
@@ -89,17 +89,80 @@ def test_what_answers_at_the_first_call_answers_at_the_next() -> None:
     replaced = nn.Linear(5, 5)
     outputs = []
     with model.register_forward_hook(lambda module, args, result: outputs.append(result)):
-        visit(model, {"x": x}, {"twice": lambda call: replaced})
+        visit(model, {"x": x}, {"twice": None}, lambda name, moments: replaced)
     assert_close(outputs[0], replaced(model.first(replaced(model.last(x)))).detach())
 
 
 def test_nothing_is_recorded_for_gradients() -> None:
-    def visitor(call: Call) -> nn.Module:
+    def handle(name: str, moments: Any) -> None:
         assert not torch.is_grad_enabled()
-        assert not call.args[0].requires_grad
-        return call.module
+        assert not moments.mean.requires_grad
 
-    visit(Net(), {"x": torch.randn(7, 5)}, {"twice": visitor})
+    visit(Net(), {"x": torch.randn(7, 5)}, {"first": "inputs"}, handle)
+
+
+# Modules that a pass calls several times
+
+
+def test_all_calls_of_a_module_are_pooled_in_front_of_what_comes_later() -> None:
+    """``twice`` is seen as it is at both calls, ``first`` behind its replacement."""
+    model, x = Net().eval(), torch.randn(7, 5)
+    last, twice = nn.Linear(5, 5), nn.Linear(5, 5)
+    seen: dict[str, Any] = {}
+
+    def handle(name: str, moments: Any) -> nn.Module | None:
+        seen[name] = moments
+        return {"last": last, "twice": twice}.get(name)
+
+    visit(model, {"x": x}, dict.fromkeys(["first", "twice", "last"], "inputs"), handle)
+    calls = [last(x), model.first(model.twice(last(x)))]
+    for name, expected in {"twice": torch.cat(calls), "first": twice(last(x)), "last": x}.items():
+        assert seen[name].count == len(expected)
+        assert_close(seen[name].mean, Moments.of(expected).mean)
+        assert_close(seen[name].covariance, Moments.of(expected).covariance)
+
+
+class Towers(nn.Module):
+    """One layer under two names, and for two inputs of different size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(5, 3)
+        self.other = self.one
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(x), self.other(y)
+
+
+def test_calls_under_other_names_and_of_other_sizes_count() -> None:
+    x, y = torch.randn(7, 5), torch.randn(2, 11, 5) + 1
+    moments = seen_in(Towers(), {"x": x, "y": y}, "one")["one"]
+    expected = Moments.of(torch.cat([x, y.flatten(0, 1)]))
+    assert moments.count == 29
+    assert_close(moments.second, expected.second)
+    assert_close(moments.mean, expected.mean)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_layer_that_albert_shares_is_cut_for_all_depths(layers: int) -> None:
+    """At full rank less one, the loss in front of all depths is that of the singular value left out."""
+    config = AlbertConfig(
+        vocab_size=13, hidden_size=12, embedding_size=5, num_attention_heads=3, intermediate_size=7,
+        num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = AlbertModel(config, add_pooling_layer=False).double().eval()
+    name = "encoder.albert_layer_groups.0.albert_layers.0.ffn"
+    given: list[Tensor] = []
+    with model.get_submodule(name).register_forward_pre_hook(lambda module, args: given.append(args[0].flatten(0, 1))):
+        batch = {"input_ids": torch.randint(13, (4, 6))}
+        model(**batch)
+    assert len(given) == layers
+    moments = seen_in(model, batch, name)[name]
+    assert_close(moments.second, torch.cat(given).mT @ torch.cat(given) / len(torch.cat(given)))
+    layer = model.get_submodule(name)
+    cut = FactorizedLinear.from_dense(layer, 3, moments=moments)
+    factorize_(model, FactorizationConfig(rank=3, include=["*ffn"]), calibration=batch)
+    assert_close(model.get_submodule(name).to_dense().weight, cut.to_dense().weight)
 
 
 # The model stays as it is
@@ -125,22 +188,22 @@ def half_trained() -> Net:
 def test_modes_forwards_and_weights_are_as_before() -> None:
     model = half_trained()
     before, weights = state_of(model), {name: p.clone() for name, p in model.named_parameters()}
-    seen: dict[str, Tensor] = {}
-    visitors = looking(seen, "first", "last") | {"twice": lambda call: nn.Linear(5, 5)}
-    visit(model, {"x": torch.randn(7, 5)}, visitors)
+    requests: dict[str, Request] = dict.fromkeys(["first", "last", "twice"], "inputs")
+    visit(model, {"x": torch.randn(7, 5)}, requests, lambda name, moments: nn.Linear(5, 5) if name == "twice" else None)
     assert state_of(model) == before
     assert_close(dict(model.named_parameters()), weights, **EXACT)
 
 
-def test_an_exception_in_a_visitor_leaves_nothing_behind() -> None:
+def test_an_exception_in_a_handler_leaves_nothing_behind() -> None:
     model = half_trained()
     before = state_of(model)
 
-    def fail(call: Call) -> nn.Module:
-        raise RuntimeError("from the visitor")
+    def fail(name: str, moments: Any) -> None:
+        if name == "twice":
+            raise RuntimeError("from the handler")
 
-    with pytest.raises(RuntimeError, match="from the visitor"):
-        visit(model, {"x": torch.randn(7, 5)}, {"last": keep, "twice": fail, "first": keep})
+    with pytest.raises(RuntimeError, match="from the handler"):
+        visit(model, {"x": torch.randn(7, 5)}, dict.fromkeys(["last", "twice", "first"]), fail)
     assert state_of(model) == before
 
 
@@ -148,14 +211,11 @@ def test_an_exception_in_an_attention_leaves_no_hooks() -> None:
     model = BACKBONE.build_stock()
     before = state_of(model)
 
-    def fail(call: Call) -> nn.Module:
-        attention = call.module
-        attention.output.dense.weight.data = attention.output.dense.weight.data[:, :1]  # its forward fails
-        call.head_moments(Span(attention.self.query), Span(attention.self.key), attention.output.dense, 3)
-        return call.module
-
+    attention = model.encoder.layer[0].attention
+    heads = HeadsOf(Span(attention.self.query), Span(attention.self.key), attention.output.dense, 3)
+    attention.output.dense.weight.data = attention.output.dense.weight.data[:, :1]  # its forward fails
     with pytest.raises(RuntimeError, match="shapes"):
-        visit(model, BACKBONE.batch(), {"encoder.layer.0.attention": fail})
+        visit(model, BACKBONE.batch(), {"encoder.layer.0.attention": heads}, keep)
     assert state_of(model) == before
 
 
@@ -164,7 +224,7 @@ def test_dropout_is_off() -> None:
     seen: dict[str, Tensor] = {}
     x = torch.randn(7, 5)
     with model.dropout.register_forward_hook(lambda module, args, result: seen.update(x=args[0], y=result)):
-        visit(model, {"x": x}, {"first": keep})
+        visit(model, {"x": x}, {"first": None}, keep)
     assert torch.equal(seen["x"], seen["y"])
     assert model.dropout.training
 
@@ -180,93 +240,241 @@ def test_dropout_is_off() -> None:
         ),
         pytest.param({"x": torch.ones(2, 5)}, ["fourth"], AttributeError, "fourth", id="unknown"),
         pytest.param([], ["first"], ValueError, "no calibration batches", id="no-batch"),
-        pytest.param([{"x": torch.ones(2, 5)}, {}], ["first"], ValueError, "different keys: x; $", id="other-keys"),
+        pytest.param(
+            [{"x": torch.ones(2, 5)}, {}],
+            ["first"],
+            ValueError,
+            "keys: x in the first, none in number 1",
+            id="other-keys",
+        ),
+        pytest.param({"x": torch.full((2, 5), torch.nan)}, ["first"], ValueError, "^x in the .* holds NaN", id="nan"),
+        pytest.param(
+            [{"x": torch.ones(2, 5)}, {"x": -torch.full((1, 5), torch.inf)}],
+            ["first"],
+            ValueError,
+            "x in calibration batch 1 holds NaN or Inf",
+            id="inf-in-the-second",
+        ),
+        pytest.param([{"x": torch.ones(2, 5)}, {"x": torch.ones(5)}], ["first"], ValueError, "shapes", id="dimensions"),
+        pytest.param({"x": [[1.0] * 5]}, ["first"], TypeError, "x in .* must be a tensor, got list", id="list"),
+        pytest.param([[torch.ones(2, 5)]], ["first"], TypeError, "must be a mapping from the names", id="no-mapping"),
     ],
 )
 def test_what_cannot_be_visited(batch: Any, names: list[str], error: type[Exception], message: str) -> None:
     model = half_trained()
     before = state_of(model)
     with pytest.raises(error, match=message):
-        visit(model, batch, dict.fromkeys(names, keep))
+        visit(model, batch, dict.fromkeys(names, "inputs"), keep)
     assert state_of(model) == before
 
 
-def test_only_masked_positions_are_no_data() -> None:
+def test_vectors_that_a_layer_makes_infinite_are_said_to_be_its() -> None:
     model = Net()
+    nn.init.constant_(model.last.weight, torch.inf)
+    with pytest.raises(ValueError, match="what reaches twice cannot be used: calibration vectors hold NaN or Inf"):
+        visit(model, {"x": torch.ones(2, 5)}, {"twice": "inputs"}, keep)
 
-    def visitor(call: Call) -> nn.Module:
-        call.input_moments()
-        return call.module
 
-    batch = {"x": torch.randn(2, 3, 5), "attention_mask": torch.zeros(2, 3)}
-    with pytest.raises(ValueError, match="is every position of the batch masked"):
-        visit(model, batch, {"first": visitor})
+class Router(nn.Module):
+    """Sends each token to the expert that its first entry names; the experts that none is sent to see nothing."""
+
+    def __init__(self, calls_all: bool) -> None:
+        super().__init__()
+        self.calls_all = calls_all
+        self.experts = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            chosen = x[..., 0].long() == number
+            if self.calls_all or chosen.any():
+                y[chosen] = expert(x[chosen])
+        return y
+
+
+@pytest.mark.parametrize("calls_all", [False, True], ids=["not-called", "called-with-nothing"])
+def test_experts_that_see_no_token_are_named(calls_all: bool) -> None:
+    model, x = Router(calls_all), torch.randn(2, 4, 5)
+    x[..., 0] = torch.tensor([0, 2, 2, 0])
+    with pytest.raises(ValueError, match=r"never reach experts\.1; no token was routed there, .*give more data"):
+        seen_in(model, {"x": x}, "experts.0", "experts.1", "experts.2")
+    assert {name: moments.count for name, moments in seen_in(model, {"x": x}, "experts.0", "experts.2").items()} == {
+        "experts.0": 4,
+        "experts.2": 4,
+    }
 
 
 # Masks
 
 
-@pytest.mark.parametrize(
-    ("x", "masks", "kept"),
-    [
-        pytest.param((2, 3, 5), [], 6, id="no-mask"),
-        pytest.param((2, 3, 5), [[[1, 1, 0], [1, 0, 0]]], 3, id="mask"),
-        pytest.param((2, 4, 5), [[[1, 1, 0], [1, 0, 0]]], 8, id="mask-of-another-length"),
-        pytest.param((2, 3), [[[1, 1, 0], [1, 0, 0]]], 2, id="no-positions"),
-        pytest.param((2, 3, 4, 5), [[[1, 1, 0], [1, 0, 0]]], 24, id="heads-are-no-positions"),
-        pytest.param((2, 3, 5), [[[1, 1, 0], [1, 0, 0]], [[1, 0, 1], [1, 1, 1]]], 2, id="two-masks-of-one-shape"),
-        pytest.param((2, 3, 5), [[[1], [0]], [[1, 1, 0], [1, 0, 0]]], 3, id="the-mask-of-its-shape"),
-    ],
-)
-def test_masked_positions_are_left_out(x: tuple[int, ...], masks: list[Any], kept: int) -> None:
-    call = Call(nn.Identity(), (), {}, tuple(torch.tensor(mask).bool() for mask in masks), lambda: None)
-    values = torch.randn(x)
-    samples = call.samples(values)
-    assert samples.shape == (kept, x[-1])
-    if not masks:
-        assert torch.equal(samples, values.reshape(-1, 5))
-    if kept == 3:
-        assert torch.equal(samples, torch.stack([values[0, 0], values[0, 1], values[1, 0]]))
+TEXT: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "intermediate_size": 8, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MASKED = {
+    "bert": T.BertConfig(**TEXT),
+    "llama-grouped": T.LlamaConfig(**{**TEXT, "num_key_value_heads": 2}),
+    "opt-flattened": T.OPTConfig(**TEXT, ffn_dim=8, word_embed_proj_dim=16),
+    "xlnet-transposed": T.XLNetConfig(vocab_size=40, d_model=12, n_layer=2, n_head=3, d_inner=7),
+    "mixtral-routed": T.MixtralConfig(**TEXT, num_local_experts=3),
+    "deberta-sets-padding-to-zero": T.DebertaV2Config(**TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    "xlm-sets-padding-to-zero": T.XLMConfig(vocab_size=40, emb_dim=12, n_layers=2, n_heads=3),
+    "mamba-without-attention": T.MambaConfig(vocab_size=40, hidden_size=12, num_hidden_layers=2, pad_token_id=0),
+    "longformer-pads-further": T.LongformerConfig(**TEXT, attention_window=4, sep_token_id=2),
+}
 
 
-def inputs_of(name: str, model: nn.Module, batch: Any) -> Tensor:
-    seen: dict[str, Tensor] = {}
-    visit(model, batch, looking(seen, name))
-    return seen[name]
+def stock(name: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # XLNet and XLM have their reasons
+        return T.AutoModel.from_config(MASKED[name]).eval()
+
+
+def padded(side: str) -> tuple[Tensor, Tensor]:
+    """Token ids and a mask, as many sequences as positions, so that no shape tells how they lie."""
+    ids, mask = torch.randint(3, 40, (5, 5)), torch.ones(5, 5, dtype=torch.long)
+    for row, length in enumerate((5, 1, 2, 4, 3)):
+        mask[row, length:] = 0
+    if side == "holes":
+        mask[0, 2] = 0
+    return ids, mask.flip(1) if side == "left" else mask
+
+
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+@pytest.mark.parametrize("name", MASKED)
+def test_what_is_masked_changes_nothing_and_counts_nowhere(name: str, side: str) -> None:
+    if side != "right" and name in ("xlm-sets-padding-to-zero", "longformer-pads-further"):
+        pytest.skip(
+            "XLM takes padding at the end only, and Longformer counts positions by what is not the padding token"
+        )
+    model = stock(name)
+    ids, mask = padded(side)
+    called: dict[str, int] = {}
+    layers = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for key, layer in layers.items():
+        layer.register_forward_pre_hook(lambda module, args, key=key: called.update({key: args[0].shape[:-1].numel()}))
+    model(input_ids=ids, attention_mask=mask)
+    batches = [{"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask} for pad in (0, 7)]
+    first, second = (seen_in(model, batch, *called) for batch in batches)
+    for key, moments in first.items():
+        if called[key] == 25:  # not a pooler, or the distances of a relative attention
+            assert moments.count == mask.sum(), key
+        assert moments.count == second[key].count
+        assert_close(moments.second, second[key].second, rtol=1e-4, atol=1e-6)
 
 
 def test_padding_does_not_show() -> None:
     model, batch = BACKBONE.build_stock(), BACKBONE.batch()
     name = "encoder.layer.1.output.dense"
-    before = inputs_of(name, model, batch)
-    assert len(before) == batch["attention_mask"].sum()
+    before = seen_in(model, batch, name)[name]
+    assert before.count == batch["attention_mask"].sum()
     batch["input_ids"][batch["attention_mask"] == 0] = 5
-    assert_close(inputs_of(name, model, batch), before)
+    assert_close(seen_in(model, batch, name)[name].second, before.second)
 
 
 def test_choices_are_sequences_of_their_own() -> None:
     head = HEADS["multiple-choice"]
-    batch = head.batch()
-    seen = inputs_of("bert.encoder.layer.0.intermediate.dense", head.build_stock(), batch)
-    assert len(seen) == batch["attention_mask"].sum() < batch["attention_mask"].numel()
+    batch, name = head.batch(), "bert.encoder.layer.0.intermediate.dense"
+    seen = seen_in(head.build_stock(), batch, name)[name]
+    assert seen.count == batch["attention_mask"].sum() < batch["attention_mask"].numel()
 
 
 def test_an_encoders_mask_is_that_of_cross_attention() -> None:
     batch = CROSS_DECODER.batch()
     model = CROSS_DECODER.build_stock()
-    seen: dict[str, Any] = {}
-
-    def visitor(call: Call) -> nn.Module:
-        inner = call.module.self
-        seen["moments"] = call.head_moments(Span(inner.query), Span(inner.key), call.module.output.dense, 3)
-        return call.module
-
-    visit(model, batch, {"bert.encoder.layer.0.crossattention": visitor})
-    keys = model.bert.encoder.layer[0].crossattention.self.key(batch["encoder_hidden_states"])
+    name = "bert.encoder.layer.0.crossattention"
+    inner = model.get_submodule(name).self
+    heads = HeadsOf(Span(inner.query), Span(inner.key), model.get_submodule(name).output.dense, 3)
+    seen = seen_in(model, batch, requests={name: heads})[name]
+    keys = inner.key(batch["encoder_hidden_states"])
     valid = keys[batch["encoder_attention_mask"].bool()].detach()
     expected = Moments.of(valid.unflatten(-1, (3, -1)).transpose(0, 1))
-    assert_close(seen["moments"].key.mean, expected.mean, rtol=1e-5, atol=1e-5)
-    assert_close(seen["moments"].key.covariance, expected.covariance, rtol=1e-5, atol=1e-5)
+    assert_close(seen.key.mean, expected.mean, rtol=1e-5, atol=1e-5)
+    assert_close(seen.key.covariance, expected.covariance, rtol=1e-5, atol=1e-5)
+    assert seen.query.count == seen.context.count == batch["attention_mask"].sum()
+
+
+@pytest.mark.parametrize("has_mask", [False, True], ids=["no-decoder-mask", "decoder-mask"])
+def test_the_masks_of_an_encoder_and_a_decoder_of_one_length(has_mask: bool) -> None:
+    model = T.AutoModel.from_config(
+        T.T5Config(vocab_size=40, d_model=12, d_kv=4, d_ff=7, num_layers=1, num_heads=3, decoder_start_token_id=0)
+    )
+    ids, mask = padded("right")
+    other = mask.flip(0)
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1)}
+    batch |= {"decoder_attention_mask": other} if has_mask else {}
+    names = "encoder.block.0.layer.1.DenseReluDense.wi", "decoder.block.0.layer.2.DenseReluDense.wi"
+    crossing = "decoder.block.0.layer.1.EncDecAttention.k"
+    seen = seen_in(model, batch, *names, crossing)
+    assert seen[names[0]].count == seen[crossing].count == mask.sum()
+    assert seen[names[1]].count == (other.sum() if has_mask else 25)
+
+
+def test_vectors_that_a_model_is_given_are_followed_as_ids_are() -> None:
+    model = stock("bert")
+    ids, mask = padded("left")
+    vectors = model.embeddings.word_embeddings(ids).detach()
+    name = "encoder.layer.1.intermediate.dense"
+    by_ids = seen_in(model, {"input_ids": ids, "attention_mask": mask}, name)[name]
+    batch = {"inputs_embeds": vectors.masked_fill(mask.unsqueeze(-1) == 0, 9.0), "attention_mask": mask}
+    by_vectors = seen_in(model, batch, name)[name]
+    assert by_vectors.count == by_ids.count == mask.sum()
+    assert_close(by_vectors.second, by_ids.second)
+
+
+def test_torchs_encoder_is_followed_through_all_its_layers() -> None:
+    """Its fast path would call none of them."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(12, 3, 7, batch_first=True), 2, enable_nested_tensor=False
+            )
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.encoder(x, src_key_padding_mask=attention_mask == 0)
+
+    _, mask = padded("right")
+    name = "encoder.layers.1.linear1"
+    seen = seen_in(Encoder(), {"x": torch.randn(5, 5, 12), "attention_mask": mask}, name)[name]
+    assert seen.count == mask.sum()
+
+
+def test_only_masked_positions_are_no_data() -> None:
+    batch = {"x": torch.randn(2, 3, 5), "attention_mask": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match=r"that the attention mask leaves reaches first.*is every position masked"):
+        seen_in(Net(), batch, "first")
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "message"),
+    [
+        pytest.param("bert", {"attention_mask": torch.ones(5, 1, 5, 5)}, r"shape \(5, 1, 5, 5\) tells", id="of-pairs"),
+        pytest.param(
+            "bert", {"attention_mask": torch.zeros(5, 6)}, r"have its shape, .*input_ids \(5, 5\)", id="longer"
+        ),
+        pytest.param(
+            T.BloomConfig(vocab_size=40, hidden_size=12, n_layer=1, n_head=3),
+            {"attention_mask": padded("right")[1]},
+            "cannot be followed through BloomModel: give calibration data without padding",
+            id="no-forward-derivative",
+        ),
+        pytest.param(
+            T.CanineConfig(**TEXT, num_hash_buckets=16, local_transformer_stride=4),
+            {"attention_mask": padded("right")[1]},
+            "does not embed input_ids as they are, so their padding cannot be followed",
+            id="other-ids",
+        ),
+    ],
+)
+def test_padding_that_cannot_be_followed_is_refused(model: Any, batch: dict[str, Tensor], message: str) -> None:
+    stock_model = stock(model) if isinstance(model, str) else T.AutoModel.from_config(model)
+    name = next(name for name, module in stock_model.named_modules() if isinstance(module, nn.Linear))
+    before = state_of(stock_model)
+    with pytest.raises(ValueError, match=message):
+        seen_in(stock_model, {"input_ids": padded("right")[0], **batch}, name)
+    assert state_of(stock_model) == before
 
 
 # Several batches
@@ -289,9 +497,9 @@ def test_several_batches_are_one(head: Head) -> None:
     parts = halves(batch)
     assert len({part["input_ids"].shape[-1] for part in parts}) == 2
     name = next(name for name, _ in head.build_stock().named_modules() if name.endswith("1.intermediate.dense"))
-    whole, joined = (inputs_of(name, head.build_stock(), data) for data in (batch, parts))
-    assert_close(Moments.of(joined).second, Moments.of(whole).second)
-    assert_close(Moments.of(joined).mean, Moments.of(whole).mean)
+    whole, joined = (seen_in(head.build_stock(), data, name)[name] for data in (batch, parts))
+    assert_close(joined.second, whole.second)
+    assert_close(joined.mean, whole.mean)
 
 
 def test_batches_are_padded_at_the_end() -> None:

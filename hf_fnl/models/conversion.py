@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fnl.calibration import Calibration, Call, for_each
+from hf_fnl.calibration import Calibration, Heads, Request, for_each
 from hf_fnl.config import LayerRank, RankRule
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.linear import dense_weight
@@ -110,21 +110,32 @@ def _spectra(
         for name in (name for names in layers for name in names):
             options.setdefault(name, []).append(option)
 
-    def measure(name: str, call: Call | None) -> None:
+    def measure(name: str, moments: Any) -> None:
         module = dense.get_submodule(name)
-        if {"qk_rank", "ov_rank"} & set(options[name]):
-            parts = projections(module)
-            query, key, value, output = head_projections(parts, num_heads)
-            heads = None if call is None else call.head_moments(parts[0], parts[1], parts[3].layer, num_heads)
-            found["qk_rank", name] = qk_energies(query, key, heads)
-            found["ov_rank", name] = ov_energies(value, output, heads)
+        if _cuts_heads(options[name]):
+            query, key, value, output = head_projections(projections(module), num_heads)
+            found["qk_rank", name] = qk_energies(query, key, moments)
+            found["ov_rank", name] = ov_energies(value, output, moments)
         else:
-            inputs = None if call is None or isinstance(module, nn.Embedding) else call.input_moments()
-            bias = getattr(module, "bias", None)
-            found[options[name][0], name] = linear_energies(_matrix(module), bias, inputs)
+            found[options[name][0], name] = linear_energies(_matrix(module), getattr(module, "bias", None), moments)
 
-    for_each(dense, options, measure, calibration)
+    requests: dict[str, Request] = {}
+    for name, wanted in options.items():
+        module = dense.get_submodule(name)
+        if _cuts_heads(wanted):
+            requests[name] = _heads(projections(module), num_heads)
+        else:
+            requests[name] = None if isinstance(module, nn.Embedding) else "inputs"
+    for_each(dense, requests, measure, calibration)
     return found
+
+
+def _cuts_heads(options: Sequence[str]) -> bool:
+    return bool({"qk_rank", "ov_rank"} & set(options))
+
+
+def _heads(projections: Spans, num_heads: int) -> Heads:
+    return Heads(projections[0], projections[1], projections[3].layer, num_heads)
 
 
 def _matrix(module: Any) -> Tensor:
@@ -176,12 +187,28 @@ def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | No
         parameter._is_hf_initialized = True  # as of what is loaded: never drawn anew
     if of_a_subclass:
         ours.initialize_weights()
+    requests = {name: _request(unit, dense.get_submodule(name)) for name, unit in units.items()}
+    held: dict[str, Any] = {name: getattr(unit, "bias", None) for name, unit in units.items()}
+    biases = {name: bias.clone() for name, bias in held.items() if bias is not None}
 
-    def fill(name: str, call: Call | None) -> nn.Module:
-        _fill_unit_(units[name], dense.get_submodule(name), call)
-        return units[name]
+    def fill(name: str, moments: Any) -> nn.Module:
+        unit = units[name]
+        stock: Any = dense.get_submodule(name)
+        if isinstance(unit, FactorizedAttention):
+            _fill_attention_(unit, stock, moments)
+        elif isinstance(unit, FactorizedEmbedding):
+            unit.load_state_dict(FactorizedEmbedding.from_dense(stock, unit.rank, init=unit.init).state_dict())
+        elif isinstance(unit, FactorizedLinear):
+            _fill_linear_(unit, dense_weight(stock), biases.get(name), moments)
+        return unit
 
-    for_each(dense, units, fill, calibration)
+    for_each(dense, requests, fill, calibration)
+
+
+def _request(ours: nn.Module, dense: nn.Module) -> Request:
+    if isinstance(ours, FactorizedAttention):
+        return _heads(ours.projections(dense), ours.num_heads)
+    return "inputs" if isinstance(ours, FactorizedLinear) else None
 
 
 def _sources(ours: PreTrainedModel, dense: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -267,31 +294,18 @@ def _check_methods(units: Mapping[str, nn.Module], *, calibrated: bool) -> None:
             raise ValueError(f"calibration cuts trained weights and needs factor_init='spectral', got {method!r}")
 
 
-def _fill_unit_(ours: nn.Module, dense: Any, call: Call | None) -> None:
-    if isinstance(ours, FactorizedAttention):
-        _fill_attention_(ours, dense, call)
-    elif isinstance(ours, FactorizedEmbedding):
-        ours.load_state_dict(FactorizedEmbedding.from_dense(dense, ours.rank, init=ours.init).state_dict())
-    elif isinstance(ours, FactorizedLinear):
-        _fill_linear_(ours, dense_weight(dense), None if call is None else call.input_moments())
-
-
-def _fill_linear_(ours: FactorizedLinear, weight: Tensor, moments: Moments | None) -> None:
+def _fill_linear_(ours: FactorizedLinear, weight: Tensor, bias: Tensor | None, moments: Moments | None) -> None:
     if moments is None:
         ours.set_factors_(spectral_init(weight, ours.rank, ours.init))
         return
-    # The bias that ours holds already, which is that of the dense layer.
-    U, V, bias = truncate_linear(weight, ours.bias, ours.rank, moments)
+    U, V, bias = truncate_linear(weight, bias, ours.rank, moments)
     ours.set_factors_((U, V))
     ours.set_bias_(bias)
 
 
-def _fill_attention_(ours: FactorizedAttention, dense: nn.Module, call: Call | None) -> None:
+def _fill_attention_(ours: FactorizedAttention, dense: nn.Module, moments: HeadMoments | None) -> None:
     theirs = ours.projections(dense)
     query, key, value, output = head_projections(theirs, ours.num_heads)
-    moments: HeadMoments | None = None
-    if call is not None:
-        moments = call.head_moments(theirs[0], theirs[1], theirs[3].layer, ours.num_heads)
     width = query.weight.shape[-1]
     ranks, init = ours.ranks, ours.ranks.init
     if ranks.qk is not None and (ranks.qk < width or init["qk"] != "spectral"):

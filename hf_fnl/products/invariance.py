@@ -53,9 +53,9 @@ def _settings(attention: nn.Module) -> Iterator[Hashable]:
     for module in attention.modules():
         yield (type(module),)
         for name, value in vars(module).items():
-            if name != "training" and not name.startswith("layer_i"):
-                if isinstance(value, bool | int | str) or (callable(value) and isinstance(value, Hashable)):
-                    yield name, value
+            is_setting = isinstance(value, bool | int | str) or (callable(value) and isinstance(value, Hashable))
+            if is_setting and name != "training" and not name.startswith("layer_i"):
+                yield name, value
 
 
 @torch.no_grad()

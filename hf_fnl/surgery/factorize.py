@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fnl.calibration import Calibration, Call, for_each
+from hf_fnl.calibration import Calibration, Request, for_each
 from hf_fnl.config import LAYER_KINDS, FactorizationConfig
 from hf_fnl.functional import kept_energy
 from hf_fnl.layers import Factorized, FactorizedLinear, FactorizedMatrix, TensorizedConv2d
@@ -31,7 +31,7 @@ from hf_fnl.surgery.select import (
     successor_of,
 )
 from hf_fnl.surgery.swap import check_not_quantized, check_present, share_factors_, swap_and_record_, unwrapped
-from hf_fnl.truncation import linear_energies
+from hf_fnl.truncation import Moments, linear_energies
 
 
 @dataclass(frozen=True)
@@ -228,20 +228,19 @@ def _spectra(model: nn.Module, targets: Sequence[Target], calibration: Calibrati
     by_name = {target.name: target for target in targets}
     found = {}
 
-    def measure(name: str, call: Call | None) -> None:
+    def measure(name: str, moments: Moments | None) -> None:
         target = by_name[name]
         if target.matrix.is_meta:
             raise ValueError(f"{name} is on the meta device, where ranks cannot depend on spectra")
-        moments = call.input_moments() if call is not None and _in_metric(target) else None
         found[name] = linear_energies(target.matrix, getattr(target.first, "bias", None), moments)
 
-    for_each(model, by_name, measure, calibration)
+    for_each(model, {name: _request(target) for name, target in by_name.items()}, measure, calibration)
     return found
 
 
-def _in_metric(target: Target) -> bool:
-    """Whether one linear layer alone sees the inputs of a weight."""
-    return len(target.layers) == 1 and successor_of(type(target.first)) is FactorizedLinear
+def _request(target: Target) -> Request:
+    """The moments of its inputs, where one linear layer alone sees those of a weight."""
+    return "inputs" if len(target.layers) == 1 and successor_of(type(target.first)) is FactorizedLinear else None
 
 
 def _cut(
@@ -254,10 +253,10 @@ def _cut(
     by_name = {target.name: (target, rank) for target, rank in chosen}
     successors: dict[nn.Module, Factorized] = {}
 
-    def cut(name: str, call: Call | None) -> nn.Module:
+    def cut(name: str, moments: Moments | None) -> nn.Module:
         target, rank = by_name[name]
-        if call is not None and _in_metric(target):
-            layer: Factorized = FactorizedLinear.from_dense(target.first, rank, moments=call.input_moments())
+        if moments is not None:
+            layer: Factorized = FactorizedLinear.from_dense(target.first, rank, moments=moments)
         else:
             layer = split(model, target.first, rank, config)
         successors[target.first] = layer
@@ -266,7 +265,7 @@ def _cut(
             successors[dense] = share_factors_(partner, layer)
         return layer
 
-    for_each(model, by_name, cut, calibration)
+    for_each(model, {name: _request(target) for name, (target, _) in by_name.items()}, cut, calibration)
     return successors
 
 
