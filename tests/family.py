@@ -1,20 +1,30 @@
 """What the cases of every model family are made of: its sizes and ranks, and one case for each of its heads."""
 
+import copy
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_fnl
 from hf_fnl.layers import Factorized
 
 Ranks = dict[str, Any]
+
+# torch compiles its kernel, on a CPU with a C++ compiler and for AVX2 or better only.
+_COMPILES_FLEX = shutil.which("g++") is not None and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+needs_flex_attention = pytest.mark.skipif(
+    not (_COMPILES_FLEX or torch.cuda.is_available()), reason="torch has no flex_attention here"
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,18 @@ def run(model: PreTrainedModel, batch: dict[str, Tensor], **options: Any) -> dic
     with torch.no_grad():
         outputs = model(**batch, **options)
     return {key: value for key, value in outputs.items() if key not in ("cache", "past_key_values")}
+
+
+def run_double(model: PreTrainedModel, batch: dict[str, Tensor], **options: Any) -> dict[str, Any]:
+    """As :func:`run`, by a copy of the model in float64, in which equal models differ by much less than a tolerance.
+
+    A loss that a model computes in float32 nevertheless is returned in float64.
+    """
+    return _double(run(copy.deepcopy(model).double(), _double(batch), **options))
+
+
+def _double(values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, values)
 
 
 def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:

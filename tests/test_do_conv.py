@@ -64,7 +64,7 @@ def test_merged_convolutions_have_the_same_outputs(options):
     assert isinstance(conv.weight, nn.Parameter)
     assert conv.weight.requires_grad
     assert conv.weight.shape == kernel.shape
-    assert torch.equal(conv(inputs), outputs)
+    torch.testing.assert_close(conv(inputs), outputs)
 
 
 def test_a_trained_network_multiplies_back_into_a_stock_one(tmp_path):
@@ -72,7 +72,7 @@ def test_a_trained_network_multiplies_back_into_a_stock_one(tmp_path):
     names = over_parametrize_(net)
     assert names == [n for n, m in plain.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
     pixels = batch()["pixel_values"]
-    assert torch.equal(net.eval()(pixels).logits, plain.eval()(pixels).logits)
+    torch.testing.assert_close(net.eval()(pixels).logits, plain.eval()(pixels).logits)
     before = state(net)
     image_trainer(tmp_path, net).train()
     after = state(net)
@@ -82,7 +82,7 @@ def test_a_trained_network_multiplies_back_into_a_stock_one(tmp_path):
     net.save_pretrained(tmp_path / "stock")
     loaded = ResNetForImageClassification.from_pretrained(tmp_path / "stock").eval()
     assert loaded.state_dict().keys() == plain.state_dict().keys()
-    assert torch.equal(loaded(pixels).logits, outputs)
+    torch.testing.assert_close(loaded(pixels).logits, outputs)
 
 
 def test_decay_alone_pulls_the_kernel_back_to_that_of_one_factor(tmp_path):

@@ -152,7 +152,8 @@ def test_a_saved_layer_loads_bitwise(layer_and_input):
     other = copy.deepcopy(layer)
     other.reset_parameters()
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x), layer(x))
+    torch.testing.assert_close(other.state_dict(), layer.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(other(x), layer(x))
 
 
 # Initialization

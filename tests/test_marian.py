@@ -2,12 +2,20 @@
 
 import inspect
 import math
-import shutil
 import warnings
 
 import pytest
 import torch
-from family import Head, add, factorized_layers, gradients, loss_and_gradients, random_vectors_, run
+from family import (
+    Head,
+    add,
+    factorized_layers,
+    gradients,
+    loss_and_gradients,
+    needs_flex_attention,
+    random_vectors_,
+    run,
+)
 from marian_cases import BACKBONE, DECODER, FULL, HEADS, LOW, MT, NO_DROPOUT, PRE_NORM, SEPARATE, SIZES, UNTIED
 from torch import Tensor
 from torch.testing import assert_close
@@ -51,9 +59,8 @@ def test_full_rank_with_dropout_trains_as_the_stock_model(head: Head, attention:
 
 
 @pytest.mark.slow  # compiles a kernel
+@needs_flex_attention
 def test_flex_attention_equals_sdpa_at_unequal_ranks() -> None:
-    if shutil.which("g++") is None and not torch.cuda.is_available():
-        pytest.skip("flex_attention compiles its kernel: it needs a C++ compiler or a GPU")
     fields = {"qk_rank": 4, "ov_rank": 2, "d_model": 24}  # its kernel takes no odd widths
     expected = run(BACKBONE.build(fields), BACKBONE.batch())
     with warnings.catch_warnings():

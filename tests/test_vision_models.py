@@ -141,7 +141,7 @@ def test_vgg_averages_whatever_is_left_of_an_image(size: int, positions: int) ->
 
 def test_dropout_of_a_wide_resnet_is_between_its_convolutions() -> None:
     model, batch = OURS["wide-resnet"].build(dropout=0.5), OURS["wide-resnet"].batch()
-    assert_close(model(**batch).logits, OURS["wide-resnet"].build()(**batch).logits, **EXACT)
+    assert_close(model(**batch).logits, OURS["wide-resnet"].build()(**batch).logits)
     model.backbone.stages[0][0].conv2.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     seen: list[Tensor] = []
     torch.manual_seed(0)
