@@ -30,7 +30,7 @@ from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
 RANK_SCALE = 0.625
 LEARNING_RATE = 4e-3
 DECAYS = {"L2": "", "Frobenius": "--frobenius_decay linear"}
-INITS = ("default", "spectral", "spectral_ones")
+INITS = ("he", "spectral", "spectral_ones")
 VOCAB_SIZE, DOCUMENTS, LENGTH = 4000, 1200, 256
 RESULT = Path(__file__).parent / "results" / "k22_language_models_small.json"
 
