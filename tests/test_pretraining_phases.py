@@ -84,7 +84,10 @@ def test_nvidias_recipe_on_so_many_processes(tmp_path, processes, per_device, ac
     assert [own.learning_rate for own in (one, two)] == [6e-3, 4e-3]
     assert [own.get_warmup_steps(own.max_steps) for own in (one, two)] == [2001, 201]
     assert [own.output_dir for own in (one, two)] == [str(tmp_path / f"phase-{number}") for number in (1, 2)]
-    assert f"phase-1: 7,038 updates of 65,536 sequences of 128 tokens ({processes} devices x" in describe(one, first)
+    assert (
+        f"phase-1: 7,038 updates of 65,536 sequences of 128 tokens ({processes} device{'s' * (processes > 1)} x"
+        in describe(one, first)
+    )
     assert f"x {accumulations[1]:,} accumulated), rate 0.004, warm-up 0.128" in describe(two, second)
     assert (args.max_steps, args.gradient_accumulation_steps, args.warmup_steps) == (-1, 1, 0)  # left as they were
 
@@ -131,6 +134,6 @@ def test_each_phase_is_trained_with_its_own_warm_up_and_batch(tmp_path, capsys):
     assert rates[2] == pytest.approx([0.004 * (1 - n / 3) ** 0.5 for n in (1, 2, 3)])
     assert [round(count) for count in seen.values()] == [32, 12]
     assert (
-        "phase-2: 3 updates of 4 sequences of 24 tokens (1 devices x 2 sequences x 2 accumulated)"
+        "phase-2: 3 updates of 4 sequences of 24 tokens (1 device x 2 sequences x 2 accumulated)"
         in capsys.readouterr().out
     )

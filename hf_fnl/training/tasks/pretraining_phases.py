@@ -112,7 +112,7 @@ def describe(args: FLAMBeTrainingArguments, phase: Phase) -> str:
     steps = f"{args.max_steps:,} updates" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return (
         f"{Path(args.output_dir).name}: {steps} of {at_once * accumulated:,} sequences of {phase.length} tokens "
-        f"({devices:,} devices x {args.per_device_train_batch_size:,} sequences x {accumulated:,} accumulated), rate "
+        f"({devices:,} device{'s' * (devices != 1)} x {args.per_device_train_batch_size:,} sequences x {accumulated:,} accumulated), rate "
         f"{args.learning_rate:g}, warm-up {args.warmup_steps:g}"
     )
 
