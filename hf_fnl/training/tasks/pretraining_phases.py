@@ -110,10 +110,10 @@ def describe(args: FLAMBeTrainingArguments, phase: Phase) -> str:
     at_once, accumulated = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
     devices = at_once // args.per_device_train_batch_size
     steps = f"{args.max_steps:,} updates" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    factors = f"{devices:,} {'device' if devices == 1 else 'devices'} x {args.per_device_train_batch_size:,} sequences"
     return (
         f"{Path(args.output_dir).name}: {steps} of {at_once * accumulated:,} sequences of {phase.length} tokens "
-        f"({devices:,} device{'s' * (devices != 1)} x {args.per_device_train_batch_size:,} sequences x {accumulated:,} accumulated), rate "
-        f"{args.learning_rate:g}, warm-up {args.warmup_steps:g}"
+        f"({factors} x {accumulated:,} accumulated), rate {args.learning_rate:g}, warm-up {args.warmup_steps:g}"
     )
 
 
