@@ -231,10 +231,14 @@ def test_going_on_from_a_trained_model(runs, tmp_path):
 
 @pytest.fixture
 def one_picture(tmp_path) -> dict[str, Any]:
-    """Options for data whose batches all have the same statistics, however they are split."""
+    """Options for data whose batches all have the same statistics, however they are split.
+
+    At the rate of 0.1 a step multiplies what differs by rounding by some forty; at this one it does not, and twice the
+    gradient changes the second loss by 6 percent.
+    """
     path = parquet(tmp_path / "same.parquet", [picture()] * 24)
     data = {"dataset": path, "eval_dataset": path, "crop_padding": 0, "horizontal_flip": False}
-    return {**data, "save_strategy": "no", "logging_strategy": "steps", "logging_steps": 1}
+    return {**data, "learning_rate": 0.01, "save_strategy": "no", "logging_strategy": "steps", "logging_steps": 1}
 
 
 @pytest.fixture(params=["ours", "transformers"])
@@ -253,7 +257,7 @@ def test_two_accumulation_steps_have_the_losses_of_one(one_picture, network, tmp
         batch = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
         train(tmp_path / str(steps), **one_picture, **network, **batch)
     assert len(losses(tmp_path / "1")) == 6
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-3)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -264,7 +268,7 @@ def test_two_processes_train_and_merge_as_one(one_picture, tmp_path):
     codes, output = launch(train_vision.__file__, *given)
     assert not any(codes), output
     two = read(tmp_path / "two", "metrics.json")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert (two["parameters"], two["merged"]["parameters"]) == (one["parameters"], one["merged"]["parameters"])
     assert weights(tmp_path / "two").keys() == weights(tmp_path / "one").keys()
 
