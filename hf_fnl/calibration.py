@@ -55,14 +55,20 @@ class Heads:
 # What is measured where a module is called: moments of its inputs, those of its heads, or nothing.
 Request: TypeAlias = Literal["inputs"] | Heads | None
 Measured: TypeAlias = Moments | HeadMoments | None
-# Gets a name and what was measured there; returns what answers in the module's place, ``None`` for the module itself.
-Handler: TypeAlias = Callable[[str, Any], nn.Module | None]
+# Gets a name and what was measured there; returns what answers in the module's place, or in the places of several that
+# are handled at once; ``None`` for the module itself.
+Handler: TypeAlias = Callable[[str, Any], nn.Module | Mapping[nn.Module, nn.Module] | None]
+Ties: TypeAlias = Mapping[str, Sequence[str]]
 # From vectors of shape (..., n) those that count, (count, n).
 Visible: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def for_each(
-    model: nn.Module, requests: Mapping[str, Request], handle: Handler, calibration: Calibration | None
+    model: nn.Module,
+    requests: Mapping[str, Request],
+    handle: Handler,
+    calibration: Calibration | None,
+    ties: Ties | None = None,
 ) -> None:
     """Handle modules of a model by name: one after the other, or, given data, each when these reach it.
 
@@ -72,17 +78,22 @@ def for_each(
         handle: Gets a name and, where there are data, what was asked for; may be called again for a module that turns
             out to come after one that is called several times: what it does last counts.
         calibration: Inputs of the model, one batch or several.
+        ties: Names of other modules whose calls count as calls of one that is named, for they hold its weight.
     """
     if calibration is None:
         for name in requests:
             handle(name, None)
     else:
-        visit(model, calibration, requests, handle)
+        visit(model, calibration, requests, handle, ties)
 
 
 @torch.no_grad()
 def visit(
-    model: nn.Module, batch: Calibration, requests: Mapping[str, Request], handle: Handler
+    model: nn.Module,
+    batch: Calibration,
+    requests: Mapping[str, Request],
+    handle: Handler,
+    ties: Ties | None = None,
 ) -> dict[str, nn.Module]:
     """Run data through a model and handle every module that is named when they have reached it.
 
@@ -94,6 +105,7 @@ def visit(
             widest activation. Masks, ``(sequences, length)`` under names that end in ``attention_mask``, tell padding.
         requests: What to measure at each module that is named.
         handle: As :func:`for_each` takes it.
+        ties: Likewise.
 
     Returns:
         The modules that answered, by name, in the order of execution.
@@ -109,7 +121,7 @@ def visit(
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
     with _evaluating(model), _hidden_marked(model, inputs) as (marked, visible):
-        visited = _Visited(model, requests, handle, visible)
+        visited = _Visited(model, requests, handle, visible, ties or {})
         with visited.answering():
             while visited.is_unfinished():
                 model(**marked)
@@ -124,10 +136,16 @@ class _Visited:
     requests: Mapping[str, Request]
     handle: Handler
     visible: Visible
+    ties: Ties
     found: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.modules = {name: self.model.get_submodule(name) for name in self.requests}
+        self.names = {module: name for name, module in self.modules.items()}
+        self.names |= {
+            self.model.get_submodule(tied): name for name in self.modules for tied in self.ties.get(name, ())
+        }
+        self.successors: dict[nn.Module, nn.Module] = {}
         self.repeated: set[str] = set()  # called several times in a pass
         self.calls: Counter[str] = Counter()  # of this pass
         self.fresh: list[str] = []  # handled in this pass
@@ -166,11 +184,13 @@ class _Visited:
         )
 
     def _handle(self, name: str, measured: Measured) -> None:
-        answering = self.handle(name, measured)
-        self.found[name] = self.modules[name] if answering is None else answering
+        module, answering = self.modules[name], self.handle(name, measured)
+        self.successors.update({module: answering} if isinstance(answering, nn.Module) else answering or {})
+        self.found[name] = self.successors.get(module, module)
         self.fresh.append(name)
 
-    def _answer(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _answer(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        name = self.names[module]
         given = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(given, Tensor) and given.numel() == 0:
             return forward(*args, **kwargs)  # an expert without tokens
@@ -184,15 +204,15 @@ class _Visited:
                 self.pooled = name, measured if self.pooled is None else self.pooled[1].joined(measured)
             else:
                 self._handle(name, measured)
-        successor = self.found.get(name, self.modules[name])
-        return forward(*args, **kwargs) if successor is self.modules[name] else successor(*args, **kwargs)
+        successor = self.successors.get(module) if name in self.found else None
+        return forward(*args, **kwargs) if successor is None else successor(*args, **kwargs)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
         """Have the modules answered for, their own forwards being as before afterwards."""
-        own = {module: module.__dict__.get("forward") for module in self.modules.values()}
-        for name, module in self.modules.items():
-            module.forward = functools.partial(self._answer, name, module.forward)
+        own = {module: module.__dict__.get("forward") for module in self.names}
+        for module in self.names:
+            module.forward = functools.partial(self._answer, module, module.forward)
         try:
             yield
         finally:

@@ -44,6 +44,10 @@ class Moments:
         centered = samples - mean
         return cls(mean.squeeze(-2), centered.mT @ centered / samples.shape[-2], samples.shape[-2])
 
+    def about_zero(self) -> Moments:
+        """The second moment as that of vectors without a mean."""
+        return Moments(torch.zeros_like(self.mean), self.second, self.count)
+
     def joined(self, other: Moments) -> Moments:
         """Moments of the vectors of both."""
         share = other.count / (self.count + other.count)

@@ -50,6 +50,10 @@ def small_config(cls: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfi
         if name not in nested and name not in _KEPT and not name.endswith("layer_types"):
             small = _small(name, value)
             options |= {} if small == value else {name: small}
+    rope = getattr(default, "rope_parameters", None)
+    if rope and "mrope_section" in rope:  # parts of half of a head of width 8, where positions have three dimensions
+        half = int(4 * rope.get("partial_rotary_factor", 1))
+        options["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
     options |= {name: value for name, value in changes.items() if hasattr(default, name)}
     options |= {name: small_config(type(inner)).to_dict() for name, inner in nested.items() if inner is not None}
     return cls(**options)
@@ -84,7 +88,7 @@ def build(name: str) -> nn.Module:
     for variant in _VARIANTS:
         try:
             config = small_config(cls, **variant)
-            config._attn_implementation = "eager"
+            config._attn_implementation = config._experts_implementation = "eager"
             with torch.device("meta"):
                 count = sum(parameter.numel() for parameter in model_class(config).parameters())
             break
@@ -117,12 +121,15 @@ def calls(model: nn.Module) -> Iterator[dict[str, Any]]:
     tokens = {key: ids for key in ("input_ids", "decoder_input_ids") if key in names}
     embedded = {"inputs_embeds": torch.randn(2, 6, getattr(config, "hidden_size", None) or 32, dtype=torch.float64)}
     pixels = {"pixel_values": torch.randn(2, getattr(model.config, "num_channels", 3), size, size, dtype=torch.float64)}
-    sounds = [{"input_values": torch.randn(2, 4000).double()}]
-    sounds += [{"input_features": torch.randn(2, n, 3000).double()} for n in (80, 128)]
-    sounds += [{"input_features": torch.randn(2, 100, n).double()} for n in (80, 128, 160)]
+    video = {"pixel_values": torch.randn(2, getattr(model.config, "num_frames", 2), 3, size, size, dtype=torch.float64)}
+    boxes = {"bbox": torch.zeros(*ids.shape, 4, dtype=torch.long)}
+    features = [(n, 3000) for n in (80, 128)] + [(n, 256) for n in (80, 128)] + [(100, n) for n in (32, 80, 128, 160)]
+    sounds = [{"input_features": torch.randn(2, *shape, dtype=torch.float64)} for shape in features]
+    waves = [(4000,), (1, 4000), (getattr(model.config, "max_length", None) or 1024, 128)]
+    sounds += [{"input_values": torch.randn(2, *shape, dtype=torch.float64)} for shape in waves]
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
-    known = [tokens, embedded, pixels, tokens | pixels, *(decoder | sound for sound in sounds)]
-    for inputs in known:
+    known = [tokens, embedded, pixels, tokens | pixels, tokens | boxes, tokens | boxes | pixels, video, tokens | video]
+    for inputs in [*known, *(decoder | sound for sound in sounds)]:
         if inputs and set(inputs) <= set(names):
             if "position_ids" in names:
                 yield inputs | {"position_ids": torch.zeros_like(ids)}

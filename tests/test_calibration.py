@@ -1,5 +1,6 @@
 """Data run through a model, handlers answer for its modules, and the model is as before."""
 
+import copy
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -163,6 +164,51 @@ def test_the_layer_that_albert_shares_is_cut_for_all_depths(layers: int) -> None
     cut = FactorizedLinear.from_dense(layer, 3, moments=moments)
     factorize_(model, FactorizationConfig(rank=3, include=["*ffn"]), calibration=batch)
     assert_close(model.get_submodule(name).to_dense().weight, cut.to_dense().weight)
+
+
+class Loop(nn.Module):
+    """Two layers, which may be one or share a weight, of two inputs in different directions."""
+
+    def __init__(self, ties: str, bias: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8, bias), nn.Linear(8, 8, bias)
+        if ties == "module":
+            self.last = self.first
+        elif ties == "weight":
+            self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.last(y)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("ties", ["module", "weight"])
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.99}], ids=["rank", "energy"])
+def test_a_shared_weight_is_cut_as_is_best_for_all_that_it_sees(ties: str, bias: bool, rule: dict[str, Any]) -> None:
+    model, x, y = Loop(ties, bias).double(), torch.zeros(50, 8).double(), torch.zeros(50, 8).double()
+    x[:, :3].normal_()
+    y[:, 3:6].normal_(std=10)
+    before = copy.deepcopy(model)
+    factorize_(model, FactorizationConfig(**rule), calibration={"x": x, "y": y})
+    z = torch.cat([x, y])
+    lost = torch.cat(model(x, y)) - torch.cat(before(x, y))
+    share = lost.square().sum() / (z @ before.first.weight.mT).square().sum()
+    energies = torch.linalg.svdvals(z @ before.first.weight.mT).square()
+    optimum = energies[model.first.rank :].sum() / energies.sum()
+    if ties == "module" and bias:
+        assert share < optimum * (1 + 1e-3)  # its bias takes a part over
+    else:
+        assert_close(share, optimum, rtol=1e-3, atol=1e-6)
+    if ties == "weight":
+        assert model.first.U is model.last.U
+
+
+def test_fewer_tokens_than_an_input_is_wide_determine_what_they_can() -> None:
+    """Their outputs stay as they are at a rank of as many."""
+    model, x = nn.Sequential(nn.Linear(11, 7)).double(), torch.randn(3, 11).double()
+    expected = model(x)
+    factorize_(model, FactorizationConfig(rank=3), calibration={"input": x})
+    assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
 
 
 # The model stays as it is

@@ -161,7 +161,7 @@ def _arguments(
             _normal(*layout, inputs_of(projection), generator=generator)
             for projection in (projections.query, projections.key, projections.value)
         )
-        given = dict.fromkeys(required) | {
+        given: dict[str, Any] = dict.fromkeys(required, query if crossing else None) | {
             "position_embeddings": (torch.ones(*layout, rotation).double(), torch.zeros(*layout, rotation).double())
             if rotation
             else None,
@@ -172,8 +172,8 @@ def _arguments(
             "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32),
             "max_seqlen": tokens,
             **dict.fromkeys(("height", "width"), math.isqrt(tokens)),
-            **dict.fromkeys(("key", "keys"), key),
-            **dict.fromkeys(("value", "values"), value),
+            **dict.fromkeys(("key", "keys", "key_tensor"), key),
+            **dict.fromkeys(("value", "values", "value_tensor"), value),
             **{name: key for name in names if crossing and name.endswith("_states")},
             **{name: {} for name in required if name.startswith("shared")},
             named[0].name: query,

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,15 +232,26 @@ def _spectra(model: nn.Module, targets: Sequence[Target], calibration: Calibrati
         target = by_name[name]
         if target.matrix.is_meta:
             raise ValueError(f"{name} is on the meta device, where ranks cannot depend on spectra")
-        found[name] = linear_energies(target.matrix, getattr(target.first, "bias", None), moments)
+        found[name] = linear_energies(target.matrix, getattr(target.first, "bias", None), _metric(target, moments))
 
-    for_each(model, {name: _request(target) for name, target in by_name.items()}, measure, calibration)
+    requests = {name: _request(target) for name, target in by_name.items()}
+    for_each(model, requests, measure, calibration, _ties(by_name.values()))
     return found
 
 
 def _request(target: Target) -> Request:
-    """The moments of its inputs, where one linear layer alone sees those of a weight."""
-    return "inputs" if len(target.layers) == 1 and successor_of(type(target.first)) is FactorizedLinear else None
+    """The moments of its inputs, where linear layers alone see those of a weight."""
+    are_linear = all(successor_of(type(layer)) is FactorizedLinear for layer in target.layers.values())
+    return "inputs" if are_linear else None
+
+
+def _metric(target: Target, moments: Moments | None) -> Moments | None:
+    """The moments by which a weight is cut: about zero where layers share it, whose biases stay as they are."""
+    return moments if moments is None or len(target.layers) == 1 else moments.about_zero()
+
+
+def _ties(targets: Iterable[Target]) -> dict[str, list[str]]:
+    return {target.name: list(target.layers)[1:] for target in targets}
 
 
 def _cut(
@@ -253,19 +264,23 @@ def _cut(
     by_name = {target.name: (target, rank) for target, rank in chosen}
     successors: dict[nn.Module, Factorized] = {}
 
-    def cut(name: str, moments: Moments | None) -> nn.Module:
+    def cut(name: str, moments: Moments | None) -> Mapping[nn.Module, Factorized]:
         target, rank = by_name[name]
-        if moments is not None:
-            layer: Factorized = FactorizedLinear.from_dense(target.first, rank, moments=moments)
+        first, *others = target.layers.values()
+        if moments is None:
+            layer = split(model, first, rank, config)
         else:
-            layer = split(model, target.first, rank, config)
-        successors[target.first] = layer
-        for dense in list(target.layers.values())[1:]:
+            layer = FactorizedLinear.from_dense(target.first, rank, deep=config.deep, moments=_metric(target, moments))
+        answering = {first: layer}
+        for dense in others:
             partner = empty_successor(dense, rank, scheme=config.conv_scheme, **layer_options(config))
-            successors[dense] = share_factors_(partner, layer)
-        return layer
+            answering[dense] = share_factors_(partner, layer)
+            partner.set_bias_(getattr(dense, "bias", None))
+        successors.update(answering)
+        return answering
 
-    for_each(model, {name: _request(target) for name, (target, _) in by_name.items()}, cut, calibration)
+    requests = {name: _request(target) for name, (target, _) in by_name.items()}
+    for_each(model, requests, cut, calibration, _ties(target for target, _ in chosen))
     return successors
 
 
