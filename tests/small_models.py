@@ -27,6 +27,7 @@ _SIZES = (
     (r"intermediate|ffn|d_ff$|d_inner|n_inner|mlp_dim|feed_forward|inner_dim", 32),
     (r"hidden_size|d_model|n_embd|^dim$|embed_dim|embedding_size|hidden_dim|width$|emb_dim|proj\w*_dim|coder_dim", 32),
     (r"image_size", 32),
+    (r"window_size", 2),
     (r"patch_size", 8),
 )
 _LISTS = ((r"layers$|depths|num_blocks", 1), (r"heads", 4), (r"hidden_sizes|dims?$|channels", 32))
@@ -51,7 +52,7 @@ def small_config(cls: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfi
             small = _small(name, value)
             options |= {} if small == value else {name: small}
     rope = getattr(default, "rope_parameters", None)
-    if rope and "mrope_section" in rope:  # parts of half of a head of width 8, where positions have three dimensions
+    if rope and "rope_type" in rope:  # parts of half of a head of width 8, where positions have three dimensions
         half = int(4 * rope.get("partial_rotary_factor", 1))
         options["rope_parameters"] = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
     options |= {name: value for name, value in changes.items() if hasattr(default, name)}
