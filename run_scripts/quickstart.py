@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,8 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.report import plot_diagnostics, plot_loss
-from hf_fnl.training.files import write_json
+from hf_fnl.training.command_line import UsageError, run_script
+from hf_fnl.training.files import check_writable, write_json
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 PRETRAINING = """
@@ -30,16 +33,19 @@ PRETRAINING = """
     --qk_rank 16 --ov_rank 16 --ffn_rank 64 --embedding_rank 64
     --optim flambe --learning_rate 4e-3 --weight_decay 0.01 --warmup_steps 0.1
     --per_device_train_batch_size 16 --logging_steps 10 --diagnostics_steps 10
-    --save_strategy no --report_to tensorboard --use_cpu --output_dir {folder}/pretrained
+    --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/pretrained
 """
 FINE_TUNING = """
     --model {folder}/pretrained --train_dataset embedded --max_seq_length 256 --doc_stride 64
     --learning_rate 1e-3 --num_train_epochs {epochs}
     --per_device_train_batch_size 16 --per_device_eval_batch_size 32 --logging_steps 10 --diagnostics_steps 10
-    --save_strategy no --report_to tensorboard --use_cpu --output_dir {folder}/squad
+    --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/squad
 """
 RUNS = {"pretraining": "pretrained/phase-1", "pretraining-512": "pretrained/phase-2", "fine-tuning": "squad"}
-EVALUATION = "--model {model} --dataset embedded --max_seq_length 256 --doc_stride 64 --output_dir {folder}"
+EVALUATION = """
+    --model {folder}/merged --dataset embedded --max_seq_length 256 --doc_stride 64
+    --output_dir {folder}/merged_evaluation
+"""
 
 
 @contextlib.contextmanager
@@ -72,25 +78,29 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--epochs", type=float, default=3, help="fine-tuning epochs")
     options = parser.parse_args(argv)
     folder = options.output_dir
-    if folder.exists() and any(folder.iterdir()):
-        raise SystemExit(f"{folder} exists and is not empty: move it away, or give another --output_dir")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--output_dir {folder} exists and is not empty: move it away, or give another one")
+    check_writable("output_dir", folder)
+    has_plots, has_tensorboard = (importlib.util.find_spec(name) is not None for name in ("matplotlib", "tensorboard"))
+    if not (has_plots and has_tensorboard):
+        print('no pictures or TensorBoard logs will be made without: pip install "hf_fnl[plots]"')
+    names = {"folder": shlex.quote(str(folder)), "report_to": "tensorboard" if has_tensorboard else "none"}
     seconds: dict[str, float] = {}
     with timed(seconds, "pretraining with FLAMBe"):
-        pretrained = pretrain_bert.main(PRETRAINING.format(**vars(options), folder=folder).split())
+        pretrained = pretrain_bert.main(shlex.split(PRETRAINING.format(**vars(options), **names)))
     with timed(seconds, "fine-tuning for questions"):
-        squad = finetune_squad.main(FINE_TUNING.format(**vars(options), folder=folder).split())
+        squad = finetune_squad.main(shlex.split(FINE_TUNING.format(**vars(options), **names)))
     with timed(seconds, "merging and evaluating the stock model"):
         merge(folder / "squad", folder / "merged")
-        merged = evaluate_squad.main(
-            EVALUATION.format(model=folder / "merged", folder=folder / "merged_evaluation").split()
-        )
+        merged = evaluate_squad.main(shlex.split(EVALUATION.format(**names)))
         agreement = same_answers(folder / "squad", folder / "merged_evaluation")
     if agreement < 1:
         raise SystemExit(f"the merged model gave other answers to {1 - agreement:.1%} of the questions")
-    pictures = [plot_loss(folder / run, folder / "plots" / f"loss-{name}.png") for name, run in RUNS.items()]
-    pictures += [
-        plot_diagnostics(folder / run, folder / "plots" / f"products-{name}.png") for name, run in RUNS.items()
-    ]
+    pictures = []
+    if has_plots:
+        for name, run in RUNS.items():
+            pictures.append(plot_loss(folder / run, folder / "plots" / f"loss-{name}.png"))
+            pictures.append(plot_diagnostics(folder / run, folder / "plots" / f"products-{name}.png"))
     stock = BertForQuestionAnswering.from_pretrained(folder / "merged")
     figures = {
         "parameters, factorized": squad["parameters"]["total"],
@@ -117,11 +127,14 @@ def print_summary(folder: Path, figures: dict[str, Any], pictures: list[Path]) -
         "question answering": folder / "squad",
         "merged stock model": folder / "merged",
         "figures": folder / "summary.json",
-        "pictures": ", ".join(map(str, pictures)),
-        "TensorBoard": f"tensorboard --logdir {folder}",
+        **(
+            {"pictures": ", ".join(map(str, pictures)), "TensorBoard": f"tensorboard --logdir {folder}"}
+            if pictures
+            else {}
+        ),
     }
     print("\n" + "\n".join(f"{name:<{width}}  {place}" for name, place in places.items()))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,7 +12,10 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+import statistics
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are no part of 
 
 from benchmarks.experiments.results import add_run
 from benchmarks.experiments.rows import SCALES, read_rows
-from benchmarks.experiments.runs import DATA_MISSING, ROOT, Launch, data_places, parse_flags, relative, train_all
+from benchmarks.experiments.runs import (
+    DATA_MISSING,
+    DONE,
+    ROOT,
+    Launch,
+    Run,
+    data_places,
+    parse_flags,
+    relative,
+    train_all,
+)
+from hf_fnl.training.command_line import UsageError, duration, progress, run_script
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hf_fnl.experiments")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("rows", type=Path, nargs="+", help="folders of tables, or files of single rows")
     parser.add_argument("--scale", choices=SCALES, default="full", help="small: fewer epochs and channels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of every row")
@@ -40,9 +55,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at once, each with its share of the cores")
     parser.add_argument("--list", action="store_true", help="say how far every training is, and stop")
     parser.add_argument("--extra", nargs=argparse.REMAINDER, default=[], help="flags for every training; comes last")
-    options = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    options = parser.parse_args(arguments)
     if options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+        raise UsageError(f"--jobs must be at least 1, got {options.jobs}")
     return options
 
 
@@ -70,18 +89,47 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     outcome: dict[str, Any] = {"states": {run.name: run.state for run in runs}, "results": {}, "failed": {}}
     if options.list:
         print("\n".join(f"{state:<12}  {name}" for name, state in outcome["states"].items()))
+        print(f"\n{totals(runs)}")
         return outcome
-    for run, future in train_all(runs, options.jobs):
-        try:
-            outcome["results"][run.row.table.name] = add_run(
-                options.out, run, future.result(), invocation(options), [row for row in rows if not row.trained]
-            )
-            logger.info("%s: done", run.name)
-        except (RuntimeError, ValueError) as error:
-            outcome["failed"][run.name] = str(error)
-            logger.info("%s: failed", run.name)
+    with progress("trainings", sum(run.command is not None for run in runs)) as advance:
+        for run, future in train_all(runs, options.jobs):
+            try:
+                outcome["results"][run.row.table.name] = add_run(
+                    options.out, run, future.result(), invocation(options), [row for row in rows if not row.trained]
+                )
+                logger.info("%s: done", run.name)
+            except (RuntimeError, ValueError) as error:
+                outcome["failed"][run.name] = str(error)
+                logger.info("%s: failed", run.name)
+            advance(1)
     report(outcome)
     return outcome
+
+
+def totals(runs: Sequence[Run]) -> str:
+    """How many trainings there are in each state, what they took, and what the rest may take.
+
+    A training that is to come is taken to be as long as those of its table that are done; without any, nothing is said.
+    """
+    states = Counter(run.state for run in runs)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    done: dict[str, list[float]] = {}
+    for run in runs:
+        if run.state == DONE and run.seconds is not None:
+            done.setdefault(run.row.table.name, []).append(run.seconds)
+    text = f"{len(runs)} {'training' if len(runs) == 1 else 'trainings'}: {counts}"
+    if not done:
+        return text
+    left = Counter(run.row.table.name for run in runs if run.state != DONE)
+    to_come = sum(count * statistics.mean(done[table]) for table, count in left.items() if table in done)
+    of_all = "" if left.keys() <= done.keys() else ", of tables where one is done"
+    return f"{text}; {duration(sum(map(sum, done.values())))} spent, about {duration(to_come)} to come{of_all}"
+
+
+def program(arguments: list[str]) -> None:
+    """Run, and end with exit status 1 if a training failed."""
+    if main(arguments)["failed"]:
+        raise SystemExit(1)
 
 
 def report(outcome: dict[str, Any]) -> None:
@@ -94,5 +142,4 @@ def report(outcome: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sys.exit(bool(main()["failed"]))
+    run_script(program)

@@ -275,6 +275,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     resume = checkpoint_to_resume(args)
     check_output_folder(args)
     set_seed(args.seed)
+    if data.test_split != "none":  # that nothing can be scored is to be known now, not when the training is over
+        bleu_scores(["one"], ["one"], detokenize_lang=data.languages[1] if data.moses else None)
     train, validation, test = (data.load(part) for part in ("train", "validation", "test"))
     tokenizer = build_tokenizer(options, data, train)
     ranks = options.ranks(len(tokenizer))

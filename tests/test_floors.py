@@ -25,6 +25,7 @@ FLOORS = [
         "folders",
         "processes",
         "hub",
+        "extras",
     },
     {"layers", "do_conv"},
     {"products", "calibration", "surgery", "ranks"},

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.house.timing import Case, interleave
+from hf_fnl.training.command_line import tracked
 
 Points = list[tuple[float, float]]
 
@@ -66,7 +67,7 @@ def time_sweep(
     """
     lines: dict[str, Points] = {}
     limits: dict[str, Points] = {}
-    for size in sizes:
+    for size in tracked(list(sizes), title):
         seconds = interleave(cases(size), device, rounds=rounds)
         for name, values in seconds.items():
             lines.setdefault(name, []).append((size, 1e3 * median(values)))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hf_fnl.training.command_line import tracked
+
 Case = Callable[[], object]
 Row = dict[str, Any]
 Seconds = dict[str, list[float]]
@@ -100,7 +102,7 @@ def interleave(cases: Mapping[str, Case], device: str, *, rounds: int, warmup: i
     names = list(cases)
     timed = _on_gpu if torch.device(device).type == "cuda" else _on_cpu
     seconds: Seconds = {name: [] for name in names}
-    for turn in range(warmup + rounds):
+    for turn in tracked(range(warmup + rounds), f"timing {len(names)} cases"):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             elapsed = timed(cases[name])

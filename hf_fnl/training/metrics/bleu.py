@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sacrebleu.metrics import BLEU
-from sacremoses import MosesDetokenizer
+from hf_fnl.extras import require
 
 
 def bleu_scores(
@@ -29,11 +28,12 @@ def bleu_scores(
     """
     if len(hypotheses) != len(references) or not references:
         raise ValueError(f"as many translations as references are needed, got {len(hypotheses)} and {len(references)}")
+    sacrebleu = require("sacrebleu.metrics", "BLEU is computed by", "sacrebleu")
     plain = [detokenize(texts, detokenize_lang) if detokenize_lang else texts for texts in (hypotheses, references)]
     # `force`: sacrebleu warns of tokenized text, which is what is meant here.
     scorers = {
-        "bleu": (BLEU(), plain),
-        "tokenized_bleu": (BLEU(tokenize="none", force=True), [hypotheses, references]),
+        "bleu": (sacrebleu.BLEU(), plain),
+        "tokenized_bleu": (sacrebleu.BLEU(tokenize="none", force=True), [hypotheses, references]),
     }
     scores: dict[str, float | str] = {}
     for name, (scorer, (found, wanted)) in scorers.items():
@@ -44,5 +44,5 @@ def bleu_scores(
 
 def detokenize(texts: Sequence[str], lang: str) -> list[str]:
     """Undo the Moses tokenization of texts in a language, escapes such as ``&apos;`` included."""
-    moses = MosesDetokenizer(lang=lang)
+    moses = require("sacremoses", "Moses tokenization is undone by", "sacremoses").MosesDetokenizer(lang=lang)
     return [moses.detokenize(text.split()) for text in texts]

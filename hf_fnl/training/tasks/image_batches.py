@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -16,7 +16,10 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from hf_fnl.training.files import write_json
-from hf_fnl.training.tasks.images import ImageRecords, resize_and_crop, to_array
+from hf_fnl.training.tasks.images import BILINEAR, ImageRecords, resize_and_crop, to_array
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 KEEP = ("auto", "true", "false")
 SHARE_OF_MEMORY = 0.25  # what images may take of the free memory of a device; training needs the rest
@@ -141,7 +144,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = self.records[index]
         if self.training:
-            image = image.resize(self.image_size, Image.Resampling.BILINEAR, box=random_box(*image.size))
+            image = image.resize(self.image_size, BILINEAR, box=random_box(*image.size))
         else:
             image = resize_and_crop(image, shorter_side=self.resized_side, size=self.image_size[0])
         pixels = torch.from_numpy(to_array(image, num_channels=self.num_channels).copy())
@@ -305,7 +308,7 @@ def write_image_processor(folder: str | Path, images: ImageTensors | ImageFiles)
         "do_convert_rgb": images.num_channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": images.resized_side} if height == width else exact,
-        "resample": Image.Resampling.BILINEAR.value,
+        "resample": BILINEAR,
         "do_center_crop": True,
         "crop_size": exact,
         "do_rescale": True,

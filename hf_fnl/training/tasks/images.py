@@ -8,23 +8,27 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from hf_fnl.extras import require
 from hf_fnl.hub import check_source
 from hf_fnl.training.tasks.documents import looks_like_path
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SHUFFLE_SEED = 0
 DIGITS_HELD_OUT = 297  # of 1797, so that 1500 remain
 _GRAY_MODES = {"1", "L", "LA"}
 _DEEP_MODES = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}  # Pillow cuts them off at 255 instead of scaling them
 _READ_AT_ONCE = 1024
+BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
 _STORED = datasets.Image(decode=False)
 
 
@@ -63,10 +67,10 @@ class ImageRecords:
 
     def _decode(self, cell: dict[str, Any], index: int) -> Image.Image:
         try:
-            with Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
+            with pillow("Image").open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
                 if image.mode in _DEEP_MODES:
                     raise ValueError(f"its mode is {image.mode}, but pixels must have 8 bits a channel")
-                upright = ImageOps.exif_transpose(image)
+                upright = pillow("ImageOps").exif_transpose(image)
                 return upright.convert("L" if upright.mode in _GRAY_MODES else "RGB")
         except Exception as error:
             path = (cell and cell["path"]) or "not a file of its own"
@@ -126,6 +130,11 @@ def load_images(
     return ImageRecords(chosen, torch.from_numpy(labels[rows]), rows, list(class_names), str(source))
 
 
+def pillow(module: str) -> Any:
+    """A module of Pillow, or an ``ImportError`` that says how it is installed."""
+    return require(f"PIL.{module}", "images need Pillow, that is", "hf_fnl[vision]")
+
+
 @functools.cache
 def embedded_digits(split: str) -> datasets.Dataset:
     """The 1797 digits of scikit-learn: 8x8 gray images, their 17 levels spread over 0 to 255.
@@ -151,7 +160,7 @@ def embedded_digits(split: str) -> datasets.Dataset:
     rows = np.sort(halves[split == "test"])
     pixels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(n) for n in range(10)]))
-    columns = {"image": [Image.fromarray(image) for image in pixels], "label": digits.target[rows]}
+    columns = {"image": [pillow("Image").fromarray(image) for image in pixels], "label": digits.target[rows]}
     return datasets.Dataset.from_dict(columns, features=features)
 
 
@@ -182,7 +191,7 @@ def resize_and_crop(image: Image.Image, *, shorter_side: int, size: int) -> Imag
     # Rounded down as Transformers' image processors do.
     width, height = (shorter_side * side // shorter for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    resized = image.resize((width, height), BILINEAR)
     return resized.crop((left, top, left + size, top + size))
 
 

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from functools import cache
 
-from num2words import num2words
+from hf_fnl.extras import require
 
 SIZES = {"train": 20_000, "validation": 500, "test": 500}
 LANGUAGES = ("de", "en")
@@ -92,6 +92,7 @@ def _sentence(text: str) -> str:
 
 
 def _number(value: int, to: str = "cardinal") -> Phrase:
+    num2words = require("num2words", "the embedded phrases are made by", "num2words").num2words
     return num2words(value, lang="de", to=to), num2words(value, lang="en", to=to)
 
 
