@@ -20,7 +20,7 @@ import hf_fnl  # noqa: F401  registers the factorized models
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.files import check_writable
 from hf_fnl.training.runs import finish_run
-from hf_fnl.training.tasks.positions import check_length
+from hf_fnl.training.tasks.pretrained import check_length, load_pretrained
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, SquadPredictions, load_squad, score_predictions
 from hf_fnl.training.tasks.squad_evaluation import answer_questions
 from hf_fnl.training.tasks.tokenization import load_tokenizer
@@ -47,6 +47,13 @@ class EvaluationOptions:
         if self.model and not self.output_dir:
             raise ValueError("--output_dir is needed to write the predictions of a model")
         check_at_least(1, self, "max_questions", "batch_size")
+        self.windows()
+
+    def windows(self) -> SquadOptions:
+        """How contexts are cut."""
+        return SquadOptions(
+            max_seq_length=self.max_seq_length, doc_stride=self.doc_stride, max_query_length=self.max_query_length
+        )
 
     def questions(self) -> Dataset:
         """The questions to evaluate on."""
@@ -74,15 +81,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         answers = read_predictions(Path(options.predictions))
         metrics = score_predictions(options.questions(), SquadPredictions(answers, {}, {}))
     else:
-        squad = SquadOptions(
-            max_seq_length=options.max_seq_length,
-            doc_stride=options.doc_stride,
-            max_query_length=options.max_query_length,
-        )
         with named("model", options.model):
             tokenizer = load_tokenizer(options.model)
-            model = AutoModelForQuestionAnswering.from_pretrained(options.model)
-            check_length("max_seq_length", options.max_seq_length, model, tokenizer)
+        model = load_pretrained("model", options.model, AutoModelForQuestionAnswering, is_trained=True)
+        check_length("max_seq_length", options.max_seq_length, model, tokenizer)
         examples = options.questions()
         arguments = TrainingArguments(
             output_dir=options.output_dir,
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             disable_tqdm=not sys.stderr.isatty(),
         )
         trainer = Trainer(model, arguments, data_collator=SquadCollator(tokenizer))
-        metrics = answer_questions(trainer, examples, tokenizer, squad, folder=options.output_dir)
+        metrics = answer_questions(trainer, examples, tokenizer, options.windows(), folder=options.output_dir)
     print(json.dumps(metrics, indent=2))
     return finish_run(options.output_dir, metrics, options) if options.output_dir else metrics
 

@@ -17,7 +17,7 @@ from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
 from hf_fnl.training.tasks.packing import PACKED_LENGTH_HELP, PACKING_HELP, check_packing, packing_collator
-from hf_fnl.training.tasks.positions import check_length
+from hf_fnl.training.tasks.pretrained import check_length, load_pretrained
 from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
 from hf_fnl.training.tasks.squad_evaluation import answer_questions
 from hf_fnl.training.tasks.squad_training import SquadTrainingArguments
@@ -44,6 +44,13 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "max_train_questions", "max_eval_questions", "num_proc")
+        self.windows()
+
+    def windows(self) -> SquadOptions:
+        """How contexts are cut."""
+        return SquadOptions(
+            max_seq_length=self.max_seq_length, doc_stride=self.doc_stride, max_query_length=self.max_query_length
+        )
 
     def questions(self, part: str) -> Dataset:
         """The questions to train ("train") or to evaluate on ("eval")."""
@@ -56,16 +63,14 @@ class DataOptions:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
     data, args = parse_arguments(argv, DataOptions, SquadTrainingArguments, description=__doc__)
-    options = SquadOptions(
-        max_seq_length=data.max_seq_length, doc_stride=data.doc_stride, max_query_length=data.max_query_length
-    )
+    options = data.windows()
     resume = checkpoint_to_resume(args)
     check_output_folder(args)
     set_seed(args.seed)
     with named("model", data.model):
         tokenizer = load_tokenizer(data.model)
-        model = AutoModelForQuestionAnswering.from_pretrained(data.model)
-        check_length("max_seq_length", data.max_seq_length, model, tokenizer)
+    model = load_pretrained("model", data.model, AutoModelForQuestionAnswering, is_trained=False)
+    check_length("max_seq_length", data.max_seq_length, model, tokenizer)
     train, examples = data.questions("train"), data.questions("eval")
     packed = packing_collator(tokenizer, data.max_seq_length, packing=data.packing, packed_length=data.packed_length)
     collator = packed or SquadCollator(tokenizer)

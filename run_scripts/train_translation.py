@@ -47,7 +47,7 @@ from hf_fnl.training.runs import (
 from hf_fnl.training.tasks.beam_search import translate
 from hf_fnl.training.tasks.bpe import train_joint_bpe
 from hf_fnl.training.tasks.length_batches import encode_pairs, lengths_of
-from hf_fnl.training.tasks.positions import longest_sequence
+from hf_fnl.training.tasks.pretrained import load_pretrained, longest_sequence
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 from hf_fnl.training.tasks.translation import load_pairs
 from hf_fnl.training.tasks.translation_training import TranslationArguments, TranslationTrainer
@@ -168,8 +168,7 @@ class DataOptions:
 def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks: dict[str, int]) -> PreTrainedModel:
     """A fresh Marian of the sizes asked for and of these ranks, or the model to go on from."""
     if options.init_from:
-        with named("init_from", options.init_from):
-            return AutoModelForSeq2SeqLM.from_pretrained(options.init_from)
+        return load_pretrained("init_from", options.init_from, AutoModelForSeq2SeqLM, is_trained=False)
     ffn_dim = options.intermediate_size or 4 * options.hidden_size
     settings = {
         "vocab_size": len(tokenizer),

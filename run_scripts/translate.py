@@ -17,6 +17,7 @@ import hf_fnl  # noqa: F401  registers the factorized models
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.files import check_writable, write_text
 from hf_fnl.training.tasks.beam_search import translate
+from hf_fnl.training.tasks.pretrained import load_pretrained
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 from hf_fnl.training.tasks.translation import lines_of, read_lines
 
@@ -58,8 +59,8 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
     sentences = options.sentences()
     if not any(sentence.strip() for sentence in sentences):
         print("note: there is nothing to translate: the input has no text", file=sys.stderr)
-    with named("model", options.model):
-        model = AutoModelForSeq2SeqLM.from_pretrained(options.model).to(PartialState(cpu=options.use_cpu).device)
+    model = load_pretrained("model", options.model, AutoModelForSeq2SeqLM, is_trained=True)
+    model.to(PartialState(cpu=options.use_cpu).device)
     translations = translate(
         model,
         tokenizer,

@@ -17,6 +17,7 @@ import pytest
 import torch
 import train_clm
 from accelerate.data_loader import prepare_data_loader
+from after_cases import check_next_steps, check_settings
 from launching import free_port
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -325,6 +326,9 @@ def run(folder, *more: str) -> dict:
 def test_the_script_writes_a_model_its_tokenizer_metrics_and_settings(tmp_path, held_out):
     flags = "--rank_scale 0.625 --embedding_rank 11 --frobenius_decay linear --eval_stride 7"
     found = run(tmp_path / "run", *flags.split(), *held_out)
+    classes = train_clm.ModelOptions, train_clm.DataOptions, train_clm.LanguageModelArguments
+    check_settings(tmp_path / "run", *classes)
+    check_next_steps(tmp_path / "run", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert isinstance(model, FactorizedGPT2LMHeadModel)
     assert (model.config.qkv_rank, model.config.ffn_rank, model.config.embedding_rank) == (15, 15, 11)

@@ -10,6 +10,7 @@ from typing import Any
 import interpolate as script
 import pytest
 import torch
+from after_cases import hf_fnl
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -220,7 +221,7 @@ def text_runs(tmp_path_factory) -> tuple[str, str, str]:
     return dense, write_run(folder / "low", low, ov_rank=2), str(folder / "valid.txt")
 
 
-def test_lines_between_language_models_end_in_the_networks(text_runs):
+def test_lines_between_language_models_end_in_the_networks(text_runs, tmp_path):
     dense, low, text = text_runs
     argv = ["--baseline", dense, "--low_rank", low, "--eval_dataset", text, "--steps", "3", "--use_cpu"]
     first, middle, last = script.main(argv)[low]
@@ -230,6 +231,8 @@ def test_lines_between_language_models_end_in_the_networks(text_runs):
         assert point["perplexity"] == pytest.approx(torch.tensor(nats / tokens).exp().item(), rel=1e-3)
     assert middle["loss"] not in (first["loss"], last["loss"])
     assert len(script.main([*argv, "--eval_limit", "7"])[low]) == 3
+    hf_fnl("report", low, "--out", tmp_path / "line.html")
+    assert "From the baseline to the model" in (tmp_path / "line.html").read_text()
 
 
 def whole_text(model: PreTrainedModel, tokenizer: str, text: str) -> tuple[float, int]:

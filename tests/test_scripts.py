@@ -14,12 +14,14 @@ import pretrain_bert
 import pytest
 import torch
 import yaml
+from after_cases import check_next_steps, check_settings
 from launching import free_port
 from transformers import AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
-from hf_fnl.training.command_line import parse_arguments
+from hf_fnl.training.command_line import UsageError, parse_arguments
 from hf_fnl.training.tasks.embedded import embedded_squad
+from hf_fnl.training.tasks.workers import TextTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 TINY_MODEL = """
@@ -129,6 +131,69 @@ def test_version_2_questions_end_to_end(pretrained, tmp_path):
     metrics = finetune(pretrained, tmp_path / "run", "--train_dataset", str(tmp_path / "v2.json"))
     assert metrics["NoAns_total"] + metrics["HasAns_total"] == metrics["total"] == 8
     assert (tmp_path / "run" / "null_odds.json").exists()
+
+
+def test_what_users_do_with_a_pretrained_and_a_fine_tuned_model(pretrained, squad, tmp_path):
+    folder, _ = squad
+    check_settings(pretrained, pretrain_bert.ModelOptions, pretrain_bert.DataOptions, TextTrainingArguments)
+    check_settings(folder, finetune_squad.DataOptions, TextTrainingArguments)
+    for number, run in enumerate((pretrained, folder)):
+        assert check_next_steps(run, tmp_path / str(number))["model"] == str(run)
+
+
+def test_a_run_that_is_done_is_not_overwritten(pretrained):
+    before = {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")}
+    with pytest.raises(UsageError, match=f"output_dir {pretrained} holds a run that is done"):
+        pretrain(pretrained)
+    assert {path: path.stat().st_mtime_ns for path in pretrained.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (
+            finetune_squad,
+            "--max_seq_length 65",
+            "max_seq_length must be at most 64, .*BertForQuestionAnswering, got 65",
+        ),
+        (finetune_squad, "--train_dataset ./no.json", r"--train_dataset \./no\.json: no such SQuAD file"),
+        (finetune_squad, "--eval_dataset nosuch", "--eval_dataset nosuch: .*no file or folder nosuch, .* could not be"),
+        (finetune_squad, "--model nosuch", "--model nosuch: there is no folder nosuch, and the Hub could not be asked"),
+        (finetune_squad, "--max_train_questions 0", "max_train_questions must be at least 1, got 0"),
+        (finetune_squad, "--output_dir {file}/run", "output_dir .*: .* is a file"),
+        (evaluate_squad, "--max_seq_length 65", "max_seq_length must be at most 64, .*, got 65"),
+        (evaluate_squad, "--model ./nosuch", r"--model \./nosuch: there is no folder nosuch"),
+        (
+            evaluate_squad,
+            "--dataset nosuchfile",
+            "--dataset nosuchfile: there is no file or folder nosuchfile, and the Hub",
+        ),
+        (evaluate_squad, "--model {pretrained}", "it holds no weights of qa_outputs, so it was not trained for this"),
+        (evaluate_squad, "--doc_stride 64", "doc_stride 64 must be below"),
+        (evaluate_squad, "--predictions p.json", "give either --model or --predictions"),
+        (pretrain_bert, "--init_from nosuch --stock", "--init_from nosuch: there is no folder nosuch"),
+        (pretrain_bert, "--tokenizer ./nosuch", r"--tokenizer \./nosuch: there is no folder"),
+        (pretrain_bert, "--dataset nosuch", "--dataset nosuch: there is no file or folder nosuch"),
+        (
+            pretrain_bert,
+            "--validation_dataset ./no.txt --vocab_size 300",
+            r"--validation_dataset \./no\.txt: no such file",
+        ),
+    ],
+)
+def test_what_is_refused_is_named_as_it_was_typed(pretrained, squad, tmp_path, script, flags, message):
+    (tmp_path / "file").touch()
+    windows = {"--max_seq_length": "64", "--doc_stride": "16", "--max_query_length": "16"}
+    given = {"--output_dir": str(tmp_path / "run")} | {
+        pretrain_bert: {"--use_cpu": "true", "--max_documents": "3"},
+        finetune_squad: {"--use_cpu": "true", "--model": str(pretrained), **windows},
+        evaluate_squad: {"--dataset": "embedded", "--model": str(squad[0]), **windows},
+    }[script]
+    words = flags.format(file=tmp_path / "file", pretrained=pretrained).split()
+    rest = [word for name, value in given.items() if name not in words for word in (name, value)]
+    with pytest.raises((ValueError, OSError), match=message):
+        script.main([*words, *rest])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_broken_off_run_is_not_overwritten_and_goes_on(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import train_translation
 import translate as translate_script
+from after_cases import check_next_steps, check_settings
 from launching import launch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 from translation_cases import PAIRS, phrases, tiny_marian, tiny_tokenizer
@@ -18,6 +19,7 @@ from hf_fnl.training.averaging import average_checkpoints
 from hf_fnl.training.metrics.bleu import bleu_scores
 from hf_fnl.training.tasks.beam_search import translate
 from hf_fnl.training.tasks.phrases import embedded_phrases
+from hf_fnl.training.tasks.translation_training import TranslationArguments
 
 TINY = """
     --vocab_size 150 --hidden_size 24 --encoder_layers 1 --decoder_layers 2 --num_attention_heads 3
@@ -55,6 +57,74 @@ def test_training_writes_model_tokenizer_translations_metrics_and_settings(train
     assert metrics["eval_loss"] > 0
     settings = json.loads((folder / "run_config.json").read_text())
     assert (settings["max_tokens"], settings["optim"], settings["languages"]) == (600, "adamw_torch", ["de", "en"])
+
+
+def test_what_users_do_with_a_translation_model(trained, tmp_path):
+    folder, _ = trained
+    check_settings(folder, train_translation.ModelOptions, train_translation.DataOptions, TranslationArguments)
+    check_next_steps(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"Ja.\nNein.\nSch\xf6n.\n", "standard input, line 3: byte 0xf6 is not UTF-8 text; convert it"),
+        (b"\xff\xfeJ\x00a\x00", "standard input, line 1: byte 0xff is not UTF-8"),
+        (b"Ja.\r\nNein\xc3", "standard input, line 2: byte 0xc3 is not UTF-8"),
+    ],
+    ids=["latin 1", "UTF-16", "broken off"],
+)
+def test_bytes_that_are_no_text(trained, monkeypatch, content, message):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with pytest.raises(ValueError, match=message):
+        translate_script.main(["--model", str(trained[0]), "--use_cpu"])
+
+
+def test_line_ends_and_marks_of_windows_are_no_text(trained, monkeypatch, capsysbinary):
+    outputs = []
+    for content in ("Ja.\nSchön.\n", "\ufeffJa.\r\nSchön.\r\n", "Ja.\nSchön."):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+        assert translate_script.main(["--model", str(trained[0]), "--use_cpu"]) == {"sentences": 2}
+        outputs.append(capsysbinary.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0].count(b"\n") == 2
+
+
+@pytest.mark.parametrize(("content", "lines"), [(b"", 0), (b"\n\n", 2)], ids=["empty", "blank lines"])
+def test_nothing_to_translate_is_said(trained, monkeypatch, capsys, content, lines):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert translate_script.main(["--model", str(trained[0]), "--use_cpu"]) == {"sentences": lines}
+    printed = capsys.readouterr()
+    assert printed.out == "\n" * lines
+    assert "there is nothing to translate" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model nosuch", "--model nosuch: there is no folder nosuch, and the Hub could not be asked"),
+        ("--model ./nosuch", r"--model \./nosuch: there is no folder nosuch"),
+        ("--num_beams 0", "num_beams must be at least 1, got 0"),
+        ("--output {file}/out.txt", "output .*: .* is a file"),
+        ("--input {file}", "--input .*line 1: byte 0xff is not UTF-8"),
+    ],
+)
+def test_what_translate_refuses(trained, tmp_path, flags, message):
+    (tmp_path / "file").write_bytes(b"\xff")
+    words = flags.format(file=tmp_path / "file").split()
+    model = [] if "--model" in words else ["--model", str(trained[0])]
+    with pytest.raises((ValueError, OSError), match=message):
+        translate_script.main([*words, *model, "--use_cpu"])
+
+
+def test_the_positions_of_a_model_bound_its_sentences():
+    """Also where its tokenizer knows of no bound."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    model = tiny_marian(tokenizer, positions=12)
+    with pytest.raises(ValueError, match=r"sentence 2 has \d+ tokens, the model takes 12"):
+        translate(model, tokenizer, ["Ja", "Ja " * 12])
+    assert len(translate(model, tokenizer, ["Ja"], num_beams=2)) == 1
 
 
 def test_the_scores_are_those_of_the_written_translations(trained):
@@ -196,6 +266,11 @@ def test_long_sentences_and_no_beams_are_refused():
         ("--max_tokens 9", r"pairs have more than 9 tokens on a side, first pair \d+: "),
         ("--max_position_embeddings 20", r"of 5 pairs have more than 20 tokens on a side"),
         ("--max_length 1", "max_length must be at least 2"),
+        ("--max_length 129", "max_length must be at most 128, the positions of the model, got 129"),
+        ("--max_test_pairs 0", "max_test_pairs must be at least 1, got 0"),
+        ("--test_dataset ./no.jsonl", r"--test_dataset \./no\.jsonl: no such file or folder"),
+        ("--dataset nosuch", "--dataset nosuch: there is no file or folder nosuch, and the Hub could not be asked"),
+        ("--init_from nosuch", "--init_from nosuch: there is no folder nosuch"),
         ("--dataset ./nowhere.jsonl", "no such file or folder: nowhere.jsonl"),
         ("--tokenizer ./nowhere", "nowhere"),
     ],

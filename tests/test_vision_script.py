@@ -14,6 +14,7 @@ import pytest
 import torch
 import train_vision
 import yaml
+from after_cases import check_next_steps, check_settings
 from launching import launch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
@@ -42,6 +43,8 @@ from vision_script_cases import (
 
 from hf_fnl.models.vision import inner_convolutions
 from hf_fnl.training.norms import read_norms
+from hf_fnl.training.tasks.image_options import ImageOptions
+from hf_fnl.training.tasks.image_training import ImageTrainingArguments
 from hf_fnl.training.tasks.images import load_images
 
 
@@ -78,6 +81,13 @@ def test_the_written_model_and_image_processor_give_what_was_measured(runs, form
         outputs = load(folder)(**images, labels=records.labels)
     assert outputs.loss.item() == pytest.approx(metrics["eval_loss"], rel=1e-4)
     assert (outputs.logits.argmax(-1) == records.labels).double().mean().item() == metrics["eval_accuracy"]
+
+
+@pytest.mark.parametrize("form", ["dense", "rank-scale", "tucker", "snip"])
+def test_what_users_do_with_a_classifier(runs, form, tmp_path):
+    folder, _ = runs(form)
+    check_settings(folder, train_vision.ModelOptions, ImageOptions, ImageTrainingArguments)
+    check_next_steps(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", ["rank-scale", *SCHEMES, "dense-first"])

@@ -29,7 +29,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return train_joint_bpe([*pairs["source"], *pairs["target"], *chain(*PAIRS)], vocab_size=150)
 
 
-def tiny_marian(tokenizer: PreTrainedTokenizerFast, *, dropout: float = 0.0) -> MarianMTModel:
+def tiny_marian(tokenizer: PreTrainedTokenizerFast, *, dropout: float = 0.0, positions: int = 128) -> MarianMTModel:
     """A stock Marian with weights large enough that gradients show within a few steps."""
     torch.manual_seed(0)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -39,7 +39,7 @@ def tiny_marian(tokenizer: PreTrainedTokenizerFast, *, dropout: float = 0.0) -> 
         d_model=24,
         encoder_ffn_dim=40,
         decoder_ffn_dim=40,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         dropout=dropout,
         init_std=0.2,
         pad_token_id=pad,

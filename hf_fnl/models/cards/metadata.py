@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, MarianConfig
 from transformers.modelcard import TASK_MAPPING
 
 from hf_fnl.layers import factorized_layers
@@ -65,7 +65,7 @@ def card_metadata(
         stated: Comes before what is read off; its tags are added to ours.
     """
     given = {key: value for key, value in vars(stated).items() if value is not None}
-    task = given.get("pipeline_tag") or task_of(model)
+    task = given.get("pipeline_tag") or ("translation" if "languages" in record.settings else task_of(model))
     origins = [*record.origins, getattr(model, "name_or_path", "")]
     measured = list(_measured(record, task))
     derived = {
@@ -87,13 +87,17 @@ def card_metadata(
 
 def task_of(model: nn.Module) -> str | None:
     """The Hub's task for the head of a model, if there is exactly one."""
-    name = getattr(model, "dense_class", type(model)).__name__
+    stock = getattr(model, "dense_class", type(model))
+    if isinstance(getattr(model, "config", None), MarianConfig):
+        return "translation"
     if type(model) in AutoModelForImageClassification._model_mapping.values():
         return "image-classification"
+    name = stock.__name__
     tasks = [
         task
         for task, heads in TASK_MAPPING.items()
-        if any(name in (head if isinstance(head, tuple | list) else (head,)) for head in heads.values())
+        if task != "text2text-generation"  # which the Hub has given up
+        and any(name in (head if isinstance(head, tuple | list) else (head,)) for head in heads.values())
     ]
     return tasks[0] if len(tasks) == 1 else None
 

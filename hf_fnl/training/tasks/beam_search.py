@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from hf_fnl.training.command_line import progress
 from hf_fnl.training.tasks.length_batches import batch_bounds
-from hf_fnl.training.tasks.positions import longest_sequence
+from hf_fnl.training.tasks.pretrained import longest_sequence
 
 
 @torch.inference_mode()
