@@ -87,12 +87,11 @@ def card_metadata(
 
 def task_of(model: nn.Module) -> str | None:
     """The Hub's task for the head of a model, if there is exactly one."""
-    stock = getattr(model, "dense_class", type(model))
     if isinstance(getattr(model, "config", None), MarianConfig):
         return "translation"
     if type(model) in AutoModelForImageClassification._model_mapping.values():
         return "image-classification"
-    name = stock.__name__
+    name = getattr(model, "dense_class", type(model)).__name__
     tasks = [
         task
         for task, heads in TASK_MAPPING.items()
