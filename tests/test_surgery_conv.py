@@ -9,9 +9,12 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 from vision_cases import OURS
 
 from hf_fnl import FactorizationConfig, factorize_, find_products, merge_, vision_model
+from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.layers import Factorized, TensorizedConv2d
 from hf_fnl.models.vision import inner_convolutions
 from hf_fnl.surgery import restore_
@@ -187,3 +190,19 @@ def test_a_deep_product_of_a_trained_weight_is_its_truncation():
     (first,), (second,) = deep.replacements, plain.replacements
     assert first.energy == pytest.approx(second.energy)
     assert first.parameters_after == second.parameters_after + 4 * 4
+
+
+@pytest.mark.parametrize("scheme", [*CONV_SCHEMES, *TENSOR_SCHEMES])
+def test_kernels_on_disk_are_read_from_there(scheme, tmp_path):
+    torch.manual_seed(0)
+    model = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ).eval()
+    factorize_(model, FactorizationConfig(rank=3, kinds=("conv",), conv_scheme=scheme))
+    images = torch.randn(2, 3, 32, 32)
+    model.save_pretrained(tmp_path / "model")
+    options = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offloaded"}
+    offloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model", **options)
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    with torch.no_grad():
+        assert_close(offloaded(images).logits, model(images).logits)

@@ -7,8 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd import Function, gradgradcheck
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -339,3 +343,28 @@ def test_the_values_at_the_address_are_those_of_the_factors():
     new = layer.weight
     assert new.data_ptr() != old.data_ptr()
     assert_close(torch.tensor(new.tolist()), layer.dense_weight().detach())
+
+
+# In parts
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_factors_that_fsdp_divides_are_read_and_not_written(one_process):
+    layer = linear()
+    dense = layer.dense_weight().detach()
+    fully_shard(layer, mesh=one_process)
+    assert isinstance(layer.U, DTensor)
+    assert (layer.weight.shape, layer.weight.dtype) == (dense.shape, dense.dtype)
+    assert_close((layer.weight + 0).full_tensor(), dense)
+    (2 * layer.weight).sum().backward()
+    assert layer.U.grad.full_tensor().any()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="holds only its factors"):
+        layer.weight.zero_()
+    layer.weight.requires_grad_(False)
+    assert not layer.V.requires_grad
