@@ -173,11 +173,14 @@ def test_attributes_and_frozen_parts_go_over_both_ways():
     model = net()
     model[0].tag, model[0]._tp_plan = "mine", "colwise"
     model[0].weight.requires_grad_(False)
+    model[0].weight._no_weight_decay = True
     factorize_(model, LOW)
+    assert model[0].U._no_weight_decay is model[0].V._no_weight_decay is True
     assert (model[0].tag, model[0]._tp_plan) == ("mine", "colwise")
     assert [p.requires_grad for p in model[0].parameters()] == [False, False, True]
     merge_(model)
     assert (model[0].tag, model[0]._tp_plan) == ("mine", "colwise")
+    assert model[0].weight._no_weight_decay
     assert (model[0].weight.requires_grad, model[0].bias.requires_grad) == (False, True)
 
 
@@ -209,6 +212,10 @@ HANGING = {
     "buffer": (lambda layer: layer.register_buffer("scale", torch.ones(1)), "it holds scale besides its weight"),
     "parameter": (lambda layer: layer.register_parameter("gain", nn.Parameter(torch.ones(7))), "it holds gain"),
     "module": (lambda layer: layer.add_module("adapter", nn.Identity()), "it holds adapter besides"),
+    "attribute": (
+        lambda layer: setattr(layer.weight, "average", torch.ones(7, 5)),
+        "its weight has the attribute average",
+    ),
     "forward": (lambda layer: setattr(layer, "forward", lambda x: x), "its forward was replaced on this one layer"),
     "compiled": (lambda layer: layer.compile(backend="eager"), "it was compiled by itself"),
 }
@@ -242,7 +249,7 @@ def test_a_layer_that_is_named_is_refused(hang, reason):
         factorize_(model, FactorizationConfig(rank=2, include=("0",)))
 
 
-MERGED = {name: case for name, case in HANGING.items() if "hook" not in name or name == "load-hook"}
+MERGED = {name: HANGING[name] for name in ("load-hook", "buffer", "parameter", "module", "forward", "compiled")}
 MERGED["factor-hook"] = (lambda layer: layer.U.register_hook(lambda grad: 0 * grad), "hooks for its gradient")
 MERGED["parametrized"] = (lambda layer: nn.utils.parametrizations.orthogonal(layer, "U"), "it is parametrized")
 
@@ -352,7 +359,7 @@ class Matrices(nn.Module):
         self.lstm = nn.LSTM(5, 7)
         self.conv1d, self.conv3d = nn.Conv1d(5, 7, 1), nn.Conv3d(5, 7, 3)
         self.transposed = nn.ConvTranspose2d(5, 7, 3)
-        self.bilinear, self.bag, self.lazy = nn.Bilinear(5, 7, 3), nn.EmbeddingBag(5, 7), nn.LazyLinear(7)
+        self.bilinear, self.bag = nn.Bilinear(5, 7, 3), nn.EmbeddingBag(5, 7)
         self.attention = nn.MultiheadAttention(6, 2)
         self.bare, self.experts = nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(3, 5, 7))
         self.listed = nn.ParameterList([torch.randn(5, 7)])
@@ -371,7 +378,6 @@ def test_every_matrix_that_stays_dense_is_named_with_the_reason():
     }  # fmt: skip
     others = {
         "attention.out_proj": "torch's MultiheadAttention reads its weight and does not call it",
-        "lazy": "it gets its shape in the first forward pass: run the model once",
         "table": "kind 'embedding' was not asked for",
         "image": "kind 'conv' was not asked for",
     }
@@ -383,7 +389,7 @@ def test_patterns_say_what_is_looked_at():
     done = factorize_(Matrices(), FactorizationConfig(rank=2, exclude=("lstm*", "b*", "[a-c]onv*", "experts")))
     assert not [name for name in done.skipped if name.startswith(("lstm", "b", "conv", "experts"))]
     done = factorize_(Matrices(), FactorizationConfig(rank=2, include=("l*",)))
-    assert list(done.skipped) == ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "lazy", "listed.0"]
+    assert list(done.skipped) == ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "listed.0"]
 
 
 def test_experts_are_one_line_a_reason():
@@ -398,6 +404,15 @@ def test_experts_are_one_line_a_reason():
     shares = {name: parameter.numel() for name, parameter in transformers.MixtralForCausalLM(config).named_parameters()}
     named = {replacement.name for replacement in done.replacements} | set(done.skipped)
     assert {n for n, size in shares.items() if size > 16 and n.removesuffix(".weight") not in named} == set()
+
+
+def test_a_layer_without_a_shape_is_named():
+    model = nn.Sequential(nn.Linear(5, 7), nn.LazyLinear(6))
+    with pytest.raises(ValueError, match="factorize_ needs the shapes of 1, which its first forward pass sets"):
+        factorize_(model, LOW)
+    model(torch.ones(2, 5))
+    factorize_(model, LOW)
+    assert isinstance(model[1], FactorizedLinear)
 
 
 def test_a_factorized_model_names_nothing_twice():

@@ -150,6 +150,25 @@ def test_factors_that_are_tied_to_a_layer_outside_are_refused_with_the_way_out(t
         factorize_(model.model, embeddings)
     factorize_(model, embeddings)
     assert_comes_back(model, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"embed_tokens cannot be merged: its factor is also lm_head.U, outside of what"
+    ):
+        merge_(model.model)
+    assert_comes_back(model, tmp_path)
+
+
+def test_where_no_model_can_be_found_a_warning_says_so(tmp_path):
+    model = LLAMA.build()
+    gc.freeze()
+    try:
+        with pytest.warns(
+            UserWarning, match=r"after gc.freeze\(\) it cannot be told which model holds this ModuleList"
+        ):
+            factorize_(model.model.layers, LOW)
+        factorize_(model, FactorizationConfig(rank=4, include=("lm_head",)))
+        assert_comes_back(model, tmp_path)
+    finally:
+        gc.unfreeze()
 
 
 # Models inside of models

@@ -19,7 +19,7 @@ from hf_fnl.config import LAYER_KINDS, FactorizationConfig
 from hf_fnl.functional import kept_energy
 from hf_fnl.layers import Factorized, FactorizedLinear, FactorizedMatrix, TensorizedConv2d
 from hf_fnl.ranks import Candidate, UnreachableShare, choose_ranks
-from hf_fnl.surgery.record import QUANT_METHOD, layer_record
+from hf_fnl.surgery.record import QUANT_METHOD, layer_record, models_near
 from hf_fnl.surgery.select import (
     Target,
     by_reason,
@@ -153,7 +153,8 @@ def factorize_(
     check_present(model, "factorize_")
     if calibration is not None and config.init != "spectral":
         raise ValueError(f"calibration cuts trained weights and needs init='spectral', got {config.init!r}")
-    targets, skipped = select(model, config)
+    near = models_near(model)
+    targets, skipped = select(model, config, near)
     _check_values(targets, calibration is not None)
     candidates = _candidates(model, targets, config, calibration)
     others = sum(parameter.numel() for parameter in model.parameters()) - sum(c.dense for c in candidates)
@@ -169,7 +170,7 @@ def factorize_(
         layer.train(dense.training)  # calibration made it while the model was in evaluation mode
         if calibration is not None and getattr(dense, "bias", None) is not None:
             dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
-    swap_and_record_(model, successors)
+    swap_and_record_(model, successors, near)
     return Factorization(replacements, skipped)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -114,19 +116,28 @@ def models_in(module: nn.Module) -> list[PreTrainedModel]:
     return [inner for inner in module.modules() if isinstance(inner, PreTrainedModel)]
 
 
-def models_with(module: nn.Module, layers: Iterable[nn.Module] | None = None) -> list[PreTrainedModel]:
-    """The Transformers models inside a module and around it that hold one of some layers.
+def models_near(module: nn.Module) -> list[PreTrainedModel]:
+    """The Transformers models inside a module, and all others that there are: one of them may hold the module.
 
-    Args:
-        module: What a user hands over: a model, a part of one, or what wraps one.
-        layers: The module itself unless given.
+    A module does not know what holds it, so these are looked for among all objects.
     """
-    sought = {module} if layers is None else set(layers)
-    # A module does not know what holds it, so what is around one is looked for among all objects.
+    if gc.get_freeze_count() and not isinstance(module, PreTrainedModel):
+        warnings.warn(
+            f"after gc.freeze() it cannot be told which model holds this {type(module).__name__}: if one of "
+            "Transformers does, hand over that model, or its configuration will not say what was factorized",
+            stacklevel=3,
+        )
     objects = gc.get_objects()
-    classes = {cls for cls in set(map(type, objects)) if issubclass(cls, PreTrainedModel)}
-    found = dict.fromkeys([*models_in(module), *(each for each in objects if type(each) in classes)])
-    return [model for model in found if not sought.isdisjoint(model.modules())]
+    types = set(map(type, objects))
+    models = {cls for cls in types if issubclass(cls, PreTrainedModel)}
+    found = itertools.compress(objects, map(models.__contains__, map(type, objects)))
+    return list(dict.fromkeys([*models_in(module), *found]))
+
+
+def models_with(models: Iterable[PreTrainedModel], layers: Iterable[nn.Module]) -> list[PreTrainedModel]:
+    """Those of some models that hold one of some layers."""
+    sought = set(layers)
+    return [model for model in models if not sought.isdisjoint(model.modules())]
 
 
 def update_records_(models: Iterable[PreTrainedModel]) -> None:

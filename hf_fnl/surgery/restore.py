@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.layers import Factorized
-from hf_fnl.surgery.record import layer_record, models_in
+from hf_fnl.surgery.record import layer_record, models_in, models_near
 from hf_fnl.surgery.select import empty_successor, successor_of, weights
-from hf_fnl.surgery.swap import check_present, share_factors_, swap_and_record_, unwrapped, what_hangs_on
+from hf_fnl.surgery.swap import (
+    check_present,
+    parameters_around,
+    share_factors_,
+    swap_and_record_,
+    unwrapped,
+    what_hangs_on,
+)
 
 
 @torch.no_grad()
@@ -45,8 +52,13 @@ def merge_(model: nn.Module) -> list[str]:
     if callable(getattr(model, "merge", None)):
         raise ValueError(f"a {type(model).__name__} is factorized by its class; merge() returns the stock model")
     check_present(model, "merge_")
+    near = models_near(model)
+    outside = parameters_around(model, near)
     for name, layer in layers.items():
-        if reason := what_hangs_on(layer):
+        reason = what_hangs_on(layer)
+        if other := next((outside[factor] for factor in layer.factors() if factor in outside), None):
+            reason = f"its factor is also {other}, outside of what is merged: hand over what holds both"
+        if reason is not None:
             raise ValueError(f"{name} cannot be merged: {reason}")
     weight_of: dict[Tensor, nn.Parameter] = {}
     successors: dict[nn.Module, nn.Module] = {}
@@ -54,7 +66,7 @@ def merge_(model: nn.Module) -> list[str]:
         dense = layer.to_dense()
         dense.weight = weight_of.setdefault(layer.factors()[0], dense.get_parameter("weight"))
         successors[layer] = dense
-    swap_and_record_(model, successors)
+    swap_and_record_(model, successors, near)
     return list(layers)
 
 

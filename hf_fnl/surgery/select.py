@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,8 +21,7 @@ from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, Fac
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.spectral import DRAWN_METHODS
-from hf_fnl.surgery.record import models_with
-from hf_fnl.surgery.swap import is_read_by_its_parent, weight_obstacle, what_hangs_on
+from hf_fnl.surgery.swap import is_read_by_its_parent, parameters_around, weight_obstacle, what_hangs_on
 
 Successor = type[FactorizedLinear] | type[FactorizedEmbedding] | type[FactorizedConv2d] | type[TensorizedConv2d]
 
@@ -142,8 +140,15 @@ class Target:
         return self.first.weight if isinstance(self.first, nn.Embedding) else dense_weight(self.first)
 
 
-def select(model: nn.Module, config: FactorizationConfig) -> tuple[list[Target], dict[str, str]]:
+def select(
+    model: nn.Module, config: FactorizationConfig, near: Iterable[PreTrainedModel] = ()
+) -> tuple[list[Target], dict[str, str]]:
     """The layers that a configuration means.
+
+    Args:
+        model: Any module.
+        config: Which layers.
+        near: Models that may hold ``model``, and weights of its layers outside of it.
 
     Returns:
         The targets, and for all else that looks like a matrix and that the patterns name the reason why it stays dense:
@@ -160,7 +165,7 @@ def select(model: nn.Module, config: FactorizationConfig) -> tuple[list[Target],
     _check_classes(classes)
     by_name = replace(config, include=[pattern for pattern in config.include if pattern != "*"])
     outputs = _output_embeddings(model)
-    outside = _parameters_around(model)
+    outside = parameters_around(model, near)
     wants_embeddings = any(issubclass(cls, nn.Embedding) for cls in classes)
     targets: list[Target] = []
     skipped: dict[str, str] = {}
@@ -222,7 +227,7 @@ def _check_classes(classes: Iterable[type]) -> None:
 
 def _not_chosen(model: nn.Module, weight: Tensor, holders: Holders, config: FactorizationConfig) -> dict[str, str]:
     """Why a weight that looks like a matrix, and that the patterns name, is none of a class that is meant."""
-    if not is_lazy(weight) and (sum(size > 1 for size in weight.shape) < 2 or weight.shape[0] == 1):
+    if sum(size > 1 for size in weight.shape) < 2 or weight.shape[0] == 1:
         return {}  # a vector, or a table that is added to every example
     name, layer = next(iter(holders.items()))
     attribute = "weight"
@@ -236,14 +241,12 @@ def _not_chosen(model: nn.Module, weight: Tensor, holders: Holders, config: Fact
             return {}
         if parametrization or attribute == "weight" or is_layer:
             name = owner
-    return {name: _why_not(layer, weight, attribute)} if config.names(name) else {}
+    return {name: _why_not(layer, attribute)} if config.names(name) else {}
 
 
-def _why_not(layer: nn.Module, weight: Tensor, attribute: str) -> str:
+def _why_not(layer: nn.Module, attribute: str) -> str:
     """Why a weight is none of a class that is meant; ``attribute`` is the name by which its layer holds it."""
     kind, stock = type(layer).__name__, stock_class(type(layer))
-    if is_lazy(weight):
-        return "it gets its shape in the first forward pass: run the model once"
     if hasattr(layer, "parametrizations"):
         return "it is parametrized, as by torch.nn.utils.parametrizations"
     if stock is None:
@@ -282,18 +285,6 @@ def weights(model: nn.Module, ties: Mapping[str, str] | None = None) -> dict[Ten
         else:
             weight[name] = None
     return found
-
-
-def _parameters_around(model: nn.Module) -> dict[Tensor, str]:
-    """The parameters of Transformers models around a module that are outside of it, by name."""
-    inside = set(model.modules())
-    return {
-        parameter: f"{name}.{attribute}"
-        for around in models_with(model)
-        for name, module in around.named_modules()
-        if module not in inside
-        for attribute, parameter in module.named_parameters(recurse=False)
-    }
 
 
 def _first_names(weight: Holders) -> dict[str, nn.Module]:

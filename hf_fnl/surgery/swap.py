@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.layers.whole import is_partitioned
-from hf_fnl.surgery.record import QUANT_METHOD, method_of, models_with, update_records_
+from hf_fnl.surgery.record import QUANT_METHOD, method_of, models_near, models_with, update_records_
 
 # What is called before or after a layer's forward or backward pass, and knows nothing of its parameters.
 _CARRIED_HOOKS = (
@@ -69,11 +70,19 @@ def swap_(model: nn.Module, successors: Mapping[nn.Module, nn.Module], nested: S
         owner.all_tied_weights_keys = _renamed(owner, owner.all_tied_weights_keys)
 
 
-def swap_and_record_(model: nn.Module, successors: Mapping[nn.Module, nn.Module]) -> None:
-    """As :func:`swap_`, in the models around ``model``, too; their configurations then say what is factorized."""
-    nested = models_with(model, successors)
-    swap_(model, successors, nested)
-    update_records_(nested)
+def swap_and_record_(
+    model: nn.Module, successors: Mapping[nn.Module, nn.Module], near: Iterable[PreTrainedModel] | None = None
+) -> None:
+    """As :func:`swap_`, in the models around ``model``, too; their configurations then say what is factorized.
+
+    Args:
+        model: What holds the layers.
+        successors: The new layers by the old ones.
+        near: What :func:`~hf_fnl.surgery.record.models_near` returned for ``model``.
+    """
+    holders = models_with(models_near(model) if near is None else near, successors)
+    swap_(model, successors, holders)
+    update_records_(holders)
 
 
 def _renamed(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
@@ -102,13 +111,25 @@ def share_factors_(layer: Factorized, other: Factorized) -> Factorized:
     return layer
 
 
+def parameters_around(model: nn.Module, near: Iterable[PreTrainedModel]) -> dict[Tensor, str]:
+    """The names of parameters outside of a module in those of some models that are around it."""
+    inside = set(model.modules())
+    return {
+        parameter: f"{name}.{attribute}"
+        for around in models_with(near, [model])
+        for name, module in around.named_modules()
+        if module not in inside
+        for attribute, parameter in module.named_parameters(recurse=False)
+    }
+
+
 def what_hangs_on(layer: nn.Module) -> str | None:
     """What would be lost of a layer if another took its place, as the reason why none can; ``None`` if nothing would.
 
     Hooks of forward and backward passes, accelerate's hooks that move inputs, and plain attributes are not lost:
     :func:`swap_` carries them over.
     """
-    weights = layer.factors() if isinstance(layer, Factorized) else (layer.get_parameter("weight"),)
+    weights = _weights(layer)
     held = {id(tensor) for tensor in (*weights, getattr(layer, "bias", None))}
     if hasattr(layer, "parametrizations"):
         return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first"
@@ -119,6 +140,9 @@ def what_hangs_on(layer: nn.Module) -> str | None:
         return f"it has {found[0].removeprefix('_').replace('_', ' ')}, which know its parameters: remove them first"
     if any(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None) for weight in weights):
         return "its weight has hooks for its gradient: remove them first, and register them on the new parameters"
+    flags = (bool, int, float, str, type(None))
+    if kept := [name for weight in weights for name, value in vars(weight).items() if not isinstance(value, flags)]:
+        return f"its weight has the attribute {kept[0]}, which is nothing that can be copied to factors"
     if layer._compiled_call_impl is not None:
         return "it was compiled by itself: compile the model afterwards"
     cls = type(layer)
@@ -130,7 +154,9 @@ def what_hangs_on(layer: nn.Module) -> str | None:
 
 
 def _carry_over_(layer: nn.Module, successor: nn.Module) -> None:
-    """Give a new layer the hooks and the attributes of the one in whose place it is."""
+    """Give a new layer the hooks and the attributes of the one in whose place it is; its weights get those of one."""
+    for weight in _weights(successor):
+        vars(weight).update(vars(_weights(layer)[0]))
     for name in _CARRIED_HOOKS:
         successor.__dict__[name] = layer.__dict__[name]  # the same, so that the handles that remove hooks still do
     hook = getattr(layer, "_hf_hook", None)
@@ -141,6 +167,10 @@ def _carry_over_(layer: nn.Module, successor: nn.Module) -> None:
         import accelerate.hooks  # here, for it takes long to import
 
         accelerate.hooks.add_hook_to_module(successor, hook)
+
+
+def _weights(layer: nn.Module) -> tuple[Tensor, ...]:
+    return layer.factors() if isinstance(layer, Factorized) else (layer.get_parameter("weight"),)
 
 
 @functools.cache
@@ -159,10 +189,14 @@ def is_offloaded(layer: nn.Module) -> bool:
 
 
 def check_present(model: nn.Module, action: str) -> None:
-    """Raise a ``ValueError`` if this process does not hold all values of a model, which ``action`` needs."""
+    """Raise a ``ValueError`` if this process does not hold all of a model, which ``action`` needs."""
     for name, module in model.named_modules():
         if is_offloaded(module):
             raise ValueError(f"{action} needs the parameters of {name or type(model).__name__}, which {_OFFLOADED}")
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise ValueError(
+                f"{action} needs the shapes of {name}, which its first forward pass sets: run the model once"
+            )
     if any(is_partitioned(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
             f"{action} needs whole parameters, but those of this {type(model).__name__} are divided among processes: "
