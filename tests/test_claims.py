@@ -7,11 +7,14 @@ import re
 import shlex
 import statistics
 
+import evaluate_squad
 import finetune_squad
 import pretrain_bert
 import pytest
 import torch
+import train_clm
 import train_translation
+import train_vision
 from transformers import BertConfig, BertModel
 
 from benchmarks.house.record import ROOT
@@ -24,9 +27,20 @@ from hf_fnl import (
     parameter_groups,
 )
 from hf_fnl.training.command_line import parse_arguments
+from hf_fnl.training.tasks.image_options import ImageOptions
+from hf_fnl.training.tasks.image_training import ImageTrainingArguments
 from hf_fnl.training.tasks.pretraining_phases import plan_phases
+from hf_fnl.training.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.training.tasks.translation_training import TranslationArguments
 
+OPTIONS = {
+    "pretrain_bert.py": (pretrain_bert.ModelOptions, pretrain_bert.DataOptions, pretrain_bert.TextTrainingArguments),
+    "finetune_squad.py": (finetune_squad.DataOptions, SquadTrainingArguments),
+    "evaluate_squad.py": (evaluate_squad.EvaluationOptions,),
+    "train_clm.py": (train_clm.ModelOptions, train_clm.DataOptions, train_clm.LanguageModelArguments),
+    "train_translation.py": (train_translation.ModelOptions, train_translation.DataOptions, TranslationArguments),
+    "train_vision.py": (train_vision.ModelOptions, ImageOptions, ImageTrainingArguments),
+}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 CARD = (ROOT / "model_cards" / "bert-4x256-flambe.md").read_text(encoding="utf-8")
@@ -41,13 +55,33 @@ def says(text: str, words: str) -> bool:
     return words in " ".join(text.split())
 
 
-def command(script: str, *has: str) -> list[str]:
-    """Flags of the README's command of a script that has these."""
+def commands() -> list[tuple[str, list[str]]]:
+    """The README's commands that train, each with its flags; not those that leave something out."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    (found,) = [line for line in lines if f"run_scripts/{script}" in line and all(word in line for word in has)]
-    words = shlex.split(found, comments=True)
-    return words[words.index(f"run_scripts/{script}") + 1 :]
+    split = [shlex.split(line, comments=True) for line in lines if "run_scripts/" in line and "..." not in line]
+    found = [(words, [word.removeprefix("run_scripts/") for word in words]) for words in split]
+    return [
+        (script, words[place + 1 :])
+        for words, names in found
+        for place, script in enumerate(names)
+        if script in OPTIONS and words[place] != script
+    ]
+
+
+def command(script: str, *has: str) -> list[str]:
+    """Flags of the README's command of a script that has these."""
+    (found,) = [flags for name, flags in commands() if name == script and set(has) <= set(flags)]
+    return found
+
+
+@pytest.mark.parametrize(("script", "flags"), commands(), ids=[name for name, _ in commands()])
+def test_the_readmes_commands_are_understood(script, flags):
+    parse_arguments([*flags, "--use_cpu"] if script != "evaluate_squad.py" else flags, *OPTIONS[script])
+
+
+def test_the_readme_has_a_command_of_every_script():
+    assert {script for script, _ in commands()} == set(OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +138,7 @@ def test_the_readmes_pretraining_is_nvidias_recipe_for_lamb(tmp_path, monkeypatc
     words = command("pretrain_bert.py", "--lr_power")
     words.remove("--bf16")
     words[words.index("--output_dir") + 1] = str(tmp_path)
-    kinds = (pretrain_bert.ModelOptions, pretrain_bert.DataOptions, pretrain_bert.TextTrainingArguments)
-    options, data, args = parse_arguments([*words, "--use_cpu"], *kinds)
+    options, data, args = parse_arguments([*words, "--use_cpu"], *OPTIONS["pretrain_bert.py"])
     monkeypatch.setattr(type(args), "world_size", 8)
     (first, one), (second, two) = plan_phases(data.phases, args)
     found = [
@@ -120,8 +153,8 @@ def test_the_readmes_pretraining_is_nvidias_recipe_for_lamb(tmp_path, monkeypatc
 
 
 def test_the_readmes_translation_is_that_of_khodak_et_al(tmp_path):
-    kinds = (train_translation.ModelOptions, train_translation.DataOptions, TranslationArguments)
-    options, data, args = parse_arguments([*command("train_translation.py", "--warmup_start"), "--use_cpu"], *kinds)
+    flags = command("train_translation.py", "--warmup_start")
+    options, data, args = parse_arguments([*flags, "--use_cpu"], *OPTIONS["train_translation.py"])
     assert (options.normalize_before, options.dropout, data.vocab_size, args.max_tokens) == (True, 0.2, 10000, 4000)
     assert (args.learning_rate, args.warmup_start, args.warmup_steps, args.max_steps) == (0.25, 1.0, 4000, 100000)
     assert (args.optim, args.optim_args, args.max_grad_norm) == ("sgd", "momentum=0.99,nesterov=True", 0.1)

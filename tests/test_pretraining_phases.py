@@ -8,6 +8,7 @@ import pretrain_bert
 import pytest
 
 from hf_fnl.training import FLAMBeTrainingArguments
+from hf_fnl.training.command_line import parse_arguments
 from hf_fnl.training.tasks.pretraining_phases import Phase, describe, plan_phases
 
 NVIDIA = ["128:7038:6e-3:0.2843:65536", "512:1563:4e-3:0.128:32768"]
@@ -40,6 +41,15 @@ def arguments(folder, processes: int = 1, **options) -> FLAMBeTrainingArguments:
 def test_fields_of_a_phase_may_be_left_out(text, fields):
     phase = Phase.parse(text)
     assert (phase.length, phase.steps, phase.learning_rate, phase.warmup, phase.batch) == fields
+
+
+@pytest.mark.parametrize("phases", ["[16:3, '24:20:1e-3:0.5:64']", "16:3", "\n- 16:3\n- 24:20:1e-3:0.5:64"])
+def test_phases_of_a_file_are_what_is_written_there(tmp_path, phases):
+    """To YAML 1.1 the bare word 16:3 is the number 963."""
+    (tmp_path / "config.yaml").write_text(f"output_dir: run\nuse_cpu: true\nphases: {phases}\n")
+    kinds = (pretrain_bert.ModelOptions, pretrain_bert.DataOptions, pretrain_bert.TextTrainingArguments)
+    _, data, args = parse_arguments([str(tmp_path / "config.yaml")], *kinds)
+    assert [own.max_steps for _, own in plan_phases(data.phases, args)[:1]] == [3]
 
 
 @pytest.mark.parametrize("text", ["", ":7", "16:three", "16:3:fast", "16:3:1e-3:2:64:5", "16:2.5", "16:3:1e-3:2:6.5"])

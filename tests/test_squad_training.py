@@ -71,3 +71,13 @@ def test_the_cells_of_k21_table_4_differ_by_optimizer_and_heads_alone(tmp_path):
     assert {pretraining[f"lamb_frobenius-{rank}"] for rank in (64, 32)} == {("lamb", "ov", "coupled", 0.01)}
     assert {pretraining[f"flambe-{rank}"] for rank in (64, 32)} == {("flambe", "ov", "decoupled", 0.01)}
     assert len({tuple(words) for words in finetuning.values()}) == 1
+
+
+def test_the_benchmarks_fine_tune_by_the_same_routine(tmp_path):
+    commands = {5e-4: k21_table4.finetuning_command(tmp_path, tmp_path)}
+    recovery = pytest.importorskip("benchmarks.squad_recovery", exc_type=ImportError)
+    commands[2e-4] = recovery.finetuning_command(recovery.CELLS["dense"], tmp_path, tmp_path, tmp_path)
+    for rate, (_, *words) in commands.items():
+        _, args = parse_arguments(words, finetune_squad.DataOptions, SquadTrainingArguments)
+        assert (args.optim, args.learning_rate, args.num_train_epochs) == ("adamw_torch", rate, 2)
+        assert (args.lr_scheduler_type, args.warmup_steps) == ("linear", 0.1)
