@@ -130,16 +130,19 @@ def _ranks_for_share(candidates: Sequence[Candidate], rule: RankRule, others: in
         return _by_one_scale(candidates, share * everything - others, multiple_of)
 
     ranks = at(share)
-    if abs(reached(ranks) - share) > TOLERANCE * share:
-        steps = [c.cost(c.raised(ranks[c.name], multiple_of)) - c.cost(ranks[c.name]) for c in candidates]
-        above = _rounded_up(reached(ranks) + min(filter(None, steps), default=0) / everything)
-        met = [s for s in (_rounded_up(reached(ranks)), above) if s < 1 and abs(reached(at(s)) - s) <= TOLERANCE * s]
-        closest = min(met, key=lambda s: abs(s - share), default=_rounded_up(reached(ranks)))
-        raise UnreachableShare(
-            f"{option}={share:.4g} cannot be met within {TOLERANCE:.0%} by ranks that are multiples of {multiple_of}; "
-            f"lower multiple_of, or take the closest {option}, {closest}"
-        )
-    return ranks
+    if abs(reached(ranks) - share) <= TOLERANCE * share:
+        return ranks
+    steps = [c.cost(c.raised(ranks[c.name], multiple_of)) - c.cost(ranks[c.name]) for c in candidates]
+    above = _rounded_up(reached(ranks) + min(filter(None, steps), default=0) / everything)
+    met = {s: at(s) for s in (_rounded_up(reached(ranks)), above) if s < 1}
+    met = {s: ranks for s, ranks in met.items() if abs(reached(ranks) - s) <= TOLERANCE * s}
+    closest = min(met, key=lambda s: abs(s - share), default=_rounded_up(reached(ranks)))
+    if closest in met and abs(reached(met[closest]) - share) <= TOLERANCE * share:
+        return met[closest]
+    raise UnreachableShare(
+        f"{option}={share:.4g} cannot be met within {TOLERANCE:.0%} by ranks that are multiples of {multiple_of}; "
+        f"lower multiple_of, or take the closest {option}, {closest}"
+    )
 
 
 def _rounded_up(share: float) -> float:

@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ from transformers import (
     GPT2LMHeadModel,
     OPTConfig,
     OPTForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -41,6 +44,7 @@ from hf_fnl import (
     RankRule,
 )
 from hf_fnl.cli import app
+from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.models.checkpoint import load
 from hf_fnl.products import find_products
@@ -320,6 +324,50 @@ def test_report_writes_one_page(bert, half, tmp_path):
     assert result == {"sources": [str(bert), str(half)], "out": str(tmp_path / "two.html")}
     assert "Comparison" in (tmp_path / "two.html").read_text()
     assert "Comparison" not in (tmp_path / "one.html").read_text()
+
+
+def test_report_replaces_a_report_and_no_other_file(half, tmp_path):
+    pytest.importorskip("matplotlib")
+    source = shutil.copytree(half, tmp_path / "model")
+    before = (source / "config.json").read_bytes()
+    assert "no report" in cli("report", source, "--out", source / "config.json", code=1).stderr
+    assert (source / "config.json").read_bytes() == before
+    for _ in range(2):
+        cli("report", source, "--out", tmp_path / "r.html")
+
+
+def test_one_share_of_the_parameters_stands_everywhere(bert, half, tmp_path):
+    pytest.importorskip("matplotlib")
+    shown = cli("factorize", bert, "--out", tmp_path / "out", "--ratio", "0.5").stdout
+    assert [line.split()[0] for line in shown.splitlines()[:-2]][-2:] == ["dense", "all"]
+    dense, ours = (load(folder) for folder in (bert, half))
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (dense, ours))
+    assert after / before == pytest.approx(0.5, rel=0.01)
+    assert f"{before:,}" in shown
+    assert f"{after / before:.1%}" in shown
+    inspected = json.loads(cli("inspect", half, "--json").stdout)
+    assert [inspected[key] for key in ("parameters", "parameters_dense", "ratio")] == [after, before, after / before]
+    assert record(half)["ratio"] == after / before
+    assert f"of which {after / before:.1%} are left" in (half / "README.md").read_text()
+    cli("report", half, "--out", tmp_path / "r.html")
+    assert f"{after / before:.1%} of the dense model" in (tmp_path / "r.html").read_text()
+    assert parameter_count(ours)["ratio"] == after / before
+
+
+def test_an_unreachable_share_names_the_closest_and_the_kinds_to_add(tmp_path):
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "resnet")
+    error = cli("factorize", tmp_path / "resnet", "--ratio", "0.3", "--out", tmp_path / "out", code=1).stderr
+    assert "--ratio 0.3 cannot be met" in error
+    assert "try --kinds conv" in error
+    closest = re.search(r"closest ratio is ([0-9.]+[0-9])", error)[1]
+    cli("factorize", tmp_path / "resnet", "--ratio", closest, "--out", tmp_path / "out")
+    cli("factorize", tmp_path / "resnet", "--ratio", "0.3", "--kinds", "conv", "--out", tmp_path / "convs")
+    assert record(tmp_path / "convs")["ratio"] == pytest.approx(0.3, rel=0.02)
+    cli("factorize", tmp_path / "resnet", "--layer-ratio", "0.5", "--kinds", "conv", "--out", tmp_path / "layers")
+    layers = record(tmp_path / "layers")["layers"]
+    counts = [sum(layer[f"parameters_{when}"] for layer in layers) for when in ("before", "after")]
+    assert counts[1] / counts[0] <= 0.505
 
 
 def test_json_is_all_that_a_machine_hears(bert, tmp_path, capfd):

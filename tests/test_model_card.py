@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from training_cases import tiny_trainer
 
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.models.cards import Record, is_automatic, model_card, write_card, write_upload_card
+from hf_fnl.models.cards import Record, is_automatic, model_card, stated_in, write_card, write_upload_card
 from hf_fnl.models.cards.card import MARK
 
 HEAD = "---\nlicense: mit\ntags: [mine]\n---\n"
@@ -329,3 +330,65 @@ def test_a_card_draws_no_random_numbers():
     state = torch.get_rng_state()
     model_card(model)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+HOSTILE = "a|b\n\n---\n# `x` <script>alert(1)</script> [l](http://h) *s* ```"
+
+
+def test_metrics_and_settings_enter_a_card_as_text():
+    settings = {"model": "org/bert", "optim": HOSTILE, "dataset": HOSTILE, "learning_rate": 0.1}
+    factorization = {**FACTORIZATION, "base_model": f"./{HOSTILE}", "command": f"hf-fnl x\n```\n{HOSTILE}"}
+    record = Record(metrics={HOSTILE: 1.5, "f1": 2.0}, settings=settings, factorization=factorization)
+    card = model_card(MASKED_LM.build(LOW), name=f"me/{HOSTILE}", record=record)
+    assert card_problems(str(card)) == []
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    head, _, command = card.text.partition("## Command")
+    assert re.findall(r"(?<!\\)[<\[]", re.sub(r"<!--.*?-->|(`+).*?\1", "", head)) == []
+    for line in head.splitlines():
+        assert not line.startswith("|") or len(re.findall(r"(?<!\\)\|", line)) in (3, 6), line
+        assert line.startswith(("|", "#", "<!--")) or not line
+    assert command.strip().startswith("````bash\n")
+    assert "\n````\n" in command
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parameters_before": 0},
+        {"parameters_before": "many"},
+        {"parameters_after": True},
+        {"layers": {"a": 1}},
+        {"layers": [{"kind": "linear", "shape": "<b>", "rank": 3}]},
+        {"layers": [{"kind": "linear", "shape": [1, 2], "rank": "<b>"}]},
+        {"layers": [{"kind": ["x"], "shape": [1, 2], "rank": 3}]},
+        {"layers": [{"kind": "linear", "shape": [1, 2], "rank": 3, "energy": "all"}]},
+        {"command": ["rm"]},
+        {"base_model": 7},
+    ],
+    ids=str,
+)
+def test_a_record_of_other_types_is_damaged(tmp_path, change):
+    (tmp_path / "factorization.json").write_text(json.dumps({**FACTORIZATION, **change}))
+    with pytest.raises(ValueError, match=r"factorization.json is damaged: "):
+        Record.read(tmp_path)
+
+
+def test_a_deeply_nested_record_is_damaged(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"a": ' * 100_000)
+    with pytest.raises(ValueError, match=r"metrics.json is damaged"):
+        Record.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("license: |\n  mit\n  ---\n  # x", {"license": "mit --- # x"}),
+        ("tags: mine", {"tags": ["mine"]}),
+        ("tags: [1, a, {b: c}]\nlanguage: {de: 1}", {"tags": ["a"]}),
+        ("license: 7", {}),
+    ],
+    ids=["lines", "one tag", "types", "number"],
+)
+def test_only_texts_are_taken_from_a_card(tmp_path, head, expected):
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
+    assert {k: v for k, v in stated_in(tmp_path / "README.md").to_dict().items() if v} == expected

@@ -163,6 +163,13 @@ def test_a_share_is_met_where_heads_share_ranks(option: str, share: float, multi
     assert 0.99 * share <= parameters(SHARED, ranks) / dense(SHARED) <= share
 
 
+def test_a_ratio_that_is_met_from_above_only_is_met() -> None:
+    coarse = [candidate(f"{number}", 40, 50) for number in range(9)]  # a rank more is 0.5 % of all
+    for share in (0.4005, 0.4049, 0.5001):
+        ranks = choose_ranks(coarse, RankRule(ratio=share, multiple_of=3))
+        assert parameters(coarse, ranks) / dense(coarse) == pytest.approx(share, rel=0.01)
+
+
 def test_a_ratio_is_one_scale_for_all() -> None:
     ranks = choose_ranks(SHARED, RankRule(ratio=0.5))
     scales = [ranks[c.name] / c.limit for c in SHARED]

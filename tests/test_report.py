@@ -1,8 +1,9 @@
-"""Reports: the plots show what was measured, the page stands alone, and what is missing is said."""
+"""Reports: the plots show what was measured, the page stands alone, and its first sentence says what was found."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,11 +21,14 @@ from hf_fnl.diagnostics import diagnose, parameter_count
 from hf_fnl.products import find_products
 from hf_fnl.report import plot_diagnostics, plot_loss, write_report
 from hf_fnl.report.chapters import IN_TRAINING, OF_THE_MODEL, loss_section, make_section
+from hf_fnl.report.drawing import draw_svg
 from hf_fnl.report.inspection import Spectrum
 from hf_fnl.report.names import labels
+from hf_fnl.report.page import make_page
 from hf_fnl.report.panels import PALETTE
 from hf_fnl.report.series import role_of
 from hf_fnl.report.sources import Source, read_sources
+from hf_fnl.report.summary import summarize
 from hf_fnl.training.runs import finish_run
 
 pytest.importorskip("matplotlib")
@@ -115,7 +119,6 @@ def test_a_report_has_every_chapter(run, tmp_path):
         assert heading in text
     assert "bert.encoder.layer.*.attention.ov" in text
     assert "f112.5" in text
-    assert page.classes["missing"] == 0
 
 
 def test_a_comparison_names_both_and_what_differs(run, other_run, tmp_path):
@@ -234,22 +237,96 @@ def test_runs_are_called_by_the_settings_in_which_they_differ(settings, expected
     assert labels(settings, list("xyz"[: len(settings)])) == expected
 
 
-def test_a_model_alone_says_what_a_run_would_add(tmp_path):
-    tiny_model(stock=True).save_pretrained(tmp_path / "model")
+def test_a_model_alone_has_the_chapters_of_a_model(tmp_path):
+    model = tiny_model(stock=True)
+    model.save_pretrained(tmp_path / "model")
     page = Page(write_report([tmp_path / "model"], tmp_path / "report.html"))
-    assert "model logged no loss: it has no trainer_state.json." in page.text
-    assert "model has no diagnostics.jsonl: train with --diagnostics_steps N to have one." in page.text
+    assert f"model: {type(model).__name__} with {parameter_count(model)['total']:,.0f} parameters, in" in page.text
+    assert "trainer_state" not in page.text
+    assert "Products in training" not in page.text
     assert page.headings == [quantity.heading for quantity in OF_THE_MODEL]
     assert page.images
 
 
-def test_a_run_alone_says_that_there_is_no_model(run, tmp_path):
+def test_a_run_alone_has_the_chapters_of_a_run(run, tmp_path):
     (tmp_path / "log").mkdir()
     shutil.copy(run / "diagnostics.jsonl", tmp_path / "log")
     page = Page(write_report([tmp_path / "log"], tmp_path / "report.html"))
-    assert "log has no weights: no config.json with *.safetensors." in page.text
+    assert "log: trained for 6 steps." in page.text
+    assert "weights" not in page.text
     assert page.headings == [quantity.heading for quantity in IN_TRAINING]
     assert "All matrices" not in page.text
+
+
+def test_the_first_sentence_says_what_was_found_and_the_title_is_the_folder(run, tmp_path):
+    path = write_report([run], tmp_path / "report.html")
+    model = FactorizedBertForPreTraining.from_pretrained(run)
+    count = parameter_count(model)
+    (source,) = read_sources([run])
+    losses = source.losses["training"]
+    found = (
+        f"run: FactorizedBertForPreTraining with {count['total']:,.0f} parameters, {count['ratio']:.1%} of the dense "
+        f"model's {count['dense_equivalent']:,.0f}, in {len(source.spectra)} matrices; trained for 6 steps, training "
+        f"loss from {losses[0][1]:.4g} to {losses[-1][1]:.4g}; f1 12.5. "
+    )
+    assert found in Page(path).text
+    assert f"<h1>{run.name}</h1>" in path.read_text()
+
+
+def test_settings_that_somebody_chose_come_first(run, tmp_path):
+    text = Page(write_report([run], tmp_path / "report.html")).text
+    chosen, _, rest = text.partition("Settings at their defaults")
+    chosen = chosen[: chosen.index("Figures")]
+    assert "learning_rate0.02" in chosen
+    assert 'frobenius_decay["ov", "linear"]' in chosen
+    assert "adam_beta1" not in chosen
+    assert "adam_beta10.9" in rest
+
+
+@pytest.mark.parametrize(
+    ("losses", "log"),
+    [
+        ([8 - 0.05 * step for step in range(100)], False),
+        ([8 * 0.97**step for step in range(100)], False),
+        ([*(3 - 0.01 * step for step in range(99)), 4_000.0], True),
+        ([*(3 - 0.01 * step for step in range(99)), math.inf], False),
+        ([-1.0, *(3 - 0.01 * step for step in range(99)), 4_000.0], False),
+        ([3.0, 2.0], False),
+        ([5.0] * 50, False),
+    ],
+    ids=["line", "decay", "spike", "infinite", "negative", "two", "constant"],
+)
+def test_the_loss_is_logarithmic_only_where_a_spike_flattens_it(losses, log):
+    points = list(enumerate(losses, start=1))
+    (panel,) = loss_section([Source("a", "a", traces={"loss": points})]).panels
+    assert (panel.log, panel.wide) == (log, True)
+
+
+def test_legends_name_what_is_drawn_and_nothing_else():
+    first = Source("first", "a", traces={"loss": [(1, 2.0), (2, 1.0)]})
+    second = Source("second", "b", traces={"loss": [(1, 2.0)], "eval_loss": [(1, 2.0)]})
+    third = Source("third", "c")
+    assert [key.label for key in loss_section([first]).legend] == []
+    assert [key.label for key in loss_section([second]).legend] == ["training", "evaluation"]
+    assert [key.label for key in loss_section([first, third, second]).legend][:2] == ["first", "second"]
+
+
+def test_a_loss_that_is_not_finite_is_said():
+    source = Source("a", "a", traces={"loss": [(10, 2.0), (20, math.nan), (30, math.nan)]})
+    assert summarize(source) == "trained for 30 steps, training loss not finite from step 20 on."
+    assert draw_svg(loss_section([source]).panels[0], 1).startswith("<svg")
+
+
+def test_metric_names_with_dollars_and_brackets_are_text(tmp_path):
+    name = "eval_$\\frac{1}$ [b]<i>"
+    source = Source("$a_b$", "a", traces={name: [(1, 2.0), (2, 1.0)]})
+    page = tmp_path / "page.html"
+    page.write_text(make_page([source]), encoding="utf-8")
+    parsed = Page(page)
+    assert parsed.open == []
+    assert "$\\frac{1}$ [b]<i>" in parsed.text
+    assert "$a_b$" in parsed.text
+    assert parsed.tags["i"] == 0
 
 
 def test_phases_follow_each_other_and_checkpoints_stand_in(run, tmp_path):
@@ -288,7 +365,7 @@ def test_names_are_text_not_markup(run, tmp_path):
             "compares up to 5 runs or models, got 6",
         ),
         (lambda run, tmp: [tmp], FileNotFoundError, "holds neither a run .trainer_state.json .* nor a model"),
-        (lambda run, tmp: [tmp / "gone"], FileNotFoundError, "gone is no folder here, and no model that can be read"),
+        (lambda run, tmp: [tmp / "gone"], FileNotFoundError, "there is no folder .*gone"),
     ],
     ids=["none", "twice", "too-many", "empty-folder", "no-folder"],
 )

@@ -210,7 +210,7 @@ def test_a_page_about_a_classifier(tmp_path, runs):
     assert "FLOPs per image" in text
     assert "FLOPs per token /" not in text
     assert "accuracy against step" in text
-    assert "class=missing" not in text
+    assert "no trainer_state" not in text
     (spectra,) = (make_section(read_sources([folder]), quantity) for quantity in OF_THE_MODEL[:1])
     assert "backbone.stages.*.*.conv1" in {panel.title for panel in spectra.panels}
 

@@ -277,6 +277,8 @@ def report(
     with session(as_json=as_json, debug=debug, sources=sources) as terminal:
         from hf_fnl.report import write_report
 
+        if out.is_file() and not out.read_bytes()[:100].lstrip().lower().startswith(b"<!doctype html"):
+            raise FileExistsError(f"--out {out} is a file, and no report: name another")
         with terminal.step("decomposing") as advance:
             written = write_report(sources, out, progress=advance)
         terminal.show({"sources": sources, "out": str(written)}, str(written))

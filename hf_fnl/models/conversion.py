@@ -86,7 +86,10 @@ def _candidate(
 ) -> Candidate:
     if option in ("qk_rank", "ov_rank"):
         pairs = [projections(module)[:2] if option == "qk_rank" else projections(module)[2:] for module in modules]
+        # The biases of queries, keys and values are as wide as the heads; that of the output is not.
+        inner = [pair if option == "qk_rank" else pair[:1] for pair in pairs]
         dense = sum(side.weight.numel() for pair in pairs for side in pair)
+        dense += sum(side.bias.numel() for sides in inner for side in sides if side.bias is not None)
         limit = projections(modules[0])[0].weight.shape[0] // num_heads
         return Candidate(name, limit, lambda rank: rank * dense // limit, dense, energies)
     shapes = [_matrix(module).shape for module in modules]

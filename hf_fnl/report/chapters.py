@@ -1,28 +1,18 @@
-"""The chapters of a report: which quantities they show, with formula and source, and what is missing."""
+"""The chapters of a report: which quantities they show, with formula and source."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from hf_fnl.models.cards.record import STATE_FILE
 from hf_fnl.report.panels import INK, Key, Line, Panel, Quantity, legend_of, make_panels, source_colours
 from hf_fnl.report.series import layers_of, mean_and_history_of, spectra_of
-from hf_fnl.report.sources import LOSSES, Points, Source
-from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
+from hf_fnl.report.sources import Points, Source
+from hf_fnl.report.summary import NOT_METRICS
 
 MAX_PANELS = 12
-# What else a Trainer and our tasks log of an evaluation: the loss, which has its own plot, speed and counts.
-_NOT_METRICS = {
-    LOSSES["evaluation"],
-    "eval_runtime",
-    "eval_samples_per_second",
-    "eval_steps_per_second",
-    "eval_model_preparation_time",
-    "eval_tokens",
-    "eval_words",
-}
 
 
 @dataclass(frozen=True)
@@ -37,11 +27,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Chapter:
-    """Sections that need the same files, and which sources lack these."""
+    """Sections that belong together."""
 
     heading: str
     sections: list[Section]
-    missing: list[str]
 
 
 IN_TRAINING = (
@@ -115,30 +104,15 @@ OF_THE_MODEL = (
 
 
 def make_chapters(sources: Sequence[Source]) -> list[Chapter]:
-    """All chapters of a report, in its order."""
-    chapters = [
-        Chapter(
-            "Loss and metrics",
-            [loss_section(sources), metrics_section(sources)],
-            [f"{s.name} logged no loss: it has no {STATE_FILE}." for s in sources if not s.losses],
-        ),
-        Chapter(
-            "Products in training",
-            [make_section(sources, quantity) for quantity in IN_TRAINING],
-            [
-                f"{s.name} has no {DIAGNOSTICS_FILE}: train with --diagnostics_steps N to have one."
-                for s in sources
-                if not s.history
-            ],
-        ),
-        Chapter(
-            "Matrices of the model",
-            [make_section(sources, quantity) for quantity in OF_THE_MODEL],
-            [f"{s.name} has no weights: no config.json with *.safetensors." for s in sources if not s.spectra],
-        ),
-    ]
-    interpolation = interpolation_section(sources)
-    return [*chapters, Chapter("Interpolation", [interpolation], [])] if interpolation.panels else chapters
+    """The chapters of a report, in its order, with the sections for which there is something to draw."""
+    chapters = {
+        "Loss and metrics": [loss_section(sources), metrics_section(sources)],
+        "Products in training": [make_section(sources, quantity) for quantity in IN_TRAINING],
+        "Matrices of the model": [make_section(sources, quantity) for quantity in OF_THE_MODEL],
+        "Interpolation": [interpolation_section(sources)],
+    }
+    drawn = {heading: [section for section in sections if section.panels] for heading, sections in chapters.items()}
+    return [Chapter(heading, sections) for heading, sections in drawn.items() if sections]
 
 
 def make_section(sources: Sequence[Source], quantity: Quantity) -> Section:
@@ -147,11 +121,9 @@ def make_section(sources: Sequence[Source], quantity: Quantity) -> Section:
     meaning = quantity.meaning
     if len(panels) > MAX_PANELS:
         meaning += f" Shown are the first {MAX_PANELS} of {len(panels)} roles; the tables below have all."
+    panels = panels[:MAX_PANELS]
     return Section(
-        quantity.heading,
-        meaning,
-        panels[:MAX_PANELS],
-        legend_of(sources, panels) + _line_styles(quantity.line_styles),
+        quantity.heading, meaning, panels, legend_of(sources, panels) + _line_styles(panels, quantity.line_styles)
     )
 
 
@@ -162,16 +134,26 @@ def loss_section(sources: Sequence[Source]) -> Section:
         for source, colour in zip(sources, source_colours(sources), strict=True)
         for kind, points in source.losses.items()
     ]
-    panels = [Panel("Loss", "step", "loss", lines, [])] if lines else []
-    legend = legend_of(sources, panels) + _line_styles(("training", "evaluation"))
+    log = _is_flattened([value for line in lines for _, value in line.points])
+    panels = [Panel("Loss", "step", "loss", lines, [], log=log, wide=True)] if lines else []
+    legend = legend_of(sources, panels) + _line_styles(panels, ("training", "evaluation"))
     return Section("Loss", "Mean over the steps since the last log, and over the evaluation data.", panels, legend)
+
+
+def _is_flattened(values: Sequence[float]) -> bool:
+    """Whether a few outliers would press all other values of a plot into a small part of its height."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    if len(finite) < 5 or finite[0] <= 0:
+        return False
+    middle = finite[len(finite) // 20 : -max(len(finite) // 20, 1)]  # nine tenths
+    return finite[-1] - finite[0] > 5 * (middle[-1] - middle[0])
 
 
 def metrics_section(sources: Sequence[Source]) -> Section:
     """Metrics of the evaluation, where it ran more than once."""
     traces = [{k: points for k, points in s.traces.items() if k.startswith("eval_")} for s in sources]
     names = dict.fromkeys(key for trace in traces for key, points in trace.items() if len(points) > 1)
-    panels = [_lines(sources, name, "step", traces) for name in names if name not in _NOT_METRICS]
+    panels = [_lines(sources, name, "step", traces) for name in names if name not in NOT_METRICS]
     return Section("Metrics", "On the evaluation data, in training.", panels, legend_of(sources, panels))
 
 
@@ -198,5 +180,7 @@ def _lines(sources: Sequence[Source], name: str, xlabel: str, points: Sequence[M
     return Panel(title, xlabel, title, lines, [])
 
 
-def _line_styles(names: tuple[str, str] | None) -> list[Key]:
-    return [] if names is None else [Key(names[0], INK), Key(names[1], INK, dashed=True)]
+def _line_styles(panels: Sequence[Panel], names: tuple[str, str] | None) -> list[Key]:
+    """What solid and dashed lines are, where there are both."""
+    drawn = {line.dashed for panel in panels for line in panel.lines}
+    return [Key(names[0], INK), Key(names[1], INK, dashed=True)] if names and len(drawn) > 1 else []

@@ -21,6 +21,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.15,
+    "text.parse_math": False,  # names may hold dollars
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
@@ -49,7 +50,7 @@ def draw_svg(panel: Panel, number: int) -> str:
         panel: What to draw; the title is left to the page.
         number: Which of the page's plots it is, for ids that no other plot has.
     """
-    with _figure(1, 1, (3.9, 2.5)) as (figure, axes):
+    with _figure(1, 1, (11.5, 3.2) if panel.wide else (3.9, 2.5)) as (figure, axes):
         _draw(axes[0], panel)
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))

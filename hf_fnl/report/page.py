@@ -16,6 +16,7 @@ from hf_fnl.report.inspection import Progress, describe
 from hf_fnl.report.panels import INK, PALETTE, Key
 from hf_fnl.report.sources import Source, read_sources
 from hf_fnl.report.style import STYLE
+from hf_fnl.report.summary import summarize
 from hf_fnl.training.files import write_text
 
 _ABSENT = "-"
@@ -63,13 +64,14 @@ def make_page(sources: Sequence[Source]) -> str:
     *first, last = (source.name for source in sources)
     names = f"{', '.join(first)} and {last}" if first else last
     numbers = itertools.count(1)
-    title = escape(f"{'Comparison' if len(sources) > 1 else 'Report'}: {names}")
+    title = escape(f"Comparison: {names}" if len(sources) > 1 else names)
     body = [
         f"<header><h1>{title}</h1>{_places(sources)}</header>",
+        *_chosen_chapter(sources),
         *_figures_chapter(sources),
         *(part for chapter in make_chapters(sources) for part in _chapter(chapter, numbers)),
         *_tables_chapter(sources),
-        *_settings_chapter(sources),
+        *_defaults_chapter(sources),
         f"<footer><p>{_PAPERS}</p></footer>",
     ]
     return (
@@ -82,7 +84,10 @@ def make_page(sources: Sequence[Source]) -> str:
 
 
 def _places(sources: Sequence[Source]) -> str:
-    items = (f"<li><b>{escape(source.name)}</b> <code>{escape(source.place)}</code></li>" for source in sources)
+    items = (
+        f"<li><b>{escape(source.name)}</b>: {escape(summarize(source))} <code>{escape(source.place)}</code></li>"
+        for source in sources
+    )
     return f"<ul class=places>{''.join(items)}</ul>"
 
 
@@ -95,10 +100,8 @@ def _figures_chapter(sources: Sequence[Source]) -> Iterator[str]:
 
 def _chapter(chapter: Chapter, numbers: Iterator[int]) -> Iterator[str]:
     yield f"<section><h2>{chapter.heading}</h2>"
-    yield from (f"<p class=missing>{escape(text)}</p>" for text in chapter.missing)
     for section in chapter.sections:
-        if section.panels:
-            yield from _section(section, numbers, heading=section.heading != chapter.heading)
+        yield from _section(section, numbers, heading=section.heading != chapter.heading)
     yield "</section>"
 
 
@@ -107,7 +110,8 @@ def _section(section: Section, numbers: Iterator[int], heading: bool) -> Iterato
         yield f"<h3>{section.heading}</h3>"
     yield f"<p>{section.meaning}</p><ul class=legend>{''.join(map(_key, section.legend))}</ul><div class=panels>"
     for panel in section.panels:
-        yield f"<figure><figcaption>{escape(panel.title)}</figcaption>{draw_svg(panel, next(numbers))}</figure>"
+        wide = " class=wide" if panel.wide else ""
+        yield f"<figure{wide}><figcaption>{escape(panel.title)}</figcaption>{draw_svg(panel, next(numbers))}</figure>"
     yield "</div>"
 
 
@@ -133,16 +137,27 @@ def _tables_chapter(sources: Sequence[Source]) -> Iterator[str]:
     yield "</section>"
 
 
-def _settings_chapter(sources: Sequence[Source]) -> Iterator[str]:
+def _chosen_chapter(sources: Sequence[Source]) -> Iterator[str]:
+    """The settings that somebody chose: those in which sources differ, or that are not at their defaults."""
     names = dict.fromkeys(name for source in sources for name in source.settings)
     values = {name: [_setting(source, name) for source in sources] for name in names}
     if len(sources) > 1:
-        values = {name: row for name, row in values.items() if len(set(row)) > 1}
-        table = _table(_header(sources), ([name, *row] for name, row in values.items()))
-        yield f"<section><h2>Settings that differ</h2>{table if values else '<p>None.</p>'}</section>"
-    elif values:
-        table = _table(_header(sources), ([name, *row] for name, row in values.items()))
-        yield f"<section><h2>Settings</h2><details><summary>{len(values)} settings</summary>{table}</details></section>"
+        shown, heading = {name: row for name, row in values.items() if len(set(row)) > 1}, "Settings that differ"
+    else:
+        shown = {name: row for name, row in values.items() if name not in sources[0].defaults}
+        heading = "Settings"
+    if shown:
+        table = _table(_header(sources), ([name, *row] for name, row in shown.items()))
+        yield f"<section><h2>{heading}</h2>{table}</section>"
+
+
+def _defaults_chapter(sources: Sequence[Source]) -> Iterator[str]:
+    """The settings of a single source that are at their defaults."""
+    if len(sources) == 1 and sources[0].defaults:
+        names = sorted(sources[0].defaults)
+        table = _table(_header(sources), ([name, _setting(sources[0], name)] for name in names))
+        summary = f"<summary>{len(names)} settings</summary>"
+        yield f"<section><h2>Settings at their defaults</h2><details>{summary}{table}</details></section>"
 
 
 def _setting(source: Source, name: str) -> str | None:

@@ -48,6 +48,7 @@ class Panel:
     bands: list[Band]
     log: bool = False
     from_zero: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,9 @@ def source_colours(sources: Sequence[Source]) -> tuple[str, ...]:
 
 def legend_of(sources: Sequence[Source], panels: Sequence[Panel]) -> list[Key]:
     """What the colours of panels mean."""
-    keys = [Key(s.name, colour) for s, colour in zip(sources, source_colours(sources), strict=True)]
+    drawn = {line.colour for panel in panels for line in panel.lines}
+    named = zip(sources, source_colours(sources), strict=True)
+    keys = [Key(source.name, colour) for source, colour in named if colour in drawn]
     if any(panel.bands for panel in panels):
         return [*(Key(f"{key.label}, mean", key.colour) for key in keys), Key("range of the layers", INK, band=True)]
     thin = {role_of(line.label)[1]: line.colour for panel in panels for line in panel.lines if not line.bold}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
@@ -19,6 +21,7 @@ from hf_fnl.models.checkpoint import load
 from hf_fnl.report.inspection import Progress, Spectrum, measure_spectra, read_energies
 from hf_fnl.report.names import labels, path_ends
 from hf_fnl.report.operations import operations
+from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 
 History = list[tuple[int, dict[str, Figures]]]
@@ -35,6 +38,8 @@ _NOT_SETTINGS = {
     "_name_or_path",
     "quantization_config",
 }
+# What Transformers writes down otherwise than it is given.
+_DERIVED = ("accelerator_config", "dataloader_pin_memory", "hub_token", "report_to", "debug", "disable_tqdm")
 _NOT_TRACES = {"step", "epoch"}
 
 
@@ -49,7 +54,9 @@ class Source:
             ``"conv/nuclear_norm"``.
         history: What :func:`~hf_fnl.diagnostics.diagnose` said of every product, by step.
         figures: Sizes, losses and metrics.
+        model: Class of the model.
         settings: Options of the model and of the run.
+        defaults: Names of those that are as they are where nobody chooses.
         spectra: Singular values of the matrices of the model.
         energies: Energy that products kept at factorization.
         interpolation: Figures on the line from a dense baseline to this model, by ``t``.
@@ -60,7 +67,9 @@ class Source:
     traces: dict[str, Points] = field(default_factory=dict)
     history: History = field(default_factory=list)
     figures: Figures = field(default_factory=dict)
+    model: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    defaults: frozenset[str] = frozenset()
     spectra: list[Spectrum] = field(default_factory=list)
     energies: dict[str, float] = field(default_factory=dict)
     interpolation: dict[str, Points] = field(default_factory=dict)
@@ -119,7 +128,7 @@ def read_run(folder: str | Path) -> tuple[dict[str, Points], History]:
 def _read(source: str | Path, name: str, progress: Progress | None) -> Source:
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        return Source(name, str(source), **_model(_load_from_hub(str(source)), progress))
+        return Source(name, str(source), **_model(load(str(source), use_safetensors=True), progress))
     traces, history = read_run(folder)
     home = _model_folder(folder)
     if not (home or traces or history):
@@ -127,31 +136,59 @@ def _read(source: str | Path, name: str, progress: Progress | None) -> Source:
             f"{folder} holds neither a run ({STATE_FILE} or {DIAGNOSTICS_FILE}, in it or in its phase-* and "
             f"checkpoint-* folders) nor a model ({CONFIG_NAME} and *.safetensors)"
         )
-    model = _model(load(home, use_safetensors=True), progress) if home else {"figures": {}, "settings": {}}
+    model = (
+        _model(load(home, use_safetensors=True), progress)
+        if home
+        else {"figures": {}, "settings": {}, "defaults": frozenset()}
+    )
     figures = {f"last {kind} loss": traces[key][-1][1] for kind, key in LOSSES.items() if key in traces}
     figures |= flatten(read_json(folder / METRICS_FILE))
     model["figures"] |= {key: value for key, value in figures.items() if isinstance(value, int | float)}
-    model["settings"] |= _settings(read_json(folder / CONFIG_FILE))
+    of_run = _settings(read_json(folder / CONFIG_FILE))
+    model["settings"] |= of_run
+    model["defaults"] |= _defaults(of_run, _of_arguments())
     model["energies"] = read_energies(home) if home else {}
     line = _interpolation(folder / INTERPOLATION_FILE)
     return Source(name, str(folder), traces=traces, history=history, interpolation=line, **model)
 
 
 def _model(model: PreTrainedModel, progress: Progress | None) -> dict[str, Any]:
+    settings = _settings(model.config.to_dict())
     return {
         "figures": flatten({"parameters": parameter_count(model), **operations(model)}),
-        "settings": _settings(model.config.to_dict()),
+        "model": type(model).__name__,
+        "settings": settings,
+        "defaults": _defaults(settings, _of_class(model.config)),
         "spectra": measure_spectra(model, progress),
     }
 
 
-def _load_from_hub(name: str) -> PreTrainedModel:
+def _defaults(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> frozenset[str]:
+    """Names of settings that have their default; where none is known, of those that are empty."""
+
+    def is_default(name: str, value: Any) -> bool:
+        if value is None or name.startswith(_DERIVED):
+            return True
+        return bool(value == defaults[name]) if name in defaults else not value
+
+    return frozenset(name for name, value in settings.items() if is_default(name, value))
+
+
+def _of_class(config: PreTrainedConfig) -> dict[str, Any]:
+    """The defaults of a configuration; of one that cannot be made without options there are none."""
     try:
-        return load(name, use_safetensors=True)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{name} is no folder here, and no model that can be read from the Hub: {error}"
-        ) from error
+        return _settings(type(config)().to_dict())
+    except Exception:  # whatever the configuration of somebody else wants
+        return {}
+
+
+def _of_arguments() -> dict[str, Any]:
+    """The defaults of the training arguments, as a run writes them down."""
+    found = {}
+    for option in dataclasses.fields(FLAMBeTrainingArguments):
+        value = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+        found[option.name] = value.value if isinstance(value, enum.Enum) else value
+    return found
 
 
 def _model_folder(folder: Path) -> Path | None:

@@ -14,15 +14,16 @@ h1 { font-size: 1.6rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 2rem 0 0; }
 p { margin: .3rem 0; max-width: 46rem; color: var(--quiet); }
-.missing { border-left: 3px solid #d55e00; padding-left: .7rem; color: var(--ink); }
 .places, .legend { list-style: none; padding: 0; margin: .6rem 0; }
-.places code { color: var(--quiet); overflow-wrap: anywhere; }
+.places li { margin: .4rem 0; }
+.places code { color: var(--quiet); overflow-wrap: anywhere; display: block; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; font-size: .875rem; }
 .legend i { display: inline-block; width: 1.8rem; margin-right: .5rem; vertical-align: middle; border-top: 3px solid; }
 .legend i.dashed { border-top-style: dashed; }
 .legend i.band { border-top-width: .8rem; opacity: .25; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: .8rem .8rem .4rem; background: var(--card); border-radius: .5rem; }
+figure.wide { grid-column: 1 / -1; }
 figcaption { font-size: .875rem; font-weight: 600; overflow-wrap: anywhere; }
 figure svg { display: block; width: 100%; height: auto; font-family: system-ui, sans-serif; font-size: 9px; }
 figure svg * { stroke-linejoin: round; }

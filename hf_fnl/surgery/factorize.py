@@ -161,7 +161,8 @@ def factorize_(
     try:
         ranks = choose_ranks(candidates, config, others=others)
     except UnreachableShare as error:
-        raise UnreachableShare(f"{error}{_other_kinds(model, config)}") from error
+        hint = _other_kinds(model, config) if "stay dense" in str(error) else ""
+        raise UnreachableShare(f"{error}{hint}") from error
     skipped |= {name: "its factors would hold as many parameters" for name, rank in ranks.items() if rank is None}
     chosen = [(target, rank) for target in targets if (rank := ranks[target.name]) is not None]
     successors = _cut(model, chosen, config, calibration)
