@@ -247,12 +247,9 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
                 calibration=calibration,
             )
         except UnreachableShare as error:
-            more = (
-                ""
-                if "embedding" in kinds
-                else f". The word embedding stays dense: try kinds={','.join(kinds)},embedding"
-            )
-            raise UnreachableShare(f"{error}{more}") from error
+            more = f". The word embedding stays dense: try kinds={','.join(kinds)},embedding"
+            wanted = "embedding" not in kinds and "stay dense" in str(error)
+            raise UnreachableShare(f"{error}{more if wanted else ''}") from error
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
