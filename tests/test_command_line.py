@@ -293,8 +293,8 @@ def test_a_script_says_nothing_that_concerns_no_one():
 @pytest.mark.slow
 def test_a_training_that_is_interrupted(tmp_path):
     script = Path(__file__).parents[1] / "run_scripts" / "train_vision.py"
-    flags = f"--width 3 --max_train_images 88 --max_eval_images 37 --num_train_epochs 9999 --use_cpu --output_dir {tmp_path}"
-    command = [sys.executable, str(script), *flags.split()]
+    flags = "--width 3 --max_train_images 88 --max_eval_images 37 --num_train_epochs 9999 --use_cpu"
+    command = [sys.executable, str(script), *flags.split(), "--output_dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not (line := process.stdout.readline()).startswith("step 2/"):
             assert line or process.poll() is None
