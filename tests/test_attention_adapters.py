@@ -292,8 +292,8 @@ def test_one_kind_of_an_attention_may_be_left_out_with_a_warning():
 class Unfamiliar(HeadAttention):
     """The same, called in a way that nobody can guess."""
 
-    def forward(self, hidden_states: Tensor, frequencies: Tensor) -> Tensor:
-        return super().forward(hidden_states * frequencies.cos())
+    def forward(self, hidden_states: Tensor, rotations: dict[str, Tensor]) -> Tensor:
+        return super().forward(hidden_states * rotations["cos"])
 
 
 def test_an_attention_that_cannot_be_run_is_left_out_until_it_is_registered():
