@@ -219,7 +219,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result["commands"] = ["python -m benchmarks.minilm", "python -m benchmarks.minilm --latency"]
 
     def save() -> None:
-        result["machine"] = machine("cpu")
+        result.pop("commit_unknown", None)
+        result.update(machine=machine("cpu"), **revision())
         write_result(RESULT, result)
         write_text(RESULT.with_suffix(".md"), markdown(result))
 
