@@ -61,7 +61,7 @@ def _settings(attention: nn.Module) -> Iterator[Hashable]:
 
 @torch.no_grad()
 def _measure(attention: nn.Module, adapter: Adapter) -> frozenset[str] | None:
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
         try:
             twin = _redrawn(attention, {}, generator).eval()
@@ -99,7 +99,7 @@ def _changes(
         before = left.clone(), right.clone()
         heads = [min(sizes) for sizes in zip(left.shape[:-2], right.shape[:-2], strict=True)]
         basis = torch.linalg.qr(_normal(*heads, left.shape[-1], left.shape[-1], generator=generator)).Q
-        scale = torch.rand(basis[..., :1, :].shape, generator=generator) + 0.5
+        scale = _scales(basis[..., :1, :].shape, generator)
         left.copy_(left @ (basis * scale))
         alone = _distance(_outputs(twin, arguments), expected)
         right.copy_(right @ (basis / scale))
@@ -110,7 +110,11 @@ def _changes(
 
 
 def _normal(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, generator=generator)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32)
+
+
+def _scales(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32) + 0.5
 
 
 def _redrawn(module: nn.Module, copied: dict[Any, Any], generator: torch.Generator) -> nn.Module:
@@ -137,12 +141,12 @@ def _redrawn(module: nn.Module, copied: dict[Any, Any], generator: torch.Generat
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     if name.endswith("bias"):
-        return torch.zeros(shape)
-    if len(shape) < 2:  # the scales of normalizations, which are ones in a fresh model
-        return torch.rand(shape, generator=generator) + 0.5
+        return torch.zeros(shape, dtype=torch.float32)
+    if len(shape) < 2:  # of normalizations, ones in a fresh model
+        return _scales(shape, generator)
     if len(shape) > 2 or min(shape) <= _WIDTH:
         return _normal(*shape, generator=generator) / shape[-1] ** 0.5
-    weight = torch.zeros(shape)
+    weight = torch.zeros(shape, dtype=torch.float32)
     weight[:_WIDTH] = _normal(_WIDTH, shape[1], generator=generator) / shape[1] ** 0.5
     weight[:, :_WIDTH] = _normal(shape[0], _WIDTH, generator=generator) / _WIDTH**0.5
     return weight
@@ -172,10 +176,9 @@ def _arguments(
             _normal(*layout, inputs_of(projection), generator=generator)
             for projection in (projections.query, projections.key, projections.value)
         )
+        rotary = torch.ones(*layout, rotation, dtype=torch.float32)
         given: dict[str, Any] = dict.fromkeys(required, query if crossing else None) | {
-            "position_embeddings": (torch.ones(*layout, rotation), torch.zeros(*layout, rotation))
-            if rotation
-            else None,
+            "position_embeddings": (rotary, 0 * rotary) if rotation else None,
             "position_ids": torch.zeros(layout, dtype=torch.long),
             "attention_mask": torch.ones(1, 1, tokens, tokens) if masked else None,
             "mask": torch.ones(layout) if masked else None,
