@@ -103,15 +103,8 @@ def encoder_matrices(model: nn.Module) -> int:
 
 
 def truncated(dense: BertModel, rule: str, share: float, calibration: dict[str, Tensor] | None) -> FactorizedBertModel:
-    """The dense model cut to a share of its encoder's matrices."""
-    ranks = RankRule(layer_ratio=share) if rule == "ratio" else RankRule(budget=share_of_model(dense, share))
-    return FactorizedBertModel.from_dense(dense, rule=ranks, calibration=calibration).eval()
-
-
-def share_of_model(dense: BertModel, share: float) -> float:
-    """The share of all parameters that stays where this share of the encoder's matrices does."""
-    total = sum(parameter.numel() for parameter in dense.parameters())
-    return 1 - (1 - share) * encoder_matrices(dense) / total
+    """The dense model cut to a share of its encoder's parameters."""
+    return FactorizedBertModel.from_dense(dense, rule=RankRule(**{rule: share}), calibration=calibration).eval()
 
 
 def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
@@ -219,8 +212,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result["commands"] = ["python -m benchmarks.minilm", "python -m benchmarks.minilm --latency"]
 
     def save() -> None:
-        result.pop("commit_unknown", None)
-        result.update(machine=machine("cpu"), **revision())
+        result["machine"] = machine("cpu")
         write_result(RESULT, result)
         write_text(RESULT.with_suffix(".md"), markdown(result))
 

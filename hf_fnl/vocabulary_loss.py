@@ -70,7 +70,8 @@ def vocabulary_loss(
 
 def _apply(rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
-    return _SummedLoss.apply(rows, weight, bias, labels, wanted, *options)
+    function = _SummedLoss if torch.compiler.is_compiling() else _TransformableLoss
+    return function.apply(rows, weight, bias, labels, wanted, *options)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -115,6 +116,10 @@ class _SummedLoss(torch.autograd.Function):
             gradient * d_total if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True)
         ]
         return *made, None, None, None, None, None
+
+
+class _TransformableLoss(_SummedLoss):
+    """The same with rules for ``torch.func``, at which a compiler stops."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:

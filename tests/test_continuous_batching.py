@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 
@@ -23,7 +24,10 @@ def model(**ranks):
 def test_batches_get_the_words_of_single_prompts(ranks):
     ours = model(**ranks)
     alone = [ours.generate(torch.tensor([prompt]), **OPTIONS)[0, len(prompt) :].tolist() for prompt in PROMPTS]
-    outputs = ours.generate_batch(PROMPTS, generation_config=GenerationConfig(**OPTIONS))
+    pages = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)  # else as many as the memory holds
+    outputs = ours.generate_batch(
+        PROMPTS, generation_config=GenerationConfig(**OPTIONS), continuous_batching_config=pages
+    )
     assert {tuple(each.prompt_ids): each.generated_tokens for each in outputs.values()} == {
         tuple(prompt): words for prompt, words in zip(PROMPTS, alone, strict=True)
     }

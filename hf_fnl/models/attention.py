@@ -119,12 +119,15 @@ def cached_heads(
 
     Raises:
         TypeError: If keys and values of an encoder are to go into a cache that has no place of its own for them.
+        ValueError: If the cache holds keys or values of other widths, such as those of a prefix.
     """
     if cache is None:
         return compute()
     if not crossing:
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        return own.update(*compute(), layer_idx, kwargs=options)
+        heads = compute()
+        _check_widths(own, layer_idx, heads)
+        return own.update(*heads, layer_idx, kwargs=options)
     if not isinstance(cache, EncoderDecoderCache):
         raise TypeError(f"a model with cross-attention needs an EncoderDecoderCache, got a {type(cache).__name__}")
     if cache.is_updated.get(layer_idx):
@@ -133,6 +136,21 @@ def cached_heads(
     key, value = cache.cross_attention_cache.update(*compute(), layer_idx)
     cache.is_updated[layer_idx] = True
     return key, value
+
+
+def _check_widths(cache: Any, layer_idx: int, heads: tuple[Tensor, Tensor]) -> None:
+    layers = getattr(cache, "layers", ())
+    if layer_idx >= len(layers) or not getattr(layers[layer_idx], "is_initialized", False):
+        return
+    for name, held, new in zip(
+        ("keys", "values"), (layers[layer_idx].keys, layers[layer_idx].values), heads, strict=True
+    ):
+        if held.ndim == new.ndim and held.shape[-1] != new.shape[-1]:
+            raise ValueError(
+                f"the cache holds {name} {held.shape[-1]} wide in layer {layer_idx}, whose heads have {new.shape[-1]}: "
+                "prefix tuning (where token_dim is that times the heads), and prefill_chunk_size with a static cache, "
+                "need qk_rank and ov_rank to be one number"
+            )
 
 
 def attend(

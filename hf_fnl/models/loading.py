@@ -65,9 +65,11 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
             faults.append(f"the checkpoint holds {found} where the model holds {missing}")
     modules = {holder(f"{name}."): module for name, module in model.named_modules()}
     for name, found in unexpected.items():
-        if name in modules and found.endswith((".weight", ".bias")) and modules[name]._parameters:
+        of_layer = name in modules and found.endswith((".weight", ".bias")) and modules[name]._parameters
+        if of_layer:
             layer = type(modules[name]).__name__
-            faults.append(f"the checkpoint holds {found}, for which the {layer} of the model has no place")
+            way = " (from_dense takes it)" if hasattr(model, "from_dense") else ""
+            faults.append(f"the checkpoint holds {found}, for which the {layer} of the model has no place{way}")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckpointMismatchError(

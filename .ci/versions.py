@@ -1,0 +1,105 @@
+"""Runs a short set of tests with the lowest Transformers and accelerate that are allowed, and with the newest.
+
+Each is laid beside the environment without its dependencies, in .venv/versions, and comes first on PYTHONPATH; torch is
+the same. What is within the bounds of pyproject.toml has to pass. A newer release that does not is a warning.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("transformers", "accelerate")
+# Transformers 5.17 needs an older huggingface_hub than the environment has, and that one another client.
+WITH_LOWEST = ("huggingface_hub<2", "httpx", "httpcore")
+TESTS = (
+    "tests/test_forwards.py",
+    "tests/test_plain_heads.py",
+    "tests/test_adapters_of_families.py",
+    "tests/test_continuous_batching.py",
+    "tests/test_gpt2.py",
+    "tests/test_gpt2_generation.py",
+    "tests/test_bert.py",
+    "tests/test_marian.py",
+    "tests/test_marian_generation.py",
+    "tests/test_trainer.py",
+    "tests/test_surgery.py",
+    "--deselect=tests/test_bert.py::test_flex_attention_equals_sdpa_at_unequal_ranks",  # minutes of compiling
+    "--deselect=tests/test_marian.py::test_flex_attention_equals_sdpa_at_unequal_ranks",
+)
+
+
+def bounds() -> dict[str, Requirement]:
+    """The requirements of pyproject.toml, by name."""
+    found = re.findall(rf'"((?:{"|".join(NAMES)})>=[^"]*)"', (ROOT / "pyproject.toml").read_text())
+    return {requirement.name: requirement for requirement in map(Requirement, found)}
+
+
+def lowest() -> dict[str, str]:
+    """The lowest version that is allowed of each."""
+    found = {}
+    for name, requirement in bounds().items():
+        (found[name],) = (each.version for each in requirement.specifier if each.operator == ">=")
+    return found
+
+
+def newest() -> dict[str, str] | None:
+    """The newest version that the registry has of each, if it answers."""
+    command = ["install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet", "--report=-", *NAMES]
+    asked = subprocess.run([sys.executable, "-m", "pip", *command], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if asked.returncode:
+        return None
+    metadata = [item["metadata"] for item in json.loads(asked.stdout)["install"]]
+    return {each["name"].lower(): each["version"] for each in metadata}
+
+
+def passes(versions: dict[str, str], *others: str) -> bool:
+    """Whether the tests pass with these versions, which are laid beside the environment the first time."""
+    title = " ".join(f"{name}=={versions[name]}" for name in NAMES)
+    print(f"--- {title}", flush=True)
+    folder = ROOT / ".venv" / "versions" / title.replace(" ", "_")
+    if not (folder / "complete").exists():
+        command = ["install", "--no-deps", "--quiet", "--upgrade", f"--target={folder}", *title.split(), *others]
+        subprocess.run([sys.executable, "-m", "pip", *command], check=True, cwd=ROOT)
+        (folder / "complete").touch()
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    code = f"import accelerate, transformers; print(*(m.__version__ for m in ({', '.join(NAMES)})))"
+    run = {"env": environment, "cwd": ROOT}
+    seen = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, **run).stdout
+    if [Version(each) for each in seen.split()] != [Version(versions[name]) for name in NAMES]:
+        raise RuntimeError(f"{title} was laid into {folder}, and {seen.strip()} is imported")
+    workers = str(len(os.sched_getaffinity(0)))
+    pytest = [sys.executable, "-m", "pytest", "-q", "--dist=loadgroup", f"--numprocesses={workers}", *TESTS]
+    return subprocess.run(pytest, **run).returncode == 0
+
+
+def main() -> int:
+    """Test both ends; returns 1 if a version that is allowed fails."""
+    failed = [] if passes(lowest(), *WITH_LOWEST) else ["the lowest versions that pyproject.toml allows"]
+    latest = newest()
+    if latest is None:
+        print("WARNING: the registry cannot be asked for the newest Transformers and accelerate: not tested")
+    elif latest == {name: version(name) for name in NAMES}:
+        print("The newest Transformers and accelerate are those of the environment.")
+    elif not passes(latest):
+        allowed = all(requirement.specifier.contains(latest[name]) for name, requirement in bounds().items())
+        if allowed:
+            failed.append(f"{latest}, the newest, which pyproject.toml allows")
+        else:
+            rule = "#" * 80
+            print(f"{rule}\nWARNING: the tests fail with {latest}, which pyproject.toml does not allow\n{rule}")
+    if failed:
+        print("FAILED with", " and with ".join(failed))
+    return len(failed) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
