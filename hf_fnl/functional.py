@@ -104,6 +104,63 @@ def singular_values(*factors: Tensor) -> Tensor:
     return torch.linalg.svdvals(left @ right.mT)
 
 
+def marchenko_pastur_density(values: Tensor, shape: tuple[int, int], std: float = 1.0) -> Tensor:
+    r"""Density of the singular values of a Gaussian matrix (Marchenko and Pastur 1967; Kamalakara et al. 2022, A.1).
+
+    With ``M <= N`` the sides of the matrix and ``s_+- = std (sqrt(N) +- sqrt(M))`` the ends of the spectrum,
+
+    ``sqrt((s_+^2 - s^2) (s^2 - s_-^2)) / (pi std^2 M s)``,
+
+    which is Eq. 4 there for the eigenvalues ``s^2 / N``. It is the limit for large matrices, and close for those of a
+    network. The entries need not be Gaussian, only independent with mean zero and one variance.
+
+    Args:
+        values: Singular values ``s``.
+        shape: Sides of the matrix.
+        std: Standard deviation of its entries.
+
+    Returns:
+        The density at ``values``, 0 outside of the spectrum; its integral is 1.
+
+    Raises:
+        ValueError: If a side or ``std`` is not positive.
+    """
+    M, N = _gaussian_sides(shape, std)
+    low, high = (std * (N**0.5 + sign * M**0.5) for sign in (-1, 1))
+    squares = values.square()
+    root = ((high**2 - squares) * (squares - low**2)).clamp(min=0).sqrt()
+    return torch.where((values > 0) & (root > 0), root / (torch.pi * std**2 * M * values), 0)
+
+
+def marchenko_pastur_values(shape: tuple[int, int], std: float = 1.0) -> Tensor:
+    """Singular values that a Gaussian matrix is expected to have: quantiles of :func:`marchenko_pastur_density`.
+
+    Args:
+        shape: Sides of the matrix.
+        std: Standard deviation of its entries.
+
+    Returns:
+        Descending, shape ``(min(shape),)``, in float64; the ``i``-th has a share ``(i - 1/2) / min(shape)`` above it.
+
+    Raises:
+        ValueError: If a side or ``std`` is not positive.
+    """
+    M, N = _gaussian_sides(shape, std)
+    # s^2 = std^2 (N + M + 2 sqrt(N M) cos(angle)): the density has roots at its ends, that of the angle is smooth.
+    angles = torch.linspace(0, torch.pi, 16 * M + 1024, dtype=torch.float64)
+    squares = N + M + 2 * (N * M) ** 0.5 * angles.cos()
+    density = 2 * N * angles.sin().square() / (torch.pi * squares.clamp(min=torch.finfo(torch.float64).eps))
+    shares = torch.cumulative_trapezoid(density, angles)
+    wanted = (torch.arange(M, dtype=torch.float64) + 0.5) / M * shares[-1]
+    return std * squares[1:][torch.searchsorted(shares, wanted)].clamp(min=0).sqrt()
+
+
+def _gaussian_sides(shape: tuple[int, int], std: float) -> tuple[int, int]:
+    if min(shape) < 1 or not std > 0:
+        raise ValueError(f"a Gaussian matrix needs positive sides and a positive std, got shape {shape} and std {std}")
+    return min(shape), max(shape)
+
+
 def non_orthogonality(*factors: Tensor) -> Tensor:
     """Root-mean-square cosine between distinct columns of a factor, averaged over ``U`` and ``V``.
 

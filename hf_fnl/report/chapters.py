@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from hf_fnl.report.panels import INK, Key, Line, Panel, Quantity, legend_of, make_panels, source_colours
-from hf_fnl.report.series import layers_of, mean_and_history_of, spectra_of
+from hf_fnl.report.series import gaussian_spectra_of, layers_of, mean_and_history_of, spectra_of
 from hf_fnl.report.sources import Points, Source
 from hf_fnl.report.summary import NOT_METRICS
 
@@ -73,10 +73,13 @@ OF_THE_MODEL = (
     Quantity(
         heading="Spectra",
         meaning="Singular values in descending order, divided by the largest; of an attention the mean over its heads. "
-        "The steeper a line, the less is lost when its end is cut off.",
+        "The steeper a line, the less is lost when its end is cut off. Dashed is a Gaussian matrix of the same shape, "
+        "as a dense layer is drawn (Marchenko-Pastur; K22, A.1); what training did is how far a line left it.",
         xlabel="index i",
         ylabel="singular value / largest",
         series_of=spectra_of,
+        dashed=gaussian_spectra_of,
+        line_styles=("this model", "Gaussian"),
         log=True,
     ),
     Quantity(

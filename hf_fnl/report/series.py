@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
 
 import torch
 
+from hf_fnl.functional import marchenko_pastur_values
 from hf_fnl.report.inspection import Row, Spectrum, describe
 from hf_fnl.report.sources import Points, Source
 from hf_fnl.selectors import KINDS
@@ -69,6 +71,21 @@ def spectra_of(source: Source) -> Series:
     Matrices with fewer than three are left out.
     """
     return by_role({s.name: _normalized(s) for s in source.spectra if s.values.shape[-1] > 2})
+
+
+def gaussian_spectra_of(source: Source) -> Series:
+    """:func:`spectra_of` of Gaussian matrices of the same shapes, as dense weights are drawn.
+
+    Products of heads are left out: two Gaussian factors make another distribution.
+    """
+    drawn = [s for s in source.spectra if len(s.values) == 1 and s.values.shape[-1] > 2]
+    return by_role({s.name: _gaussian(s.shape, s.values.shape[-1]) for s in drawn})
+
+
+@functools.cache
+def _gaussian(shape: tuple[int, int], count: int) -> Points:
+    values = marchenko_pastur_values(shape)[:count]
+    return list(enumerate((values / values[0]).tolist(), start=1))
 
 
 def layers_of(figure: Callable[[Row], float]) -> Callable[[Source], Series]:
