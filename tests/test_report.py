@@ -423,7 +423,8 @@ def test_a_mean_over_different_ranks_is_one_over_all_matrices():
     ]
     sources = [Source(name, name, spectra=spectra) for name in ("a", "b")]
     for panel in make_section(sources, OF_THE_MODEL[0]).panels:
-        for line, band in zip(panel.lines, panel.bands, strict=True):
+        solid = [line for line in panel.lines if not line.dashed]
+        for line, band in zip(solid, panel.bands, strict=True):
             assert len(line.points) <= 200
             assert (line.points[0][0], line.points[-1][0]) == (1, 650)
             for (i, value), (_, low, high) in zip(line.points, band.points, strict=True):

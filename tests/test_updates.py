@@ -115,7 +115,7 @@ def test_the_update_of_a_product(make, dense, inputs):
 
 @each_layer
 def test_the_direction_of_a_normalized_layer_turns_by_the_effective_step_size(make, dense, inputs):
-    r"""``w - a / ||W||_F^2 (I - w w^T) vec(D)``, ``D = G V V^T + U U^T G`` and ``G`` the gradient for ``W / ||W||_F``."""
+    """``w - a / ||W||_F^2 (I - w w^T) vec(D)``, ``D = G V V^T + U U^T G``, ``G`` the gradient for ``W / ||W||_F``."""
     layer, x = make(), inputs()
     U, V = (factor.detach() for factor in layer.factors())
     W = U @ V.mT
