@@ -103,8 +103,15 @@ def encoder_matrices(model: nn.Module) -> int:
 
 
 def truncated(dense: BertModel, rule: str, share: float, calibration: dict[str, Tensor] | None) -> FactorizedBertModel:
-    """The dense model cut to a share of its encoder's parameters."""
-    return FactorizedBertModel.from_dense(dense, rule=RankRule(**{rule: share}), calibration=calibration).eval()
+    """The dense model cut to a share of its encoder's matrices."""
+    ranks = RankRule(layer_ratio=share) if rule == "ratio" else RankRule(budget=share_of_model(dense, share))
+    return FactorizedBertModel.from_dense(dense, rule=ranks, calibration=calibration).eval()
+
+
+def share_of_model(dense: BertModel, share: float) -> float:
+    """The share of all parameters that stays where this share of the encoder's matrices does."""
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    return 1 - (1 - share) * encoder_matrices(dense) / total
 
 
 def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
@@ -212,7 +219,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result["commands"] = ["python -m benchmarks.minilm", "python -m benchmarks.minilm --latency"]
 
     def save() -> None:
-        result["machine"] = machine("cpu")
+        result.pop("commit_unknown", None)
+        result.update(machine=machine("cpu"), **revision())
         write_result(RESULT, result)
         write_text(RESULT.with_suffix(".md"), markdown(result))
 

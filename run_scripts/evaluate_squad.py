@@ -6,6 +6,9 @@ python run_scripts/evaluate_squad.py --predictions runs/squad/predictions.json -
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 import json
 import sys
 from dataclasses import dataclass, field
@@ -16,7 +19,6 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
 
-import hf_fnl  # noqa: F401  registers the factorized models
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.files import check_writable
 from hf_fnl.training.runs import finish_run
@@ -96,7 +98,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         trainer = Trainer(model, arguments, data_collator=SquadCollator(tokenizer))
         metrics = answer_questions(trainer, examples, tokenizer, options.windows(), folder=options.output_dir)
     print(json.dumps(metrics, indent=2))
-    return finish_run(options.output_dir, metrics, options) if options.output_dir else metrics
+    if options.output_dir:
+        finish_run(options.output_dir, metrics, options)
+        print(f"saved in {options.output_dir}", file=sys.stderr)
+    return metrics
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ python run_scripts/finetune_squad.py config.yaml
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 from dataclasses import dataclass, field
 from typing import Any
 

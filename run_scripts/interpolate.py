@@ -7,6 +7,9 @@ hf-fnl report runs/low runs/dense_first --out line.html   # draws what the first
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 import dataclasses
 import math
 import shlex

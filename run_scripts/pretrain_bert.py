@@ -6,6 +6,9 @@ python run_scripts/pretrain_bert.py config.yaml
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any

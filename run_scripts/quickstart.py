@@ -6,6 +6,9 @@ from that text, evaluates, multiplies the factors back, and checks that the merg
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 import argparse
 import contextlib
 import importlib.util

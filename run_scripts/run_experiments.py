@@ -9,6 +9,9 @@ What is done is skipped, what was broken off goes on, and what fails does not st
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 import argparse
 import logging
 import shlex

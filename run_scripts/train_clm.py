@@ -6,6 +6,9 @@ python run_scripts/train_clm.py config.yaml
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 import functools
 import logging
 from dataclasses import dataclass, field

@@ -7,6 +7,9 @@ python run_scripts/train_translation.py config.yaml
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -7,6 +7,9 @@ python run_scripts/train_vision.py config.yaml
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 import copy
 import functools
 from collections.abc import Callable

@@ -6,6 +6,9 @@ python run_scripts/translate.py --model Helsinki-NLP/opus-mt-de-en --input sente
 
 from __future__ import annotations
 
+import interrupts  # noqa: F401  before all that takes long to import
+
+# isort: split
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +16,6 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM
 
-import hf_fnl  # noqa: F401  registers the factorized models
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.files import check_writable, write_text
 from hf_fnl.training.tasks.beam_search import translate

@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import getpass
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,13 @@ import torch
 
 # Before any library reads it: a test that asks the Hub for something fails at once instead of waiting.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A kernel that torch compiled for one set of vector instructions it takes from its cache for another, which
+# ATEN_CPU_CAPABILITY chooses, and computes wrong values (torch 2.13).
+_capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{getpass.getuser()}-{_capability}"
+)
 
 # Threads of several test processes would wait for each other; the tensors of the tests are small.
 torch.set_num_threads(1)

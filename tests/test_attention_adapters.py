@@ -14,7 +14,7 @@ from transformers import AlbertConfig, AlbertModel, AutoModel, BertConfig, BertM
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.products import AttentionProjections, Section, find_products, register_attention
+from hf_fnl.products import AttentionProjections, Section, find_products, invariance, register_attention
 
 
 @pytest.fixture(params=CASES, scope="module")
@@ -292,8 +292,8 @@ def test_one_kind_of_an_attention_may_be_left_out_with_a_warning():
 class Unfamiliar(HeadAttention):
     """The same, called in a way that nobody can guess."""
 
-    def forward(self, hidden_states: Tensor, frequencies: Tensor) -> Tensor:
-        return super().forward(hidden_states * frequencies.cos())
+    def forward(self, hidden_states: Tensor, rotations: dict[str, Tensor]) -> Tensor:
+        return super().forward(hidden_states * rotations["cos"])
 
 
 def test_an_attention_that_cannot_be_run_is_left_out_until_it_is_registered():
@@ -323,6 +323,30 @@ def test_looking_for_products_leaves_no_trace():
     assert model.layers[0].self_attn.training
     assert model.config._attn_implementation == "flex_attention"
     assert [p.kind for p in find_products(model.half().to("meta"))] == ["qk", "ov"]
+
+
+def test_products_are_found_whatever_is_set_around(monkeypatch):
+    monkeypatch.setattr(invariance, "_MEASURED", {})
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        model = T.LlamaModel(T.LlamaConfig(**SMALL))
+        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode():
+            assert len(find_products(model)) == 2
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_layers_of_one_kind_are_run_once(monkeypatch):
+    runs = []
+    measure = invariance._measure
+    monkeypatch.setattr(invariance, "_MEASURED", {})
+    monkeypatch.setattr(invariance, "_measure", lambda *args: runs.append(args) or measure(*args))
+    assert len(find_products(T.LlamaModel(T.LlamaConfig(**{**SMALL, "num_hidden_layers": 5})))) == 10
+    assert len(runs) == 1
+    gemma = T.Gemma2Config(**{**SMALL, "num_hidden_layers": 4, "query_pre_attn_scalar": 4})  # local and global ones
+    assert len(find_products(T.Gemma2Model(gemma))) == 8
+    assert len(runs) == 3
 
 
 class OwnAttention(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -287,3 +288,19 @@ def test_a_script_says_nothing_that_concerns_no_one():
     done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "note: old\ninterrupted\n"
+
+
+@pytest.mark.slow
+def test_a_training_that_is_interrupted(tmp_path):
+    script = Path(__file__).parents[1] / "run_scripts" / "train_vision.py"
+    flags = "--width 3 --max_train_images 88 --max_eval_images 37 --num_train_epochs 9999 --use_cpu"
+    command = [sys.executable, str(script), *flags.split(), "--output_dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (line := process.stdout.readline()).startswith("step 2/"):
+            assert line or process.poll() is None
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert said.count("\n") == 1
+    assert said.startswith("interrupted: the same command with --resume_from_checkpoint true goes on")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from hf_fnl import FactorizedBertForMaskedLM, FactorizedBertForPreTraining, FactorizedGPT2LMHeadModel
+from hf_fnl import FactorizedBertForMaskedLM, FactorizedBertForPreTraining, FactorizedGPT2LMHeadModel, load
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 IDS = torch.tensor([[3, 7, 9, 4]])
@@ -40,15 +40,25 @@ def test_a_bert_keeps_the_output_bias_that_it_computes_with(ours, embedding_rank
     assert_close(model.merge()(IDS)[0], dense(IDS)[0])
 
 
-def test_loading_an_untied_bert_names_the_bias_that_has_no_place(tmp_path):
+def test_an_untied_bert_is_loaded_with_the_bias_that_it_computes_with(tmp_path):
     dense = bert(tie_word_embeddings=False)
     dense.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"holds cls.predictions.decoder.bias, for which .* \(from_dense takes it\)"):
-        FactorizedBertForMaskedLM.from_pretrained(tmp_path)
-    ours = FactorizedBertForMaskedLM.from_dense(tmp_path, ffn_rank=16).double()
+    assert_close(FactorizedBertForMaskedLM.from_pretrained(tmp_path)(IDS)[0], dense(IDS)[0])
+    ours = FactorizedBertForMaskedLM.from_dense(tmp_path, ffn_rank=16)
     assert_close(ours(IDS)[0], dense(IDS)[0])
     ours.save_pretrained(tmp_path / "ours")
     assert_close(FactorizedBertForMaskedLM.from_pretrained(tmp_path / "ours")(IDS)[0], ours(IDS)[0])
+
+
+def test_loading_names_a_bias_that_has_no_place(tmp_path):
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    dense = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, tie_word_embeddings=False))
+    dense.lm_head = nn.Linear(16, 40)
+    dense.save_pretrained(tmp_path)
+    message = r"the checkpoint holds lm_head.bias, for which the Linear of the model has no place"
+    for read in (FactorizedGPT2LMHeadModel.from_pretrained, load):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path)
 
 
 def test_a_tied_bias_that_stands_twice_in_a_checkpoint_is_no_loss(tmp_path):

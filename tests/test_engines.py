@@ -89,7 +89,7 @@ def test_every_engine_gives_what_one_process_gives(tmp_path, family):
         assert facts["optimizer"] == ("AdamW" if name.startswith("adamw") else "FLAMBe"), (engine, name)
         if "FSDP" in facts["distributed_type"]:  # layers are units, and so gathered one at a time
             assert any("Layer" in unit or "Block" in unit for unit in facts["units"]), facts["units"]
-        tolerance = 2e-2 if name == "bf16" else 1e-6
+        tolerance = 2e-2 if name == "bf16" else 1e-5  # sums of some hundred losses, or of squared gradients
         assert facts["losses"] == pytest.approx(one["losses"], rel=tolerance), (engine, name)
         assert len(facts["losses"]) == STEPS
         if engine != "zero0":  # which does not tell

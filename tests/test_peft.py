@@ -248,6 +248,18 @@ def test_a_saved_factorized_head_trains_and_comes_back(tmp_path):
     assert_close(PeftModel.from_pretrained(start, tmp_path).eval()(IDS).logits, outputs)
 
 
+def test_a_saved_head_that_was_tied_is_so_no_longer(tmp_path):
+    config = LoraConfig(target_modules=["c_attn"], modules_to_save=["lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(vocabulary(), config)
+    adapted.train()(IDS, labels=IDS).loss.backward()
+    torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1).step()
+    outputs = adapted.eval()(IDS).logits
+    merged = adapted.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path)
+    assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, outputs)
+
+
 # Adapters of our classes, from files
 
 LOW = {"ffn_rank": 5, "embedding_rank": 6}
@@ -312,6 +324,21 @@ def test_shapes_that_do_not_fit_are_a_runtime_error_as_in_transformers(tmp_path)
     for error in (RuntimeError, ValueError):
         with pytest.raises(error, match="does not fit"):
             head.ours.from_pretrained(tmp_path, ffn_rank=4)
+
+
+@each_base
+def test_an_adapter_is_merged_before_the_class_is(head, auto, target):
+    torch.manual_seed(1)
+    config = LoraConfig(target_modules=[target], init_lora_weights=False)
+    adapted = get_peft_model(head.build(LOW), config).eval()
+    with torch.no_grad():
+        outputs = adapted(IDS)[0]
+    with pytest.raises(ValueError, match=rf"has no place for .*{target}.*merge_and_unload"):
+        adapted.merge()
+    with pytest.raises(ValueError, match=r"merge\(\) returns the stock model"):
+        merge_(adapted)
+    with torch.no_grad():
+        assert_close(adapted.merge_and_unload().merge()(IDS)[0], outputs)
 
 
 # Prompts

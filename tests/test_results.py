@@ -114,3 +114,24 @@ def test_cells_of_a_grid_keep_the_commits_that_trained_them(tmp_path):
     assert result["cells"] == {"old": {"loss": 3}, "new": {"loss": 2, "commit": "abc", "command": "c"}}
     assert (result["committed_in"], result["commit"]) == ("0" * 40, revision()["commit"])
     assert path.with_suffix(".md").read_text() == "| loss |\n| --- |\n| 3 |\n| 2 |\n\n`command`\n"
+
+
+def test_rows_that_are_added_later_have_a_commit_of_their_own(tmp_path, monkeypatch):
+    minilm = pytest.importorskip("benchmarks.minilm", exc_type=ImportError)
+    path = tmp_path / "minilm.json"
+    path.write_text(json.dumps({"rows": {}, "latency": {}, "commit": None, "commit_unknown": "no git"}))
+
+    def measure(rows, data, save) -> None:
+        rows["0.5"] = {"share": 0.5, "cosine": 0.7, "commit": revision()["commit"]}
+        save()
+
+    monkeypatch.setattr(minilm, "RESULT", path)
+    monkeypatch.setattr(minilm, "measure", measure)
+    minilm.main([])
+    result = json.loads(path.read_text())
+    assert (result["commit"], "commit_unknown" in result) == (revision()["commit"], False)
+    assert path.with_suffix(".md").read_text().splitlines()[:3] == [
+        "| share | cosine |",
+        "| --- | --- |",
+        "| 0.5 | 0.7 |",
+    ]

@@ -101,12 +101,13 @@ def losses(folder: Path) -> dict[str, float]:
 @pytest.mark.parametrize(("script", "count"), [("pretrain_bert", 4), ("train_clm", 2)])
 def test_a_script_under_zero3_is_what_it_is_in_one_process(root, script, count):
     here, one = root / "zero3" / script, root / "one" / script
-    assert losses(here) == pytest.approx(losses(one), rel=1e-6)
+    assert losses(here) == pytest.approx(losses(one), rel=1e-5)  # sums of some hundred losses in float32
     assert len(losses(here)) == count
     weights, expected = (load_file(folder / "model.safetensors") for folder in (here, one))
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+        # AdamW moves a weight whose gradient is hardly more than rounding by a share of the learning rate, 0.01.
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=5e-5)
 
 
 def test_checkpoints_of_a_second_phase_have_the_names_of_the_model(root):

@@ -12,9 +12,11 @@ from training_cases import losses, tiny_examples, tiny_model, tiny_trainer
 
 from hf_fnl import (
     FactorizationConfig,
+    FactorizedLinear,
     FLAMBe,
     FLAMBeTrainer,
     FLAMBeTrainingArguments,
+    FrobeniusDecay,
     Lamb,
     factorize_,
     find_products,
@@ -129,6 +131,53 @@ def test_penalty_and_coupled_decay_are_the_same_for_sgd(tmp_path):
     plain.train()
     moved = max((weights(plain)[name] - runs[0][name]).abs().max() for name in runs[0])
     assert moved > 1e-4
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "lamb"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_coupled_decay_is_clipped_as_the_gradient_of_a_penalty_is(tmp_path, optim, accumulation):
+    """Weights and logged norms agree; both runs clip, and decay is a large part of what is clipped."""
+    options = {
+        "optim": optim,
+        "frobenius_decay": ["linear", "ov", "qk"],
+        "frobenius_coefficient": 0.3,
+        "max_grad_norm": 0.2,
+        "max_steps": 3,
+        "per_device_train_batch_size": 8 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+    }
+    runs, norms = [], []
+    for mode in ("penalty", "coupled"):
+        trainer = tiny_trainer(tmp_path, frobenius_mode=mode, **options)
+        trainer.train()
+        runs.append(weights(trainer))
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+    plain = tiny_trainer(tmp_path, **{**options, "frobenius_decay": ["none"]})
+    plain.train()
+    without = [entry["grad_norm"] for entry in plain.state.log_history if "grad_norm" in entry]
+    assert_close(runs[0], runs[1], rtol=1e-4, atol=1e-5)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert min(norms[0]) > 0.2
+    assert abs(without[0] - norms[0][0]) > 0.1 * norms[0][0]
+
+
+def test_coupled_decay_is_scaled_as_gradients_are():
+    layer = FactorizedLinear(7, 5, 3)
+    model = torch.nn.Sequential(layer)
+    products = find_products(model, ["linear"])
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    decay = FrobeniusDecay(optimizer, products, 0.3, mode="coupled")
+    decay.remove()
+    gradients = []
+    for scale in (1.0, 1024.0):
+        optimizer.zero_grad()
+        (scale * model(torch.ones(2, 7)).sum()).backward()
+        decay.add_gradients_(scale)
+        gradients.append({name: p.grad / scale for name, p in model.named_parameters()})
+    optimizer.zero_grad()
+    (model(torch.ones(2, 7)).sum() + decay.penalty()).backward()
+    for found in gradients:
+        assert_close(found, {name: p.grad for name, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["factorized", "stock"])

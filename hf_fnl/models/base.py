@@ -247,12 +247,9 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
                 calibration=calibration,
             )
         except UnreachableShare as error:
-            more = (
-                ""
-                if "embedding" in kinds
-                else f". The word embedding stays dense: try kinds={','.join(kinds)},embedding"
-            )
-            raise UnreachableShare(f"{error}{more}") from error
+            more = f". The word embedding stays dense: try kinds={','.join(kinds)},embedding"
+            wanted = "embedding" not in kinds and "stay dense" in str(error)
+            raise UnreachableShare(f"{error}{more if wanted else ''}") from error
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
@@ -263,12 +260,22 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         Returns:
             A model of ``dense_class`` on the same device, in the same dtype and mode. It can be saved, loaded and
             deployed without ``hf_fnl``.
+
+        Raises:
+            ValueError: If the parameters are not all present, or one has no place in the stock model, as those of an
+                adapter or of a layer that a subclass adds.
         """
         check_present(self, "merge")
         with init.no_init_weights():
             dense = self.dense_class(self.config.to_dense())
         dense.to(device=self.device, dtype=self.dtype)
-        dense.load_state_dict(self._dense_state_dict())
+        state = self._dense_state_dict()
+        if foreign := sorted(state.keys() - dense.state_dict().keys()):
+            raise ValueError(
+                f"merge: a {type(dense).__name__} has no place for {foreign[0]} (of {len(foreign)}): merge an adapter "
+                "of PEFT first (merge_and_unload), and take a layer of your own out"
+            )
+        dense.load_state_dict(state)
         dense.tie_weights()
         if self.can_generate():
             dense.generation_config = copy.deepcopy(self.generation_config)

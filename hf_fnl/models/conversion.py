@@ -227,7 +227,6 @@ def _sources(ours: PreTrainedModel, dense: nn.Module, units: Mapping[str, nn.Mod
     set_by_heads = _names_of_projections(ours, [(module, module) for module in cut])
 
     taken = {id(theirs[name]) for name in (*copied, *truncated, *by_heads) if name in theirs}
-    taken |= {id(value) for value in copied.values()}
     if lost := [name for name, value in theirs.items() if id(value) not in taken]:
         shapes = {name: tuple(state[name].shape) for name in lost if name in state}
         but = f": its own has shape {shapes[lost[0]]}" if lost[0] in shapes else ""

@@ -65,11 +65,9 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
             faults.append(f"the checkpoint holds {found} where the model holds {missing}")
     modules = {holder(f"{name}."): module for name, module in model.named_modules()}
     for name, found in unexpected.items():
-        of_layer = name in modules and found.endswith((".weight", ".bias")) and modules[name]._parameters
-        if of_layer:
+        if name in modules and found.endswith((".weight", ".bias")) and modules[name]._parameters:
             layer = type(modules[name]).__name__
-            way = " (from_dense takes it)" if hasattr(model, "from_dense") else ""
-            faults.append(f"the checkpoint holds {found}, for which the {layer} of the model has no place{way}")
+            faults.append(f"the checkpoint holds {found}, for which the {layer} of the model has no place")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckpointMismatchError(

@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig
 from hf_fnl.layers.whole import whole_shape
 from hf_fnl.products.attention import AttentionProjections, inputs_of, size
 
-_TOLERANCE = 1e-3  # of what one factor alone changes; many attentions round some of their steps to float32
+_TOLERANCE = 1e-3  # of what one factor alone changes; a factor of a thousand above what float32 rounds
+_WIDTH = 64  # inputs and outputs of an attention that are looked at, which keeps that of a large model cheap
 # What a copy does not take along: the state of nn.Module, hooks among it, and what accelerate puts before a forward.
 _NOT_COPIED = frozenset(vars(nn.Module())) | {"forward", "_hf_hook", "_old_forward"}
 _MEASURED: dict[Hashable, frozenset[str] | None] = {}
@@ -60,16 +61,19 @@ def _settings(attention: nn.Module) -> Iterator[Hashable]:
 
 @torch.no_grad()
 def _measure(attention: nn.Module, adapter: Adapter) -> frozenset[str] | None:
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
-        twin = _redrawn(attention, {}, generator).eval()
+        try:
+            twin = _redrawn(attention, {}, generator).eval()
+        except Exception:  # there is no telling what a copy of a foreign class raises
+            return None
         if (projections := adapter(twin)) is None:
             return None
         seen: list[dict[str, tuple[float, float]]] = []
         for arguments in _arguments(twin, projections, generator):
             try:
                 seen.append(_changes(twin, projections, arguments, generator))
-            except Exception:  # there is no telling what a call with the wrong arguments raises
+            except Exception:  # nor of what a call with the wrong arguments does
                 continue
             if all(alone > _TOLERANCE for alone, _ in seen[-1].values()):
                 break
@@ -85,14 +89,17 @@ def _changes(
 ) -> dict[str, tuple[float, float]]:
     """How far the outputs move, relative to them, if one factor of a product changes alone, and if both do."""
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    products = list(projections.products("", names, None))
+    for factor in (factor for product in products for factor in product.factors(twin)):
+        factor[..., _WIDTH:, :] = 0
     expected = _outputs(twin, arguments)
     changes = {}
-    for product in projections.products("", names, None):
-        left, right = product.factors(twin)
+    for product in products:
+        left, right = (factor[..., :_WIDTH, :] for factor in product.factors(twin))
         before = left.clone(), right.clone()
         heads = [min(sizes) for sizes in zip(left.shape[:-2], right.shape[:-2], strict=True)]
         basis = torch.linalg.qr(_normal(*heads, left.shape[-1], left.shape[-1], generator=generator)).Q
-        scale = torch.rand(basis[..., :1, :].shape, generator=generator, dtype=basis.dtype) + 0.5
+        scale = _scales(basis[..., :1, :].shape, generator)
         left.copy_(left @ (basis * scale))
         alone = _distance(_outputs(twin, arguments), expected)
         right.copy_(right @ (basis / scale))
@@ -103,38 +110,46 @@ def _changes(
 
 
 def _normal(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
 
-def _redrawn(module: nn.Module, drawn: dict[nn.Parameter, nn.Parameter], generator: torch.Generator) -> nn.Module:
-    """A copy without hooks, its parameters drawn in float64; biases, which move along with a product, are zero."""
-    twin = type(module).__new__(type(module))
+def _scales(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32) + 0.5
+
+
+def _redrawn(module: nn.Module, copied: dict[Any, Any], generator: torch.Generator) -> nn.Module:
+    """A copy without hooks, its parameters drawn in float32; biases, which move along with a product, are zero."""
+    twin = copied[module] = type(module).__new__(type(module))
     nn.Module.__init__(twin)
     vars(twin).update({name: value for name, value in vars(module).items() if name not in _NOT_COPIED})
-    config = copy.deepcopy(getattr(module, "config", None))
-    if isinstance(config, PreTrainedConfig):
-        config._attn_implementation = "eager"
-        vars(twin)["config"] = config
+    if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+        vars(twin)["config"] = copy.deepcopy(config)
+        vars(twin)["config"]._attn_implementation = "eager"
     for name, parameter in module._parameters.items():
-        if parameter is not None and parameter not in drawn:
-            drawn[parameter] = nn.Parameter(_draw(name, whole_shape(parameter), generator))
-        twin.register_parameter(name, None if parameter is None else drawn[parameter])
+        if parameter is not None and parameter not in copied:
+            copied[parameter] = nn.Parameter(_draw(name, whole_shape(parameter), generator))
+        twin.register_parameter(name, None if parameter is None else copied[parameter])
     for name, buffer in module._buffers.items():
         if buffer is not None:
             buffer = torch.ones(buffer.shape, dtype=buffer.dtype) if buffer.is_meta else buffer.cpu()
-            buffer = buffer.double() if buffer.is_floating_point() else buffer
+            buffer = buffer.float() if buffer.is_floating_point() else buffer
         twin.register_buffer(name, buffer)
-    for name, child in module.named_children():
-        twin.add_module(name, _redrawn(child, drawn, generator))
+    for name, child in module._modules.items():
+        twin.add_module(name, None if child is None else copied.get(child) or _redrawn(child, copied, generator))
     return twin
 
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     if name.endswith("bias"):
-        return torch.zeros(shape, dtype=torch.float64)
-    if len(shape) < 2:  # the scales of normalizations, which are ones in a fresh model
-        return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
-    return _normal(*shape, generator=generator) / shape[-1] ** 0.5
+        return torch.zeros(shape, dtype=torch.float32)
+    if len(shape) < 2:  # of normalizations, ones in a fresh model
+        return _scales(shape, generator)
+    if len(shape) > 2 or min(shape) <= _WIDTH:
+        return _normal(*shape, generator=generator) / shape[-1] ** 0.5
+    weight = torch.zeros(shape, dtype=torch.float32)
+    weight[:_WIDTH] = _normal(_WIDTH, shape[1], generator=generator) / shape[1] ** 0.5
+    weight[:, :_WIDTH] = _normal(shape[0], _WIDTH, generator=generator) / _WIDTH**0.5
+    return weight
 
 
 def _arguments(
@@ -161,10 +176,9 @@ def _arguments(
             _normal(*layout, inputs_of(projection), generator=generator)
             for projection in (projections.query, projections.key, projections.value)
         )
+        rotary = torch.ones(*layout, rotation, dtype=torch.float32)
         given: dict[str, Any] = dict.fromkeys(required, query if crossing else None) | {
-            "position_embeddings": (torch.ones(*layout, rotation).double(), torch.zeros(*layout, rotation).double())
-            if rotation
-            else None,
+            "position_embeddings": (rotary, 0 * rotary) if rotation else None,
             "position_ids": torch.zeros(layout, dtype=torch.long),
             "attention_mask": torch.ones(1, 1, tokens, tokens) if masked else None,
             "mask": torch.ones(layout) if masked else None,

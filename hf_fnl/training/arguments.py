@@ -17,6 +17,7 @@ from hf_fnl.optim.groups import FACTOR_DECAYS
 from hf_fnl.selectors import KINDS, PARTS, Selector
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
+NONFINITE_ACTIONS = ("stop", "skip")
 CHECKPOINT_FORMATS = ("full", "sharded")
 CHECKPOINTING_OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the name now and before
 
@@ -78,6 +79,13 @@ class FLAMBeTrainingArguments(TrainingArguments):
         metadata={
             "help": "With lr_scheduler_type=inverse_sqrt: share of the learning rate at which the warm-up begins; 1: "
             "the rate is constant for warmup_steps (Khodak et al. 2021)."
+        },
+    )
+    nonfinite_gradient: str = field(
+        default="stop",
+        metadata={
+            "help": "At a loss or gradient norm that is NaN or infinite: stop, with an error that names the step; or "
+            "skip, which leaves the step out. Non-finite weights are never saved."
         },
     )
     diagnostics_steps: int = field(
@@ -179,6 +187,10 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"frobenius_coefficient must not be negative, got {self.frobenius_coefficient}")
         if self.factor_decay not in FACTOR_DECAYS:
             raise ValueError(f"factor_decay must be one of {', '.join(FACTOR_DECAYS)}, got {self.factor_decay!r}")
+        if self.nonfinite_gradient not in NONFINITE_ACTIONS:
+            raise ValueError(
+                f"nonfinite_gradient must be one of {', '.join(NONFINITE_ACTIONS)}, got {self.nonfinite_gradient!r}"
+            )
         if self.diagnostics_steps < 0:
             raise ValueError(f"diagnostics_steps must not be negative, got {self.diagnostics_steps}")
 

@@ -32,8 +32,8 @@ from hf_fnl.processes import is_first, leave
 T = TypeVar("T")
 
 FILES = (".yaml", ".yml", ".json")
-INTERVAL = 20.0  # seconds between two lines about a long step
 INTERRUPTED = 130  # as shells say it of what Ctrl-C ended
+INTERVAL = 20.0  # seconds between two lines about a long step
 # Of the Trainer's own options those that most runs set; help shows them beside ours.
 _OFTEN = (
     *("output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),

@@ -144,8 +144,8 @@ class _Announcements(TrainerCallback):
         lines = {
             "model": f"{type(model).__name__}, {size['total']:,} parameters{share}",
             "device": f"{_device(args)}, {_count(args.world_size, 'process', 'es')}, {_precision(args)}",
-            "training": f"{_count(state.max_steps, 'step')} ({state.num_train_epochs} epochs) of {batch:,} examples"
-            f"{resumed}; {getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}",
+            "training": f"{_count(state.max_steps, 'step')} ({_count(state.num_train_epochs, 'epoch')}) of {batch:,} "
+            f"examples{resumed}; {getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}",
             "output": args.output_dir,
         }
         print("", *(f"{name:<9} {line}" for name, line in lines.items()), "", sep="\n", flush=True)

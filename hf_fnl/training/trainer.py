@@ -24,6 +24,8 @@ from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
 from hf_fnl.training.checkpoints.resume import tied_are_not_missing
+from hf_fnl.training.engines import is_sharded
+from hf_fnl.training.finite import FiniteSteps
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.profiling import StepProfiler
@@ -43,6 +45,13 @@ def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: b
     Raises:
         ValueError: If ``args.frobenius_decay`` names a kind of product that the model does not have.
     """
+    return _optimizer_and_decay(model, args, dense=dense)[0]
+
+
+def _optimizer_and_decay(
+    model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool
+) -> tuple[torch.optim.Optimizer, FrobeniusDecay | None]:
+    """:func:`build_optimizer`, and what decays products in its steps, if that is not the optimizer itself."""
     products = decayed_products(model, args, dense=dense)
     flambe = args.optim == "flambe" and bool(products)
     groups = parameter_groups(
@@ -54,15 +63,15 @@ def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: b
         decay_vectors=args.decay_vectors,
     )
     if flambe:
-        return FLAMBe(groups, products=products, **_lamb_arguments(args))
+        return FLAMBe(groups, products=products, **_lamb_arguments(args)), None
     if args.optim in OUR_OPTIMIZERS:
         optimizer: torch.optim.Optimizer = Lamb(groups, **_lamb_arguments(args))
     else:
         optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
         optimizer = optimizer_class(groups, **arguments)
-    if products and args.frobenius_mode != "penalty":
-        FrobeniusDecay(optimizer, products, args.product_decay, mode=args.frobenius_mode)
-    return optimizer
+    if not products or args.frobenius_mode == "penalty":
+        return optimizer, None
+    return optimizer, FrobeniusDecay(optimizer, products, args.product_decay, mode=args.frobenius_mode)
 
 
 def check_current(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -152,6 +161,9 @@ class FLAMBeTrainer(StreamingTrainer):
             self.model_accepts_loss_kwargs = False
         self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters
         self._is_dense = args.dense_steps > 0
+        self._coupled: FrobeniusDecay | None = None
+        self._finite = FiniteSteps(lambda: self.accelerator, args.nonfinite_gradient)
+        self.add_callback(self._finite)
         self._add_switch(factorize)
         self.add_callback(EpochCallback())
         self._diagnostics = DiagnosticsCallback((), args.diagnostics_steps, self.log)
@@ -180,7 +192,28 @@ class FLAMBeTrainer(StreamingTrainer):
         return super().create_optimizer(model)
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(model, self.args, dense=self._is_dense)
+        optimizer, decay = _optimizer_and_decay(model, self.args, dense=self._is_dense)
+        self._coupled = None
+        if decay is not None and decay.mode == "coupled" and not self._is_divided_by_deepspeed:
+            decay.remove()  # from the steps, before which gradients are clipped
+            self._coupled = None if self.is_deepspeed_enabled else decay
+        return optimizer
+
+    @property
+    def _is_divided_by_deepspeed(self) -> bool:
+        """Whether DeepSpeed hands out parts of parameters: then nothing is clipped, and decay may wait for the step."""
+        return self.is_deepspeed_enabled and is_sharded(self.accelerator)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As in Transformers; coupled Frobenius decay is added to the gradients of an update, before any clipping."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite.note(loss)
+        if self._coupled is not None and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
+        return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """As in Transformers, or the schedule of ``args.lr_power`` or ``args.warmup_start``."""
@@ -193,7 +226,9 @@ class FLAMBeTrainer(StreamingTrainer):
         """Find the products that are penalized and watched, in the form that the model has now."""
         model = self.accelerator.unwrap_model(self.model)
         products = decayed_products(model, self.args, dense=self._is_dense)
-        self._penalized = products if self.args.frobenius_mode == "penalty" else []
+        mode = self.args.frobenius_mode
+        in_loss = mode == "penalty" or (mode == "coupled" and self.is_deepspeed_enabled)
+        self._penalized = products if in_loss and not self._is_divided_by_deepspeed else []
         if self.args.diagnostics_steps:
             self._diagnostics.products = products if products or self._is_dense else find_products(model)
 
@@ -282,11 +317,16 @@ class FLAMBeTrainer(StreamingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As in Transformers, with the Frobenius penalty added in training where the mode is ``penalty``."""
+        """As in Transformers, with the Frobenius penalty added in training where the mode is ``penalty``.
+
+        Under DeepSpeed its gradient alone is added where the mode is ``coupled``.
+        """
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self._penalized and model.training):
             return result
         penalty = self._penalty(model)
+        if self.args.frobenius_mode == "coupled":
+            penalty = penalty - penalty.detach()  # its gradient, for an engine that clips within its step
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # A loss normalized over the whole batch is not divided by the accumulation steps afterwards.
             penalty = penalty / self.current_gradient_accumulation_steps

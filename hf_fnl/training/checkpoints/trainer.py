@@ -38,6 +38,7 @@ from hf_fnl.training.checkpoints.resume import check_whole, newest_whole
 from hf_fnl.training.checkpoints.saving import Saving
 from hf_fnl.training.engines import EngineTrainer, innermost
 from hf_fnl.training.files import write_json
+from hf_fnl.training.finite import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class CheckpointingTrainer(EngineTrainer):
         return built
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in Transformers, but whole or not at all, and on every engine in one format."""
+        """As in Transformers, but whole or not at all, on every engine in one format, and no weights that are NaN."""
+        check_finite(self.accelerator.unwrap_model(self.model), self.accelerator, f"at step {self.state.global_step}")
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         run = Path(self._get_output_dir(trial))
@@ -152,7 +154,12 @@ class CheckpointingTrainer(EngineTrainer):
         return {name: copies[key] for name, key in keys.items()}  # tied weights stay tied
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Transformers, and the whole model also where an engine's settings would have parts of it saved."""
+        """As in Transformers, and the whole model also where an engine's settings would have parts of it saved.
+
+        Raises:
+            ValueError: If a parameter holds NaN or Inf; nothing is written then.
+        """
+        check_finite(self.accelerator.unwrap_model(self.model), self.accelerator, "and are to be saved")
         weights = whole_state_dict(self)
         if weights is None:
             super().save_model(output_dir, _internal_call)

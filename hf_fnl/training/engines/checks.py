@@ -45,6 +45,13 @@ def check_engine(accelerator: Accelerator, model: nn.Module, args: FLAMBeTrainin
             "frobenius_mode=penalty needs whole factors in every process, and FSDP and ZeRO stage 3 hold parts; set "
             "frobenius_mode to decoupled or coupled, or take DDP or ZeRO stage 0 to 2"
         )
+    if args.frobenius_mode == "coupled" and args.frobenius_decay and deepspeed is not None:
+        _check_coupled(deepspeed)
+    if deepspeed is not None and args.nonfinite_gradient == "skip":
+        raise ValueError(
+            "nonfinite_gradient=skip does not work with DeepSpeed, which steps by itself: set it to stop; in fp16 "
+            "DeepSpeed skips such steps"
+        )
     divided = fsdp is not None or (deepspeed is not None and deepspeed.zero_stage > 0)
     optim = str(getattr(args.optim, "value", args.optim))
     if divided and optim.startswith(_BY_MATRIX):
@@ -58,6 +65,16 @@ def check_engine(accelerator: Accelerator, model: nn.Module, args: FLAMBeTrainin
                 f"{name} is divided along another dimension than its first, by tensor parallelism; "
                 "train with FSDP2 or DeepSpeed instead"
             )
+
+
+def _check_coupled(deepspeed: Any) -> None:
+    """Stage 3 clips what it holds in parts before any decay could be added to it."""
+    clipping = deepspeed.hf_ds_config.config.get("gradient_clipping", 0)
+    if deepspeed.zero_stage == 3 and clipping:
+        raise ValueError(
+            f"frobenius_mode=coupled adds decay to the gradient, which ZeRO stage 3 clips (to {clipping}) before that: "
+            "set max_grad_norm=0 or frobenius_mode=decoupled, or take FSDP or ZeRO stage 0 to 2"
+        )
 
 
 def _warn_of_restarts() -> None:

@@ -132,7 +132,7 @@ def load_images(
 
 def pillow(module: str) -> Any:
     """A module of Pillow, or an ``ImportError`` that says how it is installed."""
-    return require(f"PIL.{module}", "images need Pillow, that is", "hf_fnl[vision]")
+    return require(f"PIL.{module}", "images are decoded by Pillow, that is", "hf_fnl[vision]")
 
 
 @functools.cache

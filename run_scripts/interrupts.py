@@ -1,0 +1,21 @@
+"""Imported first by scripts: Ctrl-C while the others are imported, for seconds, ends them without a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+INTERRUPTED = 130  # as shells say it of what Ctrl-C ended
+
+
+def end_quietly(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Show an exception as Python does, but of an interrupt only that there was one."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
+
+
+sys.excepthook = end_quietly
