@@ -50,11 +50,16 @@ def diagnose(
         The figures of each product under its name.
 
     Raises:
-        ValueError: If there are no products.
+        ValueError: If there are no products, or they have no values here.
     """
     products = list(products)
     if not products:
         raise ValueError("there are no products to diagnose; find_products(model) lists those of a model")
+    for product in products:
+        if any(factor.is_meta for factor in product.factors(model)):
+            raise ValueError(
+                f"{product.name} is on the meta device or offloaded by accelerate: there is nothing to measure"
+            )
     rows = [_figures(product, model, learning_rate) for product in products]
     values = iter(torch.stack([figure for row in rows for figure in row.values()]).tolist())
     return {product.name: {name: next(values) for name in row} for product, row in zip(products, rows, strict=True)}

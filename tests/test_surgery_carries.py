@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl import FactorizedBertForMaskedLM
+from hf_fnl import FactorizedBertForMaskedLM, compose_, diagnose, find_products
 from hf_fnl.config import FactorizationConfig
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.surgery import factorize_, merge_
@@ -338,6 +338,17 @@ def test_conversions_of_our_classes_refuse_offloaded_models():
         FactorizedBertForMaskedLM.from_dense(accelerate.cpu_offload(dense, execution_device=CPU), ffn_rank=4)
     with pytest.raises(ValueError, match=r"merge needs the parameters of .*, which accelerate offloads"):
         accelerate.cpu_offload(ours, execution_device=CPU).merge()
+
+
+def test_what_reads_values_refuses_offloaded_models():
+    model = net().eval()
+    factorize_(model, FULL)
+    products = find_products(model)
+    accelerate.cpu_offload(model, execution_device=CPU)
+    with pytest.raises(ValueError, match="0 is on the meta device or offloaded by accelerate"):
+        diagnose(model, products)
+    with pytest.raises(ValueError, match="compose_ needs values"):
+        compose_(model)
 
 
 def test_a_model_without_values_on_purpose_changes_its_shapes():

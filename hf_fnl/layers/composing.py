@@ -61,11 +61,13 @@ def compose_(model: nn.Module) -> ComposedWeights:
         What ends it, by ``remove()`` or as a context manager.
 
     Raises:
-        ValueError: If the model is in training mode.
+        ValueError: If the model is in training mode, or holds no values.
     """
     if model.training:
         raise ValueError("compose_ is for inference: call model.eval() first")
     layers = [module for module in model.modules() if isinstance(module, Factorized) and _is_cheaper_composed(module)]
+    if any(layer.factors()[0].is_meta for layer in layers):
+        raise ValueError("compose_ needs values: the model is on the meta device, or offloaded by accelerate")
     for layer in layers:
         layer.hold_weight_(layer.dense_weight())
     return ComposedWeights(layers)
