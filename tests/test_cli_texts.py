@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from typer.testing import CliRunner
 
 from hf_fnl.cli import app
-from hf_fnl.cli.texts import Texts, calibration_batch
+from hf_fnl.cli.texts import Texts, calibration_batch, read_texts
 
 WORDS = [f"w{number}" for number in range(40)]
 
@@ -55,7 +55,7 @@ def batch_of(monkeypatch, source: Path, samples: int, length: int, *, special: b
     monkeypatch.setattr("hf_fnl.cli.texts.load_tokenizer", lambda _: tokenizer(special))
     seen.clear()
     texts = Texts(source=str(source), column="text", samples=samples, length=length)
-    return calibration_batch(model or llama(), "the model", texts)
+    return calibration_batch(model or llama(), read_texts("the model", texts), texts)
 
 
 def ids(text: list[str]) -> list[int]:

@@ -11,14 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hf_fnl.cli.plan import plan
 from hf_fnl.cli.profile import profile
 from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, share_left, size_change, sort_rows
 from hf_fnl.cli.terminal import as_typed, session
 
+
+class _Group(TyperGroup):
+    """The commands, listed without rich: importing that takes as long as all else that ``--help`` does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "rich_markup_mode": None})
+
+
 app = typer.Typer(
     name="hf-fnl",
+    cls=_Group,
     help="Factorized neural layers: make a trained model smaller, look into it, and turn it back into a stock model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -48,6 +58,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder t
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+_COMPARED = 5  # the colours of a report that can be told apart
 _RULE, _RANKS, _WHERE, _DATA = "How far (one of these)", "Ranks by kind instead", "What", "Calibration"
 
 
@@ -59,7 +70,10 @@ def _rank(text: str, panel: str = _RANKS) -> Any:
     return typer.Option(metavar="N", help=text, rich_help_panel=panel)
 
 
-@app.command(epilog="Example: hf-fnl factorize bert-base-uncased --ratio 0.5 --calibrate texts.jsonl --out bert-half")
+@app.command(
+    short_help="Make a trained model smaller.",
+    epilog="Example: hf-fnl factorize bert-base-uncased --ratio 0.5 --calibrate texts.jsonl --out bert-half",
+)
 def factorize(
     context: typer.Context,
     model: Model,
@@ -179,7 +193,10 @@ def factorize(
         terminal.show(record | {"out": str(out)}, table, "\n".join(["", *used, str(out)]))
 
 
-@app.command(epilog="Example: hf-fnl merge bert-half --out bert-half-stock")
+@app.command(
+    short_help="Turn a factorized model into a stock one.",
+    epilog="Example: hf-fnl merge bert-half --out bert-half-stock",
+)
 def merge(
     model: Model,
     out: Out,
@@ -203,7 +220,10 @@ def merge(
         terminal.show(result | {"out": str(out)}, f"{classes}: {sizes}\n{checked}\n{out}")
 
 
-@app.command(epilog="Example: hf-fnl consolidate run/checkpoint-1000 --out bert-1000")
+@app.command(
+    short_help="Make a model's folder of a checkpoint in parts.",
+    epilog="Example: hf-fnl consolidate run/checkpoint-1000 --out bert-1000",
+)
 def consolidate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint of a training.")],
     out: Out,
@@ -225,7 +245,9 @@ def consolidate(
         terminal.show(result | {"checkpoint": str(checkpoint), "out": str(out)}, f"{size}\n{out}")
 
 
-@app.command(epilog="Example: hf-fnl inspect bert-half --sort effective-rank")
+@app.command(
+    short_help="Show every matrix of a model.", epilog="Example: hf-fnl inspect bert-half --sort effective-rank"
+)
 def inspect(
     model: Model,
     sort: Annotated[SortKey | None, typer.Option(help="Largest first; in the order of the model unless given.")] = None,
@@ -254,7 +276,10 @@ def inspect(
         terminal.show(result, matrices_table(rows, total), f"\n{type(loaded).__name__}: {total:,} parameters{share}")
 
 
-@app.command(epilog="Example: hf-fnl report runs/decay-* --out report.html")
+@app.command(
+    short_help="Write an HTML page about runs or models.",
+    epilog="Example: hf-fnl report runs/decay-* --out report.html",
+)
 def report(
     runs_or_models: Annotated[
         list[str] | None,
@@ -274,6 +299,8 @@ def report(
     sources = [*(runs_or_models or ()), *(compare or ())]
     if not sources:
         raise typer.BadParameter("name a run or a model, or two with --compare A B")
+    if len(sources) > _COMPARED:
+        raise typer.BadParameter(f"up to {_COMPARED} runs or models are compared, got {len(sources)}")
     with session(as_json=as_json, debug=debug, sources=sources) as terminal:
         from hf_fnl.report import write_report
 
@@ -284,8 +311,14 @@ def report(
         terminal.show({"sources": sources, "out": str(written)}, str(written))
 
 
-app.command(epilog="Example: hf-fnl plan bert-large --gpus 64 --engine fsdp2 --memory 24")(plan)
-app.command(epilog="Example: hf-fnl profile bert-base --ffn-rank 192 --bf16 --compile --json profile.json")(profile)
+app.command(
+    short_help="Say what training a model costs on N GPUs.",
+    epilog="Example: hf-fnl plan bert-large --gpus 64 --engine fsdp2 --memory 24",
+)(plan)
+app.command(
+    short_help="Say where the time of training goes.",
+    epilog="Example: hf-fnl profile bert-base --ffn-rank 192 --bf16 --compile --json profile.json",
+)(profile)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_fnl.cli.folders import carry_files, local_files, new_folder
 from hf_fnl.cli.sources import factorized_classes, load_model
 from hf_fnl.cli.terminal import Terminal
-from hf_fnl.cli.texts import Texts, calibration_batch
+from hf_fnl.cli.texts import Texts, calibration_batch, read_texts
 from hf_fnl.config import FactorizationConfig, RankRule
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.functional import kept_energy
@@ -81,13 +81,14 @@ def factorize(order: Order, terminal: Terminal) -> dict[str, Any]:
     """
     needed = [order.texts.source] if order.texts and looks_like_path(order.texts.source) else []
     with new_folder(order.target, source=order.source, overwrite=order.overwrite, needed=needed) as folder:
+        read = None if order.texts is None else read_texts(order.source, order.texts)
         dense = load_model(order.source, terminal)
         ours = _class_for(dense, order)
         before = parameter_count(dense)["total"]
         batch, tokens = None, None
-        if order.texts is not None:
+        if order.texts is not None and read is not None:
             with terminal.step("reading texts"):
-                batch = calibration_batch(dense, order.source, order.texts)
+                batch = calibration_batch(dense, read, order.texts)
             tokens = int(batch["attention_mask"].sum())
             if tokens < (asked := order.texts.samples * order.texts.length):
                 terminal.note(f"note: {order.texts.source} gives {tokens:,} tokens to calibrate with, not {asked:,}")

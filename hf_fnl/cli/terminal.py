@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,6 +34,8 @@ class Terminal:
     """
 
     def __init__(self, *, as_json: bool) -> None:
+        from rich.console import Console  # which --help does not wait for
+
         self.as_json = as_json
         # Names may hold brackets and colons, which are no markup.
         self._stdout = Console(file=sys.stdout, width=_WIDE, markup=False, emoji=False, highlight=False)

@@ -59,25 +59,45 @@ class Texts:
         yield from (row["text"] for row in rows if (row["text"] or "").strip())
 
 
-def calibration_batch(model: PreTrainedModel, tokenizer_source: str, texts: Texts) -> dict[str, Tensor]:
-    """One batch of text for a model, with a mask.
+Read = tuple[PreTrainedTokenizerBase, list[str]]
+
+
+def read_texts(tokenizer_source: str, texts: Texts) -> Read:
+    """The tokenizer and the documents, before a model is loaded.
 
     Raises:
         FileNotFoundError: If the file or the tokenizer is missing.
-        ValueError: If the model reads no text, the tokenizer is not the model's, or there is no text.
+        ValueError: If there is no text, or the tokenizer needs code of its own.
+    """
+    documents = list(texts.documents())
+    if not documents:
+        raise ValueError(f"no text in {texts.source}")
+    return load_tokenizer(tokenizer_source), documents
+
+
+def calibration_batch(model: PreTrainedModel, read: Read, texts: Texts) -> dict[str, Tensor]:
+    """One batch of text for a model, with a mask.
+
+    Args:
+        model: The model.
+        read: What :func:`read_texts` read for it.
+        texts: Says how many samples are cut, and how long.
+
+    Raises:
+        ValueError: If the model reads no text, or the tokenizer is not the model's or finds no token in the texts.
     """
     if model.main_input_name != "input_ids":
         raise ValueError(f"--calibrate needs a model of text; a {type(model).__name__} reads {model.main_input_name}")
-    tokenizer = load_tokenizer(tokenizer_source)
+    tokenizer, documents = read
     length = min(tokenizer.model_max_length, longest_input(model, texts.length))
-    samples = list(itertools.islice(_samples(tokenizer, list(texts.documents()), length), texts.samples))
+    samples = list(itertools.islice(_samples(tokenizer, documents, length), texts.samples))
     if not samples:
-        raise ValueError(f"no text in {texts.source}")
+        raise ValueError(f"the tokenizer finds no token in {texts.source}")
     largest, known = max(map(max, samples)), model.get_input_embeddings().num_embeddings
     if largest >= known:
         raise ValueError(
-            f"the tokenizer in {tokenizer_source} is not that of the model, which knows {known:,} tokens: it gives the "
-            f"token {largest}"
+            f"the tokenizer in {tokenizer.name_or_path} is not that of the model, which knows {known:,} tokens: it "
+            f"gives the token {largest}"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(samples[0][0])
