@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 from training_cases import tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3Model,
+    ViTConfig,
+    ViTModel,
+)
 
 from hf_fnl import FactorizationConfig, FactorizedLinear, factorize_
 from hf_fnl.diagnostics import diagnose, forward_flops
@@ -38,6 +47,19 @@ def vision() -> nn.Module:
     return ViTModel(ViTConfig(image_size=12, patch_size=4, **sizes))
 
 
+def normalized_queries_and_keys() -> nn.Module:
+    """Values and outputs are the only product of the attention."""
+    sizes = {"hidden_size": 8, "head_dim": 4, "num_key_value_heads": 2, "intermediate_size": 6, "pad_token_id": 0}
+    return Qwen3Model(Qwen3Config(vocab_size=13, num_hidden_layers=1, num_attention_heads=2, **sizes))
+
+
+def fused_with_values_in_no_product() -> nn.Module:
+    """The matrix of queries, keys and values is only in part of a product, for the output is factorized."""
+    model = gpt2()
+    factorize_(model, FactorizationConfig(rank=3, include=("*attn.c_proj",)))
+    return model
+
+
 class OddAttention(nn.Module):
     """Of a layout that no adapter knows."""
 
@@ -52,6 +74,8 @@ MODELS = {
     "fused": gpt2,
     "grouped": grouped_llama,
     "surgery": after_surgery,
+    "one-product": normalized_queries_and_keys,
+    "part-of-a-matrix": fused_with_values_in_no_product,
     "unknown-attention": lambda: nn.Sequential(OddAttention(), nn.Embedding(5, 7)),
 }
 

@@ -182,6 +182,7 @@ def _arguments(
             "position_ids": torch.zeros(layout, dtype=torch.long),
             "attention_mask": torch.ones(1, 1, tokens, tokens) if masked else None,
             "mask": torch.ones(layout) if masked else None,
+            **{name: torch.zeros(()) for name in names if name.startswith("rel_")},
             "rel_embeddings": relative,
             "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32),
             "max_seqlen": tokens,

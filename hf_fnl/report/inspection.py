@@ -199,15 +199,23 @@ def _first_weight(module: nn.Module) -> Tensor | None:
 
 
 def _attention_products(model: nn.Module) -> dict[str, list[Product]]:
-    """The products of attentions, by the name of the attention."""
+    """The products of attentions, by the name of the attention, but for those of a part of a matrix.
+
+    A matrix of queries, keys and values stays one where not all of them are in products.
+    """
     found: dict[str, list[Product]] = {}
+    products: list[Product] = []
     with warnings.catch_warnings():
         # An attention of unknown layout is not left out here: its projections are plain matrices.
         warnings.simplefilter("ignore", UserWarning)
         with contextlib.suppress(ValueError):  # there are none
-            for product in find_products(model):
-                if product.kind in ("qk", "ov"):
-                    found.setdefault(product.name.rpartition(".")[0], []).append(product)
+            products = [product for product in find_products(model) if product.kind in ("qk", "ov")]
+    covered: Counter[str] = Counter()
+    for part in (part for product in products for part in product.parts):
+        covered[part.name] += part.view(model.get_parameter(part.name)).numel()
+    for product in products:
+        if all(covered[name] >= model.get_parameter(name).numel() for name in product.parameter_names):
+            found.setdefault(product.name.rpartition(".")[0], []).append(product)
     return found
 
 
