@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 
@@ -44,3 +45,10 @@ def test_detokenization_undoes_moses():
 def test_bad_input(hypotheses, references):
     with pytest.raises(ValueError, match=f"needed, got {len(hypotheses)} and {len(references)}"):
         bleu_scores(hypotheses, references)
+
+
+@pytest.mark.parametrize(("module", "package"), [("sacrebleu.metrics", "sacrebleu"), ("sacremoses", "sacremoses")])
+def test_a_package_that_is_missing_is_named(monkeypatch, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f'by {package}: pip install "{package}"'):
+        bleu_scores(["one"], ["one"], detokenize_lang="en")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import datasets
 import numpy as np
 import pytest
@@ -332,3 +334,10 @@ def test_one_file_is_not_evaluated_on_by_default(tmp_path):
     with pytest.raises(ValueError, match="one file, which is one split: set eval_dataset"):
         ImageOptions(dataset=str(path))
     assert len(ImageOptions(dataset=str(path), eval_dataset=str(path)).evaluation(CLASSES)) == len(LABELS)
+
+
+def test_without_pillow_the_extra_is_named(monkeypatch):
+    records = load_images("digits", split="test", limit=2)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r'images are decoded by .* PIL: pip install "hf_fnl\[vision\]"'):
+        next(iter(records))

@@ -13,6 +13,7 @@ from hub_cards import card_problems
 from huggingface_hub import ModelCard, ModelCardData
 from training_cases import tiny_trainer
 
+from hf_fnl import FactorizedBertConfig, FactorizedBertForQuestionAnswering
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.models.cards import Record, is_automatic, model_card, stated_in, write_card, write_upload_card
@@ -392,3 +393,26 @@ def test_a_deeply_nested_record_is_damaged(tmp_path):
 def test_only_texts_are_taken_from_a_card(tmp_path, head, expected):
     (tmp_path / "README.md").write_text(f"---\n{head}\n---\n")
     assert {k: v for k, v in stated_in(tmp_path / "README.md").to_dict().items() if v} == expected
+
+
+ANY_JSON = [
+    *(None, True, 3, 1.5, 10**400, float("nan"), float("inf"), "", "x|y", "a/b", "\ud800"),
+    *([], {}, ["a", 1, None], ["a/b", "c/d"], [["a"]], [{"b": 1}], {"a": [1]}),
+]
+
+
+@pytest.mark.parametrize("value", ANY_JSON, ids=lambda value: ascii(value)[:20])
+def test_a_record_may_hold_any_json(tmp_path, value):
+    sizes = {"vocab_size": 30, "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3}
+    model = FactorizedBertForQuestionAnswering(FactorizedBertConfig(**sizes, intermediate_size=10, ffn_rank=3))
+    settings = ("dataset", "train_dataset", "eval_dataset", "validation_dataset", "model", "init_from", "optim")
+    more = ("learning_rate", "phases", "eval_split", "max_eval_questions", "languages", "output_dir", "anything")
+    for name in (*settings, *more):
+        (tmp_path / "run_config.json").write_text(json.dumps({name: value}))
+        assert card_problems(str(model_card(model, name="x/y", record=tmp_path))) == []
+    (tmp_path / "run_config.json").write_text(json.dumps({"eval_dataset": "a/b"}))
+    for name in ("exact_match", "f1", "eval_loss", "parameters", "train_runtime", "anything"):
+        (tmp_path / "metrics.json").write_text(json.dumps({name: value}))
+        card = model_card(model, name="x/y", record=tmp_path)
+        card.save(tmp_path / "README.md")
+        assert card_problems((tmp_path / "README.md").read_text(encoding="utf-8")) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,6 +11,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.sharded_init import Factorize, make_partitioned, make_whole
 from hf_fnl.processes import process
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -36,6 +39,7 @@ def build(model_class: type[Model], config: PreTrainedConfig, *, factorize: Fact
     def make() -> Any:
         return model_class(config)
 
+    logger.info("drawing the weights of a %s ...", model_class.__name__)  # decomposing large ones takes its time
     if is_deepspeed_zero3_enabled():
         return make_partitioned(make, factorize)
     rank, count = process()

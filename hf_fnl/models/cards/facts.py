@@ -58,12 +58,17 @@ def describe(
 
 def plain(value: object) -> str:
     """Text that Markdown shows as it is: on one line, no table cell, link, markup or HTML in it."""
-    return re.sub(r"([\\`*\[\]<>|&$~]|\b_|_\b)", r"\\\1", " ".join(str(value).split()))
+    return re.sub(r"([\\`*\[\]<>|&$~]|\b_|_\b)", r"\\\1", _one_line(value))
+
+
+def _one_line(value: object) -> str:
+    # JSON may hold half of a surrogate pair, which no file can.
+    return " ".join(str(value).encode("utf-8", "replace").decode().split())
 
 
 def code(value: object) -> str:
     """A span of code in a Markdown table: on one line, with more backticks around it than there are in it."""
-    text = " ".join(str(value).split()).replace("|", "\\|")
+    text = _one_line(value).replace("|", "\\|")
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}{text}{ticks}" if ticks == "`" else f"{ticks} {text} {ticks}"
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
@@ -105,14 +106,18 @@ def _measured(record: Record, task: str | None) -> Iterator[tuple[_Evaluation, s
     last = {key.rpartition(" / ")[2]: value for key, value in record.metrics.items()}  # of several phases, the last
     for evaluation in _EVALUATIONS:
         for key in evaluation.metrics:
-            if task in (None, evaluation.task) and key in last:
+            if task in (None, evaluation.task) and _is_finite(last.get(key)):
                 yield evaluation, key, last[key]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _result(record: Record, evaluation: _Evaluation, key: str, value: float) -> EvalResult | None:
     """A row of the Hub's ``model-index``; of a part of a data set, or of a file, it has none."""
     data = next((name for option in evaluation.data if (name := record.settings.get(option))), None)
-    if not is_hub_id(data) or record.settings.get(evaluation.limit) is not None or not math.isfinite(value):
+    if not is_hub_id(data) or record.settings.get(evaluation.limit) is not None:
         return None
     metric, words = evaluation.metrics[key]
     return EvalResult(

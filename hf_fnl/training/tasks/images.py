@@ -66,11 +66,12 @@ class ImageRecords:
         return f"record {self.record_numbers[index]} of {self.source}"
 
     def _decode(self, cell: dict[str, Any], index: int) -> Image.Image:
+        images, operations = pillow("Image"), pillow("ImageOps")
         try:
-            with pillow("Image").open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
+            with images.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
                 if image.mode in _DEEP_MODES:
                     raise ValueError(f"its mode is {image.mode}, but pixels must have 8 bits a channel")
-                upright = pillow("ImageOps").exif_transpose(image)
+                upright = operations.exif_transpose(image)
                 return upright.convert("L" if upright.mode in _GRAY_MODES else "RGB")
         except Exception as error:
             path = (cell and cell["path"]) or "not a file of its own"
