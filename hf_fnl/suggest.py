@@ -7,6 +7,19 @@ from difflib import get_close_matches
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: ``"; did you mean ffn_rank?"``, or nothing where none is like it."""
-    close = get_close_matches(given, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    """The end of an error about an unknown name: ``"; did you mean ffn_rank?"``, or nothing where none is like it.
+
+    Like a name are those that are spelt almost as it is; else those that contain it, as ``num_train_epochs`` does
+    ``epochs``, and one of which it has the initials, as ``lr`` has of ``learning_rate``.
+
+    Args:
+        given: The unknown name. Its case, and dashes at its beginning, do not count.
+        known: The names there are.
+    """
+    bare = given.lower().lstrip("-").replace("-", "_")
+    names = {name.lower().lstrip("-"): name for name in known}
+    found = get_close_matches(bare, names, n=1, cutoff=0.6)
+    if not found and len(bare) > 1:
+        initials = [name for name in names if "".join(word[:1] for word in name.split("_")) == bare]
+        found = initials[:1] or [name for name in names if len(bare) > 2 and bare in name][:3]
+    return f"; did you mean {' or '.join(names[name] for name in found)}?" if found else ""

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainingArguments
 
+from hf_fnl.suggest import did_you_mean
 from hf_fnl.training import command_line
 from hf_fnl.training.command_line import (
     UsageError,
     check_at_least,
-    did_you_mean,
     named,
     parse_arguments,
     progress,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from transformers.debug_utils import DebugOption
 from transformers.utils import logging as transformers_logging
 
 from hf_fnl.processes import is_first, leave
+from hf_fnl.suggest import did_you_mean
 
 T = TypeVar("T")
 
@@ -253,23 +253,14 @@ def _not_among(choices: Iterable[Any], given: object) -> str:
     return f"must be one of {', '.join(names)}, got {given!r}{did_you_mean(str(given), names)}"
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """A question about the likeliest of the known words, to be put behind a message; empty where none is like it."""
-    known, bare = list(known), given.lower().replace("-", "_").lstrip("_")
-    folded = {name.lower().lstrip("-"): name for name in known}
-    close = difflib.get_close_matches(bare, folded, n=1, cutoff=0.7)
-    parts = [name for name in folded if len(bare) > 2 and bare in name]
-    initials = [name for name in folded if "".join(word[:1] for word in name.split("_")) == bare]
-    best = close or [*parts[:3], *initials[:1]]
-    return f"; did you mean {' or '.join(folded[name] for name in dict.fromkeys(best))}?" if best else ""
-
-
 def _with_suggestion(message: str, given: dict[str, Any]) -> str:
     """A message about a value that is none of some, with the likeliest of them and, of Transformers', the option."""
     if found := re.fullmatch(r"(.*) is not a valid \w+, please select one of \[(.*)\]", message):
         value, known = found[1], found[2].replace("'", "").split(", ")
         name = next((name for name, each in given.items() if str(each) == value), "value")
         return f"{name} {_not_among(known, value)}"
+    if "did you mean" in message:
+        return message
     if found := re.search(r"(?:one|any) of (.+?)[,;]? (?:but )?got '([^']*)'", message):
         message += did_you_mean(found[2], found[1].replace(" or ", ", ").split(", "))
     return message
