@@ -332,3 +332,13 @@ def test_the_case_of_a_name_does_not_matter_where_the_disk_ignores_it(model):
         upper.symlink_to(model, target_is_directory=True)
     with pytest.raises(FileExistsError, match="another folder"), new_folder(upper, source=str(model), overwrite=True):
         pass
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "{", "[]", '{"architectures": ["X"]}'], ids=["deep", "cut", "list", "type"]
+)
+def test_a_damaged_configuration_is_one_line(model, content):
+    (model / "config.json").write_text(content)
+    error = cli("inspect", model, code=1).stderr
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1

@@ -500,10 +500,11 @@ def test_a_record_that_does_not_fit_is_an_error_and_changes_nothing(layers, mess
 @pytest.mark.parametrize(
     ("ratio", "hint"),
     [
-        (0.3, "Layers of kind conv have 9,600: try kinds=conv$"),
-        (0.02, "try kinds=conv,linear$"),
+        (0.3, "Layers of kind conv stay dense as well: try kinds=conv$"),
+        (0.05, "try kinds=conv,linear$"),
+        (0.02, r"closest ratio is [.0-9]+$"),
     ],
-    ids=["alone", "together"],
+    ids=["alone", "together", "not at all"],
 )
 def test_an_unreachable_ratio_names_the_kind_of_layers_that_would_reach_it(ratio, hint):
     model = nn.Sequential(nn.Conv2d(40, 60, 2, bias=False), nn.Flatten(), nn.Linear(60, 20, bias=False))

@@ -131,6 +131,8 @@ def read_config(path_or_id: str | os.PathLike, **options: Any) -> PreTrainedConf
     """The configuration of a model; a ``ValueError`` if that needs code of its own, which is not run."""
     try:
         return AutoConfig.from_pretrained(path_or_id, trust_remote_code=False, **options)
+    except RecursionError as error:
+        raise ValueError(f"the config.json of {path_or_id} is damaged: {error}") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -185,20 +184,19 @@ def _check_values(targets: Sequence[Target], calibrated: bool) -> None:
 
 
 def _other_kinds(model: nn.Module, config: FactorizationConfig) -> str:
-    """A hint at the kind of layers, not among those of a configuration, that holds most of a model."""
-    sizes: dict[str, int] = {}
-    for other in set(LAYER_KINDS) - set(config.kinds) if not config.classes else ():
-        with contextlib.suppress(ValueError):  # it has no such layer
-            targets, _ = select(model, dataclasses.replace(config, kinds=(other,)))
-            sizes[other] = sum(target.first.weight.numel() for target in targets)
-    share = max(config.ratio or 0.0, config.budget or 0.0)
+    """A hint at kinds of layers with which the share of a configuration could be reached, if there are such."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    chosen = sum(target.first.weight.numel() for target in select(model, config)[0])
-    kind = max(sizes, key=lambda kind: sizes[kind], default=None)
-    if kind is None or total - chosen - sizes[kind] >= share * total:
-        return ""
-    kinds = [kind] if total - sizes[kind] < share * total else [kind, *config.kinds]
-    return f". Layers of kind {kind} have {sizes[kind]:,}: try kinds={','.join(kinds)}"
+    others = [] if config.classes else [kind for kind in LAYER_KINDS if kind not in config.kinds]
+    for kinds in [*([kind] for kind in others), *([kind, *config.kinds] for kind in others)]:
+        try:
+            wider = dataclasses.replace(config, kinds=kinds)
+            candidates = _candidates(model, select(model, wider)[0], wider)
+        except ValueError:  # it has no such layers, or the configuration is of one kind only
+            continue
+        smallest = sum(c.cost(c.raised(0, config.multiple_of)) - c.dense for c in candidates)
+        if total + smallest <= max(config.ratio or 0.0, config.budget or 0.0) * total:
+            return f". Layers of kind {kinds[0]} stay dense as well: try kinds={','.join(kinds)}"
+    return ""
 
 
 def _candidates(
