@@ -116,6 +116,14 @@ def test_models_that_share_layers_come_back(tmp_path):
     assert_comes_back(teacher, tmp_path / "teacher")
 
 
+def test_a_model_that_was_never_made_is_no_obstacle():
+    unfinished = LlamaForCausalLM.__new__(LlamaForCausalLM)
+    model = LLAMA.build()
+    factorize_(model.model.layers[0], LOW)
+    assert record(model) == factorized(model)
+    del unfinished
+
+
 def test_inside_a_model_the_configuration_is_shared_as_before():
     model = LLAMA.build()
     factorize_(model, LOW)

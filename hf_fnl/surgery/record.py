@@ -131,7 +131,8 @@ def models_near(module: nn.Module) -> list[PreTrainedModel]:
     types = set(map(type, objects))
     models = {cls for cls in types if issubclass(cls, PreTrainedModel)}
     found = itertools.compress(objects, map(models.__contains__, map(type, objects)))
-    return list(dict.fromkeys([*models_in(module), *found]))
+    made = (model for model in found if "_modules" in vars(model))  # and not one whose construction failed
+    return list(dict.fromkeys([*models_in(module), *made]))
 
 
 def models_with(models: Iterable[PreTrainedModel], layers: Iterable[nn.Module]) -> list[PreTrainedModel]:
