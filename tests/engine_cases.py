@@ -111,7 +111,9 @@ RUNS = {
     "everything": Run(accumulation=2, options={"max_grad_norm": 0.3, "frobenius_decay": ["ov", "qk", "linear"]}),
     "split groups": Run(options={"frobenius_decay": ["linear", "ov"], "frobenius_coefficient": 0.3}),
     "adamw": Run(options=_ADAMW),
-    "adamw coupled": Run(options=_ADAMW | {"frobenius_mode": "coupled", "frobenius_decay": ["ov"]}),
+    "adamw coupled": Run(
+        options=_ADAMW | {"frobenius_mode": "coupled", "frobenius_decay": ["ov", "linear"], "max_grad_norm": 0.3},
+    ),
     "adamw decoupled": Run(options=_ADAMW | {"frobenius_decay": ["ov", "linear"]}),
     "bf16": Run(options={"bf16": True, "learning_rate": 4e-3}),
     "stock-bert": Run("stock-bert", options={"learning_rate": 1e-2}),
