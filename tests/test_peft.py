@@ -262,7 +262,7 @@ def test_a_saved_head_that_was_tied_is_so_no_longer(tmp_path):
 
 # Adapters of our classes, from files
 
-LOW = {"ffn_rank": 5, "embedding_rank": 6}
+LOW = {"qk_rank": 2, "ffn_rank": 5, "embedding_rank": 6}
 BASES = {
     "bert": (BERT_HEADS["masked-lm"], AutoModelForMaskedLM, "query"),
     "bert-backbone": (BERT_HEADS["backbone"], AutoModel, "value"),

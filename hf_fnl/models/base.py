@@ -269,13 +269,15 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         with init.no_init_weights():
             dense = self.dense_class(self.config.to_dense())
         dense.to(device=self.device, dtype=self.dtype)
-        state = self._dense_state_dict()
-        if foreign := sorted(state.keys() - dense.state_dict().keys()):
+        places = dense.state_dict().keys()
+        # A factor stands for the weight of its layer.
+        foreign = [n for n in self.state_dict() if not {n, n.rpartition(".")[0] + ".weight"} & places]
+        if foreign:
             raise ValueError(
                 f"merge: a {type(dense).__name__} has no place for {foreign[0]} (of {len(foreign)}): merge an adapter "
                 "of PEFT first (merge_and_unload), and take a layer of your own out"
             )
-        dense.load_state_dict(state)
+        dense.load_state_dict(self._dense_state_dict())
         dense.tie_weights()
         if self.can_generate():
             dense.generation_config = copy.deepcopy(self.generation_config)
