@@ -3,13 +3,16 @@
 import bert_cases
 import gpt2_cases
 import marian_cases
+import peft
 import pytest
 import torch
 from family import Head, Ranks
+from packaging.version import Version
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.pytorch_utils import Conv1D
 
 pytestmark = [
@@ -65,6 +68,10 @@ def test_every_adapter_trains_and_merges(head: Head, ranks: Ranks, kind: str) ->
 
 
 @each_case
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"Transformers takes adapters of PEFT {MIN_PEFT_VERSION}",
+)
 def test_add_adapter_of_transformers_starts_as_the_model(head: Head, ranks: Ranks) -> None:
     model, batch = head.build(ranks), head.batch()
     with torch.no_grad():
