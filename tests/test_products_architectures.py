@@ -96,16 +96,18 @@ def verdict(name: str) -> str:
         raise
     except Exception:
         return "not buildable"
-    found = {}
+    found: dict[str, list[Product]] = {}
+    complaints = ""
     for kind in ("ov", "qk"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 found[kind] = find_products(model, [kind])
-            except ValueError:
+            except ValueError as error:
                 found[kind] = []
+                complaints += str(error)
     if not any(found.values()):
-        return "no products"
+        return "refused, with a reason" if "left out" in complaints else "no attention that is known"
     for inputs in calls(model):
         try:
             runs = all(value.isfinite().all() and value.any() for value in outputs_of(model, inputs))
