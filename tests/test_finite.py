@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training_cases import losses, tiny_trainer
@@ -208,3 +210,27 @@ def test_what_deepspeed_cannot_do_is_refused(tmp_path, stage, options, message):
     args = type(trainer.args)(str(tmp_path), use_cpu=True, report_to="none", **options)
     with pytest.raises(ValueError, match=message):
         check_engine(accelerator, trainer.model, args)
+
+
+ENGINES = {
+    "ddp": ("MULTI_CPU", {"stop": [2.0], "skip": [5.0]}),
+    "fsdp2": ("FSDP", {"stop": [2.0], "skip": [5.0]}),
+    "zero2": ("DEEPSPEED", {"stop": [3.0]}),  # which has stepped by then
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_processes_decide_alike(tmp_path, engine):
+    """The loss is infinite in the second of two processes only."""
+    kind, steps = ENGINES[engine]
+    runs = [f"{engine}/{action}" for action in steps]
+    codes, output = launch(Path(__file__).parent / "workers" / "nonfinite.py", str(tmp_path), *runs)
+    assert codes == [0, 0], output
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    for action, expected in steps.items():
+        found = first[f"{engine}/{action}"]
+        assert found["engine"] == f"DistributedType.{kind}"
+        assert found["steps"] == expected
+        assert found["global_step"] == (2 if action == "stop" else 6)
+        assert ("the loss of step 3 is not finite" in found["error"]) == (action == "stop")

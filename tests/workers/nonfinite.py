@@ -1,0 +1,50 @@
+"""Worker: in one of two processes the loss of one step is infinite; writes what became of every run."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
+
+from hf_fnl.processes import leave, process
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from engine_cases import ENGINES
+from training_cases import tiny_trainer
+
+
+def run(folder: Path, engine: str, action: str) -> dict[str, Any]:
+    trainer = tiny_trainer(folder / engine / action, nonfinite_gradient=action, **ENGINES[engine])
+    compute, rank = trainer.compute_loss, process()[0]
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        loss = compute(*args, **kwargs)
+        return loss + math.inf if rank == 1 and trainer.state.global_step == 2 else loss
+
+    trainer.compute_loss = compute_loss
+    error = ""
+    try:
+        trainer.train()
+    except ValueError as raised:
+        error = str(raised)
+    steps = {float(state["step"]) for state in trainer.running_optimizer().state.values()}
+    return {
+        "engine": str(trainer.accelerator.distributed_type),
+        "error": error,
+        "global_step": trainer.state.global_step,
+        "steps": sorted(steps),
+    }
+
+
+def main(output_dir: str, *runs: str) -> None:
+    found = {name: run(Path(output_dir), *name.split("/")) for name in runs}
+    (Path(output_dir) / f"{process()[0]}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    leave()
