@@ -7,7 +7,7 @@ hf-fnl report runs/low runs/dense_first --out line.html   # draws what the first
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  before all that takes long to import
+import before_imports  # noqa: F401
 
 # isort: split
 import dataclasses

@@ -6,7 +6,7 @@ python run_scripts/pretrain_bert.py config.yaml
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  before all that takes long to import
+import before_imports  # noqa: F401
 
 # isort: split
 import dataclasses

@@ -6,7 +6,7 @@ from that text, evaluates, multiplies the factors back, and checks that the merg
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  before all that takes long to import
+import before_imports  # noqa: F401
 
 # isort: split
 import argparse

@@ -9,7 +9,7 @@ What is done is skipped, what was broken off goes on, and what fails does not st
 
 from __future__ import annotations
 
-import interrupts  # noqa: F401  before all that takes long to import
+import before_imports  # noqa: F401
 
 # isort: split
 import argparse

@@ -421,10 +421,7 @@ def _quiet(*, first: bool) -> None:
         warnings.simplefilter("ignore")
     warnings.showwarning = lambda message, *_, **__: print(f"note: {_one_line(message)}", file=sys.stderr)
     if not sys.stderr.isatty():
-        import datasets  # not needed to parse arguments, and slow to import
-
         transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
 
 
 def _one_line(message: object) -> str:

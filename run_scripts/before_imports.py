@@ -1,4 +1,7 @@
-"""Imported first by scripts: Ctrl-C while the others are imported, for seconds, ends them without a traceback."""
+"""Imported first by scripts: what has to hold before the imports that take seconds.
+
+Ctrl-C ends them without a traceback, and bars in a file instead of a terminal are lines now and then.
+"""
 
 from __future__ import annotations
 
@@ -19,3 +22,6 @@ def end_quietly(kind: type[BaseException], error: BaseException, traceback: Trac
 
 
 sys.excepthook = end_quietly
+if not sys.stderr.isatty():
+    for name in ("TQDM_DELAY", "TQDM_MININTERVAL"):  # which tqdm reads when it is imported
+        os.environ.setdefault(name, "20")
