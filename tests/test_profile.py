@@ -274,9 +274,9 @@ def test_the_command_profiles_a_configuration_at_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(("nothing-here",), "no such folder or configuration: nothing-here", id="model"),
+        pytest.param(("nothing-here",), "there is no folder nothing-here, and the Hub", id="model"),
         pytest.param(("bert-base", "--device", "tpu"), "device must be cpu or cuda, got 'tpu'", id="device"),
-        pytest.param(("bert-base", "--ffn_rank", "769"), "ffn_rank must be in [1, 768], got 769", id="rank"),
+        pytest.param(("bert-base", "--ffn_rank", "769"), "--ffn-rank must be in [1, 768], got 769", id="rank"),
     ],
 )
 def test_bad_input_is_refused_with_a_reason(arguments, message):
