@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 import transformers as T
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.phi3.modeling_phi3 import Phi3Attention
+
+from hf_fnl.products import AttentionProjections, Section
 
 HIDDEN, HEADS, VOCABULARY, LAYERS = 15, 3, 13, 2
 
@@ -72,6 +76,16 @@ def _gpt2_cross(attention: nn.Module) -> list[Tensor]:
 
 def _phi3(attention: nn.Module) -> list[Tensor]:
     return [*attention.qkv_proj.weight.T.split([24, 8, 8], 1), attention.o_proj.weight.T]
+
+
+def rotary_attention(module: nn.Module) -> AttentionProjections | None:
+    """An adapter of the attentions here whose queries and keys are products at one position only."""
+    if isinstance(module, LlamaAttention):
+        return AttentionProjections(module.q_proj, module.k_proj, module.v_proj, module.o_proj, 6)
+    if isinstance(module, Phi3Attention):
+        weight, sizes = module.qkv_proj.weight, ((0, 24), (24, 8), (32, 8))
+        return AttentionProjections(*(Section(weight, *size) for size in sizes), module.o_proj, 6)
+    return None
 
 
 _bert = _linear("self.query", "self.key", "self.value", "output.dense")

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import CASES as STOCK
+from attention_cases import rotary_attention
 from torch import Tensor, nn
 from transformers import BertConfig, BertForPreTraining
 
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.optim import parameter_groups
-from hf_fnl.products import Product, find_products
+from hf_fnl.products import Product, find_products, register_attention
 
 
 def stock_bert() -> nn.Module:
@@ -59,7 +60,8 @@ CASES = [
 def build(model: str, kinds: list[str], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[Product]]:
     torch.manual_seed(0)
     built = MODELS[model]().to(dtype)
-    return built, find_products(built, kinds)
+    with register_attention(rotary_attention):
+        return built, find_products(built, kinds)
 
 
 def groups_of(model: nn.Module, products: list[Product], weight_decay: float = 0.3) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def build(name: str) -> nn.Module:
 
 
 def calls(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Inputs that may be a model's, one after the other, with all positions at zero if they can be given."""
+    """Inputs that may be a model's, one after the other."""
     names = inspect.signature(model.forward).parameters
     config = model.config.get_text_config()
     ids = 5 + torch.arange(12).view(2, 6) % 40
@@ -132,6 +132,4 @@ def calls(model: nn.Module) -> Iterator[dict[str, Any]]:
     known = [tokens, embedded, pixels, tokens | pixels, tokens | boxes, tokens | boxes | pixels, video, tokens | video]
     for inputs in [*known, *(decoder | sound for sound in sounds)]:
         if inputs and set(inputs) <= set(names):
-            if "position_ids" in names:
-                yield inputs | {"position_ids": torch.zeros_like(ids)}
             yield inputs

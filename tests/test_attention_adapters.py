@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import transformers as T
-from attention_cases import CASES, CROSS, HEADS, HIDDEN, LAYERS, TOKENS, VOCABULARY, Case
+from attention_cases import CASES, CROSS, HEADS, HIDDEN, LAYERS, TOKENS, VOCABULARY, Case, rotary_attention
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AlbertConfig, AlbertModel, AutoModel, BertConfig, BertModel, DebertaConfig, GPTNeoXConfig
@@ -17,10 +17,11 @@ from hf_fnl.layers import FactorizedLinear
 from hf_fnl.products import AttentionProjections, Section, find_products, invariance, register_attention
 
 
-@pytest.fixture(params=CASES, scope="module")
-def stock(request) -> tuple[Case, nn.Module]:
+@pytest.fixture(params=CASES)
+def stock(request) -> Iterator[tuple[Case, nn.Module]]:
     case = CASES[request.param]
-    return case, case.build()
+    with register_attention(rotary_attention):
+        yield case, case.build()
 
 
 def expected_matrices(case: Case, attention: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +55,8 @@ def test_groups_are_a_dimension_of_their_own(name):
     case = CASES[name]
     model = case.build()
     group = case.heads // case.kv_heads
-    shapes = {p.kind: [tuple(factor.shape[:2]) for factor in p.factors(model)] for p in find_products(model)}
+    with register_attention(rotary_attention):
+        shapes = {p.kind: [tuple(factor.shape[:2]) for factor in p.factors(model)] for p in find_products(model)}
     assert shapes == {
         "qk": [(case.kv_heads, group), (case.kv_heads, 1)],
         "ov": [(case.kv_heads, 1), (case.kv_heads, group)],
@@ -155,7 +157,9 @@ def run_t5(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_products_are_what_an_attention_computes(name, run, product_name, scale):
     """Scores are ``x Q_h K_h^T x^T`` and the output is a weighted sum of ``x V_h O_h^T``, head by head."""
     model = CASES[name].build().double()
-    qk, ov = (p.matrix(model).flatten(0, -3) for p in find_products(model) if p.name.startswith(product_name + "."))
+    with register_attention(rotary_attention):
+        products = [p for p in find_products(model) if p.name.startswith(product_name + ".")]
+    qk, ov = (product.matrix(model).flatten(0, -3) for product in products)
     x = torch.randn(1, 7, qk.shape[-1]).double() / 4
     with torch.no_grad():
         output, weights = run(model, x)
@@ -253,15 +257,15 @@ class HeadAttention(nn.Module):
         pytest.param(lambda: HeadAttention(lambda heads: heads * heads.sigmoid()), "qk", id="gated"),
         pytest.param(lambda: HeadAttention(lambda x: nn.functional.normalize(x, dim=-1)), "qk", id="normalized"),
         pytest.param(lambda: HeadAttention(gain=True), "qk", id="gain-that-starts-at-one"),
-        pytest.param(lambda: T.LlamaModel(T.LlamaConfig(**SMALL, attention_bias=True)), "ov qk", id="llama-biases"),
-        pytest.param(lambda: T.Qwen2Model(T.Qwen2Config(**SMALL)), "ov qk", id="qwen2"),
+        pytest.param(lambda: T.LlamaModel(T.LlamaConfig(**SMALL, attention_bias=True)), "ov", id="llama-rotates"),
+        pytest.param(lambda: T.Qwen2Model(T.Qwen2Config(**SMALL)), "ov", id="qwen2-rotates"),
         pytest.param(lambda: T.MarianModel(MARIAN), "ov qk", id="marian"),
         pytest.param(lambda: T.DebertaV2Model(T.DebertaV2Config(**SMALL, relative_attention=True,
                      pos_att_type=["p2c", "c2p"])), "ov", id="deberta-v2-queries-have-positions-of-their-own"),
         pytest.param(lambda: T.Qwen3Model(T.Qwen3Config(**SMALL)), "ov", id="qwen3-normalizes-queries-and-keys"),
         pytest.param(lambda: T.Olmo2Model(T.Olmo2Config(**SMALL)), "ov", id="olmo2-normalizes-them-over-all-heads"),
-        pytest.param(lambda: T.DiffLlamaModel(T.DiffLlamaConfig(**SMALL)), "qk", id="diffllama-pairs-heads"),
-        pytest.param(lambda: T.BitNetModel(T.BitNetConfig(**SMALL)), "qk", id="bitnet-normalizes-before-the-output"),
+        pytest.param(lambda: T.DiffLlamaModel(T.DiffLlamaConfig(**SMALL)), "", id="diffllama-pairs-heads"),
+        pytest.param(lambda: T.BitNetModel(T.BitNetConfig(**SMALL)), "", id="bitnet-normalizes-before-the-output"),
         pytest.param(lambda: T.AfmoeModel(T.AfmoeConfig(**SMALL, num_dense_layers=1)), "", id="afmoe-gates"),
     ],
 )  # fmt: skip
@@ -317,12 +321,12 @@ def test_looking_for_products_leaves_no_trace():
     model.layers[0].self_attn.v_proj.register_forward_pre_hook(lambda *_: pytest.fail("a hook ran"))
     model.train()
     before, state = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
-    assert len(find_products(model)) == 2
+    assert len(find_products(model, ["ov"])) == 1
     assert torch.equal(torch.get_rng_state(), before)
     assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
     assert model.layers[0].self_attn.training
     assert model.config._attn_implementation == "flex_attention"
-    assert [p.kind for p in find_products(model.half().to("meta"))] == ["qk", "ov"]
+    assert [p.kind for p in find_products(model.half().to("meta"), ["ov"])] == ["ov"]
 
 
 def test_products_are_found_whatever_is_set_around(monkeypatch):
@@ -332,7 +336,7 @@ def test_products_are_found_whatever_is_set_around(monkeypatch):
         torch.set_default_dtype(torch.bfloat16)
         model = T.LlamaModel(T.LlamaConfig(**SMALL))
         with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode():
-            assert len(find_products(model)) == 2
+            assert len(find_products(model, ["ov"])) == 1
     finally:
         torch.set_default_dtype(before)
 
@@ -342,10 +346,10 @@ def test_layers_of_one_kind_are_run_once(monkeypatch):
     measure = invariance._measure
     monkeypatch.setattr(invariance, "_MEASURED", {})
     monkeypatch.setattr(invariance, "_measure", lambda *args: runs.append(args) or measure(*args))
-    assert len(find_products(T.LlamaModel(T.LlamaConfig(**{**SMALL, "num_hidden_layers": 5})))) == 10
+    assert len(find_products(T.LlamaModel(T.LlamaConfig(**{**SMALL, "num_hidden_layers": 5})), ["ov"])) == 5
     assert len(runs) == 1
     gemma = T.Gemma2Config(**{**SMALL, "num_hidden_layers": 4, "query_pre_attn_scalar": 4})  # local and global ones
-    assert len(find_products(T.Gemma2Model(gemma))) == 8
+    assert len(find_products(T.Gemma2Model(gemma), ["ov"])) == 4
     assert len(runs) == 3
 
 

@@ -59,7 +59,7 @@ def llama() -> nn.Module:
     [
         (stack, ("embedding", "linear")),
         (bert, ("qk", "ov")),
-        (llama, ("qk", "ov")),
+        (llama, ("ov",)),
         (convolutions, ("conv", "tensor")),
     ],
     ids=["layers", "heads", "groups-of-heads", "convolutions"],

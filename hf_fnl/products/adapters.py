@@ -110,8 +110,9 @@ def register_attention(adapter: Adapter) -> RemovableHandle:
                 return AttentionProjections(module.wq, module.wk, module.wv, module.wo, module.heads)
 
     What an adapter says is taken for true. It must hold that, head by head, ``V R`` and ``O R^-T`` give the same
-    outputs as ``V`` and ``O`` for every invertible ``R (r, r)``, and so for queries and keys before their positions are
-    rotated in: nothing but the weighted sum over tokens stands between the two, no gate, norm or exchange of heads.
+    outputs as ``V`` and ``O`` for every invertible ``R (r, r)``, and so for queries and keys: nothing but the weighted
+    sum over tokens stands between the two, no gate, norm or exchange of heads. Under rotary positions queries and keys
+    are no product in this sense; who registers such an attention means that of tokens at the same position.
     Biases are no part of a product: the value's moves along with its heads, as ``b R``.
 
     Args:

@@ -24,8 +24,8 @@ def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[
     attention are known by their names, and are products only if it computes with them as such: a small copy of it with
     random weights gives the same outputs for ``V R`` and ``O R^-T`` as for ``V`` and ``O``, and for ``Q R`` and
     ``K R^-T``, with any invertible ``R`` for each head. Heads that are mixed, gated or normalized in between have no
-    such product. Queries and keys are those before a rotary embedding: their product is the one of tokens at the same
-    position. See :func:`~hf_fnl.products.register_attention` for attentions of other layouts.
+    such product, nor have queries and keys under rotary positions. :func:`~hf_fnl.products.register_attention` adds
+    attentions of other layouts, or those that are to count all the same.
 
     Args:
         model: Any module; unwrapped, so that names are those of its own ``named_parameters``.

@@ -34,8 +34,8 @@ Adapter = Callable[[nn.Module], AttentionProjections | None]
 def invariant_kinds(attention: nn.Module, adapter: Adapter) -> frozenset[str] | None:
     """The kinds of products, of ``"qk"`` and ``"ov"``, by which an attention computes; ``None`` if it cannot be run.
 
-    Measured once for all attentions of a class, sizes, settings and configuration. All tokens are at the first
-    position, where rotary embeddings change nothing.
+    Measured once for all attentions of a class, sizes, settings and configuration. Tokens are at positions of their
+    own, so that queries and keys which rotary embeddings turn by different angles are no product.
 
     Args:
         attention: Stays as it is. None of its weights is read: they may be anywhere, or divided among processes.
@@ -176,10 +176,10 @@ def _arguments(
             _normal(*layout, inputs_of(projection), generator=generator)
             for projection in (projections.query, projections.key, projections.value)
         )
-        rotary = torch.ones(*layout, rotation, dtype=torch.float32)
+        cosine, sine = (_normal(*layout, rotation, generator=generator) for _ in range(2))
         given: dict[str, Any] = dict.fromkeys(required, query if crossing else None) | {
-            "position_embeddings": (rotary, 0 * rotary) if rotation else None,
-            "position_ids": torch.zeros(layout, dtype=torch.long),
+            "position_embeddings": (cosine, sine) if rotation else None,
+            "position_ids": torch.arange(layout[-1]).expand(layout),
             "attention_mask": torch.ones(1, 1, tokens, tokens) if masked else None,
             "mask": torch.ones(layout) if masked else None,
             **{name: torch.zeros(()) for name in names if name.startswith("rel_")},
