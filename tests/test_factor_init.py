@@ -269,7 +269,7 @@ BATCH = {"input_ids": torch.arange(1, 33).view(4, 8), "attention_mask": torch.on
     [
         pytest.param("he", {"ffn_rank": 9}, "'he' of linear draws factors", id="he"),
         pytest.param("default", {"ov_rank": 7}, "'default' of ov draws factors", id="default"),
-        pytest.param({"ov": "spectral"}, {"qk_rank": 5}, "'default' of qk draws factors", id="unnamed-kind"),
+        pytest.param({"ov": "spectral"}, {"qk_rank": 5}, "leaves qk out.*of qk to 's", id="unnamed-kind"),
         pytest.param("spectral_ones", {"ffn_rank": 9, "calibration": BATCH}, "calibration .*_ones'", id="calibrated"),
         pytest.param("spectral_ones", {"qk_rank": 9, "calibration": BATCH}, "calibration .*_ones'", id="calibrated-qk"),
     ],

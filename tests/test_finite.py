@@ -85,7 +85,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @each_harm
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, None, 1.0], ids=["unclipped", "none", "clipped"])
 @pytest.mark.parametrize("optim", ["flambe", "adamw_torch"])
 def test_by_default_the_training_stops_at_that_step(tmp_path, harm, what, max_grad_norm, optim):
     options = {"max_grad_norm": max_grad_norm, "optim": optim, "frobenius_decay": ["ov"], "save_strategy": "steps"}
@@ -111,6 +111,9 @@ def test_a_step_that_is_skipped_changes_nothing(tmp_path, harm, what, optim):
     assert not all(torch.equal(recorder.after[3][name], value) for name, value in recorder.after[2].items())
     assert trainer.state.global_step == 6
     assert all(math.isfinite(loss) for loss in losses(trainer))
+    assert [entry.get("skipped_steps") for entry in trainer.state.log_history if "loss" in entry][1:] == [None] + [
+        1
+    ] * 4
     steps = {float(s["step"]) for s in trainer.running_optimizer().state.values() if "step" in s}
     assert steps in ({5.0}, set())
 
@@ -129,6 +132,15 @@ def test_one_batch_of_several_is_enough(tmp_path, part, action):
     else:
         trainer.train()
         assert_equal(recorder.after[1], recorder.after[0])
+
+
+@pytest.mark.parametrize("harm", [nan_loss, infinite_loss, one_nan_gradient])
+def test_a_training_of_skipped_steps_only_fails(tmp_path, harm):
+    trainer = tiny_trainer(tmp_path, nonfinite_gradient="skip")
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda model, *args, **kwargs: harm(trainer, model, compute(model, *args, **kwargs))
+    with pytest.raises(ValueError, match="all 6 steps were skipped"):
+        trainer.train()
 
 
 def test_a_finite_training_is_the_same_either_way(tmp_path):

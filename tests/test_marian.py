@@ -226,6 +226,12 @@ def test_what_the_stock_model_ties_is_tied_factor_by_factor(head: Head) -> None:
             for factor in ("U", "V"):
                 a, b = (ours.get_parameter(f"{name}.{factor}") for name in (first, second))
                 assert (a is b) == tied, (first, second)
+    expected = {  # by which savers and loaders know what to leave out
+        name.replace("weight", factor): source.replace("weight", factor)
+        for name, source in stock._tied_weights_keys.items()
+        for factor in ("U", "V")
+    }
+    assert expected.items() <= ours._tied_weights_keys.items()
 
 
 # Losses and inputs

@@ -174,7 +174,7 @@ def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | No
     """
     ours.tie_weights()  # which a construction that initializes nothing leaves out
     units = _units(ours)
-    _check_methods(units, calibrated=calibration is not None)
+    _check_methods(units, ours.config.factor_init, calibrated=calibration is not None)
     sources = _sources(ours, dense, units)
     for name, value in ours.state_dict().items():
         if name in sources:
@@ -277,23 +277,27 @@ def _units(ours: PreTrainedModel) -> dict[str, nn.Module]:
     return units
 
 
-def _check_methods(units: Mapping[str, nn.Module], *, calibrated: bool) -> None:
+def _check_methods(units: Mapping[str, nn.Module], given: str | Mapping[str, str], *, calibrated: bool) -> None:
     """Raise a ``ValueError`` that names the kind unless trained weights can be cut as ``factor_init`` says."""
-    methods: dict[str, str] = {}
+    methods: list[tuple[str, str]] = []
     for unit in units.values():
         if isinstance(unit, Factorized):
-            methods[unit.kind] = unit.init
+            methods.append((unit.kind, unit.init))
         elif isinstance(unit, FactorizedAttention):
             ranks = {"qk": unit.ranks.qk, "ov": unit.ranks.ov}
-            methods |= {kind: unit.ranks.init[kind] for kind, rank in ranks.items() if rank is not None}
-    for kind, method in methods.items():
+            methods += [(kind, unit.ranks.init[kind]) for kind, rank in ranks.items() if rank is not None]
+    for kind, method in methods:
         if method in DRAWN_METHODS:
+            is_named = isinstance(given, str) or kind in {selector.partition(":")[0] for selector in given}
+            because = "" if is_named else f" ({given} leaves {kind} out, and what it leaves out is 'default')"
             raise ValueError(
-                f"factor_init={method!r} of {kind} draws factors in the place of trained weights: set factor_init to "
-                "'spectral' or 'spectral_ones' to cut these"
+                f"factor_init={method!r} of {kind} draws factors in the place of trained weights{because}: set "
+                f"factor_init of {kind} to 'spectral' or 'spectral_ones' to cut these"
             )
         if calibrated and method != "spectral":
-            raise ValueError(f"calibration cuts trained weights and needs factor_init='spectral', got {method!r}")
+            raise ValueError(
+                f"calibration cuts trained weights and needs factor_init='spectral', got {method!r} of {kind}"
+            )
 
 
 def _fill_linear_(ours: FactorizedLinear, weight: Tensor, bias: Tensor | None, moments: Moments | None) -> None:

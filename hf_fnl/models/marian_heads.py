@@ -35,12 +35,12 @@ class _WithLMHead(TiedVocabulary, FactorizedMarianPreTrainedModel):
 
     accepts_loss_kwargs = True
 
-    def _tie_head(self, vocab_size: int, embedding: str) -> None:
-        """Make the output matrix; ``embedding`` is the name of what it is tied to."""
+    def _tie_head(self, vocab_size: int, embedding: str, *others: str) -> None:
+        """Make the output matrix; ``embedding`` is the name of what it and ``others`` are tied to."""
         config = self.config
         dense = nn.Linear(config.d_model, vocab_size, bias=False)
         self.lm_head = vocabulary_layer(dense, config.embedding_rank, config.ranks.method("embedding"))
-        tied = {"lm_head.weight": f"{embedding}.weight"}
+        tied = {f"{name}.weight": f"{embedding}.weight" for name in ("lm_head", *others)}
         self._tied_weights_keys = tied_factors(tied, config.embedding_rank is not None)
 
 
@@ -56,7 +56,8 @@ class FactorizedMarianMTModel(_WithLMHead, stock.MarianMTModel):
         shared = config.share_encoder_decoder_embeddings
         vocab_size = config.vocab_size if shared else config.decoder_vocab_size
         self.final_logits_bias = nn.Buffer(torch.zeros(1, vocab_size))
-        self._tie_head(vocab_size, "model.shared" if shared else "model.decoder.embed_tokens")
+        embeddings = ["model.decoder.embed_tokens", "model.encoder.embed_tokens"]
+        self._tie_head(vocab_size, *(["model.shared", *embeddings] if shared else embeddings[:1]))
         self.post_init()
 
     @extends(stock.MarianMTModel.forward)

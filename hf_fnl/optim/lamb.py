@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -81,8 +82,8 @@ class Lamb(Optimizer):
         max_grad_norm: float | None = None,
         fused: bool | None = None,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm}")
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
+            raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm!r}")
         self.max_grad_norm, self.fused = max_grad_norm, fused
         self._scratch: dict[torch.dtype, Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -279,10 +280,13 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"a group of parameters for LAMB needs {', '.join(missing)}")
     lr, betas, eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+        if not isinstance(value, int | float | Tensor) or value == math.inf:
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    are_two = isinstance(betas, Sequence) and len(betas) == 2
+    if not are_two or not all(isinstance(beta, int | float | Tensor) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
 
 
 def _count(steps: list[Tensor]) -> None:

@@ -139,6 +139,7 @@ class FLAMBeTrainingArguments(TrainingArguments):
             self.accelerator_config.non_blocking = True  # or each batch would wait until the GPU is done with the last
         if chosen in OUR_OPTIMIZERS:
             self.optim = chosen
+        self.max_grad_norm = self.max_grad_norm or 0.0  # type: ignore[has-type]  # None is no clipping, as in Lamb
         self._keep_narrow()
         self._check_decay()
         self._check_rate()

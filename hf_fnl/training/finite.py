@@ -33,10 +33,17 @@ class FiniteSteps(TrainerCallback):
     def __init__(self, accelerator: Callable[[], Accelerator], action: str) -> None:
         self._accelerator, self._action = accelerator, action
         self._losses: list[Tensor] = []
+        self.skipped = 0  # steps of this training
 
     def note(self, loss: Tensor) -> None:
         """Remember a loss of the step that is being computed."""
         self._losses.append(loss.detach())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count anew."""
+        self.skipped, self._first = 0, state.global_step
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,7 +77,8 @@ class FiniteSteps(TrainerCallback):
         what = "loss" if wrong[0] else "gradient norm"
         step = state.global_step + 1
         if self._action == "skip" and not stepped:
-            logger.warning_once(f"step {step}: the {what} is not finite, and the step is skipped, as others will be")
+            self.skipped += 1
+            logger.warning(f"step {step}: the {what} is not finite, and the step is skipped ({self.skipped} so far)")
             optimizer.zero_grad()
             return
         raise ValueError(
@@ -81,7 +89,16 @@ class FiniteSteps(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Check what was trained."""
+        """Check what was trained.
+
+        Raises:
+            ValueError: If a weight is not finite, or if all steps were skipped, so that nothing was trained.
+        """
+        if self.skipped and self.skipped == state.global_step - self._first:
+            raise ValueError(
+                f"all {self.skipped} steps were skipped, for none had a finite loss and gradient: nothing was trained. "
+                "Lower learning_rate, or look at the data"
+            )
         check_finite(model, self._accelerator(), f"after step {state.global_step}")
 
 

@@ -185,6 +185,12 @@ class FLAMBeTrainer(StreamingTrainer):
             if self.profiler is not None:
                 self.profiler.remove()
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in Transformers, beside a loss with the number of steps that were skipped, if any."""
+        if self._finite.skipped and "loss" in logs:
+            logs["skipped_steps"] = self._finite.skipped
+        super().log(logs, *args, **kwargs)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in Transformers; one that was built before must hold the parameters that the model has now."""
         if self.optimizer is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
