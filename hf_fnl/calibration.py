@@ -11,6 +11,7 @@ Padding counts nowhere; see :mod:`hf_fnl.padding`.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,9 @@ def visit(
         ValueError: If no token reaches a module that is named, or there are no data, or they cannot be joined, are not
             finite, or hide positions that cannot be followed.
         TypeError: If the data are no mappings from names to tensors.
+
+    Warns:
+        UserWarning: If fewer vectors reach a module than they are wide.
     """
     batch = join_batches(batch)
     device = next(model.parameters()).device
@@ -116,6 +120,7 @@ def visit(
         with visited.answering():
             while visited.is_unfinished():
                 model(**marked)
+    visited.warn_of_few()
     return visited.found
 
 
@@ -141,6 +146,7 @@ class _Visited:
         self.calls: Counter[str] = Counter()  # of this pass
         self.fresh: list[str] = []  # handled in this pass
         self.pooled: tuple[str, Any] | None = None  # the module whose calls this pass pools, and their moments so far
+        self.few: dict[str, str] = {}  # how many vectors reached these, where that is fewer than they are wide
         self.hidden: set[str] = set()  # all that reached these was hidden by a mask
         self.has_begun = False
 
@@ -179,6 +185,19 @@ class _Visited:
         self.successors.update({module: answering} if isinstance(answering, nn.Module) else answering or {})
         self.found[name] = self.successors.get(module, module)
         self.fresh.append(name)
+        for moments in (measured,) if isinstance(measured, Moments) else vars(measured).values() if measured else ():
+            if moments.count < (width := moments.mean.shape[-1]):
+                self.few[name] = f"{moments.count:,} vectors of {width:,} numbers"
+
+    def warn_of_few(self) -> None:
+        """Warn of modules in front of which the data cannot span all directions."""
+        if self.few:
+            name, seen = next(iter(self.few.items()))
+            warnings.warn(
+                f"few calibration data reach {listed(self.few, 4)}, as {seen} in front of {name}: what they do not "
+                "span counts next to nothing; give more data",
+                stacklevel=4,
+            )
 
     def _answer(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = self.names[module]

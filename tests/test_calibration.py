@@ -211,6 +211,27 @@ def test_fewer_tokens_than_an_input_is_wide_determine_what_they_can() -> None:
     assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
 
 
+FEW = "few calibration data reach 0, 1, as 9 vectors of 11 numbers in front of 0"
+
+
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.5}], ids=["rank", "energy"])
+@pytest.mark.parametrize(("tokens", "masked"), [(9, 0), (12, 3), (11, 0), (20, 3)])
+def test_fewer_tokens_than_an_input_is_wide_are_a_warning(
+    tokens: int, masked: int, rule: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    class Masked(nn.Sequential):
+        def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(inputs_embeds)
+
+    warnings.simplefilter("always")
+    model, mask = Masked(nn.Linear(11, 11), nn.Linear(11, 11), nn.Linear(11, 5)), torch.ones(1, tokens)
+    mask[:, :masked] = 0
+    config = FactorizationConfig(**rule, include=["0", "1"])
+    factorize_(model, config, calibration={"inputs_embeds": torch.randn(1, tokens, 11), "attention_mask": mask})
+    told = {str(warning.message)[: len(FEW)] for warning in recwarn}
+    assert told == ({FEW} if tokens - masked < 11 else set())
+
+
 # The model stays as it is
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,28 @@ def test_a_layer_with_a_merged_adapter_stays_dense():
         factorize_(adapted, FactorizationConfig(rank_scale=0.5, include=["*base_layer"]))
     adapted.unmerge_adapter()
     assert_close(adapter.outputs(adapted), outputs)
+
+
+WITH_A_HEAD = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
+
+
+@pytest.mark.parametrize("options", [LLAMA, {**LLAMA, "use_dora": True}, WITH_A_HEAD], ids=["lora", "dora", "head"])
+def test_what_peft_added_stays_as_it_saves_it(options, tmp_path):
+    adapter = Adapter("LoraConfig", {"r": 4, **options})
+    adapted = adapter.put_on(llama().eval())
+    before = dict(adapted.named_parameters())
+    done = factorize_(adapted, FactorizationConfig(rank=2, kinds=KINDS, include=["*q_proj*", "*embed*", "*lm_head*"]))
+    base = {"model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head"}
+    suffix = r"\.(base_layer|original_module)$"
+    assert {re.sub(suffix, "", r.name).removeprefix("base_model.model.") for r in done.replacements} == base
+    assert "it is an adapter's" in done.skipped.values()
+    after = dict(adapted.named_parameters())
+    assert all(parameter is after[name] for name, parameter in before.items() if parameter.requires_grad)
+    adapted.save_pretrained(tmp_path)
+    outputs = adapter.outputs(adapted)
+    plain = adapted.unload()
+    merge_(plain)  # for PEFT adapts plain layers
+    assert_close(adapter.outputs(PeftModel.from_pretrained(plain, tmp_path).eval()), outputs)
 
 
 def test_a_merged_lora_is_held_in_factors_of_the_sum_of_both_ranks():

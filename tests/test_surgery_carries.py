@@ -396,6 +396,28 @@ def test_every_matrix_that_stays_dense_is_named_with_the_reason():
     assert done.skipped == {name: f"it belongs to a {owner}, {of}" for name, owner in owners.items()} | others
 
 
+def test_a_layer_that_is_too_small_for_the_rank_stays_dense_unless_it_is_named():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    config = transformers.Qwen2MoeConfig(vocab_size=50, num_key_value_heads=2, **sizes, **experts)
+    done = factorize_(transformers.Qwen2MoeForCausalLM(config), LOW)
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    assert done.skipped[gate] == "its rank can be at most 1"
+    assert len(done.replacements) == 7
+    net = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 3), nn.Linear(3, 9))
+    assert factorize_(net, FactorizationConfig(rank=5)).skipped == dict.fromkeys("12", "its rank can be at most 3")
+    assert isinstance(net[0], FactorizedLinear)
+    assert type(net[1]) is type(net[2]) is nn.Linear
+    tied = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 3), nn.Linear(9, 3))
+    tied[2].weight = tied[1].weight
+    assert list(factorize_(tied, FactorizationConfig(rank=5)).skipped) == ["1"]
+    with pytest.raises(ValueError, match=f"rank of {gate} must be in \\[1, 1\\], got 2"):
+        factorize_(transformers.Qwen2MoeForCausalLM(config), FactorizationConfig(rank=2, include=("*", "*expert_gate")))
+    with pytest.raises(ValueError, match=r"rank of 0 must be in \[1, 3\], got 5"):
+        factorize_(nn.Sequential(nn.Linear(9, 3), nn.Linear(3, 9)), FactorizationConfig(rank=5))
+
+
 def test_patterns_say_what_is_looked_at():
     done = factorize_(Matrices(), FactorizationConfig(rank=2, exclude=("lstm*", "b*", "[a-c]onv*", "experts")))
     assert not [name for name in done.skipped if name.startswith(("lstm", "b", "conv", "experts"))]

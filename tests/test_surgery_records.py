@@ -16,8 +16,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from hf_fnl.config import FactorizationConfig
-from hf_fnl.layers import Factorized
+from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.models.checkpoint import load
+from hf_fnl.models.loading import CheckpointMismatchError
 from hf_fnl.surgery import factorize_, merge_, update_records_
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -251,6 +252,19 @@ def test_a_model_composed_afterwards_comes_back_once_its_record_is_updated(tmp_p
     factorize_(encoder, LOW)
     decoder = transformers.BertLMHeadModel(transformers.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True))
     model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    model.save_pretrained(tmp_path / "before")
+    with pytest.raises(CheckpointMismatchError, match=r"put together .* hf_fnl.surgery.update_records_\(\[model\]\)"):
+        load(tmp_path / "before")
+    update_records_([model])
+    assert_comes_back(model, tmp_path)
+
+
+def test_a_layer_that_is_put_in_by_hand_comes_back_once_the_record_is_updated(tmp_path):
+    model = LLAMA.build()
+    model.model.layers[1].mlp.up_proj = FactorizedLinear.from_dense(model.model.layers[1].mlp.up_proj, 4)
+    model.save_pretrained(tmp_path / "before")
+    with pytest.raises(CheckpointMismatchError, match="does not say what is factorized"):
+        load(tmp_path / "before")
     update_records_([model])
     assert_comes_back(model, tmp_path)
 

@@ -70,9 +70,15 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
             faults.append(f"the checkpoint holds {found}, for which the {layer} of the model has no place")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        remedy = "Leave the ranks as its config.json has them"
+        if not callable(getattr(model, "merge", None)):  # nor a class of ours, whose ranks are options
+            remedy = (
+                "Its config.json does not say what is factorized: that of a model which is put together from "
+                "factorized parts does if hf_fnl.surgery.update_records_([model]) is called before saving. Save it anew"
+            )
         raise CheckpointMismatchError(
-            f"{source} does not fit {type(model).__name__}: {min(faults)}{more}. Leave the ranks as its "
-            "config.json has them, or pass ignore_mismatched_sizes=True to start what does not fit anew"
+            f"{source} does not fit {type(model).__name__}: {min(faults)}{more}. {remedy}, or pass "
+            "ignore_mismatched_sizes=True to start what does not fit anew"
         )
 
 

@@ -143,8 +143,8 @@ def factorize_(
         What was done.
 
     Raises:
-        ValueError: If nothing matches, a layer that a pattern other than ``"*"`` names cannot be factorized, a rank is
-            above a layer's, a rule cannot be met, a weight is not finite or, where values are needed, on the meta
+        ValueError: If nothing matches, a layer that a pattern other than ``"*"`` names cannot be factorized or not at
+            this rank, a rule cannot be met, a weight is not finite or, where values are needed, on the meta
             device, or the model is quantized by another method, divided among processes or offloaded.
     """
     model = unwrapped(model)
@@ -157,13 +157,16 @@ def factorize_(
     _check_values(targets, calibration is not None)
     candidates = _candidates(model, targets, config, calibration)
     others = sum(parameter.numel() for parameter in model.parameters()) - sum(c.dense for c in candidates)
+    too_small = _below_rank(targets, candidates, config)
+    candidates = [candidate for candidate in candidates if candidate.name not in too_small]
     try:
         ranks = choose_ranks(candidates, config, others=others)
     except UnreachableShare as error:
         hint = _other_kinds(model, config) if "stay dense" in str(error) else ""
         raise UnreachableShare(f"{error}{hint}") from error
+    skipped |= too_small
     skipped |= {name: "its factors would hold as many parameters" for name, rank in ranks.items() if rank is None}
-    chosen = [(target, rank) for target in targets if (rank := ranks[target.name]) is not None]
+    chosen = [(target, rank) for target in targets if (rank := ranks.get(target.name)) is not None]
     successors = _cut(model, chosen, config, calibration)
     replacements = tuple(_replacement(target, successors[target.first], config.init) for target, _ in chosen)
     for dense, layer in successors.items():
@@ -181,6 +184,19 @@ def _check_values(targets: Sequence[Target], calibrated: bool) -> None:
             raise ValueError(f"the weight of {target.name} holds NaN or Inf")
         if weight.is_meta and calibrated:
             raise ValueError(f"{target.name} is on the meta device, where there is nothing to calibrate")
+
+
+def _below_rank(
+    targets: Sequence[Target], candidates: Sequence[Candidate], config: FactorizationConfig
+) -> dict[str, str]:
+    """Why what only ``"*"`` names stays dense where ``rank`` is above its largest; nothing if that holds for all."""
+    named = dataclasses.replace(config, include=[pattern for pattern in config.include if pattern != "*"]).names
+    reasons = {
+        candidate.name: f"its rank can be at most {candidate.limit}"
+        for target, candidate in zip(targets, candidates, strict=True)
+        if (config.rank or 0) > candidate.limit and not any(map(named, target.layers))
+    }
+    return reasons if len(reasons) < len(candidates) else {}
 
 
 def _other_kinds(model: nn.Module, config: FactorizationConfig) -> str:

@@ -170,7 +170,11 @@ def select(
     targets: list[Target] = []
     skipped: dict[str, str] = {}
     for weight, holders in weights(model).items():
-        chosen = [name for name, layer in holders.items() if type(layer) in classes and config.names(name)]
+        chosen = [
+            name
+            for name, layer in holders.items()
+            if type(layer) in classes and config.names(name) and not _is_adapters(model, name)
+        ]
         if not chosen:
             skipped |= _not_chosen(model, weight, holders, config)
             continue
@@ -241,7 +245,15 @@ def _not_chosen(model: nn.Module, weight: Tensor, holders: Holders, config: Fact
             return {}
         if parametrization or attribute == "weight" or is_layer:
             name = owner
-    return {name: _why_not(layer, attribute)} if config.names(name) else {}
+    reason = "it is an adapter's" if _is_adapters(model, name) else _why_not(layer, attribute)
+    return {name: reason} if config.names(name) else {}
+
+
+def _is_adapters(model: nn.Module, name: str) -> bool:
+    """Whether a module or parameter is in what PEFT added to a layer, and saves and merges by its names there."""
+    parts = name.split(".")
+    holders = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
+    return any(part in getattr(holder, "adapter_layer_names", ()) for part, holder in zip(parts, holders, strict=True))
 
 
 def _why_not(layer: nn.Module, attribute: str) -> str:
