@@ -127,12 +127,16 @@ def models_near(module: nn.Module) -> list[PreTrainedModel]:
             "Transformers does, hand over that model, or its configuration will not say what was factorized",
             stacklevel=3,
         )
-    objects = gc.get_objects()
-    types = set(map(type, objects))
-    models = {cls for cls in types if issubclass(cls, PreTrainedModel)}
-    found = itertools.compress(objects, map(models.__contains__, map(type, objects)))
+    objects, classes = gc.get_objects(), set(_subclasses(PreTrainedModel))
+    found = itertools.compress(objects, map(classes.__contains__, map(type, objects)))
     made = (model for model in found if "_modules" in vars(model))  # and not one whose construction failed
     return list(dict.fromkeys([*models_in(module), *made]))
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _subclasses(subclass)
 
 
 def models_with(models: Iterable[PreTrainedModel], layers: Iterable[nn.Module]) -> list[PreTrainedModel]:
