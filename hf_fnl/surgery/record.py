@@ -133,7 +133,7 @@ def models_near(module: nn.Module) -> list[PreTrainedModel]:
     return list(dict.fromkeys([*models_in(module), *made]))
 
 
-def _subclasses(cls: type) -> Iterator[type]:
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     yield cls
     for subclass in cls.__subclasses__():
         yield from _subclasses(subclass)
