@@ -11,18 +11,21 @@ Padding counts nowhere; see :mod:`hf_fnl.padding`.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import TransformersKwargs
 
 from hf_fnl.layers.span import Span
 from hf_fnl.padding import Visible, hidden_marked, listed
+from hf_fnl.suggest import did_you_mean
 from hf_fnl.truncation import HeadMoments, Moments
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -104,7 +107,7 @@ def visit(
 
     Raises:
         ValueError: If no token reaches a module that is named, or there are no data, or they cannot be joined, are not
-            finite, or hide positions that cannot be followed.
+            finite, hide positions that cannot be followed, or are under a name that the model would ignore.
         TypeError: If the data are no mappings from names to tensors.
 
     Warns:
@@ -112,6 +115,7 @@ def visit(
     """
     batch = join_batches(batch)
     device = next(model.parameters()).device
+    _check_taken(model, batch)
     inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
     if hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
@@ -286,6 +290,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in training.items():
             module.training = mode
+
+
+def _check_taken(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise a ``ValueError`` for an input that a model of Transformers, or of ours, would ignore without a word."""
+    if type(model).__module__.partition(".")[0] not in ("transformers", "hf_fnl"):
+        return
+    forwards = {type(module).forward for module in model.modules()}
+    taken = {name for forward in forwards for name in inspect.signature(forward).parameters}
+    taken |= {"attention_mask", *TransformersKwargs.__annotations__}  # a mask tells padding to this module as well
+    for name in names:
+        if not {name, name.removeprefix("encoder_"), name.removeprefix("decoder_")} & taken:
+            meant = did_you_mean(name, inspect.signature(model.forward).parameters)
+            raise ValueError(
+                f"{type(model).__name__} takes no {name}, and would ignore it: leave it out of the calibration{meant}"
+            )
 
 
 def join_batches(batches: Calibration) -> Batch:

@@ -589,6 +589,27 @@ def test_hidden_states_are_padded_with_their_mask() -> None:
     assert joined["encoder_attention_mask"].sum(1).tolist() == [4, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("attention_masks", "attention_mask"), ("atention_mask", "attention_mask"), ("lengths", None)]
+)
+def test_an_input_that_the_model_would_ignore_is_refused(name: str, meant: str | None) -> None:
+    ids = torch.randint(3, 40, (2, 20))
+    told = f"takes no {name}, and would ignore it: leave it out of the calibration"
+    told += f"; did you mean {meant}" if meant else "$"
+    for model in (stock("bert"), stock("llama-grouped"), BACKBONE.build(FULL)):
+        with pytest.raises(ValueError, match=told):
+            factorize_(model, FactorizationConfig(rank=2), calibration={"input_ids": ids, name: torch.ones(2, 20)})
+
+
+def test_inputs_that_a_part_of_the_model_takes_are_passed_on() -> None:
+    config = T.BertConfig(**TEXT)
+    decoder = T.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
+    model = T.EncoderDecoderModel(T.EncoderDecoderConfig.from_encoder_decoder_configs(config, decoder))
+    ids, zeros = torch.randint(3, 40, (2, 20)), torch.zeros(2, 20, dtype=torch.long)
+    data = {"input_ids": ids, "token_type_ids": zeros, "decoder_input_ids": ids, "decoder_token_type_ids": zeros}
+    factorize_(model, FactorizationConfig(rank=2), calibration=data)
+
+
 def test_lengths_that_differ_need_a_mask() -> None:
     parts = [{"input_ids": torch.ones(1, length, dtype=torch.long)} for length in (2, 3)]
     with pytest.raises(ValueError, match="differ in the length of input_ids: give an attention_mask"):

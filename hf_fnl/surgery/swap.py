@@ -219,6 +219,8 @@ def weight_obstacle(weight: Tensor) -> str | None:
     """Why a weight is no matrix of numbers that can be factorized, if it is none."""
     if type(weight) not in (nn.Parameter, Tensor):
         return f"its weight is a {type(weight).__name__}"
+    if weight.numel() == 0:
+        return "its weight is empty"
     if not weight.is_floating_point():
         return "its weight is not of floating point"
     if weight.itemsize < 2:
