@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from itertools import pairwise
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,15 @@ __version__ = "0.1.0"
 
 
 def _runs_command_line() -> bool:
-    """Whether Python was started as ``hf-fnl`` or ``python -m hf_fnl``, whose ``--help`` waits for no torch."""
-    started_as = sys.argv[0] if getattr(sys, "argv", None) else ""
-    # Python has "-m" there while it looks for the module to run, which is when this package is imported.
-    return PurePath(started_as).stem == "hf-fnl" or (started_as == "-m" and ("-m", "hf_fnl") in pairwise(sys.orig_argv))
+    """Whether Python was started as ``hf-fnl`` or ``python -m hf_fnl``, whose ``--help`` waits for no torch.
+
+    Where in doubt it was not: then importing this takes longer, and nothing is missing.
+    """
+    argv = getattr(sys, "argv", None) or [""]
+    started_as = sys.orig_argv[-len(argv)] if len(argv) <= len(sys.orig_argv) else ""
+    if argv[0] == "-m":  # which Python has there while it looks for the module to run, when this package is imported
+        return started_as == "hf_fnl"
+    return started_as == argv[0] and PurePath(started_as).name in ("hf-fnl", "hf-fnl.exe")
 
 
 if TYPE_CHECKING:

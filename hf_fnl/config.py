@@ -14,6 +14,7 @@ from hf_fnl.suggest import did_you_mean
 
 RULES = ("rank", "rank_scale", "ratio", "energy", "budget", "layer_ratio")  # each says ranks by itself
 LAYER_KINDS = ("linear", "embedding", "conv")
+KINDS = ("qk", "ov", "qkv", "ffn", *LAYER_KINDS)  # of our classes, and of layers
 CONV_SCHEMES = ("spatial", "channel")  # a kernel as a matrix
 TENSOR_SCHEMES = ("tt", "tucker")
 

@@ -60,5 +60,9 @@ def _check_index(index: Path) -> None:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is damaged: {error!r}") from error
-    if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+    if strange := [name for name in names if not _is_file_name(name)]:
         raise ValueError(f"{index} names weights outside of its folder: {strange[0]}")
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not {"/", "\\"} & set(name)

@@ -1,4 +1,4 @@
-"""What a name that is not known may have been meant to be."""
+"""Text that people read: what an unknown name may have been meant to be, and names without control characters."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
         initials = [name for name in names if "".join(word[:1] for word in name.split("_")) == bare]
         found = initials[:1] or [name for name in names if len(bare) > 2 and bare in name][:3]
     return f"; did you mean {' or '.join(names[name] for name in found)}?" if found else ""
+
+
+def printable(text: object) -> str:
+    """Text as it may be shown: what would move a terminal's cursor, colour or hide text is written as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))

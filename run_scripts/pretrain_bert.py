@@ -19,7 +19,7 @@ from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBe
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
-from hf_fnl.training.command_line import named, parse_arguments, run_script
+from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
 from hf_fnl.training.engines import let_go
 from hf_fnl.training.runs import (
     FACTOR_INIT_HELP,
@@ -103,14 +103,14 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     if not options.stock:
         return build(model_class, FactorizedBertConfig(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
     if given := [name for name, rank in ranks.items() if rank is not None]:
-        raise ValueError(f"stock=True takes no ranks, got {', '.join(given)}")
+        raise UsageError(f"stock=True takes no ranks, got {', '.join(given)}")
     return build(model_class, BertConfig(**sizes))
 
 
 def check_lengths(phases: list[tuple[Phase, FLAMBeTrainingArguments]], longest: int) -> None:
     """Refuse sequences that are longer than the model's."""
     if too_long := [phase.length for phase, _ in phases if phase.length > longest]:
-        raise ValueError(f"phases: the model's max_position_embeddings is {longest}, got a length of {too_long[0]}")
+        raise UsageError(f"phases: the model's max_position_embeddings is {longest}, got a length of {too_long[0]}")
 
 
 def build_collator(phase: Phase, data: DataOptions, tokenizer: Any) -> PretrainingCollator | PackingCollator:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options, data, args = parse_arguments(argv, ModelOptions, DataOptions, TextTrainingArguments, description=__doc__)
     phases = plan_phases(data.phases, args)
     if len(phases) > 1 and str(args.resume_from_checkpoint or "true").lower() != "true":
-        raise ValueError(
+        raise UsageError(
             f"resume_from_checkpoint={args.resume_from_checkpoint} belongs to one phase of {len(phases)}; with true, "
             "each goes on from its own newest checkpoint"
         )

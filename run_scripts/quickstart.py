@@ -26,7 +26,7 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.report import plot_diagnostics, plot_loss
-from hf_fnl.training.command_line import UsageError, run_script
+from hf_fnl.training.command_line import UsageError, parse_flags, run_script
 from hf_fnl.training.files import check_writable, write_json
 from hf_fnl.training.tasks.tokenization import load_tokenizer
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=500, help="pretraining steps at length 128")
     parser.add_argument("--long_steps", type=int, default=20, help="pretraining steps at length 512")
     parser.add_argument("--epochs", type=float, default=3, help="fine-tuning epochs")
-    options = parser.parse_args(argv)
+    options = parse_flags(parser, argv)
     folder = options.output_dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--output_dir {folder} exists and is not empty: move it away, or give another one")

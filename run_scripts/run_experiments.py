@@ -33,11 +33,11 @@ from benchmarks.experiments.runs import (
     Launch,
     Run,
     data_places,
-    parse_flags,
     relative,
+    settings_of,
     train_all,
 )
-from hf_fnl.training.command_line import UsageError, duration, progress, run_script
+from hf_fnl.training.command_line import UsageError, duration, parse_flags, progress, run_script
 
 logger = logging.getLogger("hf_fnl.experiments")
 
@@ -62,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not arguments:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
-    options = parser.parse_args(arguments)
+    options = parse_flags(parser, arguments)
     if options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {options.jobs}")
     return options
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         runs=options.runs,
         places=data_places(options.data, rows),
         scale=options.scale,
-        extra=parse_flags(options.extra),
+        extra=settings_of(options.extra),
     )
     runs = launch.plan(rows, options.seeds)
     outcome: dict[str, Any] = {"states": {run.name: run.state for run in runs}, "results": {}, "failed": {}}

@@ -21,7 +21,7 @@ from hf_fnl.diagnostics import parameter_count
 from hf_fnl.hub import check_source
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
-from hf_fnl.training.command_line import named, parse_arguments, run_script
+from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
 from hf_fnl.training.runs import (
@@ -162,7 +162,7 @@ def block_sizes(data: DataOptions, n_positions: int, *, is_fresh: bool) -> tuple
     eval_block_size = data.eval_block_size or block_size
     for name, size in (("block_size", block_size), ("eval_block_size", eval_block_size)):
         if size > n_positions:
-            raise ValueError(f"{name}: the model's n_positions is {n_positions}, got {size}")
+            raise UsageError(f"{name}: the model's n_positions is {n_positions}, got {size}")
     if is_fresh and eval_block_size > block_size:
         logger.warning(
             "eval_block_size=%d is above block_size=%d: the positions in between are evaluated as they were drawn",

@@ -33,7 +33,7 @@ from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.building import build
-from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
+from hf_fnl.training.command_line import UsageError, check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.files import write_text
 from hf_fnl.training.low_rank_phase import later_ranks
@@ -93,7 +93,7 @@ class ModelOptions:
             ValueError: If ``rank_scale`` is not in (0, 1], or the stock class is to have ranks.
         """
         if self.rank_scale is not None and not 0 < self.rank_scale <= 1:
-            raise ValueError(f"rank_scale must be above 0 and at most 1, got {self.rank_scale}")
+            raise UsageError(f"rank_scale must be above 0 and at most 1, got {self.rank_scale}")
         largest = {
             "qk_rank": self.hidden_size // self.num_attention_heads,
             "ov_rank": self.hidden_size // self.num_attention_heads,
@@ -104,7 +104,7 @@ class ModelOptions:
         ranks = {name: getattr(self, name) or (scaled[name] if self.rank_scale else None) for name in largest}
         found = {name: rank for name, rank in ranks.items() if rank is not None}
         if self.stock and (given := [*found, *["normalize_before"] * self.normalize_before]):
-            raise ValueError(f"stock=True takes no ranks and no normalize_before, got {', '.join(given)}")
+            raise UsageError(f"stock=True takes no ranks and no normalize_before, got {', '.join(given)}")
         return found
 
 
@@ -229,7 +229,7 @@ def encode(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Encode the pairs to train on and those to evaluate on, the latter by length, for less padding."""
     if data.max_length is not None and data.max_length > positions:
-        raise ValueError(f"max_length must be at most {positions}, the positions of the model, got {data.max_length}")
+        raise UsageError(f"max_length must be at most {positions}, the positions of the model, got {data.max_length}")
     if test is not None:
         # That a sentence is too long to be translated is to be known now, not when the training is over.
         encode_pairs(test, tokenizer, longest=positions)
@@ -244,10 +244,10 @@ def encode(
 def check_averaging(count: int, args: TranslationArguments) -> None:
     """Refuse to average more checkpoints than the run will keep, or such as cannot be averaged."""
     if count and args.checkpoint_format == "sharded":
-        raise ValueError(f"average_checkpoints={count} needs whole weights in checkpoints: set checkpoint_format=full")
+        raise UsageError(f"average_checkpoints={count} needs whole weights in checkpoints: set checkpoint_format=full")
     kept = 0 if args.save_strategy == SaveStrategy.NO else args.save_total_limit
     if count and kept is not None and kept < count:
-        raise ValueError(
+        raise UsageError(
             f"average_checkpoints={count} needs so many checkpoints, but save_strategy={args.save_strategy.value} with "
             f"save_total_limit={args.save_total_limit} keeps {kept}"
         )

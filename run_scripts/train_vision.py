@@ -30,7 +30,7 @@ from hf_fnl.layers import Factorized
 from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
 from hf_fnl.pruning import finalize_, prune_, sparsity, weights_to_keep
 from hf_fnl.spectral import DRAWN_METHODS, INIT_METHODS
-from hf_fnl.training.command_line import named, parse_arguments, run_script
+from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
 from hf_fnl.training.lottery import train_in_rounds
 from hf_fnl.training.metrics.accuracy import image_accuracy, topk_hits
 from hf_fnl.training.norms import FollowNorms, RecordNorms
@@ -157,7 +157,7 @@ class ModelOptions:
         if not self.rule:
             return None
         if kinds_of(model):
-            raise ValueError(f"{self.init_from} is factorized already: leave rank_scale, ratio and overcomplete out")
+            raise UsageError(f"{self.init_from} is factorized already: leave rank_scale, ratio and overcomplete out")
         return FactorizationConfig(
             kinds=("conv",),
             include=inner_convolutions(model),
@@ -238,7 +238,7 @@ class Session:
         given = {option: getattr(self.options, option) for option in ("overcomplete", "pruning")}
         changing = [f"{option}={value}" for option, value in given.items() if value]
         if changing and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            raise ValueError(
+            raise UsageError(
                 f"{changing[0]} changes weights beside the training, which FSDP2 and DeepSpeed, who hold them, do not "
                 "see: train with DDP (run_scripts/launch/ddp.yaml) or in one process"
             )
@@ -258,7 +258,7 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
     factorize: Callable[[nn.Module], object] | None = None
     if config is not None and args.dense_epochs:
         if config.init in DRAWN_METHODS:
-            raise ValueError(
+            raise UsageError(
                 f"dense_epochs trains weights that factor_init={config.init} would draw anew: set it to spectral"
             )
         factorize_(copy.deepcopy(model).to("meta"), config)  # raises now, and not after the dense epochs

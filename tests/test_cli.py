@@ -438,7 +438,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(bert, texts, tmp_path, damage,
 
 @pytest.mark.parametrize(
     "options",
-    ["", "--ratio 0.5 --rank 3", "--ratio 0.5 --qk-rank 3", "--ratio 2", "--qk-rank 3 --multiple-of 8", "--ratio half"],
+    [
+        *("", "--ratio 0.5 --rank 3", "--ratio 0.5 --qk-rank 3", "--ratio 2", "--qk-rank 3 --multiple-of 8"),
+        *("--ratio half", "--rank 3 --kinds x", "--rank 3 --kinds ffn,[x]", "--rank 3 --conv-scheme spacial"),
+    ],
 )
 def test_wrong_use_is_told_from_bad_input(bert, tmp_path, options):
     result = cli("factorize", bert, "--out", tmp_path / "out", *options.split(), code=2)
@@ -502,10 +505,10 @@ def test_help_waits_for_no_library():
     package = Path(hf_fnl.__file__).parent / "cli"
     heads = [
         ast.parse((package / name).read_text()).body
-        for name in ("app.py", "plan.py", "profile.py", "tables.py", "terminal.py")
+        for name in ("app.py", "plan.py", "profile.py", "tables.py", "terminal.py", "../suggest.py")
     ]
     froms = {node.module for body in heads for node in body if isinstance(node, ast.ImportFrom)}
     plain = {alias.name for body in heads for node in body if isinstance(node, ast.Import) for alias in node.names}
-    ours = {f"hf_fnl.cli.{name}" for name in ("plan", "profile", "tables", "terminal")}
+    ours = {"hf_fnl.suggest", *(f"hf_fnl.cli.{name}" for name in ("plan", "profile", "tables", "terminal"))}
     allowed = {"typer", "rich", *ours, *sys.stdlib_module_names}
     assert {n for n in froms | plain if n not in allowed and n.split(".")[0] not in allowed - {"hf_fnl"}} == set()

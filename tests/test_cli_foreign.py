@@ -156,7 +156,9 @@ def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(low_rank, tmp_pa
     assert not (tmp_path / "out" / "vocab.txt").is_symlink()
 
 
-@pytest.mark.parametrize("kind", ["absolute", "dots", "folder", "number", "link"])
+@pytest.mark.parametrize(
+    "kind", ["absolute", "dots", "parent", "here", "empty", "nul", "backslash", "folder", "number", "link"]
+)
 def test_shards_stay_in_their_folder(model, tmp_path, kind):
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
@@ -165,6 +167,11 @@ def test_shards_stay_in_their_folder(model, tmp_path, kind):
         "absolute": str(tmp_path / "secret.safetensors"),
         "dots": "../../secret.safetensors",
         "folder": "inner/../../../secret.safetensors",
+        "parent": "..",
+        "here": ".",
+        "empty": "",
+        "nul": "a\0b",
+        "backslash": "..\\secret.safetensors",
         "number": 7,
         "link": "model-1.safetensors",
     }
@@ -342,3 +349,53 @@ def test_a_damaged_configuration_is_one_line(model, content):
     error = cli("inspect", model, code=1).stderr
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+# What a strange config.json says
+
+
+@pytest.mark.parametrize("changes", [{"model_type": ["llama"]}, {"hidden_size": "16"}, {"hidden_size": None}], ids=str)
+def test_a_configuration_of_wrong_types_is_named(model, changes):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    error = cli("inspect", model, code=1).stderr.replace("\n", "")
+    assert f"error: the config.json of {model} is damaged" in error
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertModel"])
+def test_weights_of_another_architecture_are_refused(model, name):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": [name], "n_head": 2}))
+    assert "the checkpoint holds no parameter of the model" in cli("inspect", model, code=1).stderr.replace("\n", " ")
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mred", "b\x07ell", "c\x9b2Jsi"], ids=repr)
+def test_no_escape_sequence_gets_into_a_card_or_a_report(model, tmp_path, name):
+    out = tmp_path / name
+    cli("factorize", model, "--out", out, "--rank", 2)
+    cli("report", out, "--out", tmp_path / "report.html")
+    for text in ((out / "README.md").read_text(), (tmp_path / "report.html").read_text()):
+        assert repr(name)[1:-1] in text.replace("<wbr>", "").replace("\\[", "[")
+        assert all(c.isprintable() or c == "\n" for c in text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("factorize", "{model}", "--rank", "2", "--out", "{file}/sub"), "--out {file}/sub: {file} is a file"),
+        (("merge", "{low}", "--out", "{file}/a/b"), "--out {file}/a/b: {file} is a file"),
+        (("report", "{model}", "--out", "{low}"), "{low} is a folder, and a report is a file"),
+        (("report", "{model}", "--out", "{file}/r.html"), "{file} is a file"),
+    ],
+)
+def test_an_out_that_cannot_be_written_is_named_before_the_work(model, low_rank, tmp_path, arguments, message):
+    (tmp_path / "file").write_text("mine")
+    names = {"model": model, "low": low_rank, "file": tmp_path / "file"}
+    before = sorted(tmp_path.rglob("*"))
+    error = cli(*(word.format(**names) for word in arguments), code=1).stderr
+    assert message.format(**names) in error
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "mine"

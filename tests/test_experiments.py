@@ -21,6 +21,7 @@ from benchmarks.experiments.rows import SCALES, read_rows
 from benchmarks.experiments.runs import ROOT, Launch, data_places
 from benchmarks.house.grids import run_once
 from benchmarks.house.record import revision
+from hf_fnl.training.command_line import UsageError
 from hf_fnl.training.tasks.image_options import ImageOptions
 from hf_fnl.training.tasks.image_training import ImageTrainingArguments
 
@@ -130,8 +131,8 @@ def test_a_file_that_is_no_yaml_is_refused(table):
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        pytest.param("table8", "no such table or row: .*table8; there are table9$", id="table"),
-        pytest.param("table9/sparse.yaml", "no such table or row: .*sparse.yaml; there are dense.yaml$", id="row"),
+        pytest.param("table8", r"no such table or row: .*table8; there are table9; did you mean table9\?$", id="table"),
+        pytest.param("table9/sparse.yaml", "no such table or row: .*sparse.yaml; there are dense.yaml;", id="row"),
         pytest.param("", "no such table or row: .*experiments; there are table9$", id="folder-of-tables"),
     ],
 )
@@ -287,6 +288,9 @@ def test_runs_of_other_flags_are_not_taken_for_done(table, run, tmp_path):
         pytest.param(["--extra", "--depth=3"], ValueError, "--extra: .*stand_in.py has no flag depth", id="extra"),
         pytest.param(["--extra", "3"], ValueError, "--extra takes flags like --width 8, got '3' first", id="value"),
         pytest.param(["--data", "cats"], ValueError, "--data: no data set 'cats'; there are birds, fish", id="data"),
+        pytest.param(["--sedes", "1"], UsageError, "there is no option --sedes; did you mean --seeds", id="flag"),
+        pytest.param(["--data", "brids"], ValueError, "no data set 'brids'; .*; did you mean birds", id="data-name"),
+        pytest.param(["--extra", "--widht", "8"], ValueError, "has no flag widht; did you mean width", id="extra"),
         pytest.param(["--data", "fish=sea"], FileNotFoundError, "no such file or folder: sea; give fish", id="place"),
         pytest.param(["--script", "train.py"], FileNotFoundError, "no such script: train.py", id="script"),
     ],

@@ -272,15 +272,17 @@ def test_the_command_profiles_a_configuration_at_ranks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "code"),
     [
-        pytest.param(("nothing-here",), "there is no folder nothing-here, and the Hub", id="model"),
-        pytest.param(("bert-base", "--device", "tpu"), "device must be cpu or cuda, got 'tpu'", id="device"),
-        pytest.param(("bert-base", "--ffn_rank", "769"), "--ffn-rank must be in [1, 768], got 769", id="rank"),
+        pytest.param(("nothing-here",), "there is no folder nothing-here, and the Hub", 1, id="model"),
+        pytest.param(("bert-base", "--device", "tpu"), "device must be cpu or cuda, got 'tpu'", 2, id="device"),
+        pytest.param(("bert-base", "--ffn_rank", "769"), "--ffn-rank must be in [1, 768], got 769", 1, id="rank"),
+        pytest.param(("bert-base", "--frobenius-mode", "loose"), "got 'loose'", 2, id="mode"),
+        pytest.param(("bert-base", "--optim", "adamv"), "adamv", 2, id="optimizer"),
     ],
 )
-def test_bad_input_is_refused_with_a_reason(arguments, message):
-    assert message in cli(*arguments, code=1)
+def test_bad_input_is_refused_with_a_reason(arguments, message, code):
+    assert message in cli(*arguments, code=code)
 
 
 def test_two_processes_see_what_they_wait_for(tmp_path):

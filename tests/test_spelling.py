@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,21 +149,25 @@ def test_help_shows_every_text_as_it_is_written(name):
         assert " ".join(text.split()) in shown
 
 
-def modules_after(code: str, *argv: str) -> set[str]:
-    program = f"import sys; sys.argv = {list(argv)!r}\n{code}\nprint(' '.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+def modules_after(code: str, *command: object) -> set[str]:
+    """Names of the modules that are there when a program ends; ``-c`` unless it is run as ``command``."""
+    program = f"{code}\nimport sys\nprint(' '.join(sys.modules))"
+    if command:
+        Path(command[0]).write_text(program)
+    words = [sys.executable, *map(str, command or ("-c", program))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())
 
 
-def test_the_command_line_imports_no_torch_to_help():
-    call = "import contextlib\nfrom hf_fnl.__main__ import main\nwith contextlib.suppress(SystemExit): main(['--help'])"
-    assert not {"torch", "transformers", "datasets"} & modules_after(call, "/usr/bin/hf-fnl", "--help")
+def test_the_command_line_imports_no_torch_to_help(tmp_path):
+    call = "import contextlib\nfrom hf_fnl.cli import main\nwith contextlib.suppress(SystemExit): main()"
+    assert not {"torch", "transformers", "datasets"} & modules_after(call, tmp_path / "hf-fnl", "--help")
 
 
-@pytest.mark.parametrize("argv", [("script.py",), ("/usr/bin/hf-fnl",)], ids=["library", "command line"])
-def test_public_names_are_there_however_python_was_started(argv):
+@pytest.mark.parametrize("name", ["script.py", "hf-fnl"])
+def test_public_names_are_there_however_python_was_started(tmp_path, name):
     code = "import hf_fnl\nassert hf_fnl.factorize_ and 'FLAMBe' in dir(hf_fnl)\nfrom hf_fnl import Lamb"
-    assert "torch" in modules_after(code, *argv)
+    assert "torch" in modules_after(code, tmp_path / name)
 
 
 def test_importing_the_package_registers_its_models():
@@ -170,7 +175,14 @@ def test_importing_the_package_registers_its_models():
         "import hf_fnl\nfrom transformers import AutoConfig\n"
         "assert type(AutoConfig.for_model('factorized_bert')).__name__ == 'FactorizedBertConfig'"
     )
-    assert "datasets" not in modules_after(code, "script.py")
+    assert "datasets" not in modules_after(code)
+
+
+@pytest.mark.parametrize("name", ["hf-fnl.py", "train.py"])
+@pytest.mark.parametrize("argv", [None, ["hf-fnl", "--help"], ["-m", "hf_fnl"], []], ids=str)
+def test_no_program_of_a_user_is_taken_for_the_command_line(tmp_path, name, argv):
+    change = "" if argv is None else f"import sys\nsys.argv = {argv!r}\n"
+    assert "hf_fnl.models" in modules_after(f"{change}import hf_fnl", tmp_path / name, "-m", "hf_fnl")
 
 
 def test_python_dash_m_is_told_from_other_modules(monkeypatch):
@@ -178,8 +190,11 @@ def test_python_dash_m_is_told_from_other_modules(monkeypatch):
         (["python", "-m", "hf_fnl", "--help"], ["-m", "--help"], True),
         (["python", "-W", "ignore", "-m", "hf_fnl"], ["-m"], True),
         (["python", "-m", "pytest", "hf_fnl"], ["-m", "hf_fnl"], False),
+        (["python", "-m", "pytest", "-m", "hf_fnl"], ["-m", "-m", "hf_fnl"], False),
         (["python", "train.py", "-m", "hf_fnl"], ["train.py", "-m", "hf_fnl"], False),
         (["/bin/python", "/bin/hf-fnl"], ["/bin/hf-fnl"], True),
+        (["/bin/python", "/bin/pytest"], ["/bin/hf-fnl"], False),
+        (["/bin/python", "/bin/pytest"], ["hf-fnl", "inspect", "bert"], False),
         (["python"], [""], False),
     ):
         monkeypatch.setattr(sys, "orig_argv", orig)

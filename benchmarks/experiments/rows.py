@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import yaml
 
 from benchmarks.experiments.metrics import METRICS
+from hf_fnl.suggest import did_you_mean
 
 TABLE_FILE = "_table.yaml"
 DATASETS_FILE = "_datasets.yaml"
@@ -122,21 +123,21 @@ def read_rows(places: Iterable[Path]) -> list[Row]:
     for place in places:
         folder = place if place.is_dir() else place.parent
         if not (folder / TABLE_FILE).is_file() or not place.exists():
-            raise FileNotFoundError(f"no such table or row: {place}; there are {_alternatives(place)}")
+            names = _alternatives(place)
+            hint = did_you_mean(place.name, names)
+            raise FileNotFoundError(f"no such table or row: {place}; there are {', '.join(names) or 'none'}{hint}")
         table = _read_table(folder)
         files = [place] if place.is_file() else sorted(set(folder.glob("*.yaml")) - {folder / TABLE_FILE})
         rows |= {path.resolve(): _read(Row, path, table=table, name=path.stem) for path in files}
     return list(rows.values())
 
 
-def _alternatives(place: Path) -> str:
+def _alternatives(place: Path) -> list[str]:
     """Rows or tables that there are where one was looked for."""
     folder = place if place.is_dir() else place.parent
     if (folder / TABLE_FILE).is_file():
-        names = sorted(path.name for path in folder.glob("*.yaml") if path.name != TABLE_FILE)
-    else:
-        names = sorted(path.parent.name for path in folder.glob(f"*/{TABLE_FILE}"))
-    return ", ".join(names) or "none"
+        return sorted(path.name for path in folder.glob("*.yaml") if path.name != TABLE_FILE)
+    return sorted(path.parent.name for path in folder.glob(f"*/{TABLE_FILE}"))
 
 
 def _read_table(folder: Path) -> Table:

@@ -19,6 +19,7 @@ import yaml
 
 from benchmarks.experiments.rows import SCALES, Row, Settings
 from benchmarks.house.grids import run_once
+from hf_fnl.suggest import did_you_mean
 from hf_fnl.training.files import write_text
 
 ROOT = Path(__file__).parents[2]  # where trainings run, so that their commands hold no path of this machine
@@ -168,7 +169,8 @@ class Launch:
 
 def _check(flags: Iterable[str], script: Path, source: str) -> None:
     if unknown := sorted(set(flags) - _flags_of(script)):
-        raise ValueError(f"{source}: {relative(script)} has no flag {unknown[0]}")
+        hint = did_you_mean(unknown[0], _flags_of(script))
+        raise ValueError(f"{source}: {relative(script)} has no flag {unknown[0]}{hint}")
 
 
 @functools.cache
@@ -187,7 +189,7 @@ def _words(settings: Settings) -> Iterator[str]:
             yield str(entry).lower() if isinstance(entry, bool) else str(entry)
 
 
-def parse_flags(words: Sequence[str]) -> Settings:
+def settings_of(words: Sequence[str]) -> Settings:
     """Flags and their values, as rows hold them, from a command line.
 
     Raises:
@@ -230,7 +232,7 @@ def data_places(entries: Sequence[str], rows: Sequence[Row]) -> dict[str, str | 
     for entry in entries:
         name, _, place = entry.partition("=")
         if name not in names:
-            raise ValueError(f"--data: no data set {name!r}; there are {', '.join(names)}")
+            raise ValueError(f"--data: no data set {name!r}; there are {', '.join(names)}{did_you_mean(name, names)}")
         if not place and names[name].hub is None:
             raise ValueError(f"--data {name}: it is not on the Hub; give {name}=FOLDER")
         if place and not Path(place).exists():

@@ -16,7 +16,8 @@ from typer.core import TyperGroup
 from hf_fnl.cli.plan import plan
 from hf_fnl.cli.profile import profile
 from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, share_left, size_change, sort_rows
-from hf_fnl.cli.terminal import as_typed, session
+from hf_fnl.cli.terminal import session, usage
+from hf_fnl.suggest import did_you_mean
 
 
 class _Group(TyperGroup):
@@ -146,7 +147,7 @@ def factorize(
     The folder that is written holds the model, its tokenizer, a model card, and factorization.json with the rank of
     every layer. Say how far with one rule, or give ranks. A calibrated model keeps more of what the dense one knows.
     """
-    rules = {
+    rules: dict[str, Any] = {
         "ratio": ratio,
         "budget": budget,
         "layer_ratio": layer_ratio,
@@ -166,9 +167,15 @@ def factorize(
     with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli import factorize as work
         from hf_fnl.cli.texts import Texts
-        from hf_fnl.config import RankRule
+        from hf_fnl.config import KINDS, FactorizationConfig, RankRule
 
-        rule = None if ranks else _usage(RankRule, **rules, multiple_of=multiple_of)
+        wanted = tuple(filter(None, kinds.replace(" ", "").split(",")))
+        with usage():
+            rule = None if ranks else RankRule(**rules, multiple_of=multiple_of)
+            if unknown := [kind for kind in wanted if kind not in KINDS]:
+                hint = did_you_mean(unknown[0], KINDS)
+                raise ValueError(f"kinds must be any of {', '.join(KINDS)}, got {', '.join(unknown)}{hint}")
+            FactorizationConfig(rank=1, kinds=["conv"], conv_scheme=conv_scheme)
         texts = calibrate and Texts(
             source=calibrate, column=text_column, samples=calibration_samples, length=calibration_length
         )
@@ -177,7 +184,7 @@ def factorize(
             target=out,
             rule=rule,
             ranks=ranks,
-            kinds=tuple(filter(None, kinds.replace(" ", "").split(","))),
+            kinds=wanted,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
             conv_scheme=conv_scheme,
@@ -339,14 +346,6 @@ def _check_rules(rules: dict[str, Any], by_kind: dict[str, int | None], multiple
 
 def _flags(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
-
-
-def _usage(make: Any, **options: Any) -> Any:
-    """Make something from options; what it refuses is an error of usage."""
-    try:
-        return make(**options)
-    except ValueError as error:
-        raise typer.BadParameter(as_typed(str(error))) from error
 
 
 def _command_line(context: typer.Context) -> str:

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_fnl.folders import is_inside
+from hf_fnl.training.files import check_writable
 
 # Tokenizers and processors, the parts of a sentence-transformers model, and what the law wants to stay beside it.
 CARRIED = (
@@ -40,11 +41,12 @@ def new_folder(target: Path, *, source: str, overwrite: bool = False, needed: Se
     """
     target = target.expanduser().resolve()
     if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file; --out names a folder")
+        raise FileExistsError(f"--out {target} is a file, and has to be a folder")
     if target.is_dir():
         _check_spared(target, [source, *needed])
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(f"{target} holds files already; --overwrite replaces it")
+    check_writable("--out", target)
     made = [parent for parent in target.parents if not parent.exists()]
     unfinished = _beside(target, "unfinished")
     try:

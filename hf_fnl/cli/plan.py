@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_fnl.cli.terminal import option, session
+from hf_fnl.cli.terminal import option, session, usage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,19 +60,20 @@ def plan(
     with session(as_json=as_json, debug=debug) as terminal:
         import hf_fnl.planning as planning
 
-        setup = planning.Setup(
-            engine=engine,
-            gpus=gpus if nodes is None else nodes * gpus_per_node,
-            gpus_per_node=gpus_per_node,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            accumulation=accumulation,
-            dtype=dtype,
-            optimizer=optimizer,
-            frobenius_decay=tuple(filter(None, frobenius_decay.replace(" ", "").split(","))),
-            offload=offload,
-            checkpointing=checkpointing,
-        )
+        with usage():
+            setup = planning.Setup(
+                engine=engine,
+                gpus=gpus if nodes is None else nodes * gpus_per_node,
+                gpus_per_node=gpus_per_node,
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                accumulation=accumulation,
+                dtype=dtype,
+                optimizer=optimizer,
+                frobenius_decay=tuple(filter(None, frobenius_decay.replace(" ", "").split(","))),
+                offload=offload,
+                checkpointing=checkpointing,
+            )
         ranks = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
         found = planning.plan(
             lambda: planning.meta_model(model, **ranks), setup, limit=None if memory is None else memory * GIB

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_fnl.cli.terminal import option, session
+from hf_fnl.cli.terminal import option, session, usage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,6 +73,8 @@ def profile(
         from hf_fnl.planning import fresh_model
         from hf_fnl.training import FLAMBeTrainingArguments
 
+        with usage():
+            uses_cpu = _runs_on_cpu(device)
         ranks = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
         options = {
             "per_device_train_batch_size": batch_size,
@@ -83,7 +85,7 @@ def profile(
             "bf16": bf16,
             "torch_compile": compiled,
             "dataloader_num_workers": num_workers,
-            "use_cpu": _runs_on_cpu(device),
+            "use_cpu": uses_cpu,
             "max_steps": warmup + steps + (2 if trace else 0),
             "profile_steps": steps,
             "profile_after": warmup,
@@ -123,7 +125,8 @@ def _train(model: Any, length: int, arguments: Any, options: dict[str, Any]) -> 
 
     quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments(output_dir=folder, **quiet, **options)
+        with usage():
+            args = arguments(output_dir=folder, **quiet, **options)
         size = args.per_device_train_batch_size
         examples = random_examples(model, max(size, _EXAMPLES // size * size), length)
         trainer = FLAMBeTrainer(model, args, train_dataset=examples, data_collator=default_data_collator)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from hf_fnl.suggest import printable
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -97,6 +99,15 @@ def session(*, as_json: bool, debug: bool, sources: Sequence[str] = ()) -> Itera
         raise typer.Exit(1) from error
 
 
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """Make options of what was typed; what is refused of it is an error of usage, of exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(printable(as_typed(_one_line(error)))) from error
+
+
 def as_typed(message: str) -> str:
     """A message of the library with options by the names that are typed: ``--ffn-rank`` for ``ffn_rank``."""
 
@@ -104,11 +115,6 @@ def as_typed(message: str) -> str:
         return f"--{match['name'].replace('_', '-')}{' ' if match['value'] else ''}"
 
     return _OPTION.sub(typed, message)
-
-
-def printable(text: object) -> str:
-    """Text as it may be shown: what would move a terminal's cursor, colour or hide text is written as an escape."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 def _one_line(message: object) -> str:

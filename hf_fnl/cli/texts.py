@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
@@ -56,7 +57,11 @@ class Texts:
                     yield from _paragraphs(file, longest)
                 return
         rows = load_documents(self.source, text_column=self.column, streaming=True)
-        yield from (row["text"] for row in rows if (row["text"] or "").strip())
+        for text in (row["text"] for row in rows):
+            if not isinstance(text, str | NoneType):
+                raise ValueError(f"column {self.column!r} of {self.source} holds {text!r}, which is no text")
+            if text and text.strip():
+                yield text
 
 
 Read = tuple[PreTrainedTokenizerBase, list[str]]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -131,7 +132,7 @@ def read_config(path_or_id: str | os.PathLike, **options: Any) -> PreTrainedConf
     """The configuration of a model; a ``ValueError`` if that needs code of its own, which is not run."""
     try:
         return AutoConfig.from_pretrained(path_or_id, trust_remote_code=False, **options)
-    except RecursionError as error:
+    except (RecursionError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"the config.json of {path_or_id} is damaged: {error}") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):

@@ -68,6 +68,11 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
         if name in modules and found.endswith((".weight", ".bias")) and modules[name]._parameters:
             layer = type(modules[name]).__name__
             faults.append(f"the checkpoint holds {found}, for which the {layer} of the model has no place")
+    prefix = f"{model.base_model_prefix}."
+    names = list(model.state_dict())
+    backbone = [name for name in names if name.startswith(prefix)] or names
+    if backbone and set(backbone) <= set(info["missing_keys"]):
+        faults.append(f"the checkpoint holds no parameter of the model, such as {backbone[0]}")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         remedy = "Leave the ranks as its config.json has them"

@@ -66,8 +66,8 @@ class Facts:
         activations: Bytes that autograd keeps for the backward pass, parameters excluded.
         layer_activations: Bytes of these within each layer.
         layer_inputs: Bytes of the hidden states that enter each layer.
-        forward_flops: Operations of a forward pass; those of a fused loss include its gradients.
-        backward_flops: Operations of a backward pass.
+        forward_flops: Operations of a forward pass.
+        backward_flops: Operations of a backward pass; a fused loss does some of them in the forward pass.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -154,7 +154,10 @@ def _run(model: PreTrainedModel, setup: Setup) -> dict[str, Any]:
         give_storage(model)
         model.train()
         inputs = _inputs(model, setup)
-        with autocast, OnGPU(setup.labelled_share), kept, FlopCounterMode(display=False) as forward:
+        with autocast, OnGPU(setup.labelled_share), kept:
+            model(**inputs)
+        # Counting operations hooks into all modules, beside which no loss goes around the vocabulary's.
+        with autocast, OnGPU(setup.labelled_share), FlopCounterMode(display=False) as forward:
             loss = model(**inputs).loss
         with FlopCounterMode(display=False) as backward:
             loss.backward()

@@ -17,7 +17,8 @@ from hf_fnl.report.panels import INK, PALETTE, Key
 from hf_fnl.report.sources import Source, read_sources
 from hf_fnl.report.style import STYLE
 from hf_fnl.report.summary import summarize
-from hf_fnl.training.files import write_text
+from hf_fnl.suggest import printable
+from hf_fnl.training.files import check_writable, write_text
 
 _ABSENT = "-"
 _PAPERS = (
@@ -52,11 +53,15 @@ def write_report(sources: Sequence[str | Path], target: str | Path, *, progress:
         ValueError: If there is no source, one is given twice, there are more than can be told apart, or a file is
             damaged.
         ImportError: If matplotlib is not installed.
+        OSError: If ``target`` is a folder or cannot be written to.
     """
     require_matplotlib()
+    if Path(target).is_dir():
+        raise IsADirectoryError(f"{target} is a folder, and a report is a file, such as {Path(target, 'report.html')}")
+    check_writable("out", Path(target).parent)
     if len(sources) > len(PALETTE):
         raise ValueError(f"a report compares up to {len(PALETTE)} runs or models, got {len(sources)}")
-    return write_text(target, make_page(read_sources(sources, progress)))
+    return write_text(target, printable(make_page(read_sources(sources, progress))))
 
 
 def make_page(sources: Sequence[Source]) -> str:

@@ -75,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None, *classes: type, description: str
         parser.read_file(Path(arguments.pop(0)))
     _, unknown = parser.parse_known_args(arguments)
     if unknown:
-        raise UsageError(parser.about_unknown(unknown[0]))
+        raise UsageError(_about_unknown(unknown[0], [f"--{name}" for name in parser.options]))
     try:
         return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except UsageError:
@@ -83,6 +83,23 @@ def parse_arguments(argv: Sequence[str] | None, *classes: type, description: str
     except ValueError as error:
         given = vars(parser.parse_known_args(arguments)[0])
         raise UsageError(_with_suggestion(str(error), given)) from error
+
+
+def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse as argparse does; of a flag that is unknown the ``UsageError`` says which may have been meant."""
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UsageError(_about_unknown(unknown[0], re.findall(r"--\w+", parser.format_usage())))
+    return options
+
+
+def _about_unknown(word: str, flags: Iterable[str]) -> str:
+    """What to say about a word on the command line that is no option."""
+    if not word.startswith("-"):
+        place = "; a configuration file comes first" if word.endswith(FILES) else ""
+        return f"{word!r} belongs to no option, which begin with --{place}"
+    flag = word.partition("=")[0]
+    return f"there is no option {flag}{did_you_mean(flag, flags)}"
 
 
 class OptionParser(HfArgumentParser):
@@ -112,14 +129,6 @@ class OptionParser(HfArgumentParser):
         if found := re.match(r"--(\w+): invalid choice: '(.*?)'", message):
             message = f"--{found[1]} {_not_among(self.options[found[1]].choices or (), found[2])}"
         raise UsageError(message)
-
-    def about_unknown(self, word: str) -> str:
-        """What to say about a word on the command line that is no option."""
-        if not word.startswith("-"):
-            place = "; a configuration file comes first" if word.endswith(FILES) else ""
-            return f"{word!r} belongs to no option, which begin with --{place}"
-        flag = word.partition("=")[0]
-        return f"there is no option {flag}{did_you_mean(flag, [f'--{name}' for name in self.options])}"
 
     def read_file(self, path: Path) -> None:
         """Let the options in a file be what holds unless the command line says otherwise.

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fnl.optim.transfer import transfer_
+from hf_fnl.training.command_line import UsageError
 from hf_fnl.training.form import shapes
 
 # What the log of a run says about its switch: the number of parameters from then on.
@@ -189,11 +190,11 @@ def later_ranks(dense_steps: int, ranks: Mapping[str, Any]) -> Callable[[Any], o
         The callable; ``None`` without a dense phase.
 
     Raises:
-        ValueError: If there is a dense phase and no rank for what comes after it.
+        UsageError: If there is a dense phase and no rank for what comes after it.
     """
     if not dense_steps:
         return None
     given = {option: rank for option, rank in ranks.items() if rank is not None}
     if not given:
-        raise ValueError(f"dense_steps={dense_steps} needs ranks for the steps after them, such as ffn_rank")
+        raise UsageError(f"dense_steps={dense_steps} needs ranks for the steps after them, such as ffn_rank")
     return lambda model: model.factorize_(**given)

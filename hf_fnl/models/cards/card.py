@@ -20,6 +20,7 @@ from hf_fnl.folders import is_inside
 from hf_fnl.models.cards.facts import describe, plain
 from hf_fnl.models.cards.metadata import card_metadata
 from hf_fnl.models.cards.record import Record, read_json
+from hf_fnl.suggest import printable
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by hf_fnl. Remove this line to keep the card from being written anew. -->"
@@ -74,8 +75,8 @@ def model_card(
         template_path=str(_TEMPLATE),
         mark=MARK,
         title=plain(title),
-        name=json.dumps(name or "path/to/model", ensure_ascii=False),
-        command=command,
+        name=printable(json.dumps(name or "path/to/model", ensure_ascii=False)),
+        command=None if command is None else printable(command),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", command or "")), default=0)),
         licence=plain(_joined(card_data.license)),
         **describe(model, record, base_model=card_data.base_model, data=data or card_data.datasets),

@@ -16,6 +16,7 @@ from hf_fnl.config import TransformerRanks
 from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers import factorized_layers
 from hf_fnl.models.cards.record import FACTORIZATION_FILE, Record
+from hf_fnl.suggest import printable
 
 TRAINED_ON = ("dataset", "train_dataset")
 PACKAGE = "hf_fnl"
@@ -63,7 +64,7 @@ def plain(value: object) -> str:
 
 def _one_line(value: object) -> str:
     # JSON may hold half of a surrogate pair, which no file can.
-    return " ".join(str(value).encode("utf-8", "replace").decode().split())
+    return printable(" ".join(str(value).encode("utf-8", "replace").decode().split()))
 
 
 def code(value: object) -> str:
