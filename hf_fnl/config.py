@@ -198,7 +198,7 @@ class TransformerRanks:
 
     def __post_init__(self) -> None:
         for selector in () if isinstance(self.init, str) else self.init:
-            Selector.parse(selector)
+            Selector.parse(selector, "a key of factor_init")
         for method in [self.init] if isinstance(self.init, str) else self.init.values():
             check_method(method)
         for option in RANK_OPTIONS:

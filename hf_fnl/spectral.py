@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hf_fnl.suggest import did_you_mean
+
 DRAWN_METHODS = ("default", "he")  # draw the factors themselves, not a weight to be split
 INIT_METHODS = ("spectral", "spectral_ones", *DRAWN_METHODS)
 
@@ -260,7 +262,8 @@ def check_rank(rank: int, limit: int, option: str = "rank") -> None:
 def check_method(method: str) -> None:
     """Raise a ``ValueError`` unless ``method`` is one of ``INIT_METHODS``."""
     if method not in INIT_METHODS:
-        raise ValueError(f"factor_init must be one of {', '.join(INIT_METHODS)}, got {method!r}")
+        hint = did_you_mean(str(method), INIT_METHODS)
+        raise ValueError(f"factor_init must be one of {', '.join(INIT_METHODS)}, got {method!r}{hint}")
 
 
 def check_split_method(method: str) -> None:

@@ -176,7 +176,9 @@ def test_an_unknown_init_and_heads_that_do_not_divide_are_refused() -> None:
         ValueError, match="factor_init must be one of spectral, spectral_ones, default, he, got 'random'"
     ):
         TransformerRanks(init={"linear": "random"})
-    with pytest.raises(ValueError, match=r"any of linear, embedding, conv, qk, ov, .* got 'mlp'"):
+    with pytest.raises(ValueError, match="got 'spectral_one'; did you mean spectral_ones"):
+        TransformerRanks(init="spectral_one")
+    with pytest.raises(ValueError, match=r"a key of factor_init must be any of linear, .* got 'mlp'"):
         TransformerRanks(init={"mlp": "spectral"})
     with pytest.raises(ValueError, match="hidden_size must be a multiple of num_attention_heads, got 35 and 4 heads"):
         TransformerRanks().check(**{**SIZES, "num_heads": 4})

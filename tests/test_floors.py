@@ -41,6 +41,7 @@ NEIGHBOURS = {
     ("folders", "hub"),
     ("config", "spectral"),
     ("config", "suggest"),
+    ("spectral", "suggest"),
     ("decay", "optim"),
     ("tensors", "config"),
     ("tensors", "spectral"),

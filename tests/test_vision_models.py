@@ -220,6 +220,18 @@ def test_targets_have_the_loss_of_the_stock_classifier(num_labels: int, problem_
     assert model.config.problem_type == problem_type
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"), [("multi_label", "multi_label_classification"), ("regresion", "regression")]
+)
+@pytest.mark.parametrize("num_labels", [1, NUM_LABELS])
+def test_an_unknown_problem_type_is_refused(given: str, meant: str, num_labels: int) -> None:
+    case = OURS["vgg"]
+    model, pixels = case.build(num_labels=num_labels), case.batch()["pixel_values"]
+    model.config.problem_type = given
+    with pytest.raises(ValueError, match=f"problem_type must be one of .*, got '{given}'; did you mean {meant}"):
+        model(pixels, torch.rand(len(pixels), num_labels))
+
+
 def test_one_logit_is_a_regression_of_a_number_for_each_image() -> None:
     case = OURS["vgg"]
     model, pixels = case.build(num_labels=1), case.batch()["pixel_values"]

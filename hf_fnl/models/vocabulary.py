@@ -122,7 +122,9 @@ def causal_loss(
     """
     if labels is None and shift_labels is None:
         return outputs
-    given = {name: value for name, value in (options | {"shift_labels": shift_labels}).items() if value is not None}
+    if shift_labels is not None:
+        options["shift_labels"] = shift_labels.contiguous()  # may be a part of longer ones
+    given = {name: value for name, value in options.items() if value is not None}
     loss = model.loss_function(outputs.logits, labels, vocab_size=model.config.vocab_size, **given)
     return with_loss(outputs, loss)
 

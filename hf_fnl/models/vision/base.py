@@ -19,6 +19,9 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from hf_fnl.models.cards import UploadsCard
+from hf_fnl.suggest import did_you_mean
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -208,8 +211,11 @@ def classification_loss(
             otherwise several labels.
 
     Raises:
-        ValueError: If targets are not of the shape of the logits.
+        ValueError: If targets are not of the shape of the logits, or ``problem_type`` is another.
     """
+    if problem_type not in (None, *PROBLEM_TYPES):
+        hint = did_you_mean(problem_type, PROBLEM_TYPES)
+        raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}{hint}")
     if problem_type is None and logits.shape[-1] == 1:
         problem_type = "regression"
     elif problem_type is None:
