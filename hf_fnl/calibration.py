@@ -97,7 +97,8 @@ def visit(
     Args:
         model: Any model; called with the batch as keyword arguments.
         batch: Inputs, or several batches that are joined into one: all of it runs at once, so memory is that of its
-            widest activation. Masks, ``(sequences, length)`` under names that end in ``attention_mask``, tell padding.
+            widest activation. Masks, ``(sequences, length)`` under names that end in ``attention_mask``, tell padding,
+            and so does a ``pixel_mask`` of images.
         requests: What to measure at each module that is named.
         handle: As :func:`for_each` takes it.
         ties: Likewise.

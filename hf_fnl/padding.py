@@ -72,11 +72,11 @@ def hidden_marked(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[tuple
 
 def _hidden(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Where each input is hidden by the mask that goes with it, of the input's shape but for a dimension of vectors."""
-    masks = {name: value for name, value in inputs.items() if name.endswith("attention_mask")}
+    masks = {name: value for name, value in inputs.items() if name.endswith(("attention_mask", "pixel_mask"))}
     prefixes = {name.removesuffix("attention_mask") for name in masks} | {"encoder_", "decoder_"}
     found: dict[str, Tensor] = {}
     for name, mask in masks.items():
-        own = name.removesuffix("attention_mask")
+        own = name.removesuffix("attention_mask").removesuffix("mask")
         others = tuple(prefix for prefix in prefixes - {own} if prefix)
         contents = {
             key: value

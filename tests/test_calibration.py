@@ -477,6 +477,36 @@ def test_the_masks_of_an_encoder_and_a_decoder_of_one_length(has_mask: bool) -> 
     assert seen[names[1]].count == (other.sum() if has_mask else 25)
 
 
+def detr() -> nn.Module:
+    features = T.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    sizes = {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in {"layers": 1, "ffn_dim": 16}.items()}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5, "d_model": 16}
+    backbone = {"backbone": None, "use_timm_backbone": False, "backbone_config": features}
+    return T.DetrModel(T.DetrConfig(**backbone, **sizes, **heads)).eval()
+
+
+def vilt() -> nn.Module:
+    return T.ViltModel(T.ViltConfig(**{**TEXT, "max_position_embeddings": 16}, image_size=64, patch_size=16)).eval()
+
+
+@pytest.mark.parametrize("build", [detr, vilt])
+def test_what_a_pixel_mask_hides_changes_nothing(build: Any) -> None:
+    model, pixels, mask = build(), torch.randn(6, 3, 64, 64), torch.ones(6, 64, 64, dtype=torch.long)
+    mask[1:, :, 32:] = 0
+    text = {"input_ids": torch.randint(3, 40, (6, 9))} if build is vilt else {}
+    cut = []
+    for padding in (0.0, 3.0):
+        pupil = copy.deepcopy(model)
+        torch.manual_seed(5)  # by which ViLT picks patches
+        hidden = pixels.masked_fill(mask.unsqueeze(1) == 0, padding)
+        data = {"pixel_values": hidden, "pixel_mask": mask, **text}
+        factorize_(pupil, FactorizationConfig(rank=4, exclude=["pooler*"]), calibration=data)
+        cut.append(dict(pupil.state_dict()))
+    assert_close(*cut)
+
+
 def test_vectors_that_a_model_is_given_are_followed_as_ids_are() -> None:
     model = stock("bert")
     ids, mask = padded("left")
