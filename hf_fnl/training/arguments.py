@@ -85,7 +85,7 @@ class FLAMBeTrainingArguments(TrainingArguments):
         default="stop",
         metadata={
             "help": "At a loss or gradient norm that is NaN or infinite: stop, with an error that names the step; or "
-            "skip, which leaves the step out. Non-finite weights are never saved."
+            "skip, which leaves the step out (skipped_steps in the log). Non-finite weights are never saved."
         },
     )
     diagnostics_steps: int = field(
