@@ -173,3 +173,11 @@ def test_the_command_says_how_many_tokens_it_used(tmp_path, count, warned):
     again = [*given, "--out", f"{tmp_path}/p"]
     shown = CliRunner().invoke(app, ["factorize", f"{tmp_path}/m", *again])
     assert f"calibrated with {count} tokens" in shown.stdout
+
+
+@pytest.mark.parametrize("value", [5, True, ["a", "b"]], ids=str)
+def test_a_row_of_something_else_is_an_error(tmp_path, value):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in ("a word", None, value)))
+    with pytest.raises(ValueError, match=r"column 'text' of .*rows\.jsonl holds .*, which is no text"):
+        list(Texts(source=str(path), column="text", samples=3, length=8).documents())
