@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from hf_fnl import FLAMBeTrainer
 from hf_fnl.training.engines import check_engine
+from hf_fnl.training.finite import check_finite
 
 Harm = Callable[[FLAMBeTrainer, nn.Module, Tensor], Tensor]
 
@@ -199,6 +200,23 @@ def test_a_model_with_such_weights_is_not_saved_over_another(tmp_path):
         trainer.save_model(str(tmp_path / "new"))
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert not (tmp_path / "new").exists()
+
+
+def test_what_zero3_pads_the_last_range_with_is_no_weight(tmp_path):
+    """Every process holds ranges of one length, of which the last one ends in memory that nobody has written to."""
+    trainer = tiny_trainer(tmp_path)
+    layer = nn.Linear(1, 5)
+    held = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, math.nan])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        held.ds_numel = 6
+        layer.bias.ds_tensor, layer.bias.ds_numel, layer.bias.ds_process_group = held, 5, None
+        check_finite(layer, trainer.accelerator, "now")
+        held[4] = math.inf
+        with pytest.raises(ValueError, match="bias hold NaN or Inf now"):
+            check_finite(layer, trainer.accelerator, "now")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_unknown_action_is_refused(tmp_path):

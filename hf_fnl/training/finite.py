@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_fnl.layers.whole import is_partitioned
+from hf_fnl.optim.layouts import zero3_range
 from hf_fnl.training.engines.checks import is_sharded
 
 logger = logging.get_logger(__name__)
@@ -135,7 +137,7 @@ def check_finite(model: nn.Module, accelerator: Accelerator, when: str) -> None:
         accelerator: Of the training.
         when: What the error says of the time.
     """
-    named = {name: _local(getattr(p, "ds_tensor", p)) for name, p in model.named_parameters()}
+    named = {name: _held(p) for name, p in model.named_parameters()}
     held = {name: p for name, p in named.items() if p.is_floating_point() and not p.is_meta}
     device = accelerator.device
     ranges = [torch.stack(p.detach().aminmax()) if p.numel() else p.new_zeros(1) for p in held.values()]
@@ -148,6 +150,15 @@ def check_finite(model: nn.Module, accelerator: Accelerator, when: str) -> None:
             f"{names[0]}{others} hold NaN or Inf {when}: nothing of that is saved, and what was saved before is left "
             "as it is"
         )
+
+
+def _held(parameter: Any) -> Tensor:
+    """What this process holds of a parameter; under ZeRO-3 without the end of its range, which may be empty memory."""
+    if not is_partitioned(parameter):
+        return _local(parameter)
+    start, stop = zero3_range(parameter)
+    held: Tensor = parameter.ds_tensor[: stop - start]
+    return held
 
 
 def _local(tensor: Tensor) -> Tensor:
