@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from attention_cases import CASES
+from attention_cases import CASES, rotary_attention
 from reference.products import decay_gradients, half_squared_norms
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from hf_fnl.decay import MODES, FrobeniusDecay, frobenius_penalty
 from hf_fnl.layers import FactorizedConv2d, FactorizedLinear, TensorizedConv2d
 from hf_fnl.optim import Lamb, parameter_groups
-from hf_fnl.products import Product, find_products
+from hf_fnl.products import Product, find_products, register_attention
 
 WEIGHT_DECAY = 0.3
 
@@ -60,7 +60,8 @@ def tensors() -> tuple[nn.Module, list[Product]]:
 
 def groups_of_heads() -> tuple[nn.Module, list[Product]]:
     model = CASES["llama"].build().double()
-    return model, find_products(model, ["qk", "ov"])
+    with register_attention(rotary_attention):
+        return model, find_products(model, ["qk", "ov"])
 
 
 def roberta() -> tuple[nn.Module, list[Product]]:
