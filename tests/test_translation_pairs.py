@@ -149,7 +149,7 @@ def only_blank(folder):
 
 BAD = [
     (unequal, {}, r"train.de has 3, .*train.en has 1"),
-    (latin_1, {}, r"train.de is not UTF-8 text: .*invalid start byte"),
+    (latin_1, {}, r"train.de, line 1: byte 0xfc is not UTF-8 text; convert it"),
     (broken_json, {}, r"cannot read .*pairs.json as json of sentence pairs"),
     (broken_parquet, {}, r"cannot read .*pairs.parquet as parquet of sentence pairs"),
     (numbers, {}, r"column 'de' of .*pairs.parquet holds .*int64.*, not text"),
