@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers.utils import TransformersKwargs
 
 from hf_fnl.layers.span import Span
-from hf_fnl.padding import Visible, hidden_marked, listed
-from hf_fnl.suggest import did_you_mean
+from hf_fnl.padding import Visible, hidden_marked
+from hf_fnl.suggest import did_you_mean, listed
 from hf_fnl.truncation import HeadMoments, Moments
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -177,11 +177,11 @@ class _Visited:
     def _complaint(self, missed: Sequence[str]) -> str:
         if hidden := [name for name in missed if name in self.hidden]:
             return (
-                f"no position that the attention mask leaves reaches {listed(hidden)}, or all depend on those that it "
-                "hides: is every position masked? If the model does not heed the mask, leave it out"
+                f"no position that the attention mask leaves reaches {listed(hidden, 8)}, or all depend on those that "
+                "it hides: is every position masked? If the model does not heed the mask, leave it out"
             )
         return (
-            f"the calibration data never reach {listed(missed)}; no token was routed there, or inputs are missing: "
+            f"the calibration data never reach {listed(missed, 8)}; no token was routed there, or inputs are missing: "
             "leave it out, or give more data"
         )
 

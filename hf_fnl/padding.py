@@ -10,7 +10,7 @@ data.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from hf_fnl.layers import FactorizedEmbedding
+from hf_fnl.suggest import listed
 
 # From vectors of shape (..., n) those that count, (count, n).
 Visible: TypeAlias = Callable[[Tensor], Tensor]
@@ -65,7 +66,7 @@ def hidden_marked(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[tuple
             ) from error
     if unseen := sorted(set(marks.ids) - marks.embedded):
         raise ValueError(
-            f"{type(model).__name__} does not embed {listed(unseen)} as they are, so their padding cannot be "
+            f"{type(model).__name__} does not embed {listed(unseen, 8)} as they are, so their padding cannot be "
             "followed: give calibration data without padding, as sequences cut to one length"
         )
 
@@ -227,9 +228,3 @@ def _eager_experts(model: nn.Module) -> Iterator[None]:
 
 def _all_vectors(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Names in a row, the first of many."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")

@@ -28,3 +28,10 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def printable(text: object) -> str:
     """Text as it may be shown: what would move a terminal's cursor, colour or hide text is written as an escape."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
+
+
+def listed(names: Iterable[str], limit: int = 4) -> str:
+    """Names for a message: the first ones, and how many there are."""
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -24,8 +24,8 @@ from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards import CARD_FILE, stated_in, write_card
 from hf_fnl.models.cards.record import FACTORIZATION_FILE
 from hf_fnl.products import find_products
+from hf_fnl.suggest import listed
 from hf_fnl.surgery import factorize_
-from hf_fnl.surgery.select import listed
 from hf_fnl.training.files import write_json
 from hf_fnl.training.tasks.documents import looks_like_path
 

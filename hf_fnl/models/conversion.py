@@ -17,7 +17,7 @@ from hf_fnl.layers.linear import dense_weight
 from hf_fnl.models.attention import FactorizedAttention, Spans
 from hf_fnl.ranks import Candidate, choose_ranks
 from hf_fnl.spectral import DRAWN_METHODS, spectral_init
-from hf_fnl.surgery.select import listed
+from hf_fnl.suggest import listed
 from hf_fnl.truncation import (
     HeadMoments,
     Moments,

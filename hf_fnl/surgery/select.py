@@ -21,6 +21,7 @@ from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, Fac
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.spectral import DRAWN_METHODS
+from hf_fnl.suggest import listed
 from hf_fnl.surgery.swap import is_read_by_its_parent, parameters_around, weight_obstacle, what_hangs_on
 
 Successor = type[FactorizedLinear] | type[FactorizedEmbedding] | type[FactorizedConv2d] | type[TensorizedConv2d]
@@ -374,10 +375,3 @@ def _nothing_selected(model: nn.Module, config: FactorizationConfig, skipped: Ma
     reasons = {reason: names for reason, names in by_reason(skipped).items() if not reason.startswith("kind ")}
     passed_over = "".join(f". Passed over: {listed(names)} ({reason})" for reason, names in reasons.items())
     return f"no layer of {type(model).__name__} matches {asked}. It has {has or 'no layer to factorize'}{passed_over}"
-
-
-def listed(names: Iterable[str], limit: int = 4) -> str:
-    """Names for a message: the first ones, and how many there are."""
-    names = list(names)
-    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

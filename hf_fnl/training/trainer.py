@@ -19,7 +19,7 @@ from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 from hf_fnl.optim.transfer import transfer_
 from hf_fnl.products import Product, find_products
 from hf_fnl.selectors import ATTENTION_KINDS, Selector
-from hf_fnl.surgery.select import listed
+from hf_fnl.suggest import listed
 from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
