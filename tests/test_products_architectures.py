@@ -140,3 +140,9 @@ def test_products_leave_the_outputs_of_their_models(shard: int, record_property:
     print(dict(counts))
     assert not [text for text in verdicts.values() if text.startswith("false")]
     assert sum(count for text, count in counts.items() if text.startswith("found: ")) > len(verdicts) / 4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["roformer", "glm", "glm4"])
+def test_rotary_positions_that_can_be_left_out_make_queries_and_keys_no_product(name: str) -> None:
+    assert verdict(name) == "found: ov"

@@ -26,6 +26,7 @@ _TOLERANCE = 1e-3  # of what one factor alone changes; a factor of a thousand ab
 _WIDTH = 64  # inputs and outputs of an attention that are looked at, which keeps that of a large model cheap
 # What a copy does not take along: the state of nn.Module, hooks among it, and what accelerate puts before a forward.
 _NOT_COPIED = frozenset(vars(nn.Module())) | {"forward", "_hf_hook", "_old_forward"}
+_ROTATIONS = ("position_embeddings", "sinusoidal_pos")
 _MEASURED: dict[Hashable, frozenset[str] | None] = {}
 
 Adapter = Callable[[nn.Module], AttentionProjections | None]
@@ -69,19 +70,32 @@ def _measure(attention: nn.Module, adapter: Adapter) -> frozenset[str] | None:
             return None
         if (projections := adapter(twin)) is None:
             return None
-        seen: list[dict[str, tuple[float, float]]] = []
-        for arguments in _arguments(twin, projections, generator):
-            try:
-                seen.append(_changes(twin, projections, arguments, generator))
-            except Exception:  # nor of what a call with the wrong arguments does
-                continue
-            if all(alone > _TOLERANCE for alone, _ in seen[-1].values()):
-                break
-        # Calls in which a product does not matter, as queries and keys of a single token do not, say nothing of it.
-        changes = max(seen, key=lambda change: sum(alone > _TOLERANCE for alone, _ in change.values()), default=None)
-    if changes is None:
+        seen = [found for calls in _calls(twin, projections, generator) if (found := _run(twin, projections, calls))]
+    if not seen:
         return None
-    return frozenset(kind for kind, (alone, both) in changes.items() if alone > _TOLERANCE > both / alone)
+    # However it may be called: with rotary positions, too, where these can be left out.
+    kinds = {kind for changes in seen for kind, (alone, _) in changes.items() if alone > _TOLERANCE}
+    false = {kind for changes in seen for kind, (alone, both) in changes.items() if both > _TOLERANCE * alone}
+    return frozenset(kinds - false)
+
+
+def _run(
+    twin: nn.Module, projections: AttentionProjections, calls: Iterator[dict[str, Any]]
+) -> dict[str, tuple[float, float]]:
+    """The changes of the products that matter, in the first call in which all do, or else where most do."""
+    generator = torch.Generator().manual_seed(1)
+    most: dict[str, tuple[float, float]] = {}
+    for arguments in calls:
+        try:
+            changes = _changes(twin, projections, arguments, generator)
+        except Exception:  # there is no telling what a call with the wrong arguments does
+            continue
+        # Of a product that does not matter, as queries and keys of a single token do not, a call says nothing.
+        mattering = {kind: change for kind, change in changes.items() if change[0] > _TOLERANCE}
+        most = max(most, mattering, key=len)
+        if len(mattering) == len(changes):
+            break
+    return most
 
 
 def _changes(
@@ -152,17 +166,26 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return weight
 
 
-def _arguments(
+def _calls(
     attention: nn.Module, projections: AttentionProjections, generator: torch.Generator
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """Ways in which an attention may be called: some without rotary positions, and some with each width of them."""
+    names = set(inspect.signature(attention.forward).parameters)
+    width = size(projections.query, 0) // projections.num_heads
+    for rotation in (1, width, 0) if names & set(_ROTATIONS) else (0,):
+        yield _arguments(attention, projections, rotation, generator)
+
+
+def _arguments(
+    attention: nn.Module, projections: AttentionProjections, rotation: int, generator: torch.Generator
 ) -> Iterator[dict[str, Any]]:
-    """Ways in which an attention may be called, by the names that Transformers gives to arguments."""
+    """Arguments of a call, by the names that Transformers gives to them."""
     parameters = inspect.signature(attention.forward).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not named:
         return
     names = {parameter.name for parameter in named}
     required = [parameter.name for parameter in named if parameter.default is parameter.empty]
-    width = size(projections.query, 0) // projections.num_heads
     tokens = 256 if "height" in names else 4
     layouts: list[tuple[int, ...]] = [(2, tokens), (1, tokens), (tokens,), (1, 2, tokens // 2)]
     if "cu_seqlens" in names:
@@ -171,7 +194,7 @@ def _arguments(
     indices = (buffer.numel() for buffer in attention.buffers() if not buffer.is_floating_point())
     layouts += [(2, math.isqrt(n)) for n in indices if 1 < math.isqrt(n) ** 2 == n]
     relative = _normal(1024, inputs_of(projections.query), generator=generator)  # DeBERTa's, of distances up to 512
-    for layout, crossing, rotation, masked in itertools.product(layouts, (False, True), (1, width, 0), (False, True)):
+    for layout, crossing, masked in itertools.product(layouts, (False, True), (False, True)):
         query, key, value = (
             _normal(*layout, inputs_of(projection), generator=generator)
             for projection in (projections.query, projections.key, projections.value)
@@ -179,6 +202,7 @@ def _arguments(
         cosine, sine = (_normal(*layout, rotation, generator=generator) for _ in range(2))
         given: dict[str, Any] = dict.fromkeys(required, query if crossing else None) | {
             "position_embeddings": (cosine, sine) if rotation else None,
+            "sinusoidal_pos": _normal(layout[-1], rotation, generator=generator) if rotation else None,
             "position_ids": torch.arange(layout[-1]).expand(layout),
             "attention_mask": torch.ones(1, 1, tokens, tokens) if masked else None,
             "mask": torch.ones(layout) if masked else None,
