@@ -1,0 +1,511 @@
+"""Grids of trainings: each run is a process of its own, what is done is skipped, and what was broken off goes on.
+
+    python -m benchmarks.grid PLAN... [--minutes N] [--out DIR] [--workers N] [--device cpu] [--tiny] [--status]
+
+A plan is ``benchmarks/plans/PLAN.yaml``::
+
+    title, paper, expect    what it is, what the paper reports, and what would count as seeing it
+    program                 the module that trains, such as benchmarks.training.vision
+    options                 of all runs; {name: value} becomes --name value, true --name, false and null nothing
+    tiny                    options that replace others under --tiny, which only shows that the plan runs
+    cells                   {name: {options}}; the value "run:CELL" is the folder of that cell's run with the same seed,
+                            and the run waits until that one is done
+    seeds                   [0, 1, ...]; all cells of the first seed come before any of the second
+    measures                names of numbers in result.json that are tabulated
+    pairs                   [cell, other cell, measure, expected]: see benchmarks.grid_tables
+    slots                   how many of the workers one run takes (1 unless given)
+
+A program is called with its options and ``--seed S --out FOLDER --device D --data DIR``, and ``--deadline UNIXTIME``
+where time is limited. At its end it writes ``result.json`` with ``measures``. At the deadline, or at SIGTERM, it may
+write ``checkpoint.pt`` and end; called again, it goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from benchmarks.grid_tables import write_json, write_tables
+from benchmarks.mps import MultiProcessService
+
+logger = logging.getLogger("benchmarks.grid")
+
+PLANS = Path(__file__).parent / "plans"
+ROOT = Path(__file__).parents[1]
+FIELDS = {"title", "paper", "expect", "program", "options", "tiny", "cells", "seeds", "measures", "pairs", "slots"}
+RESULT, CHECKPOINT, STATE = "result.json", "checkpoint.pt", "run.json"
+LOG = "log.txt"
+ANOTHER_RUN = "run:"
+BROKEN_OFF = 75  # exit code of a run that wrote a checkpoint to go on from (EX_TEMPFAIL)
+COMMIT = "HF_FNL_COMMIT"  # environment variable that names the commit where there is no .git
+TAIL = 15  # lines of a failed run's log
+WORKERS = {"cpu": 1, "cuda": 12}
+WITHOUT_MPS = 4  # processes that share a GPU take turns then
+SHORTEST = 20.0  # seconds that a run of unknown length needs to be begun
+TABLES = 4.0  # seconds for tables and the archive after all runs have ended
+GRACE = 8.0  # seconds between SIGTERM and SIGKILL
+DONE, RUNNING, BROKEN, FAILED, LEFT = "done", "running", "broken off", "failed", "left"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A grid as its file describes it; see the top of this module."""
+
+    name: str
+    title: str
+    program: str
+    cells: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int]
+    measures: Sequence[str]
+    paper: str = ""
+    expect: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    pairs: Sequence[Sequence[str]] = ()
+    slots: int = 1
+
+
+def read_plan(name: str) -> Plan:
+    """Read a plan by its name in ``benchmarks/plans``, or by the path of its file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If a field is unknown or absent, or a pair or a ``run:`` names no cell.
+    """
+    path = Path(name) if name.endswith(".yaml") else PLANS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in PLANS.glob("*.yaml"))
+        raise FileNotFoundError(f"no plan {name!r}; there are {', '.join(known)}")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if unknown := sorted(set(found) - FIELDS):
+        raise ValueError(f"{path.name}: no field {unknown[0]!r}; there are {', '.join(sorted(FIELDS))}")
+    if missing := sorted({"title", "program", "cells", "seeds", "measures"} - set(found)):
+        raise ValueError(f"{path.name} lacks {missing[0]!r}")
+    found["cells"] = {cell: options or {} for cell, options in found["cells"].items()}
+    plan = Plan(name=path.stem, **found)
+    named = [(cell, "pairs") for pair in plan.pairs for cell in pair[:2]]
+    named += [(other, cell) for cell, options in plan.cells.items() for other in _other_cells(options).values()]
+    for cell, where in named:
+        if cell not in plan.cells:
+            raise ValueError(f"{path.name}: {where} names no cell {cell!r}; there are {', '.join(plan.cells)}")
+    return plan
+
+
+def _other_cells(options: Mapping[str, Any]) -> dict[str, str]:
+    """Options that are the folder of another cell's run, with the name of that cell."""
+    texts = {option: value for option, value in options.items() if isinstance(value, str)}
+    return {o: text.removeprefix(ANOTHER_RUN) for o, text in texts.items() if text.startswith(ANOTHER_RUN)}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One training: a cell of a plan with one seed."""
+
+    plan: Plan
+    cell: str
+    seed: int
+    out: Path
+    tiny: bool = False
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    stopped: bool = False
+
+    @property
+    def name(self) -> str:
+        """How it is called in the log."""
+        return f"{self.plan.name} {self.cell} seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return folder_of(self.out, self.plan, self.cell, self.seed)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the plan says of it."""
+        return {**self.plan.options, **self.plan.cells[self.cell], **(self.plan.tiny if self.tiny else {})}
+
+    @property
+    def flags(self) -> list[str]:
+        """The options as words of a command line."""
+        options = self.options
+        for option, cell in _other_cells(options).items():
+            options[option] = str(folder_of(self.out, self.plan, cell, self.seed))
+        return list(_words(options))
+
+    @property
+    def waits(self) -> bool:
+        """Whether another run that it needs is not done."""
+        cells = _other_cells(self.options).values()
+        return any(read_result(folder_of(self.out, self.plan, cell, self.seed)) is None for cell in cells)
+
+    @property
+    def state(self) -> str:
+        """How far it is."""
+        if self.process is not None:
+            return RUNNING
+        if read_result(self.folder) is not None:
+            return DONE
+        if _is_alive(self.record().get("process")):  # of another runner
+            return RUNNING
+        if self.record().get("failed"):
+            return FAILED
+        return BROKEN if (self.folder / CHECKPOINT).exists() else LEFT
+
+    def record(self) -> dict[str, Any]:
+        """What is known of earlier attempts: ``options``, ``seconds``, ``attempts`` and, if the last failed, why."""
+        path = self.folder / STATE
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return found
+
+    def check(self) -> None:
+        """Raise a ``ValueError`` if the folder holds a run with other options."""
+        earlier = self.record().get("options", self.options)
+        if earlier != self.options:
+            raise ValueError(
+                f"{self.folder} was trained with {earlier}, and the plan says {self.options} now: take another --out, "
+                "or remove that folder"
+            )
+
+    def start(self, device: str, data: Path, deadline: float | None, environment: Mapping[str, str]) -> None:
+        """Begin, or go on."""
+        command = [sys.executable, "-m", self.plan.program, *self.flags, "--seed", str(self.seed)]
+        command += ["--out", str(self.folder), "--device", device, "--data", str(data)]
+        command += [] if deadline is None else ["--deadline", f"{deadline:.0f}"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        attempts = self.record().get("attempts", 0) + 1
+        self._write(attempts=attempts, failed=None)
+        with (self.folder / LOG).open("ab") as log:
+            log.write(f"$ {shlex.join(['python', *command[1:]])}\n".encode())
+            log.flush()
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            )
+        self.started, self.stopped = time.time(), False
+        self._write(process=self.process.pid)
+
+    def poll(self) -> bool:
+        """Whether it has ended; how is in its record then."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return False
+        self.process = None
+        seconds = self.record().get("seconds", 0.0) + time.time() - self.started
+        is_broken_off = self.stopped or code == BROKEN_OFF
+        failed = None
+        if read_result(self.folder) is None and not is_broken_off:
+            lines = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+            failed = [f"ended with code {code} and no {RESULT}", *lines[-TAIL:]]
+        self._write(seconds=seconds, failed=failed, process=None)
+        return True
+
+    def stop(self, number: int) -> None:
+        """Send a signal to its processes."""
+        if self.process is not None:
+            self.stopped = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+    def _write(self, **values: Any) -> None:
+        write_json(self.folder / STATE, {**self.record(), "options": self.options, **values})
+
+
+def _is_alive(process: int | None) -> bool:
+    if process is None:
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def folder_of(out: Path, plan: Plan, cell: str, seed: int) -> Path:
+    """Where the run of a cell with a seed writes."""
+    return out / plan.name / f"{cell}-s{seed}"
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """Return what a run that is done has written, or ``None``."""
+    try:
+        found: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return found if isinstance(found, dict) and "measures" in found else None
+
+
+def _words(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        yield f"--{name}"
+        if value is not True:
+            yield from (str(entry) for entry in (value if isinstance(value, list) else [value]))
+
+
+def runs_of(plans: Sequence[Plan], out: Path, *, tiny: bool = False) -> list[Run]:
+    """Return all runs in the order in which they are begun: plan by plan, seed by seed."""
+    return [
+        Run(plan=plan, cell=cell, seed=seed, out=out, tiny=tiny)
+        for plan in plans
+        for seed in plan.seeds
+        for cell in plan.cells
+    ]
+
+
+def expected_seconds(run: Run, runs: Sequence[Run]) -> float | None:
+    """Return how long a run will yet take, by those of its plan, or of its cell, that are done; ``None`` if none is."""
+    done = [other for other in runs if other.plan is run.plan and other.state == DONE]
+    known = [other for other in done if other.cell == run.cell] or done
+    seconds = [other.record()["seconds"] for other in known if other.record().get("seconds")]
+    if not seconds:
+        return None
+    spent = run.record().get("seconds", 0.0) if run.state == BROKEN else 0.0
+    return max(statistics.median(seconds) - spent, 0.1 * statistics.median(seconds))
+
+
+@dataclass(kw_only=True)
+class Grid:
+    """Runs, and how they are run.
+
+    Args:
+        runs: All of them, the most important first.
+        device: ``"cpu"`` or ``"cuda"``.
+        data: Folder of the data sets.
+        workers: Processes at once.
+        until: When everything has to be over, in seconds since the epoch; ``None`` for no limit.
+        environment: Of the processes.
+        service: Lets processes share the GPU.
+    """
+
+    runs: Sequence[Run]
+    device: str
+    data: Path
+    workers: int
+    until: float | None = None
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    service: MultiProcessService | None = None
+    tried: set[str] = field(default_factory=set)
+
+    def train(self) -> None:
+        """Run what is not done, until all is or the time is over."""
+        stop_at = None if self.until is None else self.until - GRACE - TABLES
+        while True:
+            self._collect()
+            if stop_at is not None and time.time() >= stop_at:
+                break
+            while (run := self._next(stop_at)) is not None:
+                logger.info("%s begins", run.name)
+                self.tried.add(run.name)
+                environment = {**self.environment, **(self.service.environment if self.service else {})}
+                run.start(self.device, self.data, stop_at, environment)
+            if not self.running:
+                break
+            time.sleep(0.2)
+        self.stop()
+
+    @property
+    def running(self) -> list[Run]:
+        """Runs whose processes have not ended."""
+        return [run for run in self.runs if run.process is not None]
+
+    def stop(self) -> None:
+        """End all processes, after some seconds in which they may write a checkpoint."""
+        for run in self.running:
+            run.stop(signal.SIGTERM)
+        limit = time.time() + GRACE
+        while self.running and time.time() < limit:
+            self._collect()
+            time.sleep(0.05)
+        for run in self.running:
+            run.stop(signal.SIGKILL)
+            if run.process is not None:
+                run.process.wait()
+        self._collect()
+
+    def _next(self, stop_at: float | None) -> Run | None:
+        """The first run that may begin now."""
+        free = self.workers - sum(min(run.plan.slots, self.workers) for run in self.running)
+        left = None if stop_at is None else stop_at - time.time()
+        for run in self.runs:
+            if run.name in self.tried or run.state in (DONE, RUNNING) or run.waits:
+                continue
+            if min(run.plan.slots, self.workers) > free:
+                return None  # less important runs do not keep it from its place
+            if left is None or (expected_seconds(run, self.runs) or SHORTEST) <= left:
+                return run
+        return None
+
+    def _collect(self) -> None:
+        """See which runs have ended."""
+        for run in self.running:
+            if run.poll():
+                logger.info("%s: %s after %.0f s", run.name, run.state, run.record()["seconds"])
+                for line in run.record().get("failed") or ():
+                    logger.info("    %s", line)
+        self._without_service()
+
+    def _without_service(self) -> None:
+        """Try again without the service if under it everything has failed."""
+        if self.service is None or not self.service.active:
+            return
+        ended = [run for run in self.runs if run.name in self.tried and run.process is None]
+        if len(ended) >= 2 and all(run.state == FAILED for run in ended):
+            logger.info("all runs failed under MPS; they are tried again without it")
+            for run in self.running:
+                run.stop(signal.SIGKILL)
+                if run.process is not None:
+                    run.process.wait()
+                run.poll()
+            self.service.stop()
+            self.tried.clear()
+            self.workers = min(self.workers, WITHOUT_MPS)
+
+
+def status(plans: Sequence[Plan], runs: Sequence[Run], workers: int) -> str:
+    """Return, for each plan, how many runs are in which state, and for how many hours there is work."""
+    lines = []
+    for plan in plans:
+        mine = [run for run in runs if run.plan is plan]
+        states = [run.state for run in mine]
+        counts = ", ".join(f"{states.count(s)} {s}" for s in (DONE, RUNNING, BROKEN, FAILED, LEFT) if s in states)
+        seconds = [expected_seconds(run, mine) for run in mine if run.state != DONE]
+        known = [value for value in seconds if value is not None]
+        hours = f"{sum(known) / 3600 / max(1, workers // plan.slots):.2f} hours left" if known else "time unknown"
+        lines.append(f"{plan.name}: {counts} of {len(mine)}; {hours if seconds else 'complete'}")
+    return "\n".join(lines)
+
+
+def write_archive(path: Path, out: Path, plans: Sequence[Plan]) -> None:
+    """Pack results, tables, records and logs, without checkpoints."""
+    with tarfile.open(path, "w:gz") as archive:
+        for plan in plans:
+            files = [*(out / plan.name).glob("*.*"), *(out / plan.name).glob(f"*/{RESULT}")]
+            files += [*(out / plan.name).glob(f"*/{STATE}"), *(out / plan.name).glob(f"*/{LOG}")]
+            for file in sorted(files):
+                archive.add(file, file.relative_to(out))
+    logger.info("%s: %.1f MB", path, path.stat().st_size / 1e6)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Run plans, and return their tables."""
+    began = time.time()
+    args = _arguments(argv)
+    plans = [read_plan(name) for name in dict.fromkeys(args.plan)]
+    out = args.out.resolve()
+    runs = runs_of(plans, out, tiny=args.tiny)
+    for run in runs:
+        run.check()
+    workers = WORKERS[args.device] if args.workers is None else args.workers
+    if args.status:
+        print(status(plans, runs, workers))
+        return {}
+    service = None
+    if args.device == "cuda" and workers > 1:
+        service = MultiProcessService.start()
+        if service is None and args.workers is None:
+            workers = WITHOUT_MPS
+    grid = Grid(
+        runs=runs,
+        device=args.device,
+        data=args.data.resolve(),
+        workers=workers,
+        until=None if args.minutes is None else began + 60 * args.minutes,
+        environment={
+            "OMP_NUM_THREADS": "1",
+            **os.environ,
+            COMMIT: commit(),
+        },
+        service=service,
+    )
+    try:
+        with _ends_on_signals():
+            grid.train()
+    except KeyboardInterrupt:
+        logger.info("told to end")
+    finally:
+        grid.stop()
+        if service is not None:
+            service.stop()
+        tables = {plan.name: write_tables(out / plan.name, plan, _results(plan, runs)) for plan in plans}
+        logger.info("%s", status(plans, runs, workers))
+        if args.archive is not None:
+            write_archive(args.archive, out, plans)
+    return tables
+
+
+def _results(plan: Plan, runs: Sequence[Run]) -> dict[str, dict[int, dict[str, Any]]]:
+    """The results of a plan by cell and seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {cell: {} for cell in plan.cells}
+    for run in runs:
+        if run.plan is plan and (result := read_result(run.folder)) is not None:
+            found[run.cell][run.seed] = result
+    return found
+
+
+def commit() -> str:
+    """Return the commit of the code: that in the environment, or that of the checkout, or nothing."""
+    if given := os.environ.get(COMMIT):
+        return given
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
+
+
+class _ends_on_signals:
+    """Context in which SIGTERM is what an interruption by the keyboard is."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, self._interrupt)
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    @staticmethod
+    def _interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", nargs="+", help="names in benchmarks/plans, the most important first")
+    parser.add_argument("--minutes", type=float, help="end within this time, tables included")
+    parser.add_argument("--out", type=Path, default=Path("runs/grids"), help="folder of all runs")
+    parser.add_argument("--workers", type=int, help="processes at once (cpu: 1, cuda: 12)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--tiny", action="store_true", help="only see that each run works")
+    parser.add_argument("--status", action="store_true", help="say what is done and what is left, and run nothing")
+    parser.add_argument("--archive", type=Path, help="pack results, tables and logs into this .tar.gz at the end")
+    args = parser.parse_args(argv)
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers must be at least 1, got {args.workers}")
+    if args.minutes is not None and args.minutes * 60 <= GRACE + TABLES:
+        parser.error(f"--minutes must be more than {(GRACE + TABLES) / 60:.2f}, got {args.minutes}")
+    return args
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
