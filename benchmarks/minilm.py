@@ -32,8 +32,8 @@ from benchmarks.house.record import revision, write_result
 from benchmarks.house.tables import markdown_table, without_origin
 from benchmarks.house.timing import interleave
 from hf_fnl import Factorized, FactorizedBertModel, RankRule, find_products
-from hf_fnl.training.files import write_text
-from hf_fnl.training.tasks.documents import load_documents, split_sentences
+from hf_fnl.tasks.documents import load_documents, split_sentences
+from hf_fnl.utils.files import write_text
 
 SHARES = (0.5, 0.9, 0.7, 0.3, 0.8, 0.6, 0.4)  # in the order in which they are measured
 VARIANTS = (("ratio", False), ("ratio", True), ("budget", True))  # how ranks are chosen, whether data are used

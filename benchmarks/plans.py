@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.house.record import write_result
 from benchmarks.house.tables import markdown_table
 from hf_fnl.planning import ENGINES, GIB, Plan, Setup, facts_of, meta_model, plan, plan_of
-from hf_fnl.training.files import write_text
+from hf_fnl.utils.files import write_text
 
 MODELS = ("bert-base", "bert-large", "gpt2-xl")
 GPUS = (8, 64, 1024)

@@ -21,8 +21,8 @@ from traffic import options_of  # noqa: E402
 from traffic_cases import LENGTH, traffic_examples, traffic_model  # noqa: E402
 
 from hf_fnl import FLAMBeTrainer, FLAMBeTrainingArguments  # noqa: E402
-from hf_fnl.processes import leave  # noqa: E402
 from hf_fnl.training.profiling import Profile  # noqa: E402
+from hf_fnl.utils.processes import leave  # noqa: E402
 
 WARMUP = 3
 

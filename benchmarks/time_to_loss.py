@@ -81,11 +81,11 @@ def update(cell: str, options: argparse.Namespace) -> Callable[[], object]:
     sys.path.insert(0, str(ROOT / "run_scripts"))
     from pretrain_bert import DataOptions, ModelOptions, build_model
 
+    from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+    from hf_fnl.tasks.pretraining_examples import PretrainingOptions
+    from hf_fnl.tasks.tokenization import load_tokenizer
     from hf_fnl.training import FLAMBeTrainingArguments
     from hf_fnl.training.command_line import parse_arguments
-    from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
-    from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
-    from hf_fnl.training.tasks.tokenization import load_tokenizer
     from hf_fnl.training.trainer import build_optimizer
 
     run = options.runs / slug(cell)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_fnl.config import FactorizationConfig, RankRule
-from hf_fnl.decay import FrobeniusDecay
-from hf_fnl.diagnostics import diagnose
+from hf_fnl.attention import AttentionProjections, Product, Section, find_products, register_attention
 from hf_fnl.layers import (
     ComposedWeights,
     Factorized,
@@ -18,10 +16,8 @@ from hf_fnl.layers import (
     compose_,
     keep_narrow,
 )
+from hf_fnl.math.spectral import spectral_init
 from hf_fnl.models import (
-    CifarResNetConfig,
-    CifarResNetForImageClassification,
-    CifarResNetModel,
     FactorizedBertConfig,
     FactorizedBertForMaskedLM,
     FactorizedBertForMultipleChoice,
@@ -43,6 +39,18 @@ from hf_fnl.models import (
     FactorizedMarianForCausalLM,
     FactorizedMarianModel,
     FactorizedMarianMTModel,
+)
+from hf_fnl.models.cards import model_card
+from hf_fnl.models.checkpoint import load
+from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
+from hf_fnl.optim.diagnostics import diagnose
+from hf_fnl.optim.frobenius_decay import FrobeniusDecay
+from hf_fnl.surgery import Factorization, factorize_, merge_, restore_
+from hf_fnl.surgery.config import FactorizationConfig, RankRule
+from hf_fnl.vision.models import (
+    CifarResNetConfig,
+    CifarResNetForImageClassification,
+    CifarResNetModel,
     VGGConfig,
     VGGForImageClassification,
     VGGModel,
@@ -52,12 +60,6 @@ from hf_fnl.models import (
     inner_convolutions,
     vision_model,
 )
-from hf_fnl.models.cards import model_card
-from hf_fnl.models.checkpoint import load
-from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
-from hf_fnl.products import AttentionProjections, Product, Section, find_products, register_attention
-from hf_fnl.spectral import spectral_init
-from hf_fnl.surgery import Factorization, factorize_, merge_, restore_
 
 if TYPE_CHECKING:
     from hf_fnl.training import DenseThenLowRank, FLAMBeTrainer, FLAMBeTrainingArguments, take_form_

@@ -19,13 +19,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
 
+from hf_fnl.tasks.pretrained import check_length, load_pretrained
+from hf_fnl.tasks.squad import SquadCollator, SquadOptions, SquadPredictions, load_squad, score_predictions
+from hf_fnl.tasks.squad_evaluation import answer_questions
+from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
-from hf_fnl.training.files import check_writable
 from hf_fnl.training.runs import finish_run
-from hf_fnl.training.tasks.pretrained import check_length, load_pretrained
-from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, SquadPredictions, load_squad, score_predictions
-from hf_fnl.training.tasks.squad_evaluation import answer_questions
-from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.utils.files import check_writable
 
 
 @dataclass

@@ -15,16 +15,16 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, set_seed
 
-from hf_fnl.diagnostics import parameter_count
+from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.tasks.pretrained import check_length, load_pretrained
+from hf_fnl.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
+from hf_fnl.tasks.squad_evaluation import answer_questions
+from hf_fnl.tasks.squad_training import SquadTrainingArguments
+from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
+from hf_fnl.training.packing import PACKED_LENGTH_HELP, PACKING_HELP, check_packing, packing_collator
 from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
-from hf_fnl.training.tasks.packing import PACKED_LENGTH_HELP, PACKING_HELP, check_packing, packing_collator
-from hf_fnl.training.tasks.pretrained import check_length, load_pretrained
-from hf_fnl.training.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
-from hf_fnl.training.tasks.squad_evaluation import answer_questions
-from hf_fnl.training.tasks.squad_training import SquadTrainingArguments
-from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 
 @dataclass

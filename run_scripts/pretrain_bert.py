@@ -16,11 +16,26 @@ from typing import Any
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTrainedModel, set_seed
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
-from hf_fnl.diagnostics import parameter_count
+from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.tasks.documents import DocumentOptions
+from hf_fnl.tasks.mlm_metrics import mlm_metrics, reduce_logits
+from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+from hf_fnl.tasks.pretraining_examples import PretrainingOptions
+from hf_fnl.tasks.pretraining_phases import PHASES_HELP, Phase, describe, plan_phases
+from hf_fnl.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.wordpiece import train_wordpiece
+from hf_fnl.tasks.workers import TextTrainingArguments
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
 from hf_fnl.training.engines import let_go
+from hf_fnl.training.packing import (
+    PACKED_LENGTH_HELP,
+    PACKING_HELP,
+    PackingCollator,
+    check_packing,
+    packing_collator,
+)
 from hf_fnl.training.runs import (
     FACTOR_INIT_HELP,
     announce,
@@ -30,21 +45,6 @@ from hf_fnl.training.runs import (
     init_methods,
     show_run,
 )
-from hf_fnl.training.tasks.documents import DocumentOptions
-from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
-from hf_fnl.training.tasks.packing import (
-    PACKED_LENGTH_HELP,
-    PACKING_HELP,
-    PackingCollator,
-    check_packing,
-    packing_collator,
-)
-from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
-from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
-from hf_fnl.training.tasks.pretraining_phases import PHASES_HELP, Phase, describe, plan_phases
-from hf_fnl.training.tasks.tokenization import load_tokenizer
-from hf_fnl.training.tasks.wordpiece import train_wordpiece
-from hf_fnl.training.tasks.workers import TextTrainingArguments
 
 
 @dataclass

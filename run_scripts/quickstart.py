@@ -24,11 +24,11 @@ import finetune_squad
 import pretrain_bert
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
-from hf_fnl.diagnostics import parameter_count
+from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.report import plot_diagnostics, plot_loss
+from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import UsageError, parse_flags, run_script
-from hf_fnl.training.files import check_writable, write_json
-from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.utils.files import check_writable, write_json
 
 PRETRAINING = """
     --dataset embedded --vocab_size 4000 --phases 128:{steps} 512:{long_steps}:1e-3

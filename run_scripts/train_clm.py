@@ -17,13 +17,16 @@ from typing import Any
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_data_collator, set_seed
 
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
-from hf_fnl.diagnostics import parameter_count
-from hf_fnl.hub import check_source
+from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.tasks.byte_bpe import train_byte_bpe
+from hf_fnl.tasks.clm import BlockDataset, build_blocks
+from hf_fnl.tasks.documents import DocumentOptions
+from hf_fnl.tasks.metrics.perplexity import perplexities, sum_losses
+from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
 from hf_fnl.training.low_rank_phase import later_ranks
-from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
 from hf_fnl.training.runs import (
     FACTOR_INIT_HELP,
     announce,
@@ -33,10 +36,7 @@ from hf_fnl.training.runs import (
     init_methods,
     show_run,
 )
-from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
-from hf_fnl.training.tasks.clm import BlockDataset, build_blocks
-from hf_fnl.training.tasks.documents import DocumentOptions
-from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.utils.hub import check_source
 
 logger = logging.getLogger(__name__)
 

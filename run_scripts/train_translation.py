@@ -30,14 +30,20 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy
 
 from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
-from hf_fnl.diagnostics import parameter_count
+from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.tasks.beam_search import translate
+from hf_fnl.tasks.bpe import train_joint_bpe
+from hf_fnl.tasks.length_batches import encode_pairs, lengths_of
+from hf_fnl.tasks.metrics.bleu import bleu_scores
+from hf_fnl.tasks.pretrained import load_pretrained, longest_sequence
+from hf_fnl.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.translation import load_pairs
+from hf_fnl.tasks.translation_training import TranslationArguments, TranslationTrainer
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.engines import is_sharded
-from hf_fnl.training.files import write_text
 from hf_fnl.training.low_rank_phase import later_ranks
-from hf_fnl.training.metrics.bleu import bleu_scores
 from hf_fnl.training.runs import (
     FACTOR_INIT_HELP,
     announce,
@@ -47,13 +53,7 @@ from hf_fnl.training.runs import (
     init_methods,
     show_run,
 )
-from hf_fnl.training.tasks.beam_search import translate
-from hf_fnl.training.tasks.bpe import train_joint_bpe
-from hf_fnl.training.tasks.length_batches import encode_pairs, lengths_of
-from hf_fnl.training.tasks.pretrained import load_pretrained, longest_sequence
-from hf_fnl.training.tasks.tokenization import load_tokenizer
-from hf_fnl.training.tasks.translation import load_pairs
-from hf_fnl.training.tasks.translation_training import TranslationArguments, TranslationTrainer
+from hf_fnl.utils.files import write_text
 
 
 @dataclass

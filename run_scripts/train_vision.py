@@ -22,20 +22,16 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainerCallback, set_seed
 
 from hf_fnl import FactorizationConfig, factorize_, find_products, merge_
-from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
-from hf_fnl.diagnostics import parameter_count
-from hf_fnl.do_conv import merge_do_conv_, over_parametrize_
-from hf_fnl.hub import check_source
 from hf_fnl.layers import Factorized
-from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
-from hf_fnl.pruning import finalize_, prune_, sparsity, weights_to_keep
-from hf_fnl.spectral import DRAWN_METHODS, INIT_METHODS
+from hf_fnl.math.spectral import DRAWN_METHODS, INIT_METHODS
+from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
+from hf_fnl.tasks.metrics.accuracy import image_accuracy, topk_hits
 from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
-from hf_fnl.training.lottery import train_in_rounds
-from hf_fnl.training.metrics.accuracy import image_accuracy, topk_hits
-from hf_fnl.training.norms import FollowNorms, RecordNorms
 from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
-from hf_fnl.training.tasks.image_batches import (
+from hf_fnl.utils.hub import check_source
+from hf_fnl.vision.do_conv import merge_do_conv_, over_parametrize_
+from hf_fnl.vision.image_batches import (
     BatchTransform,
     ImageFiles,
     ImageTensors,
@@ -43,8 +39,12 @@ from hf_fnl.training.tasks.image_batches import (
     single_batch,
     write_image_processor,
 )
-from hf_fnl.training.tasks.image_options import ImageOptions, load_image_sets
-from hf_fnl.training.tasks.image_training import ImageTrainer, ImageTrainingArguments
+from hf_fnl.vision.image_options import ImageOptions, load_image_sets
+from hf_fnl.vision.image_training import ImageTrainer, ImageTrainingArguments
+from hf_fnl.vision.lottery import train_in_rounds
+from hf_fnl.vision.models import PRESETS, inner_convolutions, vision_model
+from hf_fnl.vision.norms import FollowNorms, RecordNorms
+from hf_fnl.vision.pruning import finalize_, prune_, sparsity, weights_to_keep
 
 # Khodak et al. 2021, Sec. 5; do_conv is Cao et al. 2020
 OVERCOMPLETE: dict[str, dict[str, Any]] = {

@@ -16,12 +16,12 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoModelForSeq2SeqLM
 
+from hf_fnl.tasks.beam_search import translate
+from hf_fnl.tasks.pretrained import load_pretrained
+from hf_fnl.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.translation import lines_of, read_lines
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
-from hf_fnl.training.files import check_writable, write_text
-from hf_fnl.training.tasks.beam_search import translate
-from hf_fnl.training.tasks.pretrained import load_pretrained
-from hf_fnl.training.tasks.tokenization import load_tokenizer
-from hf_fnl.training.tasks.translation import lines_of, read_lines
+from hf_fnl.utils.files import check_writable, write_text
 
 
 @dataclass

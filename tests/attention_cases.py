@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
-from hf_fnl.products import AttentionProjections, Section
+from hf_fnl.attention import AttentionProjections, Section
 
 HIDDEN, HEADS, VOCABULARY, LAYERS = 15, 3, 13, 2
 

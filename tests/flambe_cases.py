@@ -11,9 +11,9 @@ from attention_cases import rotary_attention
 from torch import Tensor, nn
 from transformers import BertConfig, BertForPreTraining
 
+from hf_fnl.attention import Product, find_products, register_attention
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.optim import parameter_groups
-from hf_fnl.products import Product, find_products, register_attention
 
 
 def stock_bert() -> nn.Module:

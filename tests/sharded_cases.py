@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from hf_fnl.attention import Product, find_products
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.optim import FLAMBe, parameter_groups
-from hf_fnl.products import Product, find_products
 
 LEARNING_RATE = 4e-3
 

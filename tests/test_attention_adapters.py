@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from transformers import AlbertConfig, AlbertModel, AutoModel, BertConfig, BertModel, DebertaConfig, GPTNeoXConfig
 from transformers.pytorch_utils import Conv1D
 
+from hf_fnl.attention import AttentionProjections, Section, find_products, invariance, register_attention
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.products import AttentionProjections, Section, find_products, invariance, register_attention
 
 
 @pytest.fixture(params=CASES)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hf_fnl.training.metrics.bleu import bleu_scores, detokenize
+from hf_fnl.tasks.metrics.bleu import bleu_scores, detokenize
 
 TOKENS = ["i &apos;m sure she never found the dog , because i took the sign .", "that is it !"]
 

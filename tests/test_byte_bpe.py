@@ -5,9 +5,9 @@ import json
 import pytest
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from hf_fnl.training.tasks.byte_bpe import END_OF_TEXT, train_byte_bpe
-from hf_fnl.training.tasks.embedded import embedded_documents
-from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.byte_bpe import END_OF_TEXT, train_byte_bpe
+from hf_fnl.tasks.embedded import embedded_documents
+from hf_fnl.tasks.tokenization import load_tokenizer
 
 CORPUS = embedded_documents()[:4]
 

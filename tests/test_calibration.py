@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AlbertConfig, AlbertModel
 
-from hf_fnl.calibration import Heads as HeadsOf
-from hf_fnl.calibration import Request, join_batches, visit
-from hf_fnl.config import FactorizationConfig
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.layers.span import Span
+from hf_fnl.math.truncation import Moments
 from hf_fnl.surgery import factorize_
-from hf_fnl.truncation import Moments
+from hf_fnl.surgery.calibration import Heads as HeadsOf
+from hf_fnl.surgery.calibration import Request, join_batches, visit
+from hf_fnl.surgery.config import FactorizationConfig
 
 EXACT = {"rtol": 0, "atol": 0}
 

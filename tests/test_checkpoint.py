@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertModel,
 
 import hf_fnl.models.checkpoint
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM
-from hf_fnl.config import FactorizationConfig
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.models.checkpoint import load
 from hf_fnl.surgery import factorize_, merge_
+from hf_fnl.surgery.config import FactorizationConfig
 
 EXACT = {"rtol": 0, "atol": 0}
 CASE = ARCHITECTURES["roberta"]

@@ -26,12 +26,12 @@ from hf_fnl import (
     find_products,
     parameter_groups,
 )
+from hf_fnl.tasks.pretraining_phases import plan_phases
+from hf_fnl.tasks.squad_training import SquadTrainingArguments
+from hf_fnl.tasks.translation_training import TranslationArguments
 from hf_fnl.training.command_line import parse_arguments
-from hf_fnl.training.tasks.image_options import ImageOptions
-from hf_fnl.training.tasks.image_training import ImageTrainingArguments
-from hf_fnl.training.tasks.pretraining_phases import plan_phases
-from hf_fnl.training.tasks.squad_training import SquadTrainingArguments
-from hf_fnl.training.tasks.translation_training import TranslationArguments
+from hf_fnl.vision.image_options import ImageOptions
+from hf_fnl.vision.image_training import ImageTrainingArguments
 
 OPTIONS = {
     "pretrain_bert.py": (pretrain_bert.ModelOptions, pretrain_bert.DataOptions, pretrain_bert.TextTrainingArguments),

@@ -33,11 +33,11 @@ from transformers import (
 )
 
 from hf_fnl import FactorizedGPT2LMHeadModel
-from hf_fnl.training.metrics.perplexity import perplexities, sum_losses
-from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
-from hf_fnl.training.tasks.clm import build_blocks
-from hf_fnl.training.tasks.embedded import embedded_documents
-from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.byte_bpe import train_byte_bpe
+from hf_fnl.tasks.clm import build_blocks
+from hf_fnl.tasks.embedded import embedded_documents
+from hf_fnl.tasks.metrics.perplexity import perplexities, sum_losses
+from hf_fnl.tasks.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [text[:length] for text, length in zip(embedded_documents(), (300, 5, 700, 90, 41, 256, 1, 403), strict=False)]

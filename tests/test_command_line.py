@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainingArguments
 
-from hf_fnl.suggest import did_you_mean
 from hf_fnl.training import command_line
 from hf_fnl.training.command_line import (
     UsageError,
@@ -24,7 +23,8 @@ from hf_fnl.training.command_line import (
     run_script,
     tracked,
 )
-from hf_fnl.training.files import check_writable
+from hf_fnl.utils.files import check_writable
+from hf_fnl.utils.suggest import did_you_mean
 
 
 @dataclass

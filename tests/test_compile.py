@@ -19,7 +19,7 @@ from training_cases import losses, tiny_trainer
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
 from hf_fnl import FactorizationConfig, FactorizedLinear, factorize_
-from hf_fnl.vocabulary_loss import vocabulary_loss
+from hf_fnl.math.vocabulary_loss import vocabulary_loss
 
 SHAPES = (4, 11), (3, 13), (5, 7)  # sequences and their length; coprime, so that none can be taken for another
 Batch = dict[str, Tensor]

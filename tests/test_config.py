@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hf_fnl.config import FactorizationConfig, LayerRanks, RankRule, TransformerRanks
+from hf_fnl.surgery.config import FactorizationConfig, LayerRanks, RankRule, TransformerRanks
 
 SHARES = ("rank_scale", "ratio", "energy", "budget")
 

@@ -6,9 +6,9 @@ from conv_cases import DOUBLE, Convolutions, convolution
 from torch import nn
 from torch.testing import assert_close
 
-from hf_fnl.config import CONV_SCHEMES
 from hf_fnl.layers import FactorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix, matrix_kernel
+from hf_fnl.surgery.config import CONV_SCHEMES
 
 each_scheme = pytest.mark.parametrize("scheme", CONV_SCHEMES)
 

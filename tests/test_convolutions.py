@@ -26,10 +26,10 @@ from conv_cases import (
 from torch import nn
 from torch.testing import assert_close
 
-from hf_fnl import tensors
-from hf_fnl.config import CONV_SCHEMES
 from hf_fnl.layers.conv import kernel_matrix
-from hf_fnl.spectral import spectral_init
+from hf_fnl.math import tensors
+from hf_fnl.math.spectral import spectral_init
+from hf_fnl.surgery.config import CONV_SCHEMES
 
 PATHS = (True, False, None)  # multiplied out, a chain of convolutions, and the one with fewer operations
 BOTH = (True, False)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
-from hf_fnl.decay import MODES, FrobeniusDecay, frobenius_penalty
+from hf_fnl.attention import Product, find_products, register_attention
 from hf_fnl.layers import FactorizedConv2d, FactorizedLinear, TensorizedConv2d
 from hf_fnl.optim import Lamb, parameter_groups
-from hf_fnl.products import Product, find_products, register_attention
+from hf_fnl.optim.frobenius_decay import MODES, FrobeniusDecay, frobenius_penalty
 
 WEIGHT_DECAY = 0.3
 

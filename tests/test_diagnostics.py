@@ -9,10 +9,10 @@ from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.diagnostics import diagnose, forward_flops, parameter_count, summarize
-from hf_fnl.functional import non_orthogonality
+from hf_fnl.attention import Product, find_products
 from hf_fnl.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
-from hf_fnl.products import Product, find_products
+from hf_fnl.math.factors import non_orthogonality
+from hf_fnl.optim.diagnostics import diagnose, forward_flops, parameter_count, summarize
 
 
 def stack() -> nn.Sequential:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import ResNetForImageClassification
 
-from hf_fnl.do_conv import merge_do_conv_, over_parametrize_
-from hf_fnl.pruning import prune_
+from hf_fnl.vision.do_conv import merge_do_conv_, over_parametrize_
+from hf_fnl.vision.pruning import prune_
 
 CONVS = [
     pytest.param({"in_channels": 2, "out_channels": 5, "kernel_size": 3}, id="square"),

@@ -14,16 +14,16 @@ import pytest
 import torch
 from transformers import default_data_collator
 
+from hf_fnl.tasks import pretraining
+from hf_fnl.tasks.byte_bpe import train_byte_bpe
+from hf_fnl.tasks.clm import build_blocks
+from hf_fnl.tasks.documents import DocumentOptions, load_document_shards, load_documents
+from hf_fnl.tasks.embedded import embedded_documents
+from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+from hf_fnl.tasks.pretraining_examples import PretrainingOptions
+from hf_fnl.tasks.wordpiece import train_wordpiece
 from hf_fnl.training.stream_loader import StreamLoader
 from hf_fnl.training.streaming import Reader
-from hf_fnl.training.tasks import pretraining
-from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
-from hf_fnl.training.tasks.clm import build_blocks
-from hf_fnl.training.tasks.documents import DocumentOptions, load_document_shards, load_documents
-from hf_fnl.training.tasks.embedded import embedded_documents
-from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
-from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
-from hf_fnl.training.tasks.wordpiece import train_wordpiece
 
 TEXTS = [f"Number {number} begins here. It goes on {'and on ' * (number % 5)}to its end." for number in range(23)]
 

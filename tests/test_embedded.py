@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from hf_fnl.training.tasks import embedded
-from hf_fnl.training.tasks.embedded import embedded_documents, embedded_squad
-from hf_fnl.training.tasks.squad import load_squad
+from hf_fnl.tasks import embedded
+from hf_fnl.tasks.embedded import embedded_documents, embedded_squad
+from hf_fnl.tasks.squad import load_squad
 
 SPLITS = ("train", "validation")
 

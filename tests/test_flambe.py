@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
+from hf_fnl.attention import find_products
 from hf_fnl.layers import FactorizedLinear, TensorizedConv2d
 from hf_fnl.optim import FLAMBe, Lamb, lamb
-from hf_fnl.products import find_products
 
 
 @pytest.fixture(params=["together", "in-pieces"])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_fnl import functional as F
-from hf_fnl.spectral import spectral_init
+from hf_fnl.math import factors as F
+from hf_fnl.math.spectral import spectral_init
 
 # Shapes of the factors; every size is coprime to the others, so that a transposed matrix cannot pass.
 CASES = {

@@ -18,9 +18,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
+from hf_fnl.attention import find_products
 from hf_fnl.optim import FLAMBe, Lamb, fused, lamb
 from hf_fnl.optim.sharding import Shards
-from hf_fnl.products import find_products
 
 # The large one has several blocks of squares, the last of them not whole.
 SHAPES = {"matrix": (5, 7), "large": (211, 157), "vector": (11,), "scalar": (), "empty": (0, 5)}

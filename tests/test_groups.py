@@ -7,9 +7,9 @@ import torch
 from attention_cases import CASES
 from torch import nn
 
+from hf_fnl.attention import find_products
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.optim import FLAMBe, parameter_groups
-from hf_fnl.products import find_products
 
 
 class Model(nn.Module):

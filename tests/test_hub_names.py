@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
-from hf_fnl.hub import check_source
+from hf_fnl.utils.hub import check_source
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def hub(monkeypatch):
             if error is not None:
                 raise error
 
-        monkeypatch.setattr("hf_fnl.hub.HfApi.repo_info", repo_info)
+        monkeypatch.setattr("hf_fnl.utils.hub.HfApi.repo_info", repo_info)
         return asked
 
     return answers
@@ -61,7 +61,7 @@ def test_a_path_is_never_asked_for(hub, source):
 
 def test_what_lies_here_or_in_the_cache_is_not_asked_for(hub, tmp_path, monkeypatch):
     asked = hub(None)
-    monkeypatch.setattr("hf_fnl.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("hf_fnl.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "models--someone--cached").mkdir()
     check_source("someone/cached")
     check_source(tmp_path)

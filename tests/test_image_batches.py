@@ -19,8 +19,8 @@ from transformers import (
     pipeline,
 )
 
-from hf_fnl.training.metrics.accuracy import image_accuracy, topk_hits
-from hf_fnl.training.tasks.image_batches import (
+from hf_fnl.tasks.metrics.accuracy import image_accuracy, topk_hits
+from hf_fnl.vision.image_batches import (
     BatchTransform,
     ImageFiles,
     ImageTensors,
@@ -29,8 +29,8 @@ from hf_fnl.training.tasks.image_batches import (
     single_batch,
     write_image_processor,
 )
-from hf_fnl.training.tasks.image_options import ImageOptions, load_image_sets
-from hf_fnl.training.tasks.images import ImageRecords, resize_and_crop, to_array
+from hf_fnl.vision.image_options import ImageOptions, load_image_sets
+from hf_fnl.vision.images import ImageRecords, resize_and_crop, to_array
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.5, 0.25, 0.75], [0.2, 0.3, 0.4]

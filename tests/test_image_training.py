@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from hf_fnl.training.tasks.image_training import ImageTrainer, ImageTrainingArguments, step_schedule
+from hf_fnl.vision.image_training import ImageTrainer, ImageTrainingArguments, step_schedule
 
 
 class Images(torch.utils.data.Dataset):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_fnl.training.tasks.image_options import ImageOptions
-from hf_fnl.training.tasks.images import embedded_digits, load_images, resize_and_crop, to_array
+from hf_fnl.vision.image_options import ImageOptions
+from hf_fnl.vision.images import embedded_digits, load_images, resize_and_crop, to_array
 
 CLASSES = ["ant", "bee", "cow"]
 LABELS = [2, 0, 1, 1, 0, 2, 2]

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from hf_fnl import FactorizationConfig, FactorizedLinear, factorize_
-from hf_fnl.diagnostics import diagnose, forward_flops
-from hf_fnl.products import find_products
+from hf_fnl.attention import find_products
+from hf_fnl.optim.diagnostics import diagnose, forward_flops
 from hf_fnl.report import inspect_model, read_energies
 
 

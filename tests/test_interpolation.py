@@ -15,14 +15,14 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_fnl import FactorizationConfig, FactorizedGPT2Config, FactorizedGPT2LMHeadModel, factorize_, load
-from hf_fnl.interpolation import estimate_statistics_, interpolate, loss_along_line
-from hf_fnl.models.vision import CifarResNetConfig, CifarResNetForImageClassification, inner_convolutions
-from hf_fnl.training.tasks.byte_bpe import train_byte_bpe
-from hf_fnl.training.tasks.clm import build_blocks
-from hf_fnl.training.tasks.documents import load_documents
-from hf_fnl.training.tasks.image_batches import BatchTransform, ImageTensors
-from hf_fnl.training.tasks.image_options import ImageOptions, load_image_sets
-from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.byte_bpe import train_byte_bpe
+from hf_fnl.tasks.clm import build_blocks
+from hf_fnl.tasks.documents import load_documents
+from hf_fnl.tasks.tokenization import load_tokenizer
+from hf_fnl.vision.image_batches import BatchTransform, ImageTensors
+from hf_fnl.vision.image_options import ImageOptions, load_image_sets
+from hf_fnl.vision.interpolation import estimate_statistics_, interpolate, loss_along_line
+from hf_fnl.vision.models import CifarResNetConfig, CifarResNetForImageClassification, inner_convolutions
 
 TEXT = "".join(f"A line of text, number {number}, and more of it.\n\n" for number in range(40))
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
-from hf_fnl.spectral import spectral_init
+from hf_fnl.math.spectral import spectral_init
 
 DOUBLE = {"dtype": torch.float64}
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_fnl.pruning import choose_masks
-from hf_fnl.training.lottery import train_in_rounds
+from hf_fnl.vision.lottery import train_in_rounds
+from hf_fnl.vision.pruning import choose_masks
 
 TOTAL = sum(SIZES.values())
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hf_fnl import FactorizationConfig, FactorizedConv2d, FactorizedLinear, factorize_
-from hf_fnl.functional import marchenko_pastur_density, marchenko_pastur_values
+from hf_fnl.math.factors import marchenko_pastur_density, marchenko_pastur_values
 from hf_fnl.report.inspection import measure_spectra
 from hf_fnl.report.series import gaussian_spectra_of, spectra_of
 from hf_fnl.report.sources import Source

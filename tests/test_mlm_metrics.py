@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
-from hf_fnl.training.tasks.mlm_metrics import mlm_metrics, reduce_logits
+from hf_fnl.tasks.mlm_metrics import mlm_metrics, reduce_logits
 
 
 @pytest.mark.parametrize("pairs", [True, False], ids=["with next sentence", "mlm alone"])

@@ -14,10 +14,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from training_cases import tiny_trainer
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForQuestionAnswering
-from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.models.cards import Record, is_automatic, model_card, stated_in, write_card, write_upload_card
 from hf_fnl.models.cards.card import MARK
+from hf_fnl.optim.diagnostics import parameter_count
 
 HEAD = "---\nlicense: mit\ntags: [mine]\n---\n"
 SQUAD = HEADS["question-answering"]

@@ -13,11 +13,11 @@ from torch.testing import assert_close
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_fnl import RankRule
-from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.layers.span import Span
 from hf_fnl.models.attention import FactorizedAttention
+from hf_fnl.optim.diagnostics import parameter_count
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 EXACT = {"rtol": 0, "atol": 0}

@@ -8,7 +8,7 @@ from training_cases import tiny_model, tiny_trainer
 from transformers import TrainerCallback
 
 from hf_fnl import find_products
-from hf_fnl.training.norms import NORMS_FILE, FollowNorms, RecordNorms, read_norms
+from hf_fnl.vision.norms import NORMS_FILE, FollowNorms, RecordNorms, read_norms
 
 KINDS = ["linear", "ov"]  # one of them with a norm for each head
 

@@ -19,11 +19,11 @@ from training_cases import tiny_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fnl import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.tasks.pretraining import PretrainingCollator
+from hf_fnl.tasks.workers import TextTrainingArguments, default_workers
+from hf_fnl.training.packing import PackingCollator, first_fit
 from hf_fnl.training.stream_loader import StreamLoader
 from hf_fnl.training.streaming import ShardedStream
-from hf_fnl.training.tasks.packing import PackingCollator, first_fit
-from hf_fnl.training.tasks.pretraining import PretrainingCollator
-from hf_fnl.training.tasks.workers import TextTrainingArguments, default_workers
 
 ROOT = Path(__file__).parents[1]
 PAD = 9

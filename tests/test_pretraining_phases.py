@@ -7,9 +7,9 @@ import re
 import pretrain_bert
 import pytest
 
+from hf_fnl.tasks.pretraining_phases import Phase, describe, plan_phases
 from hf_fnl.training import FLAMBeTrainingArguments
 from hf_fnl.training.command_line import parse_arguments
-from hf_fnl.training.tasks.pretraining_phases import Phase, describe, plan_phases
 
 NVIDIA = ["128:7038:6e-3:0.2843:65536", "512:1563:4e-3:0.128:32768"]
 

@@ -12,13 +12,13 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForPreTraining, Trainer, TrainerCallback, TrainingArguments
 
+from hf_fnl.tasks.documents import tokenize_documents
+from hf_fnl.tasks.embedded import embedded_documents
+from hf_fnl.tasks.masking import mask_tokens
+from hf_fnl.tasks.pretraining import DOCUMENTS_PER_GROUP, PretrainingCollator, build_pretraining_dataset
+from hf_fnl.tasks.pretraining_examples import PretrainingOptions
+from hf_fnl.tasks.wordpiece import Vocabulary, train_wordpiece
 from hf_fnl.training.callbacks import EpochCallback
-from hf_fnl.training.tasks.documents import tokenize_documents
-from hf_fnl.training.tasks.embedded import embedded_documents
-from hf_fnl.training.tasks.masking import mask_tokens
-from hf_fnl.training.tasks.pretraining import DOCUMENTS_PER_GROUP, PretrainingCollator, build_pretraining_dataset
-from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
-from hf_fnl.training.tasks.wordpiece import Vocabulary, train_wordpiece
 
 CORPUS = embedded_documents()
 FULL = PretrainingOptions(short_sequence_probability=0.0)

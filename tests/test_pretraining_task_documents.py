@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from hf_fnl.training.tasks.documents import Document, load_documents, split_sentences, tokenize_documents
-from hf_fnl.training.tasks.embedded import embedded_documents
-from hf_fnl.training.tasks.pretraining_examples import (
+from hf_fnl.tasks.documents import Document, load_documents, split_sentences, tokenize_documents
+from hf_fnl.tasks.embedded import embedded_documents
+from hf_fnl.tasks.pretraining_examples import (
     PretrainingOptions,
     make_instances,
     pack_sentences,
     sentence_pairs,
 )
-from hf_fnl.training.tasks.pretraining_examples import _truncate as truncate
-from hf_fnl.training.tasks.tokenization import load_tokenizer
-from hf_fnl.training.tasks.wordpiece import SPECIAL_TOKENS, Vocabulary, train_wordpiece
+from hf_fnl.tasks.pretraining_examples import _truncate as truncate
+from hf_fnl.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.wordpiece import SPECIAL_TOKENS, Vocabulary, train_wordpiece
 
 TEXTS = ["The first one. It has two sentences.", "A second\none, of two lines.", "The third."]
 CORPUS = embedded_documents()[:4]

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForPreTraining, BertModel
 
+from hf_fnl.attention import KINDS, find_products
 from hf_fnl.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
-from hf_fnl.products import KINDS, find_products
 
 HEADS, HIDDEN, HEAD_DIM = 3, 15, 5
 

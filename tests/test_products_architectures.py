@@ -19,7 +19,7 @@ import torch
 from small_models import architectures, build, calls
 from torch import Tensor, nn
 
-from hf_fnl.products import Factor, Product, find_products
+from hf_fnl.attention import Factor, Product, find_products
 
 TOLERANCE = 1e-3  # of what one factor alone changes; some steps of many models are in float32
 SECONDS = 30  # for one architecture

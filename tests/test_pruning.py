@@ -21,7 +21,7 @@ from torch import nn
 from transformers import ResNetForImageClassification
 
 from hf_fnl import parameter_groups
-from hf_fnl.pruning import (
+from hf_fnl.vision.pruning import (
     METHODS,
     apply_masks_,
     choose_masks,
@@ -34,7 +34,7 @@ from hf_fnl.pruning import (
     sparsity,
     weights_to_keep,
 )
-from hf_fnl.pruning.scores import model_loss
+from hf_fnl.vision.pruning.scores import model_loss
 
 TOTAL = sum(SIZES.values())
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from hf_fnl.config import RankRule
-from hf_fnl.ranks import Candidate, UnreachableShare, choose_ranks
+from hf_fnl.surgery.config import RankRule
+from hf_fnl.surgery.ranks import Candidate, UnreachableShare, choose_ranks
 
 RULES = ("ratio", "budget")  # with no other parameters, shares of the model are those of the candidates
 MULTIPLES = (1, 8, 64)

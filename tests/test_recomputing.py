@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from vision_cases import OURS
 
 from hf_fnl import FactorizationConfig, factorize_
-from hf_fnl.models.vision import inner_convolutions
+from hf_fnl.vision.models import inner_convolutions
 
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 WAYS = {"chain": False, "composed": True}

@@ -17,8 +17,8 @@ import torch
 from training_cases import tiny_model, tiny_trainer
 
 from hf_fnl import FactorizedBertForPreTraining
-from hf_fnl.diagnostics import diagnose, parameter_count
-from hf_fnl.products import find_products
+from hf_fnl.attention import find_products
+from hf_fnl.optim.diagnostics import diagnose, parameter_count
 from hf_fnl.report import plot_diagnostics, plot_loss, write_report
 from hf_fnl.report.chapters import IN_TRAINING, OF_THE_MODEL, loss_section, make_section
 from hf_fnl.report.drawing import draw_svg

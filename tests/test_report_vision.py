@@ -11,10 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 from hf_fnl import FactorizationConfig, factorize_
+from hf_fnl.attention import find_products
 from hf_fnl.cli.app import app
-from hf_fnl.diagnostics import diagnose
-from hf_fnl.models.vision import CifarResNetConfig, CifarResNetForImageClassification, inner_convolutions
-from hf_fnl.products import find_products
+from hf_fnl.optim.diagnostics import diagnose
 from hf_fnl.report import inspect_model, plot_diagnostics, write_report
 from hf_fnl.report.chapters import (
     IN_TRAINING,
@@ -26,6 +25,7 @@ from hf_fnl.report.chapters import (
 )
 from hf_fnl.report.operations import operations
 from hf_fnl.report.sources import read_sources
+from hf_fnl.vision.models import CifarResNetConfig, CifarResNetForImageClassification, inner_convolutions
 
 pytest.importorskip("matplotlib")
 

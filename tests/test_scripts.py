@@ -19,10 +19,10 @@ from launching import free_port
 from transformers import AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
+from hf_fnl.tasks.embedded import embedded_squad
+from hf_fnl.tasks.squad_training import SquadTrainingArguments
+from hf_fnl.tasks.workers import TextTrainingArguments
 from hf_fnl.training.command_line import UsageError, parse_arguments
-from hf_fnl.training.tasks.embedded import embedded_squad
-from hf_fnl.training.tasks.squad_training import SquadTrainingArguments
-from hf_fnl.training.tasks.workers import TextTrainingArguments
 
 ROOT = Path(__file__).parents[1]
 TINY_MODEL = """

@@ -23,9 +23,9 @@ from transformers import AutoModelForSeq2SeqLM
 import hf_fnl
 from hf_fnl import find_products
 from hf_fnl.optim import parameter_groups
+from hf_fnl.tasks.beam_search import translate
+from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.averaging import average_checkpoints, newest_checkpoints
-from hf_fnl.training.tasks.beam_search import translate
-from hf_fnl.training.tasks.tokenization import load_tokenizer
 
 # One process launches once for all of these tests.
 pytestmark = pytest.mark.xdist_group("scripts and engines")

@@ -7,8 +7,8 @@ import transformers as T
 from torch import nn
 
 from hf_fnl import FactorizationConfig, factorize_
-from hf_fnl.products import find_products
-from hf_fnl.selectors import KINDS, PARTS, Selector
+from hf_fnl.attention import find_products
+from hf_fnl.attention.selectors import KINDS, PARTS, Selector
 
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # Two layers of encoder, three of decoder, so that neither can pass for the other.

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel
 
-from hf_fnl.decay import FrobeniusDecay
+from hf_fnl.attention import find_products
 from hf_fnl.layers import FactorizedLinear, TensorizedConv2d
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups, sharding
+from hf_fnl.optim.frobenius_decay import FrobeniusDecay
 from hf_fnl.optim.sharding import Fragment, Shards, shards_of
-from hf_fnl.products import find_products
 
 Cuts = dict[str, list[int]]
 

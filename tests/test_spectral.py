@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_fnl.spectral import initial_factors, spectral_init, spectral_init_heads, truncated_svd
+from hf_fnl.math.spectral import initial_factors, spectral_init, spectral_init_heads, truncated_svd
 
 SHAPES = {
     "wide": (5, 7, 3),

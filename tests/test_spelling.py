@@ -25,7 +25,7 @@ from hf_fnl import (
     find_products,
 )
 from hf_fnl.cli import app
-from hf_fnl.suggest import did_you_mean
+from hf_fnl.utils.suggest import did_you_mean
 
 CONFIGS = [FactorizedBertConfig, FactorizedGPT2Config, FactorizedMarianConfig]
 SIZES = {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 20, "vocab_size": 30}

@@ -5,8 +5,8 @@ import torch
 from init_cases import CASES
 
 from hf_fnl import FactorizedLinear
+from hf_fnl.math.spectral import spectral_init, spectral_init_heads, spectral_init_stack
 from hf_fnl.models import splitting
-from hf_fnl.spectral import spectral_init, spectral_init_heads, spectral_init_stack
 
 SHAPES = {"wide": (5, 7, 3), "tall": (7, 5, 3), "full-rank": (5, 7, 5), "several-blocks": (203, 211, 60)}
 

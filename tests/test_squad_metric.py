@@ -8,9 +8,9 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from hf_fnl.training import metrics
-from hf_fnl.training.metrics import exact_match_score, f1_score, score_squad
-from hf_fnl.training.metrics.squad_predictions import load_squad_metric
+from hf_fnl.tasks import metrics
+from hf_fnl.tasks.metrics import exact_match_score, f1_score, score_squad
+from hf_fnl.tasks.metrics.squad_predictions import load_squad_metric
 
 ARTICLES = ("a", "an", "the")
 

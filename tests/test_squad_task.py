@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import BertTokenizer, GPT2Tokenizer
 
-from hf_fnl.training.tasks.squad import (
+from hf_fnl.tasks.squad import (
     SquadCollator,
     SquadOptions,
     SquadPredictions,

@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import k21_table4
 from hf_fnl import FLAMBe, Lamb
+from hf_fnl.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import parse_arguments
-from hf_fnl.training.tasks.squad_training import SquadTrainingArguments
 
 QUIET = "--use_cpu --report_to none --disable_tqdm true --logging_steps 1 --save_strategy no"
 

@@ -13,10 +13,10 @@ from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.config import FactorizationConfig
-from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
+from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import factorize_, merge_, restore_
+from hf_fnl.surgery.config import FactorizationConfig
 
 EXACT = {"rtol": 0, "atol": 0}
 BERT, GPT2, T5 = ARCHITECTURES["bert"], ARCHITECTURES["gpt2"], ARCHITECTURES["t5"]

@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_fnl.models.checkpoint  # noqa: F401  # registers the record with Transformers
 from hf_fnl import find_products
-from hf_fnl.config import FactorizationConfig
 from hf_fnl.layers import Factorized, FactorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.surgery import factorize_, merge_
+from hf_fnl.surgery.config import FactorizationConfig
 
 each_architecture = pytest.mark.parametrize("case", ARCHITECTURES.values(), ids=ARCHITECTURES)
 EVERYTHING = FactorizationConfig(rank_scale=1.0, kinds=ALL_KINDS)

@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl import FactorizedBertForMaskedLM, compose_, diagnose, find_products
-from hf_fnl.config import FactorizationConfig
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.surgery import factorize_, merge_
+from hf_fnl.surgery.config import FactorizationConfig
 
 FULL = FactorizationConfig(rank_scale=1.0, kinds=("linear", "embedding", "conv"))
 LOW = FactorizationConfig(rank=2)

@@ -14,10 +14,10 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 from vision_cases import OURS
 
 from hf_fnl import FactorizationConfig, factorize_, find_products, merge_, vision_model
-from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.layers import Factorized, TensorizedConv2d
-from hf_fnl.models.vision import inner_convolutions
 from hf_fnl.surgery import restore_
+from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
+from hf_fnl.vision.models import inner_convolutions
 
 CASE = OURS["resnet-pad"]
 

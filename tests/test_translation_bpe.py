@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 from translation_cases import phrases, tiny_marian, tiny_tokenizer
 
-from hf_fnl.training.tasks.bpe import train_joint_bpe
-from hf_fnl.training.tasks.phrases import embedded_phrases
+from hf_fnl.tasks.bpe import train_joint_bpe
+from hf_fnl.tasks.phrases import embedded_phrases
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,8 +8,8 @@ import datasets
 import pytest
 from translation_cases import PAIRS
 
-from hf_fnl.training.tasks.phrases import SIZES, embedded_phrases
-from hf_fnl.training.tasks.translation import load_pairs
+from hf_fnl.tasks.phrases import SIZES, embedded_phrases
+from hf_fnl.tasks.translation import load_pairs
 
 RECORDS = [{"de": german, "en": english} for german, english in PAIRS]
 EXPECTED = [{"source": german, "target": english} for german, english in PAIRS]
@@ -84,7 +84,7 @@ def test_a_hub_id_is_asked_of_datasets(monkeypatch):
         asked.append((*args, *kwargs.items()))
         return datasets.Dataset.from_list([{"translation": record} for record in RECORDS])
 
-    monkeypatch.setattr("hf_fnl.hub.HfApi.repo_info", lambda *_, **__: None)  # it has one of this name
+    monkeypatch.setattr("hf_fnl.utils.hub.HfApi.repo_info", lambda *_, **__: None)  # it has one of this name
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_pairs("some/pairs", split="test", name="de-en", limit=2).to_list() == EXPECTED[:2]
     assert asked == [("some/pairs", "de-en", ("split", "test"))]

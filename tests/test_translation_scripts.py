@@ -15,11 +15,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 from translation_cases import PAIRS, phrases, tiny_marian, tiny_tokenizer
 
 from hf_fnl import FactorizedMarianMTModel
+from hf_fnl.tasks.beam_search import translate
+from hf_fnl.tasks.metrics.bleu import bleu_scores
+from hf_fnl.tasks.phrases import embedded_phrases
+from hf_fnl.tasks.translation_training import TranslationArguments
 from hf_fnl.training.averaging import average_checkpoints
-from hf_fnl.training.metrics.bleu import bleu_scores
-from hf_fnl.training.tasks.beam_search import translate
-from hf_fnl.training.tasks.phrases import embedded_phrases
-from hf_fnl.training.tasks.translation_training import TranslationArguments
 
 TINY = """
     --vocab_size 150 --hidden_size 24 --encoder_layers 1 --decoder_layers 2 --num_attention_heads 3

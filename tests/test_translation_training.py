@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import EvalPrediction
 from translation_cases import losses, tiny_trainer
 
-from hf_fnl.training.tasks.translation_training import (
+from hf_fnl.tasks.translation_training import (
     TranslationArguments,
     smoothed_cross_entropy,
     token_metrics,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.truncation import (
+from hf_fnl.math.truncation import (
     HeadMoments,
     Moments,
     Projection,

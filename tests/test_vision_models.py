@@ -26,7 +26,7 @@ from vision_cases import (
 
 from hf_fnl import FactorizationConfig, factorize_, load, merge_, model_card
 from hf_fnl.layers import FactorizedConv2d
-from hf_fnl.models import (
+from hf_fnl.vision.models import (
     PRESETS,
     CifarResNetConfig,
     VGGConfig,

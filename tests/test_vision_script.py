@@ -41,11 +41,11 @@ from vision_script_cases import (
     weights,
 )
 
-from hf_fnl.models.vision import inner_convolutions
-from hf_fnl.training.norms import read_norms
-from hf_fnl.training.tasks.image_options import ImageOptions
-from hf_fnl.training.tasks.image_training import ImageTrainingArguments
-from hf_fnl.training.tasks.images import load_images
+from hf_fnl.vision.image_options import ImageOptions
+from hf_fnl.vision.image_training import ImageTrainingArguments
+from hf_fnl.vision.images import load_images
+from hf_fnl.vision.models import inner_convolutions
+from hf_fnl.vision.norms import read_norms
 
 
 @pytest.fixture(scope="module", autouse=True)

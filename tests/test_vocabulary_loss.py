@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_fnl.vocabulary_loss import vocabulary_loss
+from hf_fnl.math.vocabulary_loss import vocabulary_loss
 
 BATCH, LENGTH, WIDTH, VOCAB = 3, 7, 5, 11
 

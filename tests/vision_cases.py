@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ResNetForImageClassification
 
-from hf_fnl.models.vision import (
+from hf_fnl.vision.models import (
     CifarResNetForImageClassification,
     VGGForImageClassification,
     WideResNetForImageClassification,

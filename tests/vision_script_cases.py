@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from hf_fnl.layers import Factorized
-from hf_fnl.models.vision import vision_model
+from hf_fnl.vision.models import vision_model
 
 TINY = {
     "use_cpu": True,

@@ -16,7 +16,7 @@ from benchmarks.experiments.runs import Run, suffix
 from benchmarks.house.machine import machine
 from benchmarks.house.record import write_result
 from benchmarks.house.tables import markdown_table
-from hf_fnl.training.files import write_text
+from hf_fnl.utils.files import write_text
 
 # Figures of a run that stand beside its metrics.
 _ALSO = ("eval_loss", "train_loss", "seconds_per_epoch", "seconds", "peak_memory_bytes", "command", "commit")

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import yaml
 
 from benchmarks.experiments.metrics import METRICS
-from hf_fnl.suggest import did_you_mean
+from hf_fnl.utils.suggest import did_you_mean
 
 TABLE_FILE = "_table.yaml"
 DATASETS_FILE = "_datasets.yaml"

@@ -19,8 +19,8 @@ import yaml
 
 from benchmarks.experiments.rows import SCALES, Row, Settings
 from benchmarks.house.grids import run_once
-from hf_fnl.suggest import did_you_mean
-from hf_fnl.training.files import write_text
+from hf_fnl.utils.files import write_text
+from hf_fnl.utils.suggest import did_you_mean
 
 ROOT = Path(__file__).parents[2]  # where trainings run, so that their commands hold no path of this machine
 DONE, HALF_DONE, TO_DO, DATA_MISSING = "done", "half done", "to do", "data missing"

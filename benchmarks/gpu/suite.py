@@ -27,7 +27,7 @@ from benchmarks.house.record import write_result
 from benchmarks.house.tables import markdown_table
 from benchmarks.house.theme import RESULTS
 from benchmarks.themes import NAMES
-from hf_fnl.training.files import write_text
+from hf_fnl.utils.files import write_text
 
 logger = logging.getLogger("benchmarks")
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from hf_fnl.training.files import write_json
+from hf_fnl.utils.files import write_json
 
 ROOT = Path(__file__).parents[2]
 CODE = ("hf_fnl", "benchmarks", "run_scripts", ":(exclude)benchmarks/results")  # what results follow from

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_fnl.training.files import write_text
+from hf_fnl.utils.files import write_text
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -21,7 +21,7 @@ from benchmarks.house.record import revision, write_result
 from benchmarks.house.sweeps import Sweep, draw
 from benchmarks.house.tables import workload_tables
 from benchmarks.house.timing import Row
-from hf_fnl.training.files import write_text
+from hf_fnl.utils.files import write_text
 
 T = TypeVar("T")
 RESULTS = Path("benchmarks/results")

@@ -22,7 +22,7 @@ from benchmarks.house.sweeps import Sweep, time_sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Case, Comparison, Goal, Row
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
-from hf_fnl.training.tasks.packing import PackingCollator
+from hf_fnl.training.packing import PackingCollator
 
 PADDED, PACKED, LONG_ROWS = "padded", "packed", "packed, rows of twice the length"
 PAD = 0
@@ -172,8 +172,8 @@ def _preparation(options: Options) -> Iterator[Row]:
     """On a CPU, whatever the device: examples a second of one process, with what they cannot be faster than."""
     from transformers import DataCollatorForLanguageModeling
 
-    from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
-    from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
+    from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+    from hf_fnl.tasks.pretraining_examples import PretrainingOptions
 
     documents, tokenizer = _documents(options)
     words = build_pretraining_dataset(documents, tokenizer, PretrainingOptions(whole_word_mask=True))
@@ -200,9 +200,9 @@ def _preparation(options: Options) -> Iterator[Row]:
 
 def _from_text(options: Options, documents: Any, tokenizer: Any) -> Iterator[Row]:
     """What a stream does for each group of documents; most of it is the tokenizer's own work."""
-    from hf_fnl.training.tasks.documents import split_sentences, tokenize_documents
-    from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions, make_instances
-    from hf_fnl.training.tasks.wordpiece import Vocabulary
+    from hf_fnl.tasks.documents import split_sentences, tokenize_documents
+    from hf_fnl.tasks.pretraining_examples import PretrainingOptions, make_instances
+    from hf_fnl.tasks.wordpiece import Vocabulary
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a data loader's worker
     texts = documents["text"][:64]
@@ -233,8 +233,8 @@ def _documents(options: Options) -> tuple[Any, Any]:
     """English text that is always there, and a tokenizer for it."""
     import datasets
 
-    from hf_fnl.training.tasks.embedded import embedded_documents
-    from hf_fnl.training.tasks.wordpiece import train_wordpiece
+    from hf_fnl.tasks.embedded import embedded_documents
+    from hf_fnl.tasks.wordpiece import train_wordpiece
 
     datasets.disable_progress_bars()
     texts = embedded_documents()[: options.pick(full=200, quick=100, tiny=8)]
@@ -270,8 +270,8 @@ def sweeps(options: Options) -> Iterator[Sweep]:
 def _workers(options: Options) -> Sweep:
     from torch.utils.data import DataLoader
 
-    from hf_fnl.training.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
-    from hf_fnl.training.tasks.pretraining_examples import PretrainingOptions
+    from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+    from hf_fnl.tasks.pretraining_examples import PretrainingOptions
 
     documents, tokenizer = _documents(options)
     stored = build_pretraining_dataset(documents, tokenizer, PretrainingOptions())

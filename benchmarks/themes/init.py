@@ -22,7 +22,7 @@ from benchmarks.house.sweeps import Sweep, time_sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Case, Comparison, Goal, Row, interleave
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining
-from hf_fnl.spectral import spectral_init, spectral_init_heads, spectral_init_stack
+from hf_fnl.math.spectral import spectral_init, spectral_init_heads, spectral_init_stack
 
 INITIALIZER_RANGE = 0.02  # of BERT's normal initialization
 EXCESS_TOLERANCE = 1e-5  # relative to the norm of the weight; float32 holds 7 digits

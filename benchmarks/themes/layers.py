@@ -21,8 +21,8 @@ from benchmarks.house.sweeps import Sweep, time_sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Case, Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_
-from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear, compose_
+from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
 
 DENSE, OURS, CHOSEN = "dense", "hf_fnl", "chosen"
 PEERS = {f"tltorch, {implementation}": implementation for implementation in ("reconstructed", "factorized")}

@@ -22,7 +22,7 @@ from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_
 from hf_fnl.layers import keep_narrow
-from hf_fnl.models.vision import inner_convolutions, vision_model
+from hf_fnl.vision.models import inner_convolutions, vision_model
 
 RANK_SCALES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # of the full rank
 CHECKPOINTING: dict[str, dict[str, Any] | None] = {

@@ -17,9 +17,9 @@ from benchmarks.house.limits import copy_rate, count_flops, matrix_rate
 from benchmarks.house.sweeps import Sweep, time_sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Case, Comparison, Goal, Row
+from hf_fnl.attention import Product, find_products
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.optim import FLAMBe, Lamb, fused, parameter_groups
-from hf_fnl.products import Product, find_products
 from tests.reference.flambe import ReferenceFLAMBe
 from tests.reference.lamb import ReferenceLamb
 

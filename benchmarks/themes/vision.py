@@ -22,9 +22,9 @@ from benchmarks.house.sweeps import Sweep, time_sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Case, Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_, merge_
-from hf_fnl.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.layers.convolution import Convolution
-from hf_fnl.models.vision import inner_convolutions, vision_model
+from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
+from hf_fnl.vision.models import inner_convolutions, vision_model
 
 DENSE, CLASSES, RATIO = "dense", 10, 0.1
 IMPLEMENTATIONS = ("factorized", "reconstructed")  # of TensorLy-Torch

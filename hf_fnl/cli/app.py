@@ -17,7 +17,7 @@ from hf_fnl.cli.plan import plan
 from hf_fnl.cli.profile import profile
 from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, share_left, size_change, sort_rows
 from hf_fnl.cli.terminal import session, usage
-from hf_fnl.suggest import did_you_mean
+from hf_fnl.utils.suggest import did_you_mean
 
 
 class _Group(TyperGroup):
@@ -167,7 +167,7 @@ def factorize(
     with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli import factorize as work
         from hf_fnl.cli.texts import Texts
-        from hf_fnl.config import KINDS, FactorizationConfig, RankRule
+        from hf_fnl.surgery.config import KINDS, FactorizationConfig, RankRule
 
         wanted = tuple(filter(None, kinds.replace(" ", "").split(",")))
         with usage():
@@ -268,7 +268,7 @@ def inspect(
     """
     with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli.sources import load_model
-        from hf_fnl.diagnostics import parameter_count
+        from hf_fnl.optim.diagnostics import parameter_count
         from hf_fnl.report import inspect_model, read_energies
 
         loaded = load_model(model, terminal)

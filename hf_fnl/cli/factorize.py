@@ -12,22 +12,22 @@ from huggingface_hub import ModelCardData
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_fnl.attention import find_products
 from hf_fnl.cli.folders import carry_files, local_files, new_folder
 from hf_fnl.cli.sources import factorized_classes, load_model
 from hf_fnl.cli.terminal import Terminal
 from hf_fnl.cli.texts import Texts, calibration_batch, read_texts
-from hf_fnl.config import FactorizationConfig, RankRule
-from hf_fnl.diagnostics import parameter_count
-from hf_fnl.functional import kept_energy
 from hf_fnl.layers.linear import dense_weight
+from hf_fnl.math.factors import kept_energy
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards import CARD_FILE, stated_in, write_card
 from hf_fnl.models.cards.record import FACTORIZATION_FILE
-from hf_fnl.products import find_products
-from hf_fnl.suggest import listed
+from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import factorize_
-from hf_fnl.training.files import write_json
-from hf_fnl.training.tasks.documents import looks_like_path
+from hf_fnl.surgery.config import FactorizationConfig, RankRule
+from hf_fnl.tasks.documents import looks_like_path
+from hf_fnl.utils.files import write_json
+from hf_fnl.utils.suggest import listed
 
 Calibration = Mapping[str, Tensor] | None
 Layer = dict[str, Any]

@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from hf_fnl.folders import is_inside
-from hf_fnl.training.files import check_writable
+from hf_fnl.utils.files import check_writable
+from hf_fnl.utils.folders import is_inside
 
 # Tokenizers and processors, the parts of a sentence-transformers model, and what the law wants to stay beside it.
 CARRIED = (

@@ -14,10 +14,10 @@ from hf_fnl.cli.factorize import inherited_metadata
 from hf_fnl.cli.folders import carry_files, local_files, new_folder
 from hf_fnl.cli.sources import load_model, random_inputs
 from hf_fnl.cli.terminal import Terminal
-from hf_fnl.diagnostics import parameter_count
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards import CARD_FILE, write_card
 from hf_fnl.models.cards.record import FACTORIZATION_FILE
+from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import merge_
 
 

@@ -97,7 +97,7 @@ def profile(
         with terminal.step("training"):
             found = _train(fresh_model(model, **ranks), sequence_length, FLAMBeTrainingArguments, options)
         if json_file is not None:
-            from hf_fnl.training.files import write_text
+            from hf_fnl.utils.files import write_text
 
             write_text(json_file, json.dumps({"model": model, "ranks": ranks, **found.as_dict()}, indent=2) + "\n")
         terminal.show({}, *_views(model, found))

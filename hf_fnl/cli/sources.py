@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_fnl.models
+import hf_fnl.vision.models  # registers them
 from hf_fnl.cli.terminal import Terminal
 from hf_fnl.cli.texts import longest_input, text_inputs
 from hf_fnl.models.base import FactorizedPreTrainedModel

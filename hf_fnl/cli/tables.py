@@ -6,7 +6,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_fnl.suggest import printable
+from hf_fnl.utils.suggest import printable
 
 if TYPE_CHECKING:
     from rich.table import Table

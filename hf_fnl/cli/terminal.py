@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hf_fnl.suggest import printable
+from hf_fnl.utils.suggest import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,7 +80,7 @@ def session(*, as_json: bool, debug: bool, sources: Sequence[str] = ()) -> Itera
     terminal = Terminal(as_json=as_json)
     try:
         for source in sources:
-            from hf_fnl.hub import check_source
+            from hf_fnl.utils.hub import check_source
 
             check_source(source)
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _quiet(terminal.interactive):

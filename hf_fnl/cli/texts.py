@@ -13,8 +13,8 @@ import fsspec  # type: ignore[import-untyped]
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_fnl.training.tasks.documents import common_kind, data_files, load_documents, looks_like_path
-from hf_fnl.training.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.documents import common_kind, data_files, load_documents, looks_like_path
+from hf_fnl.tasks.tokenization import load_tokenizer
 
 _CHARACTERS = 16  # of a token, at most: what is kept of a document is enough for all samples
 _BLOCK = 1 << 16  # characters that are read at once
@@ -25,7 +25,7 @@ class Texts:
     """Text to calibrate with.
 
     Args:
-        source: File, folder or Hub id; see :func:`~hf_fnl.training.tasks.documents.load_documents`.
+        source: File, folder or Hub id; see :func:`~hf_fnl.tasks.documents.load_documents`.
         column: Column that holds the text.
         samples: Samples that are cut from it: the first of each document, then the second ones, and so on.
         length: Tokens of a sample, at most as many as the model reads; the end of a document may be shorter.

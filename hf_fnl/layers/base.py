@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_fnl.functional import product
 from hf_fnl.layers.weight import readable_weight, refuse_write
-from hf_fnl.spectral import DRAWN_METHODS, check_method, check_rank, initial_factors
+from hf_fnl.math.factors import product
+from hf_fnl.math.spectral import DRAWN_METHODS, check_method, check_rank, initial_factors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,10 +25,10 @@ class Factorized(nn.Module):
 
     Args:
         rank: The rank of the factors.
-        init: One of ``hf_fnl.spectral.INIT_METHODS``.
+        init: One of ``hf_fnl.math.spectral.INIT_METHODS``.
 
     Attributes:
-        kind: What kind of product the layer is; see :class:`~hf_fnl.products.Product`.
+        kind: What kind of product the layer is; see :class:`~hf_fnl.attention.Product`.
         shape: Shape of the product of the factors.
         bias: The bias, ``None`` where there is none.
 
@@ -203,7 +203,7 @@ class FactorizedMatrix(Factorized):
     Args:
         shape: Shape ``(m, n)`` of the dense matrix.
         rank: Columns of the factors. At most ``min(m, n)``, any number where ``overcomplete``.
-        init: One of ``hf_fnl.spectral.INIT_METHODS``. A layer of a higher rank is drawn, by
+        init: One of ``hf_fnl.math.spectral.INIT_METHODS``. A layer of a higher rank is drawn, by
             ``"default"`` unless ``"he"``.
         deep: Adds a middle factor ``M (rank, rank)``, which starts as the identity (Khodak et al. 2021, Sec. 5).
         overcomplete: Allows a rank above ``min(m, n)``, for training that is multiplied back afterwards.

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fnl.config import CONV_SCHEMES
-from hf_fnl.functional import product
 from hf_fnl.layers.base import FactorizedMatrix
 from hf_fnl.layers.convolution import Convolution, KernelShape, Pair, options_of
-from hf_fnl.spectral import DRAWN_METHODS, check_rank, draw_factor, spectral_init
+from hf_fnl.math.factors import product
+from hf_fnl.math.spectral import DRAWN_METHODS, check_rank, draw_factor, spectral_init
+
+CONV_SCHEMES = ("spatial", "channel")  # a kernel as a matrix
 
 
 def kernel_matrix(kernel: Tensor, scheme: str) -> Tensor:
@@ -75,7 +76,7 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         scheme: ``"spatial"`` or ``"channel"``.
         compose: Whether the kernel is multiplied out in the forward pass; ``None`` chooses by the operations.
         init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see
-            :func:`~hf_fnl.spectral.initial_factors`.
+            :func:`~hf_fnl.math.spectral.initial_factors`.
         deep: Holds ``W = U M V^T`` with ``M`` starting as the identity.
         overcomplete: Allows a rank above that of ``W``.
 

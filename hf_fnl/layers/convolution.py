@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from hf_fnl.layers.base import Factorized
 from hf_fnl.layers.recomputing import Options, RecomputingConvolution
-from hf_fnl.spectral import draw_factor
+from hf_fnl.math.spectral import draw_factor
 
 if TYPE_CHECKING:
     from typing_extensions import Self

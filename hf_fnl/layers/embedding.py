@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_fnl.layers.base import FactorizedMatrix
-from hf_fnl.spectral import DRAWN_METHODS, spectral_init
+from hf_fnl.math.spectral import DRAWN_METHODS, spectral_init
 
 
 class FactorizedEmbedding(FactorizedMatrix):
@@ -21,7 +21,7 @@ class FactorizedEmbedding(FactorizedMatrix):
         rank: Columns of ``U (num_embeddings, rank)`` and ``V (embedding_dim, rank)``.
         padding_idx: Row that starts as zero and gets no gradient.
         init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see
-            :func:`~hf_fnl.spectral.initial_factors`.
+            :func:`~hf_fnl.math.spectral.initial_factors`.
 
     Raises:
         ValueError: If ``rank`` or ``init`` is not allowed.

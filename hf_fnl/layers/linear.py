@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.functional import product
 from hf_fnl.layers.base import FactorizedMatrix
-from hf_fnl.spectral import spectral_init
-from hf_fnl.truncation import Moments, truncate_linear
+from hf_fnl.math.factors import product
+from hf_fnl.math.spectral import spectral_init
+from hf_fnl.math.truncation import Moments, truncate_linear
 
 
 def dense_weight(layer: nn.Linear | Conv1D) -> Tensor:
@@ -27,7 +27,7 @@ class FactorizedLinear(FactorizedMatrix):
         rank: Columns of ``U (out_features, rank)`` and ``V (in_features, rank)``.
         bias: Adds a learned ``bias (out_features,)``.
         init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see
-            :func:`~hf_fnl.spectral.initial_factors`.
+            :func:`~hf_fnl.math.spectral.initial_factors`.
         deep: Holds ``W = U M V^T`` with ``M`` starting as the identity.
         overcomplete: Allows ``rank > min(in_features, out_features)``.
 

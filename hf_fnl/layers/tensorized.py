@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.layers.convolution import Convolution, KernelShape, Pair, options_of
-from hf_fnl.spectral import DRAWN_METHODS, check_rank
-from hf_fnl.tensors import Shape, core_shapes, decompose, largest_bonds, product, product_cost
+from hf_fnl.math.spectral import DRAWN_METHODS, check_rank
+from hf_fnl.math.tensors import Shape, core_shapes, decompose, largest_bonds, product, product_cost
 
 # The parameters that hold the cores, in the order in which these are multiplied.
 _CORES = {"tt": ("out_core", "height_core", "width_core", "in_core"), "tucker": ("out_core", "core", "in_core")}
 
 
 class TensorizedConv2d(Convolution):
-    r"""A convolution whose kernel is held as the cores of a tensor decomposition; see :mod:`hf_fnl.tensors`.
+    r"""A convolution whose kernel is held as the cores of a tensor decomposition; see :mod:`hf_fnl.math.tensors`.
 
     - ``"tt"``: applied as 1-by-1, a row ``1 x kw``, a column ``kh x 1`` and 1-by-1, with at most ``rank`` channels
       between.

@@ -1,4 +1,4 @@
-"""Factorized model families and the vision models, registered with Transformers' Auto classes when imported."""
+"""Factorized model families, registered with Transformers' Auto classes when imported."""
 
 from hf_fnl.models.bert import FactorizedBertConfig, FactorizedBertModel
 from hf_fnl.models.bert_heads import (
@@ -21,26 +21,8 @@ from hf_fnl.models.gpt2_heads import (
 )
 from hf_fnl.models.marian import FactorizedMarianConfig, FactorizedMarianModel
 from hf_fnl.models.marian_heads import FactorizedMarianForCausalLM, FactorizedMarianMTModel
-from hf_fnl.models.vision import (
-    PRESETS,
-    CifarResNetConfig,
-    CifarResNetForImageClassification,
-    CifarResNetModel,
-    VGGConfig,
-    VGGForImageClassification,
-    VGGModel,
-    WideResNetConfig,
-    WideResNetForImageClassification,
-    WideResNetModel,
-    inner_convolutions,
-    vision_model,
-)
 
 __all__ = [
-    "PRESETS",
-    "CifarResNetConfig",
-    "CifarResNetForImageClassification",
-    "CifarResNetModel",
     "FactorizedBertConfig",
     "FactorizedBertForMaskedLM",
     "FactorizedBertForMultipleChoice",
@@ -62,12 +44,4 @@ __all__ = [
     "FactorizedMarianForCausalLM",
     "FactorizedMarianMTModel",
     "FactorizedMarianModel",
-    "VGGConfig",
-    "VGGForImageClassification",
-    "VGGModel",
-    "WideResNetConfig",
-    "WideResNetForImageClassification",
-    "WideResNetModel",
-    "inner_convolutions",
-    "vision_model",
 ]

@@ -12,9 +12,9 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.config import LayerRanks
 from hf_fnl.layers.span import Span
-from hf_fnl.spectral import DRAWN_METHODS, spectral_init_heads
+from hf_fnl.math.spectral import DRAWN_METHODS, spectral_init_heads
+from hf_fnl.surgery.config import LayerRanks
 
 Spans = tuple[Span, Span, Span, Span]
 

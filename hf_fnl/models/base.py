@@ -16,8 +16,6 @@ from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.calibration import Calibration
-from hf_fnl.config import LayerRank, RankRule
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.layers.whole import is_partitioned
 from hf_fnl.models.attention import (
@@ -35,9 +33,11 @@ from hf_fnl.models.loading import check_files, load_checked
 from hf_fnl.models.recording import meta_parameters
 from hf_fnl.models.sharded_init import make_partitioned
 from hf_fnl.models.splitting import split_later, splitting_together
-from hf_fnl.ranks import UnreachableShare
-from hf_fnl.suggest import did_you_mean
+from hf_fnl.surgery.calibration import Calibration
+from hf_fnl.surgery.config import LayerRank, RankRule
+from hf_fnl.surgery.ranks import UnreachableShare
 from hf_fnl.surgery.swap import check_present
+from hf_fnl.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,7 +11,6 @@ from transformers import BertConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as stock
 
-from hf_fnl.config import LayerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.span import Span
 from hf_fnl.models.attention import FactorizedAttention, HeadProjection, Spans, attend, cached_heads, split_heads
@@ -20,6 +19,7 @@ from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
 from hf_fnl.models.forwards import CACHE, extends
 from hf_fnl.models.packing import Packing, packed_attention, unpack
+from hf_fnl.surgery.config import LayerRanks
 
 
 @strict

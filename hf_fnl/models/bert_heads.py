@@ -31,6 +31,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.bert import modeling_bert as stock
 
+from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.models.attention import is_loaded
 from hf_fnl.models.base import is_initialized
 from hf_fnl.models.bert import (
@@ -42,7 +43,6 @@ from hf_fnl.models.forwards import extends
 from hf_fnl.models.packing import Packing, inside
 from hf_fnl.models.tied_rows import tied_inputs
 from hf_fnl.models.vocabulary import TiedVocabulary, causal_loss, tied_factors, vocabulary_layer
-from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
 
 class _WithLMHead(TiedVocabulary, FactorizedBertPreTrainedModel):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-import hf_fnl.models
-from hf_fnl.folders import check_model
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import init_factors
 from hf_fnl.models.division import partition_
@@ -36,6 +34,7 @@ from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery.record import QUANT_METHOD, Layers, SurgeryConfig, models_in, update_records_
 from hf_fnl.surgery.restore import empty_layers
 from hf_fnl.surgery.swap import swap_
+from hf_fnl.utils.folders import check_model
 
 _FIRST_FACTORS = ("U", "out_core")  # the name of one factor of every factorized layer
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -151,12 +150,19 @@ def saved_class(source: str | os.PathLike, config: PreTrainedConfig) -> type[Pre
     """
     names = config.architectures if isinstance(config.architectures, list) else [config.architectures]
     names = [name for name in names if isinstance(name, str)]
+    ours = {found.__name__: found for found in _subclasses(PreTrainedModel) if found.__module__.startswith("hf_fnl.")}
     for name in names:
-        for library in (hf_fnl.models, transformers):
-            found = getattr(library, name, None)
-            if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
-                return found
+        named: Any = ours.get(name) or getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named is not PreTrainedModel:
+            return named
     raise ValueError(
         f"the config.json of {source} names no model class of transformers or hf_fnl in architectures, but "
         f"{', '.join(names) or 'nothing'}; pass the class as auto_class"
     )
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    subclasses: list[type] = cls.__subclasses__()
+    for subclass in subclasses:
+        yield subclass
+        yield from _subclasses(subclass)

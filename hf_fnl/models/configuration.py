@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from hf_fnl.config import RANK_OPTIONS, LayerRank, TransformerRanks
-from hf_fnl.suggest import did_you_mean
+from hf_fnl.surgery.config import RANK_OPTIONS, LayerRank, TransformerRanks
+from hf_fnl.utils.suggest import did_you_mean
 
 _OF_A_CLASS = {"model_type", "architectures", "transformers_version"}  # what a configuration of another class has anew
 

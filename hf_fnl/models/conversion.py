@@ -10,15 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fnl.calibration import Calibration, Heads, Request, for_each
-from hf_fnl.config import LayerRank, RankRule
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.linear import dense_weight
-from hf_fnl.models.attention import FactorizedAttention, Spans
-from hf_fnl.ranks import Candidate, choose_ranks
-from hf_fnl.spectral import DRAWN_METHODS, spectral_init
-from hf_fnl.suggest import listed
-from hf_fnl.truncation import (
+from hf_fnl.math.spectral import DRAWN_METHODS, spectral_init
+from hf_fnl.math.truncation import (
     HeadMoments,
     Moments,
     Projection,
@@ -29,6 +24,11 @@ from hf_fnl.truncation import (
     truncate_ov,
     truncate_qk,
 )
+from hf_fnl.models.attention import FactorizedAttention, Spans
+from hf_fnl.surgery.calibration import Calibration, Heads, Request, for_each
+from hf_fnl.surgery.config import LayerRank, RankRule
+from hf_fnl.surgery.ranks import Candidate, choose_ranks
+from hf_fnl.utils.suggest import listed
 
 # For each option of a configuration, such as `ffn_rank`, and each layer the modules that share the rank.
 Shared = Mapping[str, Sequence[Sequence[str]]]
@@ -164,8 +164,8 @@ def fill_(ours: PreTrainedModel, dense: nn.Module, calibration: Calibration | No
         ours: The factorized model; its modules have the stock model's names.
         dense: The stock model, which is left as it is.
         calibration: Truncates in the metric of what these data are in front of each layer, layer by layer in the order
-            of execution; see :mod:`hf_fnl.calibration`. In the Frobenius norm unless given. An embedding, and the
-            output matrix that is tied to it, always are.
+            of execution; see :mod:`hf_fnl.surgery.calibration`. In the Frobenius norm unless given. An embedding, and
+            the output matrix that is tied to it, always are.
 
     Raises:
         ValueError: If a tensor of one of the models has no counterpart in the other, ``ours`` ties what ``dense`` holds

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized
+from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.models.attention import FactorizedAttention
 from hf_fnl.models.division import holders
 from hf_fnl.models.recording import Event, MetaWrites, drawing_on_meta, record
-from hf_fnl.spectral import DRAWN_METHODS
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from transformers import GPT2Config, PreTrainedModel
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.config import LayerRank, LayerRanks
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.span import Span
 from hf_fnl.models.attention import (
@@ -29,6 +28,7 @@ from hf_fnl.models.base import FactorizedBackbone, FactorizedPreTrainedModel, in
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
 from hf_fnl.models.forwards import CACHE, extends
+from hf_fnl.surgery.config import LayerRank, LayerRanks
 
 
 @strict

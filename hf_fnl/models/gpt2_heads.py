@@ -24,12 +24,12 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as stock
 
 from hf_fnl.layers import FactorizedLinear
+from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.models.base import is_initialized
 from hf_fnl.models.forwards import extends
 from hf_fnl.models.gpt2 import FactorizedGPT2Config, FactorizedGPT2Model, FactorizedGPT2PreTrainedModel
 from hf_fnl.models.tied_rows import tied_inputs
 from hf_fnl.models.vocabulary import TiedVocabulary, causal_loss, head_loss, is_plain, tied_factors, vocabulary_layer
-from hf_fnl.vocabulary_loss import IGNORE_INDEX
 
 
 class _WithLMHead(TiedVocabulary, FactorizedGPT2PreTrainedModel):

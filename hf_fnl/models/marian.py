@@ -13,7 +13,6 @@ from transformers import MarianConfig, PegasusConfig, PreTrainedConfig, PreTrain
 from transformers.models.marian import modeling_marian as stock
 from transformers.models.pegasus import modeling_pegasus as pre_norm
 
-from hf_fnl.config import LayerRanks
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers.span import Span
 from hf_fnl.models.attention import (
@@ -31,6 +30,7 @@ from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.conversion import Shared
 from hf_fnl.models.forwards import CACHE, extends
 from hf_fnl.models.vocabulary import tied_factors
+from hf_fnl.surgery.config import LayerRanks
 
 _POSITIONS = (stock.MarianSinusoidalPositionalEmbedding, pre_norm.PegasusSinusoidalPositionalEmbedding)
 

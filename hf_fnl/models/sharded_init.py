@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized
 from hf_fnl.layers.whole import whole_shape
+from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.models.division import holders, partition_, write_
 from hf_fnl.models.draws import Draws, Group, matrix_cost
-from hf_fnl.processes import process
-from hf_fnl.spectral import DRAWN_METHODS
 from hf_fnl.surgery.record import layer_record
+from hf_fnl.utils.processes import process
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Factorize = Callable[[PreTrainedModel], object]

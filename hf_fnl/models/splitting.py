@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import initialization as init
 
 from hf_fnl.layers import Factorized, FactorizedLinear
-from hf_fnl.spectral import DRAWN_METHODS, spectral_init_stack
+from hf_fnl.math.spectral import DRAWN_METHODS, spectral_init_stack
 
 STACKING_DEVICES = ("cuda",)  # on a CPU matrices of a stack are decomposed one by one, too
 PENDING_BYTES = 2**29  # of drawn weights that wait; they are held once more while they are decomposed

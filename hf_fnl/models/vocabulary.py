@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_fnl.layers import FactorizedLinear
+from hf_fnl.math.vocabulary_loss import vocabulary_loss
 from hf_fnl.models.attention import draw_normal_, is_loaded
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.vocabulary_loss import vocabulary_loss
 
 
 def tied_factors(tied: Mapping[str, str], factorized: bool) -> dict[str, str]:
@@ -98,7 +98,7 @@ def head_loss(
         hidden_states: ``(..., hidden)``.
         labels: ``(...)``, -100 where nothing is to be predicted.
         table: In the place of the weight of a dense ``head``; see :func:`~hf_fnl.models.tied_rows.tied_inputs`.
-        options: As in :func:`~hf_fnl.vocabulary_loss.vocabulary_loss`.
+        options: As in :func:`~hf_fnl.math.vocabulary_loss.vocabulary_loss`.
     """
     weight: Tensor = head.weight if table is None else table
     if isinstance(head, FactorizedLinear):

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_fnl.attention import Product
 from hf_fnl.optim.groups import by_name, check_factors
 from hf_fnl.optim.lamb import DecayTerm, Lamb
 from hf_fnl.optim.product_decay import ProductDecay
 from hf_fnl.optim.sharding import Fragment, shards_of
-from hf_fnl.products import Product
 
 
 class FLAMBe(Lamb):
@@ -28,7 +28,7 @@ class FLAMBe(Lamb):
     Args:
         params: Named parameters, ``model.named_parameters()``, or groups of them; see
             :func:`~hf_fnl.optim.parameter_groups`.
-        products: The products to decay, from :func:`~hf_fnl.products.find_products`. Their factors are found by name
+        products: The products to decay, from :func:`~hf_fnl.attention.find_products`. Their factors are found by name
             at every step, so that a wrapper may replace the parameters in ``param_groups``.
         lr: Learning rate, a number or a tensor without dimensions.
         betas: Decay rates of the two moments.

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_fnl.attention import Factor, Product
 from hf_fnl.layers import factorized_layers
 from hf_fnl.layers.whole import whole_shape
-from hf_fnl.products import Factor, Product
 
 FACTOR_DECAYS = ("weight", "crs", "none")
 
@@ -36,8 +36,8 @@ def parameter_groups(
         weight_decay: Coefficient for all matrices that are no factor of ``products``.
         products: Products to be decayed as such.
         frobenius_decay: ``weight_decay`` of the group of their factors; ``None`` is that of the other matrices, as
-            :class:`~hf_fnl.optim.FLAMBe` expects. :class:`~hf_fnl.decay.FrobeniusDecay` has its own coefficient and
-            needs 0 here.
+            :class:`~hf_fnl.optim.FLAMBe` expects. :class:`~hf_fnl.optim.frobenius_decay.FrobeniusDecay` has its own
+            coefficient and needs 0 here.
         factor_decay: Decay of the factors of layers that are not in ``products``: ``"weight"`` as for other matrices;
             ``"crs"`` scaled by the compression rate (Gray et al. 2019), the share of the parameters of these layers'
             weights that their factors have; or ``"none"``.

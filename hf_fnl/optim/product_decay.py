@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_fnl.functional import multipliers_from_grams
+from hf_fnl.attention import Product
+from hf_fnl.math.factors import multipliers_from_grams
 from hf_fnl.optim.cuts import Piece, Ranges, cut_pieces, make_whole, ranges_of
 from hf_fnl.optim.lamb import is_large
 from hf_fnl.optim.sharding import Collectives, Fragment, Shards
 from hf_fnl.optim.units import Units
-from hf_fnl.products import Product
 
 
 class _Term(NamedTuple):

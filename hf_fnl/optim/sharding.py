@@ -172,7 +172,7 @@ def shards_of(optimizer: Optimizer) -> Shards:
     """The shards of an optimizer.
 
     First called when the optimizer has just been built, over parameters as the model knows them; engines replace them
-    later. :class:`~hf_fnl.optim.Lamb` and :class:`~hf_fnl.decay.FrobeniusDecay` see to that themselves.
+    later. :class:`~hf_fnl.optim.Lamb` and :class:`~hf_fnl.optim.frobenius_decay.FrobeniusDecay` see to that themselves.
     """
     if optimizer not in _SHARDS:
         _SHARDS[optimizer] = Shards(optimizer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_fnl.products import Factor
+from hf_fnl.attention import Factor
 
 
 @dataclass(frozen=True)

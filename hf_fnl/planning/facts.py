@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, register_flop_
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_fnl.attention import find_products
 from hf_fnl.optim.groups import parameter_groups
 from hf_fnl.optim.units import Units
 from hf_fnl.planning.setup import Setup
-from hf_fnl.products import find_products
 
 # torch counts the operation that writes a new tensor only; the formula that it hands out is prepared already.
 register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(addmm_flop)

@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 import hf_fnl.models
-from hf_fnl.folders import check_model
 from hf_fnl.models import (
     FactorizedBertConfig,
     FactorizedBertForPreTraining,
@@ -20,6 +19,7 @@ from hf_fnl.models import (
 )
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.checkpoint import read_config, saved_class
+from hf_fnl.utils.folders import check_model
 
 _BERT: tuple[Any, Any] = (FactorizedBertForPreTraining, FactorizedBertConfig)
 _GPT2: tuple[Any, Any] = (FactorizedGPT2LMHeadModel, FactorizedGPT2Config)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.functional import singular_values
+from hf_fnl.attention import Product, find_products
 from hf_fnl.layers import Factorized
+from hf_fnl.math.factors import singular_values
 from hf_fnl.models.cards.record import FACTORIZATION_FILE, read_json
-from hf_fnl.products import Product, find_products
 
 DENSE = "dense"
 
@@ -84,7 +84,7 @@ def inspect_model(
 
     Each weight is counted once: the projections of an attention under their ``qk`` and ``ov`` products, a tied table
     under the first layer that holds it. So the parameters add up, and so do the operations: without plain convolutions
-    to those of :func:`~hf_fnl.diagnostics.forward_flops`.
+    to those of :func:`~hf_fnl.optim.diagnostics.forward_flops`.
 
     Args:
         model: Any model, factorized or not, with its weights in memory.

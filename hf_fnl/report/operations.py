@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from hf_fnl.diagnostics import Figures, forward_flops
+from hf_fnl.optim.diagnostics import Figures, forward_flops
 
 
 def operations(model: PreTrainedModel) -> dict[str, Figures | int]:

@@ -17,8 +17,8 @@ from hf_fnl.report.panels import INK, PALETTE, Key
 from hf_fnl.report.sources import Source, read_sources
 from hf_fnl.report.style import STYLE
 from hf_fnl.report.summary import summarize
-from hf_fnl.suggest import printable
-from hf_fnl.training.files import check_writable, write_text
+from hf_fnl.utils.files import check_writable, write_text
+from hf_fnl.utils.suggest import printable
 
 _ABSENT = "-"
 _PAPERS = (

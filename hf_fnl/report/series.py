@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from hf_fnl.functional import marchenko_pastur_values
+from hf_fnl.attention.selectors import KINDS
+from hf_fnl.math.factors import marchenko_pastur_values
 from hf_fnl.report.inspection import Row, Spectrum, describe
 from hf_fnl.report.sources import Points, Source
-from hf_fnl.selectors import KINDS
 
 Series = dict[str, dict[str, Points]]
 
@@ -40,7 +40,7 @@ def by_role(points: dict[str, Points]) -> Series:
 
 
 def history_of(figure: str) -> Callable[[Source], Series]:
-    """A figure of :func:`~hf_fnl.diagnostics.diagnose` by step, where it is finite."""
+    """A figure of :func:`~hf_fnl.optim.diagnostics.diagnose` by step, where it is finite."""
 
     def series(source: Source) -> Series:
         points: dict[str, Points] = {}

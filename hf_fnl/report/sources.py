@@ -14,15 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
-from hf_fnl.diagnostics import Figures, parameter_count
-from hf_fnl.interpolation import INTERPOLATION_FILE
 from hf_fnl.models.cards.record import CONFIG_FILE, METRICS_FILE, STATE_FILE, flatten, read_json
 from hf_fnl.models.checkpoint import load
+from hf_fnl.optim.diagnostics import Figures, parameter_count
 from hf_fnl.report.inspection import Progress, Spectrum, measure_spectra, read_energies
 from hf_fnl.report.names import labels, path_ends
 from hf_fnl.report.operations import operations
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
+from hf_fnl.vision.interpolation import INTERPOLATION_FILE
 
 History = list[tuple[int, dict[str, Figures]]]
 Points = list[tuple[float, float]]
@@ -52,7 +52,7 @@ class Source:
         place: Where it lies.
         traces: What the Trainer logged, by step, under its own names: ``"loss"``, ``"eval_accuracy"``,
             ``"conv/nuclear_norm"``.
-        history: What :func:`~hf_fnl.diagnostics.diagnose` said of every product, by step.
+        history: What :func:`~hf_fnl.optim.diagnostics.diagnose` said of every product, by step.
         figures: Sizes, losses and metrics.
         model: Class of the model.
         settings: Options of the model and of the run.

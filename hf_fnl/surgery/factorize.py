@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fnl.calibration import Calibration, Request, for_each
-from hf_fnl.config import LAYER_KINDS, FactorizationConfig
-from hf_fnl.functional import kept_energy
 from hf_fnl.layers import Factorized, FactorizedLinear, FactorizedMatrix, TensorizedConv2d
-from hf_fnl.ranks import Candidate, UnreachableShare, choose_ranks
+from hf_fnl.math.factors import kept_energy
+from hf_fnl.math.truncation import Moments, linear_energies
+from hf_fnl.surgery.calibration import Calibration, Request, for_each
+from hf_fnl.surgery.config import LAYER_KINDS, FactorizationConfig
+from hf_fnl.surgery.ranks import Candidate, UnreachableShare, choose_ranks
 from hf_fnl.surgery.record import QUANT_METHOD, layer_record, models_near
 from hf_fnl.surgery.select import (
     Target,
@@ -30,7 +31,6 @@ from hf_fnl.surgery.select import (
     successor_of,
 )
 from hf_fnl.surgery.swap import check_not_quantized, check_present, share_factors_, swap_and_record_, unwrapped
-from hf_fnl.truncation import Moments, linear_energies
 
 
 @dataclass(frozen=True)

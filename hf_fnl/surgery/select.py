@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.config import TENSOR_SCHEMES, FactorizationConfig
 from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.layers.linear import dense_weight
-from hf_fnl.spectral import DRAWN_METHODS
-from hf_fnl.suggest import listed
+from hf_fnl.math.spectral import DRAWN_METHODS
+from hf_fnl.surgery.config import TENSOR_SCHEMES, FactorizationConfig
 from hf_fnl.surgery.swap import is_read_by_its_parent, parameters_around, weight_obstacle, what_hangs_on
+from hf_fnl.utils.suggest import listed
 
 Successor = type[FactorizedLinear] | type[FactorizedEmbedding] | type[FactorizedConv2d] | type[TensorizedConv2d]
 

@@ -11,10 +11,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
-from hf_fnl.decay import MODES
+from hf_fnl.attention.selectors import KINDS, PARTS, Selector
 from hf_fnl.layers import keep_narrow
+from hf_fnl.optim.frobenius_decay import MODES
 from hf_fnl.optim.groups import FACTOR_DECAYS
-from hf_fnl.selectors import KINDS, PARTS, Selector
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
 NONFINITE_ACTIONS = ("stop", "skip")

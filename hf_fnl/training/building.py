@@ -10,7 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.sharded_init import Factorize, make_partitioned, make_whole
-from hf_fnl.processes import process
+from hf_fnl.utils.processes import process
 
 logger = logging.getLogger(__name__)
 

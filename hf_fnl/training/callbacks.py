@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_fnl.diagnostics import Figures, diagnose, summarize
-from hf_fnl.products import Product
+from hf_fnl.attention import Product
+from hf_fnl.optim.diagnostics import Figures, diagnose, summarize
 from hf_fnl.training.engines import whole_parameters
 
 DIAGNOSTICS_FILE = "diagnostics.jsonl"

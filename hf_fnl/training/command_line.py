@@ -26,8 +26,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.utils import logging as transformers_logging
 
-from hf_fnl.processes import is_first, leave
-from hf_fnl.suggest import did_you_mean
+from hf_fnl.utils.processes import is_first, leave
+from hf_fnl.utils.suggest import did_you_mean
 
 T = TypeVar("T")
 

@@ -10,9 +10,9 @@ from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_fnl.processes import gather
 from hf_fnl.training.stream_loader import Collator, check_alike
 from hf_fnl.training.streaming import Example, Reader, ShardedStream, this_worker
+from hf_fnl.utils.processes import gather
 
 
 class EvaluationLoader(DataLoaderStateMixin):

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_fnl.processes import gather, together
 from hf_fnl.training.streaming import Example, Placed, Reader, ShardedStream, this_worker
+from hf_fnl.utils.processes import gather, together
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_fnl.decay import FrobeniusDecay, frobenius_penalty
+from hf_fnl.attention import Product, find_products
+from hf_fnl.attention.selectors import ATTENTION_KINDS, Selector
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
+from hf_fnl.optim.frobenius_decay import FrobeniusDecay, frobenius_penalty
 from hf_fnl.optim.transfer import transfer_
-from hf_fnl.products import Product, find_products
-from hf_fnl.selectors import ATTENTION_KINDS, Selector
-from hf_fnl.suggest import listed
 from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
@@ -28,10 +27,11 @@ from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.finite import FiniteSteps
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
+from hf_fnl.training.packing import check_packing
 from hf_fnl.training.profiling import StepProfiler
 from hf_fnl.training.schedules import schedule_of
 from hf_fnl.training.stream_trainer import StreamingTrainer
-from hf_fnl.training.tasks.packing import check_packing
+from hf_fnl.utils.suggest import listed
 
 
 def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool = False) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_fnl.products import Product
+from hf_fnl.attention import Product
 
 from .lamb import ReferenceLamb
 from .products import decay_gradients

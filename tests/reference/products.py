@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_fnl.products import Factor, Product
+from hf_fnl.attention import Factor, Product
 
 # How factors are multiplied, by whether they are the cores of a tensor and by their number.
 _FORMULAS = {

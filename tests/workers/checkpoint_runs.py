@@ -18,7 +18,7 @@ import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
 import torch
 from transformers import TrainerCallback
 
-from hf_fnl.processes import leave
+from hf_fnl.utils.processes import leave
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint_cases import checkpoint_trainer, rewritten

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hf_fnl.processes import leave
+from hf_fnl.utils.processes import leave
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from training_cases import losses, tiny_model, tiny_trainer

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from hf_fnl.processes import leave
+from hf_fnl.utils.processes import leave
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "run_scripts"))

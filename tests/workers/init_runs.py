@@ -29,9 +29,9 @@ from init_cases import CASES, Case
 from hf_fnl import FactorizationConfig, FactorizedBertConfig, FactorizedBertForMaskedLM, factorize_, spectral
 from hf_fnl.models.checkpoint import load
 from hf_fnl.models.sharded_init import initialize_
-from hf_fnl.processes import leave
 from hf_fnl.training.building import build
 from hf_fnl.training.engines import ties_in_one_unit
+from hf_fnl.utils.processes import leave
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 1,

@@ -10,7 +10,7 @@ from pathlib import Path
 import cpu_fsdp  # noqa: F401
 from accelerate.state import AcceleratorState
 
-from hf_fnl.processes import leave
+from hf_fnl.utils.processes import leave
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "run_scripts"))
 import pretrain_bert

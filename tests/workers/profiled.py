@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
 
-from hf_fnl.processes import leave
+from hf_fnl.utils.processes import leave
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_cases import ENGINES

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from sharded_cases import batches, build, optimizer_for
 from torch import nn
 
-from hf_fnl.processes import leave
+from hf_fnl.utils.processes import leave
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

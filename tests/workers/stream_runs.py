@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from hf_fnl.processes import leave
+from hf_fnl.utils.processes import leave
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stream_cases import EVALUATED, TRAINED, Recorder, RecordExamples, pad
 from training_cases import losses, tiny_model
 
 from hf_fnl import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.training.stream_loader import StreamLoader
-from hf_fnl.training.tasks.documents import DocumentOptions
 
 SIZES = [7, 1, 4, 5, 3]
 

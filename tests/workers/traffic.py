@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback
 
-from hf_fnl.processes import leave
+from hf_fnl.utils.processes import leave
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from traffic_cases import LENGTH, STEPS, traffic_examples, traffic_model

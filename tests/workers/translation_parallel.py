@@ -6,13 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-from hf_fnl.processes import leave
+from hf_fnl.utils.processes import leave
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate.utils import gather_object
 from translation_cases import losses, tiny_trainer
 
-from hf_fnl.training.tasks.translation_training import TranslationTrainer
+from hf_fnl.tasks.translation_training import TranslationTrainer
 
 
 def train(output_dir: Path, resume: Path | None = None) -> tuple[TranslationTrainer, list]:

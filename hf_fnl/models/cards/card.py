@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from hf_fnl.folders import is_inside
 from hf_fnl.models.cards.facts import describe, plain
 from hf_fnl.models.cards.metadata import card_metadata
 from hf_fnl.models.cards.record import Record, read_json
-from hf_fnl.suggest import printable
+from hf_fnl.utils.folders import is_inside
+from hf_fnl.utils.suggest import printable
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by hf_fnl. Remove this line to keep the card from being written anew. -->"

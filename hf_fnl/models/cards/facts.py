@@ -12,11 +12,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from hf_fnl.config import TransformerRanks
-from hf_fnl.diagnostics import parameter_count
 from hf_fnl.layers import factorized_layers
 from hf_fnl.models.cards.record import FACTORIZATION_FILE, Record
-from hf_fnl.suggest import printable
+from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.surgery.config import TransformerRanks
+from hf_fnl.utils.suggest import printable
 
 TRAINED_ON = ("dataset", "train_dataset")
 PACKAGE = "hf_fnl"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_fnl.folders import is_inside
+from hf_fnl.utils.folders import is_inside
 
 METRICS_FILE = "metrics.json"
 CONFIG_FILE = "run_config.json"

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_fnl.optim.sharding import shards_of
-from hf_fnl.processes import replica
 from hf_fnl.training.checkpoints.contents import (
     MASTER,
     WEIGHT,
@@ -27,6 +26,7 @@ from hf_fnl.training.checkpoints.contents import (
     whole_copies,
 )
 from hf_fnl.training.checkpoints.pieces import PIECES_FILES, Pieces, Range, write_pieces
+from hf_fnl.utils.processes import replica
 
 OPTIMIZER_FILE = "optimizer.json"
 

@@ -16,7 +16,7 @@ from hf_fnl.training.checkpoints.collecting import OPTIMIZER_FILE, opened
 from hf_fnl.training.checkpoints.contents import WEIGHT
 from hf_fnl.training.checkpoints.manifest import MANIFEST_FILE, fault
 from hf_fnl.training.checkpoints.pieces import PIECES_FILES, Pieces
-from hf_fnl.training.files import write_json
+from hf_fnl.utils.files import write_json
 
 # What belongs to the training, not to the model.
 _LEFT = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_fnl.training.checkpoints.manifest import MANIFEST_FILE, fault
-from hf_fnl.training.files import flush
+from hf_fnl.utils.files import flush
 
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _LEFTOVER = re.compile(rf"\.({PREFIX_CHECKPOINT_DIR}-\d+)\.(unfinished|removed)")

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_fnl.training.files import flush, write_json
+from hf_fnl.utils.files import flush, write_json
 
 MANIFEST_FILE = "manifest.json"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_fnl.training.checkpoints.manifest import MANIFEST_FILE, file_record, write_manifest
-from hf_fnl.training.files import flush, write_json
+from hf_fnl.utils.files import flush, write_json
 
 _PATTERN = "receipt-*.json"
 _PAUSE = 0.02

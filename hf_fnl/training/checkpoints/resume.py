@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import nn
 
-from hf_fnl.processes import first_decides, gather, is_first, process, together
 from hf_fnl.training.checkpoints.contents import aliases
 from hf_fnl.training.checkpoints.folders import checkpoints, clean
 from hf_fnl.training.checkpoints.manifest import fault
+from hf_fnl.utils.processes import first_decides, gather, is_first, process, together
 
 logger = logging.getLogger(__name__)
 

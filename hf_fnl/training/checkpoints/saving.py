@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_fnl.processes import first_decides, gather, is_first, process, together
 from hf_fnl.training.checkpoints.folders import publish, unfinished_folder
 from hf_fnl.training.checkpoints.receipts import await_receipts, give_receipt, seal
+from hf_fnl.utils.processes import first_decides, gather, is_first, process, together
 
 _PAUSE = 0.02
 # How long a training that broke off waits for the other processes' parts of its last checkpoint.

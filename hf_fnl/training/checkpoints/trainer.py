@@ -17,7 +17,6 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_fnl.optim.sharding import shards_of
-from hf_fnl.processes import first_decides, process, together
 from hf_fnl.training.checkpoints.collecting import (
     OPTIMIZER_FILE,
     Part,
@@ -37,8 +36,9 @@ from hf_fnl.training.checkpoints.random_numbers import restore_random_numbers
 from hf_fnl.training.checkpoints.resume import check_whole, newest_whole
 from hf_fnl.training.checkpoints.saving import Saving
 from hf_fnl.training.engines import EngineTrainer, innermost
-from hf_fnl.training.files import write_json
 from hf_fnl.training.finite import check_finite
+from hf_fnl.utils.files import write_json
+from hf_fnl.utils.processes import first_decides, process, together
 
 logger = logging.getLogger(__name__)
 

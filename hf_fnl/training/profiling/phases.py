@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_fnl.decay import FrobeniusDecay
+from hf_fnl.optim.frobenius_decay import FrobeniusDecay
 from hf_fnl.optim.product_decay import ProductDecay
-from hf_fnl.processes import process
 from hf_fnl.training.profiling.clock import Clock
+from hf_fnl.utils.processes import process
 
 if TYPE_CHECKING:
     from hf_fnl.training.trainer import FLAMBeTrainer

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fnl.planning.flops import matrix_rate, step_flops, structure_of
-from hf_fnl.processes import process
-from hf_fnl.training.files import write_json
 from hf_fnl.training.profiling.clock import Clock
 from hf_fnl.training.profiling.phases import phases_of, replaced
 from hf_fnl.training.profiling.profile import Profile, Settings
+from hf_fnl.utils.files import write_json
+from hf_fnl.utils.processes import process
 
 if TYPE_CHECKING:
     from hf_fnl.training.trainer import FLAMBeTrainer

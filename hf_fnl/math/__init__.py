@@ -1,0 +1,1 @@
+"""Formulas of factorized weights, as pure functions of tensors."""

@@ -1,0 +1,306 @@
+r"""Cutting trained weights to a rank, with their biases, and in the metric of what flows through them.
+
+The best approximation ``X`` of ``W`` in the metric of the layer's inputs minimizes the mean of ``||W x - X x||^2``,
+that is ``||(W - X) C^{1/2}||_F`` with ``C`` the second moment of ``x``. It is ``P P^T W`` with ``P`` the leading left
+singular vectors of ``W C^{1/2}``. Where there is a bias, it takes over what is lost of the mean of ``W x``, and ``C``
+is the covariance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_fnl.math.spectral import check_rank, check_split_method, spectral_init, truncated_svd
+
+# Share of the mean variance that is added to every direction: data seldom span all of them.
+_RIDGE = 1e-5
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean ``(..., n)`` and covariance ``(..., n, n)`` of ``count`` vectors, in float64."""
+
+    mean: Tensor
+    covariance: Tensor
+    count: int = 1
+
+    @classmethod
+    def of(cls, samples: Tensor) -> Moments:
+        """Moments of samples ``(..., count, n)``.
+
+        Raises:
+            ValueError: If there is no sample, or one is not finite.
+        """
+        if samples.shape[-2] == 0:
+            raise ValueError("no calibration vectors: is every position of the batch masked?")
+        if not samples.isfinite().all():
+            raise ValueError("calibration vectors hold NaN or Inf")
+        # Centered before they are squared, and in float64: a covariance is often far smaller than the mean's square.
+        samples = samples.detach().double()
+        mean = samples.mean(-2, keepdim=True)
+        centered = samples - mean
+        return cls(mean.squeeze(-2), centered.mT @ centered / samples.shape[-2], samples.shape[-2])
+
+    def about_zero(self) -> Moments:
+        """The second moment as that of vectors without a mean."""
+        return Moments(torch.zeros_like(self.mean), self.second, self.count)
+
+    def joined(self, other: Moments) -> Moments:
+        """Moments of the vectors of both."""
+        share = other.count / (self.count + other.count)
+        shift = other.mean - self.mean
+        spread = shift.unsqueeze(-1) * shift.unsqueeze(-2) * (share * (1 - share))
+        covariance = self.covariance * (1 - share) + other.covariance * share + spread
+        return Moments(self.mean + share * shift, covariance, self.count + other.count)
+
+    @property
+    def second(self) -> Tensor:
+        """``E[x x^T]``, the covariance and what the mean adds to it."""
+        return self.covariance + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+
+
+def metric_root(moment: Tensor) -> Tensor:
+    """A root ``L`` of a positive semidefinite ``moment = L L^T``, slightly ridged, shape ``(..., n, n)``."""
+    ridge = _RIDGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ridge = ridge.clamp(min=torch.finfo(moment.dtype).tiny)[..., None, None]
+    return torch.linalg.cholesky(moment + ridge * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device))
+
+
+@torch.no_grad()
+def truncate_linear(
+    weight: Tensor, bias: Tensor | None, rank: int, moments: Moments
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    r"""The rank-``rank`` layer whose outputs are nearest to those of ``y = W x + b`` in mean square.
+
+    Args:
+        weight: Shape ``(m, n)``.
+        bias: Shape ``(m,)``, or ``None``.
+        rank: Rank of the result, ``1 <= rank <= min(m, n)``.
+        moments: Of the inputs ``x (n,)``.
+
+    Returns:
+        ``U (m, rank)``, ``V (n, rank)`` and the new bias: balanced factors with orthogonal columns, as
+        :func:`~hf_fnl.math.spectral.spectral_init` makes them.
+
+    Raises:
+        ValueError: If ``rank`` is out of range or the weight is not finite.
+    """
+    P, _, _ = truncated_svd(weight.double() @ _input_root(moments, bias), rank)
+    # P P^T W in spectral form, from the SVD of the small factor.
+    left, V = spectral_init(P.mT @ weight.double(), rank)
+    U = P @ left
+    if bias is not None:
+        bias = (bias + weight.double() @ moments.mean - U @ (V.mT @ moments.mean)).to(bias.dtype)
+    return U.to(weight.dtype), V.to(weight.dtype), bias
+
+
+@torch.no_grad()
+def linear_energies(weight: Tensor, bias: Tensor | None = None, moments: Moments | None = None) -> Tensor:
+    """Squared singular values of ``W``, or of ``W C^{1/2}`` where ``moments`` are given; descending, float64.
+
+    Raises:
+        ValueError: If the weight is not finite.
+    """
+    matrix = weight.double()
+    if not matrix.isfinite().all():
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or Inf")
+    if moments is not None:
+        matrix = matrix @ _input_root(moments, bias)
+    gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
+    return torch.linalg.eigvalsh(gram).clamp(min=0).flip(-1)
+
+
+def _input_root(moments: Moments, bias: Tensor | None) -> Tensor:
+    return metric_root(moments.second if bias is None else moments.covariance)
+
+
+@dataclass(frozen=True)
+class HeadMoments:
+    """What flows through the heads of an attention, each ``(heads, r)`` and ``(heads, r, r)``.
+
+    Args:
+        query: Of the queries, biases included.
+        key: Of the keys, biases included.
+        context: Of the attention-weighted sums of values, which the output projection sees.
+    """
+
+    query: Moments
+    key: Moments
+    context: Moments
+
+    def joined(self, other: HeadMoments) -> HeadMoments:
+        """Moments of the vectors of both."""
+        return HeadMoments(
+            self.query.joined(other.query), self.key.joined(other.key), self.context.joined(other.context)
+        )
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One side of the per-head products of an attention.
+
+    Args:
+        weight: Per-head factors, ``(heads, d, r)``.
+        bias: Per-head biases ``(heads, r)`` of a projection to heads; ``(d,)`` of the one back; ``None`` without.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def mapped(self, by: Tensor) -> Projection:
+        """Both multiplied by ``(heads, r, rank)`` from the right, in their dtypes."""
+        weight = (self.weight.double() @ by).to(self.weight.dtype)
+        if self.bias is None or self.bias.ndim == 1:
+            return Projection(weight, self.bias)
+        return Projection(weight, (self.bias.double().unsqueeze(-2) @ by).squeeze(-2).to(self.bias.dtype))
+
+
+@torch.no_grad()
+def truncate_qk(
+    query: Projection, key: Projection, rank: int, moments: HeadMoments | None = None, method: str = "spectral"
+) -> tuple[Projection, Projection]:
+    r"""Cut every head's scores ``(x Q + b_q)(y K + b_k)^T`` to a rank.
+
+    ``(x Q + b_q) b_k^T`` is the same for all keys ``y``, so the softmax does not see it, and the new key bias is zero.
+    What is cut is the product of ``[Q; b_q]`` and ``K``: to its best approximation in the Frobenius norm, or, with
+    ``moments``, to the one that is nearest in mean square for independent queries and centered keys of these moments.
+
+    Args:
+        query: ``Q`` and ``b_q``.
+        key: ``K`` and ``b_k``.
+        rank: Rank per head, at most the width of a head.
+        moments: What flows through the heads.
+        method: ``"spectral"``, or ``"spectral_ones"``, which sets the singular values of what is cut to ones.
+
+    Returns:
+        The new query and key projections, in the dtypes given.
+
+    Raises:
+        ValueError: If ``rank`` is out of range or a weight is not finite.
+    """
+    left = _augmented(query)
+    to_query, to_key = _head_maps(left, key.weight, rank, _qk_roots(query, key, moments), method)
+    return query.mapped(to_query), Projection(key.mapped(to_key).weight, _zeros(key.bias, rank))
+
+
+@torch.no_grad()
+def truncate_ov(
+    value: Projection, output: Projection, rank: int, moments: HeadMoments | None = None, method: str = "spectral"
+) -> tuple[Projection, Projection]:
+    r"""Cut every head's ``V_h O_h^T`` to a rank.
+
+    Attention weights sum to one, so ``b_v O_h^T`` moves into the output bias exactly and the new value bias is zero.
+    With ``moments`` the result is nearest in mean square for the contexts that a head sees, and the output bias takes
+    over what their mean loses.
+
+    Args:
+        value: ``V`` and ``b_v``.
+        output: ``O`` and ``b_o``, which has the shape ``(d,)``.
+        rank: Rank per head, at most the width of a head.
+        moments: What flows through the heads.
+        method: ``"spectral"``, or ``"spectral_ones"``, which sets the singular values of what is cut to ones.
+
+    Returns:
+        The new value and output projections, in the dtypes given.
+
+    Raises:
+        ValueError: If ``rank`` is out of range, a weight is not finite, or the values have a bias and the output has
+            none that could take it over.
+    """
+    if value.bias is not None and output.bias is None:
+        raise ValueError("a value bias moves into the output bias when heads are cut, and this attention has none")
+    roots = _ov_roots(value, output, moments)
+    to_value, to_output = _head_maps(value.weight, output.weight, rank, roots, method)
+    cut = Projection(value.mapped(to_value).weight, _zeros(value.bias, rank))
+    bias = output.bias
+    if bias is not None:
+        O_h, cut_O_h = output.weight.double(), output.weight.double() @ to_output
+        b_v = O_h.new_zeros(O_h.shape[0], O_h.shape[2]) if value.bias is None else value.bias.double()
+        mean = b_v if moments is None else moments.context.mean
+        kept = (mean - b_v).unsqueeze(-2) @ to_value
+        bias = (bias + (O_h @ mean.unsqueeze(-1) - cut_O_h @ kept.mT).sum(0).squeeze(-1)).to(bias.dtype)
+    return cut, Projection(output.mapped(to_output).weight, bias)
+
+
+@torch.no_grad()
+def qk_energies(query: Projection, key: Projection, moments: HeadMoments | None = None) -> Tensor:
+    """Squared singular values of what :func:`truncate_qk` cuts, summed over the heads rank by rank, float64."""
+    return _energies(_qk_roots(query, key, moments))
+
+
+@torch.no_grad()
+def ov_energies(value: Projection, output: Projection, moments: HeadMoments | None = None) -> Tensor:
+    """Squared singular values of what :func:`truncate_ov` cuts, summed over the heads rank by rank, float64."""
+    return _energies(_ov_roots(value, output, moments))
+
+
+def _energies(roots: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.linalg.svdvals(roots[0].mT @ roots[1]).square().sum(0)
+
+
+def _qk_roots(query: Projection, key: Projection, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:
+    if moments is None:
+        return _weight_root(_augmented(query)), _weight_root(key.weight)
+    return metric_root(moments.query.second), metric_root(moments.key.covariance)
+
+
+def _ov_roots(value: Projection, output: Projection, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:
+    if moments is None:
+        return _weight_root(value.weight), _weight_root(output.weight)
+    context = moments.context
+    return metric_root(context.second if output.bias is None else context.covariance), _weight_root(output.weight)
+
+
+def _augmented(projection: Projection) -> Tensor:
+    """``[Q; b_q] (heads, d + 1, r)``, or ``Q`` where there is no bias."""
+    if projection.bias is None:
+        return projection.weight
+    return torch.cat([projection.weight, projection.bias.unsqueeze(-2)], -2)
+
+
+def _head_maps(
+    left: Tensor, right: Tensor, rank: int, roots: tuple[Tensor, Tensor], method: str
+) -> tuple[Tensor, Tensor]:
+    """Maps ``(heads, r, rank)`` that turn both factors into balanced ones with orthogonal columns."""
+    check_split_method(method)
+    check_rank(rank, min(*left.shape[-2:], right.shape[-2]))
+    left_map, right_map = _best_maps(*roots, rank)
+    left_root, right_root = _weight_root(left.double() @ left_map), _weight_root(right.double() @ right_map)
+    left_balance, right_balance = _best_maps(left_root, right_root, rank)
+    maps = left_map @ left_balance, right_map @ right_balance
+    if method == "spectral":
+        return maps
+    # Columns of both are orthogonal and as long as the roots of the singular values, which become ones.
+    left_map, right_map = (
+        by / length.where(length > 0, 1)
+        for factor, by in zip((left, right), maps, strict=True)
+        for length in [torch.linalg.vector_norm(factor.double() @ by, dim=-2, keepdim=True)]
+    )
+    return left_map, right_map
+
+
+def _best_maps(left_root: Tensor, right_root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    r"""``T_l`` and ``T_r`` such that ``l T_l T_r^T r^T`` is nearest to ``l r^T``.
+
+    The roots are of the metrics of ``l`` and ``r``: ``E[l^T l] = L_l L_l^T``. With the SVD ``P S Q^T`` of
+    ``L_l^T L_r``, ``T_l = L_r Q S^{-1/2}`` and ``T_r = L_l P S^{-1/2}``.
+    """
+    P, S, Qt = torch.linalg.svd(left_root.mT @ right_root)
+    S = S[..., :rank]
+    null = torch.finfo(S.dtype).eps * S[..., :1] * left_root.shape[-1]
+    scale = torch.where(null < S, S.rsqrt(), 0).unsqueeze(-2)
+    return right_root @ Qt.mT[..., :rank] * scale, left_root @ P[..., :rank] * scale
+
+
+def _weight_root(factor: Tensor) -> Tensor:
+    """``L (heads, r, r)`` with ``factor^T factor = L L^T``."""
+    if not factor.isfinite().all():
+        raise ValueError("the projections of an attention to be cut hold NaN or Inf")
+    return torch.linalg.qr(factor.double(), mode="r").R.mT
+
+
+def _zeros(bias: Tensor | None, rank: int) -> Tensor | None:
+    return None if bias is None else bias.new_zeros(bias.shape[0], rank)

@@ -1,0 +1,179 @@
+"""Figures that show how training treats the products of a model, and counts of its parameters and operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
+
+from hf_fnl.attention import Product
+from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear, factorized_layers
+from hf_fnl.layers.whole import whole_shape
+from hf_fnl.math.factors import non_orthogonality, nuclear_norm_bound
+
+Figures = dict[str, float]
+
+
+@torch.no_grad()
+def diagnose(
+    model: nn.Module | Mapping[str, Tensor], products: Iterable[Product], *, learning_rate: float | None = None
+) -> dict[str, Figures]:
+    r"""Norms, rank and effective step size of every product, from ``(r, r)`` cores of its factors.
+
+    The figures of an attention product are means over its heads. ``W`` of a tensor is its kernel as a matrix
+    ``(out, in * kh * kw)``; ``nuclear_norm_bound`` and ``non_orthogonality``, which tell of two factors of a matrix,
+    are left out there. With ``s`` the singular values of ``W``:
+
+    ========================  =====================================================================================
+    ``frobenius_norm``        ``||W||_F = sqrt(sum s^2)``, what Frobenius decay holds down
+    ``nuclear_norm``          ``||W||_* = sum s``
+    ``nuclear_norm_bound``    ``(||U||_F^2 + ||V||_F^2) / 2 >= ||W||_*``, what ordinary decay holds down (K21, Eq. 2)
+    ``operator_norm``         ``||W||_op = max s``
+    ``effective_rank``        ``||W||_* / ||W||_op`` (K22, Sec. 3.3), 0 for a zero matrix
+    ``effective_step_size``   ``learning_rate / ||W||_F^2`` (K21, Sec. 3.3), infinite for a zero matrix
+    ``non_orthogonality``     root-mean-square cosine between columns of a factor, 0 at spectral initialization
+    ========================  =====================================================================================
+
+    Everything is computed in float32 or better, and read back from the device once.
+
+    Args:
+        model: The model that holds the products, or its parameters by name.
+        products: What to look at; see :func:`~hf_fnl.attention.find_products`.
+        learning_rate: Adds ``effective_step_size`` where given.
+
+    Returns:
+        The figures of each product under its name.
+
+    Raises:
+        ValueError: If there are no products, or they have no values here.
+    """
+    products = list(products)
+    if not products:
+        raise ValueError("there are no products to diagnose; find_products(model) lists those of a model")
+    for product in products:
+        if any(factor.is_meta for factor in product.factors(model)):
+            raise ValueError(
+                f"{product.name} is on the meta device or offloaded by accelerate: there is nothing to measure"
+            )
+    rows = [_figures(product, model, learning_rate) for product in products]
+    values = iter(torch.stack([figure for row in rows for figure in row.values()]).tolist())
+    return {product.name: {name: next(values) for name in row} for product, row in zip(products, rows, strict=True)}
+
+
+def _figures(
+    product: Product, source: nn.Module | Mapping[str, Tensor], learning_rate: float | None
+) -> dict[str, Tensor]:
+    s = product.singular_values(source)
+    nuclear_norm, operator_norm = s.sum(-1), s.amax(-1)
+    figures = {
+        "frobenius_norm": s.norm(dim=-1),
+        "nuclear_norm": nuclear_norm,
+        "operator_norm": operator_norm,
+        "effective_rank": torch.where(operator_norm > 0, nuclear_norm / operator_norm, 0),
+    }
+    if not product.is_tensor:
+        factors = tuple(p.to(torch.promote_types(p.dtype, torch.float32)) for p in product.factors(source))
+        figures["nuclear_norm_bound"] = nuclear_norm_bound(*factors)
+        figures["non_orthogonality"] = non_orthogonality(*factors)
+    if learning_rate is not None:
+        figures["effective_step_size"] = torch.where(operator_norm > 0, learning_rate / s.square().sum(-1), torch.inf)
+    return {name: figure.mean() for name, figure in figures.items()}
+
+
+def summarize(figures: Mapping[str, Figures], products: Iterable[Product]) -> Figures:
+    """Mean of every figure over the products of a kind, under names such as ``ov/frobenius_norm``, for logs.
+
+    Args:
+        figures: What :func:`diagnose` returned for ``products``.
+        products: The products that the figures belong to.
+    """
+    collected: dict[str, list[float]] = {}
+    for product in products:
+        for name, value in figures[product.name].items():
+            collected.setdefault(f"{product.kind}/{name}", []).append(value)
+    return {name: sum(values) / len(values) for name, values in collected.items()}
+
+
+def parameter_count(model: nn.Module) -> Figures:
+    """How many parameters a model holds, and how many it would hold without factorized layers.
+
+    Tied parameters count once.
+
+    Returns:
+        ``total``, ``trainable``, ``in_products`` (the factors of all factorized layers), ``dense_equivalent`` (the same
+        model with the weight of each of these layers in the place of its factors, and in a model of ours with heads of
+        full width) and ``ratio``, the share of all parameters that are left: ``total / dense_equivalent``.
+    """
+    parameters = list(model.parameters())
+    total = sum(map(_numel, parameters))
+    layers = factorized_layers(model)
+    in_products = sum(_factor_count(layer) for layer in layers)
+    dense = total - in_products + sum(_dense_count(layer) for layer in layers)
+    if getattr(model, "dense_class", None) is not None:
+        dense = _stock_count(model)
+    return {
+        "total": total,
+        "trainable": sum(_numel(p) for p in parameters if p.requires_grad),
+        "in_products": in_products,
+        "dense_equivalent": dense,
+        "ratio": total / max(dense, 1),
+    }
+
+
+def _stock_count(model: Any) -> int:
+    """Parameters of the stock model that one of ours stands for, with what a subclass of ours adds."""
+    with torch.device("meta"), init.no_init_weights():
+        stock = model.dense_class(model.config.to_dense())
+    stock.tie_weights()
+    names = {name for name, _ in stock.named_parameters(remove_duplicate=False)}
+    added = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if not {name, f"{name.rpartition('.')[0]}.weight"} & names
+    ]
+    return sum(parameter.numel() for parameter in stock.parameters()) + sum(map(_numel, added))
+
+
+def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
+    """Floating-point operations of the linear layers in a forward pass, counted from their sizes.
+
+    ``2 * tokens * parameters`` for each linear layer and each of its factors, a multiplication and an addition per
+    entry; a factorized embedding multiplies by ``V`` only, for ``U`` is looked up. Every layer counts as if it saw all
+    tokens. Convolutions, attention scores, normalizations and biases are not counted.
+
+    Args:
+        model: The model, ours or stock.
+        tokens: Tokens in the pass.
+
+    Returns:
+        ``factorized`` for the model as it is, ``dense_equivalent`` with every product of a layer multiplied out, and
+        ``ratio`` of the first to the second.
+    """
+    ours = dense = 0
+    for module in model.modules():
+        if isinstance(module, FactorizedEmbedding):
+            ours += _numel(module.V)
+        elif isinstance(module, FactorizedLinear):
+            ours += _factor_count(module)
+            dense += _dense_count(module)
+        elif isinstance(module, nn.Linear | Conv1D):
+            ours += _numel(module.weight)
+            dense += _numel(module.weight)
+    return {"factorized": 2 * tokens * ours, "dense_equivalent": 2 * tokens * dense, "ratio": ours / max(dense, 1)}
+
+
+def _numel(parameter: Tensor) -> int:
+    return whole_shape(parameter).numel()
+
+
+def _factor_count(layer: Factorized) -> int:
+    return sum(map(_numel, layer.factors()))
+
+
+def _dense_count(layer: Factorized) -> int:
+    return math.prod(layer.dense_shape)

@@ -1,0 +1,170 @@
+"""Frobenius decay of products, for any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_fnl.attention import Product, beside_factors
+from hf_fnl.math.factors import squared_frobenius_norm
+from hf_fnl.optim.groups import by_name, check_factors
+from hf_fnl.optim.lamb import Lamb, is_large
+from hf_fnl.optim.product_decay import ProductDecay
+from hf_fnl.optim.sharding import Fragment, shards_of
+
+MODES = ("penalty", "coupled", "decoupled")
+
+
+def frobenius_penalty(
+    products: Sequence[Product], source: nn.Module | Mapping[str, Tensor], weight_decay: float
+) -> Tensor:
+    r"""``weight_decay / 2 * sum ||W||_F^2`` over products and heads (Khodak et al. 2021, Def. 3.2).
+
+    What a parameter holds beside factors is penalized as a matrix of its own, so that no part of it goes undecayed.
+
+    Args:
+        products: The products.
+        source: The model that holds them, or a mapping from names to parameters.
+        weight_decay: The coefficient.
+
+    Returns:
+        A differentiable scalar, to be added to the loss.
+
+    Raises:
+        ValueError: If there is no product.
+    """
+    if not products:
+        raise ValueError("a Frobenius penalty needs at least one product, got none")
+    squares = [_squares(alike, source).sum() for alike in _alike(products, source)]
+    squares += [rest.square().sum() for rest in beside_factors(products, source).values()]
+    return weight_decay / 2 * torch.stack(squares).sum()
+
+
+def _alike(products: Sequence[Product], source: nn.Module | Mapping[str, Tensor]) -> list[list[Product]]:
+    """Products with factors of the same shapes, together; but for large ones, whose copies would cost more."""
+    together: dict[Hashable, list[Product]] = {}
+    for product in products:
+        factors = product.factors(source)
+        alone = product.is_tensor or any(is_large(factor) for factor in factors)
+        key = product.name if alone else tuple((factor.shape, factor.dtype, factor.device) for factor in factors)
+        together.setdefault(key, []).append(product)
+    return list(together.values())
+
+
+def _squares(alike: Sequence[Product], source: nn.Module | Mapping[str, Tensor]) -> Tensor:
+    if len(alike) == 1:
+        return alike[0].squared_frobenius_norm(source)
+    each = zip(*(product.factors(source) for product in alike), strict=True)
+    return squared_frobenius_norm(*(torch.stack(factors) for factors in each))
+
+
+class FrobeniusDecay:
+    r"""Decay of products in the steps of an optimizer, in place of ordinary decay of their factors.
+
+    With ``F_p`` the gradient of ``||W||_F^2 / 2`` with respect to a factor ``p``, summed over the heads that share it:
+
+    - ``"coupled"``: ``p.grad += weight_decay * F_p`` before the step, as ``weight_decay`` in :class:`torch.optim.SGD`;
+    - ``"decoupled"``: ``p -= lr * weight_decay * F_p`` before the step, as in :class:`torch.optim.AdamW`, with the
+      ``lr`` of the group of ``p``;
+    - ``"penalty"``: the steps are left alone, :meth:`penalty` is to be added to the loss.
+
+    What a parameter holds beside factors gets ordinary decay by the same coefficient: ``p`` in the place of ``F_p``.
+    Parameters without gradient are passed over, as optimizers do. The decay lasts until :meth:`remove`, or to the end
+    of a ``with`` block. Factors are found by name at each step, so that a wrapper may replace the parameters; except
+    for a penalty, they may lie in parts on several processes (FSDP2, ZeRO).
+
+    Args:
+        optimizer: Any optimizer over named parameters.
+        products: The products to decay. Their factors are in groups with ``weight_decay`` 0, as
+            :func:`~hf_fnl.optim.parameter_groups` makes them with ``frobenius_decay=0``.
+        weight_decay: Coefficient of the decay.
+        mode: One of ``MODES``.
+
+    Raises:
+        ValueError: If ``mode`` is unknown, ``weight_decay`` negative, there is no product, the parameters have no
+            names, or a factor is missing, frozen, in two products or under ordinary decay.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, products: Sequence[Product], weight_decay: float, *, mode: str = "decoupled"
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode of Frobenius decay must be one of {', '.join(MODES)}, got {mode!r}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay of Frobenius decay must not be negative, got {weight_decay}")
+        self.optimizer, self.products, self.weight_decay, self.mode = optimizer, tuple(products), weight_decay, mode
+        check_factors(self.products, optimizer.param_groups)
+        _check_no_ordinary_decay(self.products, optimizer.param_groups)
+        self._factors = {name for product in self.products for name in product.parameter_names}
+        self._decay = ProductDecay(self.products)
+        shards_of(optimizer)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def penalty(self) -> Tensor:
+        """:func:`frobenius_penalty` of the products as they are now: a differentiable scalar."""
+        parameters = {name: parameter for name, (parameter, _) in by_name(self.optimizer.param_groups).items()}
+        return frobenius_penalty(self.products, parameters, self.weight_decay)
+
+    @torch.no_grad()
+    def add_gradients_(self, scale: float = 1.0) -> None:
+        """Add ``weight_decay * F_p`` to the gradients as they are now.
+
+        For a training that clips gradients: a coupled decay that is added before is that of a penalty in the loss.
+        Remove the decay from the steps first.
+
+        Args:
+            scale: By which the gradients are scaled, as in fp16.
+        """
+        for fragment, _ in self._due(self.optimizer):
+            gradient = self._decay.term(fragment)
+            fragment.part(fragment.owner.grad).add_(gradient, alpha=scale * self.weight_decay)  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        """Leave the steps of the optimizer alone from now on."""
+        self._handle.remove()
+
+    def __enter__(self) -> FrobeniusDecay:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.mode == "penalty":
+            return
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+            raise ValueError(
+                f"Frobenius decay with mode={self.mode!r} needs the gradients before the step, where a closure has not "
+                "computed them yet; use mode='penalty', or call step() without a closure"
+            )
+        if isinstance(optimizer, Lamb):
+            optimizer.check()
+        if self.mode == "coupled":
+            self.add_gradients_()
+            return
+        for fragment, group in self._due(optimizer):
+            fragment.local.sub_(self._decay.term(fragment) * (group["lr"] * self.weight_decay))
+
+    def _due(self, optimizer: Optimizer) -> list[tuple[Fragment, dict[str, Any]]]:
+        """The factors that have a gradient, with their groups; all products are taken as they are now."""
+        shards = shards_of(optimizer)
+        due = [(fragment, group) for group, fragments in shards.due() for fragment in fragments]
+        self._decay.take(shards, [fragment for fragment, _ in due])
+        return [(f, group) for f, group in due if f.name in self._factors and f.owner.grad is not None]
+
+
+def _check_no_ordinary_decay(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:
+    named = by_name(groups)
+    for product in products:
+        for name in product.parameter_names:
+            ordinary = named[name][1].get("weight_decay", 0)
+            if ordinary != 0:
+                raise ValueError(
+                    f"product {product.name}: its factor {name} is under Frobenius decay and in a group with "
+                    f"weight_decay={ordinary}; pass frobenius_decay=0.0 to parameter_groups"
+                )

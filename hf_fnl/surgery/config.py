@@ -1,0 +1,262 @@
+"""Options: how ranks are chosen, which layers of any model are factorized, and the ranks of our own model classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from hf_fnl.attention.selectors import Selector
+from hf_fnl.layers.conv import CONV_SCHEMES
+from hf_fnl.math.spectral import DRAWN_METHODS, check_method, check_rank
+from hf_fnl.math.tensors import TENSOR_SCHEMES
+from hf_fnl.utils.suggest import did_you_mean
+
+RULES = ("rank", "rank_scale", "ratio", "energy", "budget", "layer_ratio")  # each says ranks by itself
+LAYER_KINDS = ("linear", "embedding", "conv")
+KINDS = ("qk", "ov", "qkv", "ffn", *LAYER_KINDS)  # of our classes, and of layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRule:
+    """How ranks are chosen; exactly one of the first six is given.
+
+    Where a rule other than ``rank`` and ``rank_scale`` asks for so high a rank that the factors would hold as many
+    parameters as the matrix, the matrix stays dense.
+
+    Args:
+        rank: The same rank everywhere.
+        rank_scale: Share of the largest rank: of ``min(m, n)``, or of the width of a head.
+        ratio: Share of all parameters of the model that stay, those of dense layers included, as a file size shows it;
+            met within 1 % of it by one scale for all ranks. Tied weights count once.
+        energy: Every product gets the smallest rank that keeps this share of ``||W||_F^2``.
+        budget: As ``ratio``, but at most this, and given to the products whose spectra need it.
+        layer_ratio: As ``ratio``, of the parameters of the chosen matrices alone.
+        multiple_of: Ranks are multiples of this, which hardware likes to be 8 or 64.
+
+    Raises:
+        ValueError: If none or several are given, or one is out of range.
+    """
+
+    rank: int | None = None
+    rank_scale: float | None = None
+    ratio: float | None = None
+    energy: float | None = None
+    budget: float | None = None
+    layer_ratio: float | None = None
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in RULES if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(RULES)}; got {str(self) or 'none'}")
+        for name, value in given.items():
+            if name == "rank" and value < 1:
+                raise ValueError(f"rank must be at least 1, got {value}")
+            if name != "rank" and not 0 < value <= self._largest(name):
+                raise ValueError(f"{name} must be above 0 and at most {self._largest(name)}, got {value}")
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+
+    def _largest(self, option: str) -> float:
+        return 1
+
+    def __str__(self) -> str:
+        given = {name: getattr(self, name) for name in RULES}
+        return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizationConfig(RankRule):
+    """Which layers of a model are held as products, at which ranks, and how their factors start.
+
+    The largest rank, which ``rank_scale`` is a share of, is here ``min(m, n)``. That is ``min(in * kh * kw, out)`` for
+    a convolution with ``conv_scheme="channel"`` (Kamalakara et al. 2022, Sec. 3.1.2); with ``"spatial"`` it is the
+    rows of the kernel's matrix, ``out * kh`` (Khodak et al. 2021, Sec. 3), and a rank that this makes higher than the
+    matrix can have is lowered to that, unless ``overcomplete``.
+
+    Args:
+        kinds: Any of ``"linear"`` (``torch.nn.Linear`` and GPT-2's ``Conv1D``), ``"embedding"`` and ``"conv"``.
+        include: Patterns of module names, as for a shell: ``"*.mlp.*"``. One of them has to match.
+        exclude: Patterns of names that are left dense.
+        classes: Classes of layers to take, subclasses not included. Empty takes the stock classes of ``kinds``.
+        init: ``"spectral"``, ``"spectral_ones"`` or, for a model that has not been trained, ``"default"`` or ``"he"``;
+            see :func:`~hf_fnl.math.spectral.initial_factors`.
+        conv_scheme: ``"spatial"``, a column of the kernel after a row (Khodak et al. 2021); ``"channel"``, the kernel
+            into ``rank`` channels and then 1-by-1 (Kamalakara et al. 2022); or ``"tt"`` or ``"tucker"``, the kernel as
+            a tensor, see :class:`~hf_fnl.layers.TensorizedConv2d`.
+        overcomplete: Allows ranks above those of the matrices, for training that is multiplied back afterwards, and a
+            ``rank_scale`` above 1. Factors are drawn: ``init`` is ``"default"`` or ``"he"``.
+        deep: Holds ``U M V^T`` with ``M`` starting as the identity.
+
+    The three ways of Khodak et al. 2021, Sec. 5, to train an overcomplete network are ``rank_scale=1`` ("full"),
+    ``rank_scale=1, deep=True`` ("deep") and ``rank_scale=3`` ("wide"), all of them with ``overcomplete=True``.
+
+    Raises:
+        ValueError: If an option is unknown or out of range.
+    """
+
+    kinds: Sequence[str] = ("linear",)
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    classes: Sequence[type] = ()
+    init: str = "spectral"
+    conv_scheme: str = "spatial"
+    overcomplete: bool = False
+    deep: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_method(self.init)
+        for option in ("kinds", "include", "exclude"):
+            if isinstance(getattr(self, option), str):
+                raise ValueError(f"{option} must be a sequence of names, got the string {getattr(self, option)!r}")
+        unknown = sorted(set(self.kinds) - set(LAYER_KINDS))
+        if unknown or not self.kinds:
+            hint = did_you_mean(unknown[0], LAYER_KINDS) if unknown else ""
+            raise ValueError(f"kinds must be any of {', '.join(LAYER_KINDS)}, got {', '.join(unknown) or 'none'}{hint}")
+        schemes = (*CONV_SCHEMES, *TENSOR_SCHEMES)
+        if self.conv_scheme not in schemes:
+            hint = did_you_mean(self.conv_scheme, schemes)
+            raise ValueError(f"conv_scheme must be one of {', '.join(schemes)}, got {self.conv_scheme!r}{hint}")
+        if self.conv_scheme in TENSOR_SCHEMES:
+            self._check_tensors()
+        if "embedding" in self.kinds and (self.overcomplete or self.deep):
+            raise ValueError("overcomplete and deep are for linear layers and convolutions, not for kind 'embedding'")
+        if self.overcomplete and self.init not in DRAWN_METHODS:
+            raise ValueError(f"overcomplete factors are drawn: set init='default' or 'he', got {self.init!r}")
+        if self.overcomplete and self.rank is None and self.rank_scale is None:
+            raise ValueError("overcomplete needs rank or rank_scale: other rules look for fewer parameters")
+
+    def _check_tensors(self) -> None:
+        given = {
+            "kinds other than conv": set(self.kinds) != {"conv"},
+            "deep": self.deep,
+            "overcomplete": self.overcomplete,
+            "init='spectral_ones'": self.init == "spectral_ones",
+            "energy": self.energy is not None,
+            "budget": self.budget is not None,
+        }
+        if wrong := [option for option, is_given in given.items() if is_given]:
+            raise ValueError(f"conv_scheme={self.conv_scheme!r} factorizes tensors, and does not go with {wrong[0]}")
+
+    def _largest(self, option: str) -> float:
+        return math.inf if self.overcomplete and option == "rank_scale" else super()._largest(option)
+
+    def names(self, name: str) -> bool:
+        """Whether a module of this name is meant."""
+        return _matches(name, self.include) and not _matches(name, self.exclude)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+LayerRank = int | list[int | None] | None  # one for all layers, or one for each
+
+
+class LayerRanks(NamedTuple):
+    """Ranks in one layer, and how the factors of each kind of product start."""
+
+    qk: int | None
+    ov: int | None
+    ffn: int | None
+    qkv: int | None
+    init: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerRanks:
+    """Ranks of the products of a transformer of ours; ``None`` leaves a matrix dense.
+
+    All but ``embedding_rank`` are numbers, or lists with one entry for each layer; :meth:`check` knows whether they fit
+    a model.
+
+    Args:
+        qk_rank: Rank of every head's query-key product ``Q_h K_h^T``; at most the width of a dense head.
+        ov_rank: Rank of every head's output-value product ``V_h O_h^T``; at most the width of a dense head.
+        ffn_rank: Rank of both feed-forward matrices of a layer.
+        qkv_rank: Rank of the one matrix that gives queries, keys and values, where a model has it.
+        embedding_rank: Rank of the word embedding, and of the output matrix that is tied to it.
+        init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022), ``"he"`` (the baseline
+            of the latter) or ``"default"``; or one of them for each of some selectors, as in
+            ``{"linear": "spectral", "ov:encoder": "he"}``, and ``"default"`` for what none of them names. A selector
+            with a part goes before one without.
+
+    Raises:
+        ValueError: If a rank is below 1, ``init`` is unknown, or a matrix is to be factorized in two ways.
+    """
+
+    qk_rank: LayerRank = None
+    ov_rank: LayerRank = None
+    ffn_rank: LayerRank = None
+    qkv_rank: LayerRank = None
+    embedding_rank: int | None = None
+    init: str | Mapping[str, str] = "spectral"
+
+    def __post_init__(self) -> None:
+        for selector in () if isinstance(self.init, str) else self.init:
+            Selector.parse(selector, "a key of factor_init")
+        for method in [self.init] if isinstance(self.init, str) else self.init.values():
+            check_method(method)
+        for option in RANK_OPTIONS:
+            for rank in self._listed(option):
+                if rank is not None and rank < 1:
+                    raise ValueError(f"{option} must be at least 1 (or None for a dense matrix), got {rank}")
+        heads = [option for option in ("qk_rank", "ov_rank") if getattr(self, option) is not None]
+        if self.qkv_rank is not None and heads:
+            raise ValueError(
+                f"qkv_rank factorizes the queries', keys' and values' matrix as a whole and {heads[0]} cuts its heads: "
+                "give one of them"
+            )
+
+    def _listed(self, option: str) -> list[int | None]:
+        ranks = getattr(self, option)
+        return ranks if isinstance(ranks, list) else [ranks]
+
+    def method(self, kind: str, part: str | None = None) -> str:
+        """How factors of a kind of product start, in a part of the model."""
+        if isinstance(self.init, str):
+            return self.init
+        return self.init.get(f"{kind}:{part}", self.init.get(kind, "default"))
+
+    def of_layer(self, number: int, part: str | None = None) -> LayerRanks:
+        """The ranks in one layer, and how its factors start.
+
+        Args:
+            number: Of the layer, from 0.
+            part: One of :data:`~hf_fnl.attention.selectors.PARTS` in which the products lie, if any.
+        """
+        ranks = (self.qk_rank, self.ov_rank, self.ffn_rank, self.qkv_rank)
+        qk, ov, ffn, qkv = (rank[number] if isinstance(rank, list) else rank for rank in ranks)
+        return LayerRanks(qk, ov, ffn, qkv, {kind: self.method(kind, part) for kind in ("qk", "ov", "linear")})
+
+    def check(
+        self, *, hidden_size: int, num_heads: int, intermediate_size: int, vocab_size: int, num_layers: int
+    ) -> None:
+        """Raise a ``ValueError`` that names the option if a rank does not fit a model of these sizes."""
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {hidden_size} and {num_heads} heads"
+            )
+        limits = {
+            "qk_rank": hidden_size // num_heads,
+            "ov_rank": hidden_size // num_heads,
+            "ffn_rank": min(hidden_size, intermediate_size),
+            "qkv_rank": hidden_size,
+            "embedding_rank": min(hidden_size, vocab_size),
+        }
+        if isinstance(self.embedding_rank, list):
+            raise ValueError(f"embedding_rank must be a number, got {self.embedding_rank}")
+        for option, limit in limits.items():
+            ranks = getattr(self, option)
+            if isinstance(ranks, list) and len(ranks) != num_layers:
+                raise ValueError(f"{option} needs a number or one for each of {num_layers} layers, got {len(ranks)}")
+            for rank in self._listed(option):
+                if rank is not None:
+                    check_rank(rank, limit, option)
+
+
+RANK_OPTIONS = tuple(field.name for field in fields(TransformerRanks) if field.name != "init")

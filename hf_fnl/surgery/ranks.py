@@ -1,0 +1,217 @@
+"""Ranks for many products at once: one scale, a share of parameters or energy, or a budget that spectra share out."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_fnl.math.spectral import check_rank
+from hf_fnl.surgery.config import RankRule
+
+Ranks = dict[str, int | None]
+
+TOLERANCE = 0.01  # of a ratio that is asked for
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A product whose rank is to be chosen, or several that share one rank, as the heads of an attention do.
+
+    Args:
+        name: What it is called in errors and in the result; unique.
+        limit: Its largest rank.
+        count: Parameters of its factors at a rank: ``rank * (m + n)`` for a matrix of shape ``(m, n)``.
+        dense: Parameters of what it replaces: ``m * n``.
+        energies: Squared singular values ``(limit,)``, descending; called only where the rule needs them.
+        full: The rank that a rank scale of 1 stands for; ``limit`` unless given.
+    """
+
+    name: str
+    limit: int
+    count: Callable[[int], int]
+    dense: int
+    energies: Callable[[], Tensor]
+    full: int | None = None
+
+    def cost(self, rank: int) -> int:
+        """Parameters at this rank; factors that would hold more than the matrix are not made."""
+        return min(self.count(rank), self.dense)
+
+    def scaled(self, scale: float, multiple_of: int) -> int:
+        """The rank that a rank scale comes to."""
+        return self.round(scale * (self.limit if self.full is None else self.full), multiple_of)
+
+    def raised(self, rank: int, multiple_of: int) -> int:
+        """The next rank that is allowed: a multiple, or the limit."""
+        return min(rank + multiple_of, self.limit)
+
+    def round(self, rank: float, multiple_of: int) -> int:
+        """The nearest rank that is a multiple, or the limit; a rank in the middle goes up."""
+        below = int(rank // multiple_of) * multiple_of
+        above = self.raised(below, multiple_of)
+        return below if below > 0 and rank - below < above - rank else above
+
+    def shares(self) -> Tensor:
+        """Shares of ``||W||_F^2`` that the first 1, 2, ... singular values hold ``(limit,)``; ones if it is zero."""
+        cumulated = self.energies().double().cumsum(0)
+        return cumulated / cumulated[-1] if cumulated[-1] > 0 else torch.ones_like(cumulated)
+
+    def kept(self, rank: int) -> int | None:
+        """``None`` where the factors would hold as many parameters as the matrix."""
+        return rank if self.count(rank) < self.dense else None
+
+
+class UnreachableShare(ValueError):
+    """No ranks leave the share of the parameters that is asked for.
+
+    Args:
+        message: Says why, and which share is the closest.
+    """
+
+
+def choose_ranks(candidates: Sequence[Candidate], rule: RankRule, *, others: int = 0) -> Ranks:
+    """Choose a rank for every candidate.
+
+    Args:
+        candidates: What is to be factorized.
+        rule: How; see :class:`~hf_fnl.surgery.config.RankRule`.
+        others: Parameters of the model that are in no candidate and stay as they are, for ``ratio`` and ``budget``.
+
+    Returns:
+        The rank of each candidate by name, ``None`` where it is to stay dense.
+
+    Raises:
+        UnreachableShare: If a ratio cannot be met within 1 % of it, or a budget not be kept; names the closest share.
+        ValueError: If ``rule.rank`` is above the largest rank of a candidate, or every candidate would stay dense.
+    """
+    if rule.rank is not None:
+        for candidate in candidates:
+            check_rank(rule.rank, candidate.limit, f"rank of {candidate.name}")
+        return {candidate.name: candidate.round(rule.rank, rule.multiple_of) for candidate in candidates}
+    if rule.rank_scale is not None:
+        return {c.name: c.scaled(rule.rank_scale, rule.multiple_of) for c in candidates}
+    if rule.energy is not None:
+        chosen = {c.name: _rank_for_energy(c, rule.energy, rule.multiple_of) for c in candidates}
+    else:
+        chosen = _ranks_for_share(candidates, rule, others)
+    ranks = {candidate.name: candidate.kept(chosen[candidate.name]) for candidate in candidates}
+    if all(rank is None for rank in ranks.values()):
+        raise ValueError(f"{rule} leaves every matrix dense: factors would hold as many parameters; ask for less")
+    return ranks
+
+
+def _ranks_for_share(candidates: Sequence[Candidate], rule: RankRule, others: int) -> dict[str, int]:
+    """Ranks that leave a share of the parameters, those of the whole model or of the candidates alone."""
+    options = {"ratio": rule.ratio, "budget": rule.budget, "layer_ratio": rule.layer_ratio}
+    option, share = next((name, value) for name, value in options.items() if value is not None)
+    others = 0 if option == "layer_ratio" else others
+    everything, multiple_of = others + _dense(candidates), rule.multiple_of
+
+    def reached(ranks: Mapping[str, int]) -> float:
+        return (others + _total(candidates, ranks)) / everything
+
+    smallest = {candidate.name: candidate.raised(0, multiple_of) for candidate in candidates}
+    if (least := reached(smallest)) > share:
+        stay = f"{others:,} of {everything:,} parameters stay dense, and " if others else ""
+        raise UnreachableShare(
+            f"{option}={share:.4g} cannot be met: {stay}the smallest ranks that are multiples of {multiple_of} need "
+            f"{everything * least - others:,.0f} of the other {_dense(candidates):,}; the closest {option} is "
+            f"{_rounded_up(least)}"
+        )
+    if option == "budget":
+        return _spend(candidates, smallest, share * everything - others, multiple_of)
+
+    def at(share: float) -> dict[str, int]:
+        return _by_one_scale(candidates, share * everything - others, multiple_of)
+
+    ranks = at(share)
+    if abs(reached(ranks) - share) <= TOLERANCE * share:
+        return ranks
+    steps = [c.cost(c.raised(ranks[c.name], multiple_of)) - c.cost(ranks[c.name]) for c in candidates]
+    above = _rounded_up(reached(ranks) + min(filter(None, steps), default=0) / everything)
+    met = {s: at(s) for s in (_rounded_up(reached(ranks)), above) if s < 1}
+    met = {s: ranks for s, ranks in met.items() if abs(reached(ranks) - s) <= TOLERANCE * s}
+    closest = min(met, key=lambda s: abs(s - share), default=_rounded_up(reached(ranks)))
+    if closest in met and abs(reached(met[closest]) - share) <= TOLERANCE * share:
+        return met[closest]
+    raise UnreachableShare(
+        f"{option}={share:.4g} cannot be met within {TOLERANCE:.0%} by ranks that are multiples of {multiple_of}; "
+        f"lower multiple_of, or take the closest {option}, {closest}"
+    )
+
+
+def _rounded_up(share: float) -> float:
+    """A share with four digits that is not below it."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 3)
+    return float(f"{math.ceil(share / unit - 1e-9) * unit:.4g}")
+
+
+def _rank_for_energy(candidate: Candidate, share: float, multiple_of: int) -> int:
+    """The smallest rank that keeps a share of the energy, rounded up."""
+    needed = int((candidate.shares() < share).sum()) + 1
+    return min(math.ceil(needed / multiple_of) * multiple_of, candidate.limit)
+
+
+def _by_one_scale(candidates: Sequence[Candidate], target: float, multiple_of: int) -> dict[str, int]:
+    """The ranks of the largest scale that leaves no more parameters; what rounding left over is then given out."""
+
+    def at(scale: float) -> dict[str, int]:
+        return {c.name: c.scaled(scale, multiple_of) for c in candidates}
+
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _total(candidates, at(middle)) <= target else (low, middle)
+    return _fill(candidates, at(low), target, multiple_of, lambda candidate, rank: rank / candidate.limit)
+
+
+def _spend(
+    candidates: Sequence[Candidate], smallest: Mapping[str, int], target: float, multiple_of: int
+) -> dict[str, int]:
+    """Give every next unit of rank to the product where it keeps the largest share of energy per parameter."""
+    shares = {candidate.name: candidate.shares().tolist() for candidate in candidates}
+
+    def negative_gain(candidate: Candidate, rank: int) -> float:
+        raised, kept = candidate.raised(rank, multiple_of), shares[candidate.name]
+        return (kept[rank - 1] - kept[raised - 1]) / (candidate.count(raised) - candidate.count(rank))
+
+    return _fill(candidates, smallest, target, multiple_of, negative_gain)
+
+
+def _fill(
+    candidates: Sequence[Candidate],
+    ranks: Mapping[str, int],
+    target: float,
+    multiple_of: int,
+    priority: Callable[[Candidate, int], float],
+) -> dict[str, int]:
+    """Raise ranks step by step, lowest priority value first, as far as a number of parameters allows."""
+    chosen, total = dict(ranks), _total(candidates, ranks)
+    by_name = {candidate.name: candidate for candidate in candidates}
+    # Names decide between equals, so that the order of the candidates does not.
+    queue = [(priority(c, chosen[c.name]), c.name) for c in candidates if chosen[c.name] < c.limit]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        candidate, rank = by_name[name], chosen[name]
+        raised = candidate.raised(rank, multiple_of)
+        more = candidate.cost(raised) - candidate.cost(rank)
+        if total + more > target:
+            continue
+        chosen[name], total = raised, total + more
+        if raised < candidate.limit:
+            heapq.heappush(queue, (priority(candidate, raised), name))
+    return chosen
+
+
+def _total(candidates: Sequence[Candidate], ranks: Mapping[str, int]) -> int:
+    return sum(candidate.cost(ranks[candidate.name]) for candidate in candidates)
+
+
+def _dense(candidates: Sequence[Candidate]) -> int:
+    return sum(candidate.dense for candidate in candidates)

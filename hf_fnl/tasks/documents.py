@@ -1,0 +1,344 @@
+"""Raw documents as a ``datasets`` data set with the one column ``text``, and their sentences."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from hf_fnl.tasks.document_shards import DocumentShards
+from hf_fnl.tasks.embedded import embedded_documents
+from hf_fnl.training.command_line import check_at_least, named
+from hf_fnl.utils.hub import check_source
+from hf_fnl.utils.processes import together
+
+SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
+COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
+# The words by which `datasets` tells a split from a file's name.
+SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+# A stop closes a sentence unless it follows an initial ("J. Smith") or the text goes on in lower case ("e.g. this").
+_STOP = r"""(?:(?<=[.!?])|(?<=[.!?]["')\]\u201d\u2019]))(?<!\b[A-Z]\.)\s+(?![a-zß-öø-ÿ])"""
+_CHINESE_STOP = r"(?<=[\u3002\uff01\uff1f])"
+_SENTENCE_END = re.compile(rf"\s*\n\s*|{_STOP}|{_CHINESE_STOP}")
+_BLANK_LINES = re.compile(r"\n\s*\n")
+
+
+class Document(NamedTuple):
+    """Token ids of a document; its sentence ``i`` is ``tokens[bounds[i]:bounds[i + 1]]``."""
+
+    tokens: NDArray[np.int32]
+    bounds: NDArray[np.int64]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split a document into sentences.
+
+    A sentence ends at a line break (so text with one sentence a line keeps its lines); at ``.``, ``!`` or ``?``, a
+    closing quote or bracket after it or not, before white space that no lower-case letter follows; and at a Chinese or
+    Japanese full stop, exclamation or question mark.
+
+    Args:
+        text: One document.
+
+    Returns:
+        The sentences in their order, without the white space between them and without empty ones.
+    """
+    return [sentence for piece in _SENTENCE_END.split(text) if (sentence := piece.strip())]
+
+
+def tokenize_documents(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    """Split documents into sentences and these into token ids; documents without any token are left out."""
+    sentences = [split_sentences(text or "") for text in texts]
+    flat = list(chain.from_iterable(sentences))
+    if not flat:
+        return []
+    ids = _token_ids(flat, tokenizer)
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    bounds = np.concatenate([[0], lengths.cumsum()])
+    tokens = np.fromiter(chain.from_iterable(ids), np.int32, bounds[-1])
+    ends = np.cumsum([len(document) for document in sentences])
+    spans = [bounds[end - len(document) : end + 1] for end, document in zip(ends, sentences, strict=True)]
+    return [Document(tokens[span[0] : span[-1]], np.unique(span - span[0])) for span in spans if span[-1] > span[0]]
+
+
+def _token_ids(sentences: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    as_called = backend is not None and backend.encode_special_tokens == tokenizer.split_special_tokens
+    if as_called and backend.truncation is None and backend.padding is None:
+        # What the call below does, without the offsets and masks that nobody reads.
+        return [encoding.ids for encoding in backend.encode_batch_fast(sentences, add_special_tokens=False)]
+    only_ids = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    found: list[list[int]] = tokenizer(sentences, verbose=False, **only_ids)["input_ids"]
+    return found
+
+
+def load_documents(
+    source: str | Path | Sequence[str | Path],
+    *,
+    split: str = "train",
+    name: str | None = None,
+    text_column: str = "text",
+    streaming: bool = False,
+    limit: int | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Load raw documents, one a row, from wherever they lie.
+
+    Text files hold documents as BERT's pretraining input does: a blank line ends a document, and a line break inside
+    one ends a sentence. In parquet and JSON files and on the Hub a row is a document.
+
+    Args:
+        source: A data set id on the Hub; a file (``.parquet``, ``.json``, ``.jsonl`` or ``.txt``, also compressed); a
+            list of such files, all of one kind; a folder of them; or ``"embedded"`` for the corpus inside CPython.
+        split: Split to load. In a folder it is the files that have ``train``, ``validation``, ``test`` or a word like
+            these in their names; where none has, all are the train split. Other files are whatever split is asked for.
+        name: Configuration of a Hub data set that has several.
+        text_column: Column that holds the text.
+        streaming: Read while training instead of beforehand; memory and disk use do not grow with the corpus.
+        limit: Take this many documents at most, the first ones.
+
+    Returns:
+        A data set with the single column ``text``; an iterable one when ``streaming``.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If a file cannot be read, the files are of several kinds or of none that is known, the data set is
+            empty, ``text_column`` is not in it or holds no text, or ``limit`` is below 1.
+    """
+    documents, _ = _load(source, split, name, text_column, streaming, limit)
+    return documents
+
+
+def load_document_shards(
+    source: str | Path | Sequence[str | Path],
+    *,
+    shards: int = 1,
+    split: str = "train",
+    name: str | None = None,
+    text_column: str = "text",
+    limit: int | None = None,
+) -> DocumentShards:
+    """Open raw documents for readers who share them out, each reading its own shards.
+
+    Args:
+        source: As for :func:`load_documents`.
+        shards: Number of shards at least; see :class:`~hf_fnl.tasks.document_shards.DocumentShards`.
+        split: As for :func:`load_documents`.
+        name: As for :func:`load_documents`.
+        text_column: As for :func:`load_documents`.
+        limit: As for :func:`load_documents`.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: As for :func:`load_documents`, or if ``shards`` is below 1.
+    """
+    documents, files = _load(source, split, name, text_column, True, limit)
+    return DocumentShards(documents, shards=shards, files=files, is_one=limit is not None)
+
+
+def _load(
+    source: str | Path | Sequence[str | Path],
+    split: str,
+    name: str | None,
+    text_column: str,
+    streaming: bool,
+    limit: int | None,
+) -> tuple[Any, list[Path]]:
+    """Documents with the one column ``text``, and the local files in which they lie."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 document or None for all, got {limit}")
+    files: list[Path] = []
+    if source == "embedded":
+        documents, first = _embedded(streaming)
+    elif isinstance(source, str) and not looks_like_path(source):
+        check_source(source, "dataset")
+        documents = datasets.load_dataset(source, name, split=split, streaming=streaming)
+        first = next(iter(documents), None)
+    else:
+        paths = [source] if isinstance(source, str | Path) else source
+        files = data_files([Path(path).expanduser() for path in paths], split)
+        documents, first = _read_files(files, split, streaming)
+    _check_first(first, text_column, source)
+    documents = documents.select_columns([text_column])
+    if text_column != "text":
+        documents = documents.rename_column(text_column, "text")
+    if limit is not None:
+        documents = documents.take(limit if streaming else min(limit, len(documents)))
+    return documents, files
+
+
+@dataclass
+class DocumentOptions:
+    """What a script asks for the documents to train and to evaluate on."""
+
+    dataset: str = field(default="embedded", metadata={"help": "Hub id, file, folder, or embedded."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_dataset: str | None = field(default=None, metadata={"help": "Hub id, file or folder to evaluate on."})
+    validation_split: str = field(default="train", metadata={"help": "Split of validation_dataset."})
+    max_validation_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    max_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training; memory does not grow."})
+    stream_shards: int = field(
+        default=8,
+        metadata={
+            "help": "Divide streamed data into so many shards at least, that is as many processes times data loader "
+            "workers as are to read it; the same in a resumed run."
+        },
+    )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder. Default: train one."})
+
+    def __post_init__(self) -> None:
+        check_at_least(1, self, "max_documents", "max_validation_documents", "stream_shards", "num_proc")
+
+    def training(self, *, streaming: bool = False) -> datasets.Dataset | DocumentShards:
+        """The documents to train on; all of them at once unless ``streaming``. All processes call this together."""
+        source: dict[str, Any] = {
+            "source": self.dataset,
+            "split": self.split,
+            "name": self.dataset_config,
+            "text_column": self.text_column,
+            "limit": self.max_documents,
+        }
+        with named("dataset", self.dataset):
+            if streaming:
+                return together(lambda: load_document_shards(shards=self.stream_shards, **source))
+            return together(lambda: load_documents(**source))
+
+    def validation(self) -> datasets.Dataset | None:
+        """The documents to evaluate on, if any."""
+        if (source := self.validation_dataset) is None:
+            return None
+        with named("validation_dataset", source):
+            return together(
+                lambda: load_documents(
+                    source,
+                    split=self.validation_split,
+                    text_column=self.text_column,
+                    limit=self.max_validation_documents,
+                )
+            )
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether a name means a local file or folder: it exists, or no Hub id can be written so."""
+    path = Path(source)
+    return path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1 or _kind(path) is not None
+
+
+def _embedded(streaming: bool) -> tuple[Any, Any]:
+    documents = datasets.Dataset.from_dict({"text": embedded_documents()})
+    return documents.to_iterable_dataset() if streaming else documents, documents[0]
+
+
+def _read_files(files: Sequence[Path], split: str, streaming: bool) -> tuple[Any, Any]:
+    """The documents in files and the first record of them (``None`` if there is none)."""
+    kind = common_kind(files)
+    options = {"sample_by": "paragraph"} if kind == "text" else {}
+    # `datasets` takes file names for patterns.
+    data_files = {split.partition("[")[0]: [glob.escape(str(file)) for file in files]}
+    try:
+        documents = datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming, **options)
+        if kind == "text":
+            documents = documents.map(_split_at_blank_lines, batched=True)
+        return documents, next(iter(documents), None)
+    except Exception as error:
+        culprit = _first_unreadable(kind, files)
+        if culprit is None:
+            raise
+        raise ValueError(f"cannot read {culprit} as {kind}: {error.__cause__ or error}") from error
+
+
+def data_files(paths: Sequence[Path], split: str) -> list[Path]:
+    """The files of a split among files and folders, as :func:`load_documents` finds them.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If there is none, or one is empty.
+    """
+    if not paths:
+        raise ValueError("the list of data files is empty")
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"no such file or folder: {', '.join(missing)}")
+    files = [file for path in paths for file in (_files_of_split(path, split) if path.is_dir() else [path])]
+    empty = [str(file) for file in files if file.stat().st_size == 0]
+    if empty:
+        raise ValueError(f"empty data file: {', '.join(empty)}")
+    return files
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    names = sorted(file.relative_to(folder) for file in folder.rglob("[!.]*") if _kind(file))
+    if not names:
+        raise ValueError(f"no data file in {folder}; {_allowed()}")
+    words = {name: set(re.split("[^a-z]+", str(name).lower())) for name in names}
+    split = split.partition("[")[0]
+    wanted = SPLIT_WORDS.get(split, {split})
+    chosen = [name for name in names if words[name] & wanted]
+    if not chosen and split == "train" and not any(words[name] & set().union(*SPLIT_WORDS.values()) for name in names):
+        chosen = names
+    if not chosen:
+        raise ValueError(f"no {split} split in {folder}: none of {sorted(wanted)} in {[str(name) for name in names]}")
+    return [folder / name for name in chosen]
+
+
+def common_kind(files: Sequence[Path]) -> str:
+    """The kind of all files, ``"text"``, ``"json"`` or ``"parquet"``, or a ``ValueError``."""
+    kinds = {_kind(file) for file in files}
+    if None in kinds:
+        unknown = next(file for file in files if _kind(file) is None)
+        raise ValueError(f"unknown kind of data file: {unknown}; {_allowed()}")
+    if len(kinds) > 1:
+        raise ValueError(f"data files of one kind are needed, got {sorted(map(str, kinds))} in {files[0].parent}")
+    return str(kinds.pop())
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
+    return SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def _allowed() -> str:
+    return f"allowed are {', '.join(SUFFIXES)}, also compressed ({', '.join(sorted(COMPRESSIONS))})"
+
+
+def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+    # The text reader splits at "\n\n" only; BERT's format also lets a separating line hold spaces.
+    pieces = (piece.strip() for text in batch["text"] for piece in _BLANK_LINES.split(text))
+    return {"text": [piece for piece in pieces if piece]}
+
+
+def _first_unreadable(kind: str, files: Sequence[Path]) -> Path | None:
+    for file in files:
+        try:
+            for _ in datasets.load_dataset(kind, data_files=[glob.escape(str(file))], split="train", streaming=True):
+                pass
+        except Exception:
+            return file
+    return None
+
+
+def _check_first(first: dict[str, Any] | None, text_column: str, source: object) -> None:
+    if first is None:
+        raise ValueError(f"no documents in {source}")
+    if text_column not in first:
+        raise ValueError(f"no column {text_column!r} in {source}; set text_column to one of {sorted(first)}")
+    if not isinstance(first[text_column], str | None):
+        kind = type(first[text_column]).__name__
+        raise ValueError(f"column {text_column!r} of {source} holds {kind}, not text; set text_column to one that does")

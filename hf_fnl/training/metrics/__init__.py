@@ -1,5 +1,0 @@
-"""Scoring rules, and the ``evaluate`` modules built on them: each folder here loads with ``evaluate.load(folder)``."""
-
-from hf_fnl.training.metrics.squad_scores import exact_match_score, f1_score, score_squad
-
-__all__ = ["exact_match_score", "f1_score", "score_squad"]

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of factors: files, folders, the Hub, processes, messages."""

@@ -1,0 +1,1 @@
+"""The experiments with convolutions: models, data, training, overcomplete layers, pruning."""

@@ -1,0 +1,298 @@
+"""Labeled images, not yet decoded, from wherever they lie; decoding and resizing them one by one with Pillow."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_fnl.tasks.documents import looks_like_path
+from hf_fnl.utils.extras import require
+from hf_fnl.utils.hub import check_source
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHUFFLE_SEED = 0
+DIGITS_HELD_OUT = 297  # of 1797, so that 1500 remain
+_GRAY_MODES = {"1", "L", "LA"}
+_DEEP_MODES = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}  # Pillow cuts them off at 255 instead of scaling them
+_READ_AT_ONCE = 1024
+BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
+_STORED = datasets.Image(decode=False)
+
+
+@dataclass(frozen=True)
+class ImageRecords:
+    """Images as they are stored, and the numbers of their classes.
+
+    Args:
+        images: The column ``image``, with the ``path`` and the ``bytes`` of each.
+        labels: Shape ``(len(images),)``, integers from 0.
+        record_numbers: Where each stands in ``source``, from 0, shape ``(len(images),)``.
+        class_names: Name of each class.
+        source: What to name in errors.
+    """
+
+    images: datasets.Dataset
+    labels: Tensor
+    record_numbers: NDArray[np.int64]
+    class_names: list[str]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        """Decode all in turn, gray ones to mode L and others to RGB; faster than one by one."""
+        cells = (cell for batch in self.images.iter(_READ_AT_ONCE) for cell in batch["image"])
+        return (self._decode(cell, index) for index, cell in enumerate(cells))
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self._decode(self.images[index]["image"], index)
+
+    def name(self, index: int) -> str:
+        """What to call an image in errors."""
+        return f"record {self.record_numbers[index]} of {self.source}"
+
+    def _decode(self, cell: dict[str, Any], index: int) -> Image.Image:
+        images, operations = pillow("Image"), pillow("ImageOps")
+        try:
+            with images.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
+                if image.mode in _DEEP_MODES:
+                    raise ValueError(f"its mode is {image.mode}, but pixels must have 8 bits a channel")
+                upright = operations.exif_transpose(image)
+                return upright.convert("L" if upright.mode in _GRAY_MODES else "RGB")
+        except Exception as error:
+            path = (cell and cell["path"]) or "not a file of its own"
+            raise ValueError(f"cannot decode the image in {self.name(index)} ({path}): {error}") from error
+
+
+def load_images(
+    source: str | Path,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> ImageRecords:
+    """Load labeled images from wherever they lie; none is decoded yet.
+
+    Args:
+        source: A data set id on the Hub; a parquet file; a folder of parquet files or of images, one folder a class; or
+            ``"digits"`` for scikit-learn's.
+        split: Split to load. In a folder it is the files or folders with ``train``, ``test`` or a word like these in
+            their names; where none has, all are the train split. A single file is whatever split is asked for.
+        name: Configuration of a Hub data set that has several.
+        image_column: Column of the images. Default: the one column of images.
+        label_column: Column of the classes. Default: the one column of classes, or else of integers.
+        class_names: Classes of the training images, for whose numbers those of this data set are exchanged: by name, or
+            as they are where the data set does not name its classes. Default: these are the training images.
+        limit: Take this many images at most, drawn at random with the seed 0, so that sorted data sets keep all their
+            classes; in the order that they stand in. A lower limit takes a part of what a higher one takes.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If the data cannot be read or are empty, a column is absent or ambiguous, a label is no number of a
+            class, a class has no training image, ``class_names`` lacks a class, or ``limit`` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 image or None for all, got {limit}")
+    records = _load(source, split, name)
+    image_column = image_column or _find_column(records, "image", source, [_is_image])
+    label_column = label_column or _find_column(records, "label", source, [_is_class, _is_integer])
+    for option, column in {"image_column": image_column, "label_column": label_column}.items():
+        if column not in records.column_names:
+            raise ValueError(f"no column {column!r} in {source}; set {option} to one of {records.column_names}")
+    labels = _read_labels(records, label_column, source)
+    feature = records.features[label_column]
+    names = feature.names if _is_class(feature) else None
+    if class_names is None:
+        class_names = _training_classes(labels, names, source)
+    else:
+        labels = _exchange(labels, names, class_names, source)
+    rows = np.arange(len(records))
+    if limit is not None:
+        rows = np.sort(np.random.default_rng(SHUFFLE_SEED).permutation(rows)[:limit])
+    images = _stored_images(records, image_column, source)
+    chosen = images if limit is None else images.select(rows)
+    return ImageRecords(chosen, torch.from_numpy(labels[rows]), rows, list(class_names), str(source))
+
+
+def pillow(module: str) -> Any:
+    """A module of Pillow, or an ``ImportError`` that says how it is installed."""
+    return require(f"PIL.{module}", "images are decoded by Pillow, that is", "hf_fnl[vision]")
+
+
+@functools.cache
+def embedded_digits(split: str) -> datasets.Dataset:
+    """The 1797 digits of scikit-learn: 8x8 gray images, their 17 levels spread over 0 to 255.
+
+    Args:
+        split: "train" (1500) or "test" (297), which hold equal shares of each digit.
+
+    Raises:
+        ImportError: If scikit-learn is not installed; the message names the extra that holds it.
+        ValueError: If ``split`` is neither of the two.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split of the embedded digits must be "train" or "test", got {split!r}')
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError("digits needs scikit-learn, which is in an extra: pip install 'hf_fnl[vision]'") from error
+    digits = load_digits()
+    halves = train_test_split(
+        np.arange(len(digits.target)), test_size=DIGITS_HELD_OUT, stratify=digits.target, random_state=SHUFFLE_SEED
+    )
+    rows = np.sort(halves[split == "test"])
+    pixels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(n) for n in range(10)]))
+    columns = {"image": [pillow("Image").fromarray(image) for image in pixels], "label": digits.target[rows]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def to_array(image: Image.Image, *, num_channels: int | None = None) -> NDArray[np.uint8]:
+    """The pixels of an image.
+
+    Args:
+        image: Gray (mode L) or RGB.
+        num_channels: 1 for gray, 3 for RGB. Default: those of the image.
+
+    Returns:
+        Shape ``(num_channels, height, width)``.
+    """
+    mode = {None: image.mode, 1: "L", 3: "RGB"}[num_channels]
+    pixels = np.asarray(image.convert(mode))
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+
+
+def resize_and_crop(image: Image.Image, *, shorter_side: int, size: int) -> Image.Image:
+    """Resize an image with antialiasing, its sides in proportion, and cut the square out of its center.
+
+    Args:
+        image: Gray (mode L) or RGB.
+        shorter_side: Of the resized image, in pixels, at least ``size``.
+        size: Side of the square, in pixels.
+    """
+    shorter = min(image.size)
+    # Rounded down as Transformers' image processors do.
+    width, height = (shorter_side * side // shorter for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), BILINEAR)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def _load(source: str | Path, split: str, name: str | None) -> datasets.Dataset:
+    if source == "digits":
+        return embedded_digits(split)
+    if isinstance(source, str) and not looks_like_path(source):
+        check_source(source, "dataset")
+        return datasets.load_dataset(source, name, split=split)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"{path} is no parquet file; give one, a folder of them, or a folder with one folder a class")
+    try:
+        if path.is_dir():
+            return datasets.load_dataset(str(path), split=split)
+        # `datasets` takes file names for patterns.
+        files = {split.partition("[")[0]: glob.escape(str(path))}
+        return datasets.load_dataset("parquet", data_files=files, split=split)
+    except Exception as error:
+        raise ValueError(f"cannot read the {split} split of {path} as images: {error.__cause__ or error}") from error
+
+
+def _is_image(feature: Any) -> bool:
+    return isinstance(feature, datasets.Image)
+
+
+def _is_class(feature: Any) -> bool:
+    return isinstance(feature, datasets.ClassLabel)
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+
+
+def _find_column(records: datasets.Dataset, kind: str, source: object, tests: Sequence[Callable[[Any], bool]]) -> str:
+    """The one column that passes the first of the tests that any column passes."""
+    found = [[column for column, feature in records.features.items() if test(feature)] for test in tests]
+    columns = next(filter(None, found), [])
+    if len(columns) != 1:
+        count = f"several {kind} columns" if columns else f"no {kind} column"
+        raise ValueError(f"{count} in {source}; set {kind}_column to one of {columns or sorted(records.column_names)}")
+    return columns[0]
+
+
+def _stored_images(records: datasets.Dataset, column: str, source: object) -> datasets.Dataset:
+    try:
+        return records.select_columns([column]).rename_columns({column: "image"}).cast_column("image", _STORED)
+    except Exception as error:
+        raise ValueError(
+            f"column {column!r} of {source} holds {records.features[column]}, no images; set image_column to "
+            "one that does"
+        ) from error
+
+
+def _read_labels(records: datasets.Dataset, column: str, source: object) -> NDArray[np.int64]:
+    feature = records.features[column]
+    labels = np.asarray(records.with_format("numpy")[column][:])
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(
+            f"column {column!r} of {source} holds {feature}, as {labels[0]!r}, but every label must be the number of a "
+            "class; set label_column to one that holds these"
+        )
+    wrong = (labels < 0) | (labels >= (feature.num_classes if _is_class(feature) else np.inf))
+    if wrong.any():
+        raise ValueError(
+            f"label {labels[wrong.argmax()]} in record {wrong.argmax()} of {source} is no number of a class, which "
+            "count from 0; splits without labels are filled with -1, set the split to one with labels"
+        )
+    return labels.astype(np.int64)
+
+
+def _training_classes(labels: NDArray[np.int64], names: list[str] | None, source: object) -> list[str]:
+    """Names of all classes, each of which must occur."""
+    present = np.unique(labels)
+    count = len(names) if names else int(present[-1]) + 1
+    if len(present) < count:
+        first = next((number for number, label in enumerate(present) if number != label), len(present))
+        raise ValueError(
+            f"{count - len(present)} of {count} classes have no training image in {source}, the first is number "
+            f"{first}{f' ({names[first]})' if names else ''}; leave them out and number the classes from 0"
+        )
+    return names or [str(number) for number in range(count)]
+
+
+def _exchange(
+    labels: NDArray[np.int64], names: list[str] | None, class_names: Sequence[str], source: object
+) -> NDArray[np.int64]:
+    """The numbers that classes have in training."""
+    if names is None:
+        numbers = np.where(labels < len(class_names), labels, -1)
+    else:
+        known = {name: number for number, name in enumerate(class_names)}
+        numbers = np.array([known.get(name, -1) for name in names])[labels]
+    if (numbers < 0).any():
+        record = numbers.argmin()
+        name = names[labels[record]] if names else labels[record]
+        raise ValueError(
+            f"class {name} in record {record} of {source} is not among the {len(class_names)} classes of the training "
+            f"images, {', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}"
+        )
+    return numbers

@@ -1,0 +1,264 @@
+"""What the vision models share: checks of sizes and images, initialization, backbone, classifier and registration."""
+
+# No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
+from transformers.utils.generic import can_return_tuple
+
+from hf_fnl.models.cards import UploadsCard
+from hf_fnl.utils.suggest import did_you_mean
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+@strict
+class VisionConfig(PreTrainedConfig):
+    """Configuration of a convolutional network that ends in a global average.
+
+    Args:
+        width: Channels of the first convolution.
+        num_channels: Channels of the images.
+        image_size: Height and width of the images in pixels that the model is meant for; it takes others as well.
+
+    Raises:
+        ValueError: If a size is too small.
+    """
+
+    smallest_image: ClassVar[int] = 1  # pixels of the shorter side that leave something to average
+
+    width: int = 16
+    num_channels: int = 3
+    image_size: int = 32
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_sizes(width=self.width, num_channels=self.num_channels, num_labels=self.num_labels)
+        check_sizes(self.smallest_image, image_size=self.image_size)
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the last layer, which the classifier sees."""
+        raise NotImplementedError
+
+
+def check_sizes(smallest: int = 1, **sizes: int | None) -> None:
+    """Raise a ``ValueError`` if one of the named sizes is given and too small."""
+    for option, size in sizes.items():
+        if size is not None and size < smallest:
+            raise ValueError(f"{option} must be at least {smallest}, got {size}")
+
+
+def blocks_per_stage(depth: int, extra: int) -> int:
+    """Residual blocks in each of three stages, ``n`` where the network has ``6 n + extra`` layers.
+
+    Raises:
+        ValueError: If the depth is of another form.
+    """
+    count = max(1, round((depth - extra) / 6))
+    if depth != 6 * count + extra:
+        raise ValueError(f"depth must be 6 n + {extra}, got {depth}; the nearest is {6 * count + extra}")
+    return count
+
+
+class VisionPreTrainedModel(UploadsCard, PreTrainedModel):
+    """What backbones and classifiers share: He et al. 2015's initialization, and cards on the Hub."""
+
+    config: VisionConfig
+    config_class = VisionConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            super()._init_weights(module)
+            return
+        self._draw_weight(module)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+
+    def _draw_weight(self, module: nn.Conv2d | nn.Linear) -> None:
+        init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+
+class VisionBackbone(VisionPreTrainedModel):
+    """A network up to its global average: a ``stem`` of convolutions, then ``stages``."""
+
+    stem: nn.Module
+    stages: nn.Sequential
+
+    def normalized(self, hidden_state: Tensor) -> Tensor:
+        """What is averaged, from the output of the last stage: the same, unless a network normalizes it."""
+        return hidden_state
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        """Compute the features of images.
+
+        Args:
+            pixel_values: ``(batch, num_channels, height, width)``.
+            output_hidden_states: Whether the output has ``hidden_states``; that of the configuration unless given.
+
+        Returns:
+            ``last_hidden_state (batch, hidden_size, rows, columns)``, its average ``pooler_output (batch,
+            hidden_size)``, and ``hidden_states``, the outputs of the stem and of each stage, of which the last is
+            ``last_hidden_state``.
+
+        Raises:
+            ValueError: If the images are too small or have another number of channels.
+        """
+        self._check_images(pixel_values.shape)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_state = self.stem(pixel_values)
+        states = [hidden_state]
+        for stage in self.stages:
+            hidden_state = stage(hidden_state)
+            states = [*states, hidden_state] if output_hidden_states else [hidden_state]
+        states[-1] = self.normalized(hidden_state)
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=states[-1],
+            pooler_output=states[-1].mean((2, 3)),
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    def _check_images(self, shape: Sequence[int]) -> None:
+        channels, smallest = self.config.num_channels, self.config.smallest_image
+        if len(shape) != 4 or shape[1] != channels or min(shape[2:]) < smallest:
+            raise ValueError(
+                f"pixel_values must be (batch, {channels}, height, width) of at least {smallest} pixels a side, "
+                f"got {tuple(shape)}; num_channels={channels} is an option of the configuration"
+            )
+
+
+class ImageClassifier(VisionPreTrainedModel):
+    """A backbone and a linear layer on its average."""
+
+    backbone_class: ClassVar[type[VisionBackbone]]
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
+        self.backbone = self.backbone_class(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Classify images.
+
+        Args:
+            pixel_values: ``(batch, num_channels, height, width)``.
+            labels: Classes, ``(batch,)`` in ``[0, num_labels)``, where -100 leaves an image out of the loss; or
+                targets ``(batch, num_labels)``; see :func:`classification_loss`.
+            output_hidden_states: Whether the output has ``hidden_states``; that of the configuration unless given.
+            num_items_in_batch: Labels in the whole batch, over accumulation steps and processes, as the Trainer passes
+                it.
+
+        Returns:
+            ``logits (batch, num_labels)``, where there are labels the ``loss``, and the backbone's ``hidden_states``.
+
+        Raises:
+            ValueError: If the images are too small or have another number of channels, or the labels do not fit.
+        """
+        features = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        logits = self.classifier(features.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, num_items_in_batch, self.config.problem_type)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
+
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    problem_type: str | None = None,
+) -> Tensor:
+    """Loss in float32 of one of Transformers' three problem types, averaged over the labels of the whole batch.
+
+    ``"single_label_classification"`` is the cross-entropy with classes ``(batch,)``, ``"multi_label_classification"``
+    the binary cross-entropy with targets ``(batch, num_labels)`` between 0 and 1, ``"regression"`` the mean squared
+    error with as many targets as logits.
+
+    Args:
+        logits: ``(batch, num_labels)``.
+        labels: Classes, -100 where there is nothing to predict, or targets.
+        num_items_in_batch: Labels in the whole batch, of which these may be a part; their own number unless given.
+        problem_type: Unless given, as in Transformers: regression of one logit, classes where the labels are integers,
+            otherwise several labels.
+
+    Raises:
+        ValueError: If targets are not of the shape of the logits, or ``problem_type`` is another.
+    """
+    if problem_type not in (None, *PROBLEM_TYPES):
+        hint = did_you_mean(problem_type, PROBLEM_TYPES)
+        raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}{hint}")
+    if problem_type is None and logits.shape[-1] == 1:
+        problem_type = "regression"
+    elif problem_type is None:
+        is_class = labels.dtype in (torch.int64, torch.int32)
+        problem_type = "single_label_classification" if is_class else "multi_label_classification"
+    logits = logits.float()
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    if problem_type == "single_label_classification":
+        loss = F.cross_entropy(logits, labels.flatten().long(), reduction=reduction)
+    else:
+        if labels.numel() != logits.numel():
+            raise ValueError(
+                f"labels of problem_type {problem_type!r} must have the shape of the logits, {tuple(logits.shape)}, "
+                f"got {tuple(labels.shape)}"
+            )
+        measure = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+        loss = measure(logits, labels.reshape(logits.shape).float(), reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def convolution(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias whose output is as large as its input, divided by the stride."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+
+def residual_stages(block: Callable[[int, int, int], nn.Module], widths: Sequence[int], count: int) -> nn.Sequential:
+    """Stages of residual blocks; every stage but the first halves height and width in its first block.
+
+    Args:
+        block: Makes a block from its input channels, output channels and stride.
+        widths: Channels of the input, then of each stage.
+        count: Blocks in each stage.
+    """
+    stages = []
+    for number, (before, after) in enumerate(pairwise(widths)):
+        first = block(before, after, 1 if number == 0 else 2)
+        stages.append(nn.Sequential(first, *(block(after, after, 1) for _ in range(count - 1))))
+    return nn.Sequential(*stages)
+
+
+def register(backbone: type[VisionBackbone], classifier: type[ImageClassifier]) -> None:
+    """Make Transformers' Auto classes know a family."""
+    config = backbone.config_class
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, backbone, exist_ok=True)
+    AutoModelForImageClassification.register(config, classifier, exist_ok=True)

@@ -1,0 +1,82 @@
+"""Imports between the rooms of the package go one way, and importing it stays light."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hf_fnl"
+# From the lowest to the highest; a file imports from its own room and lower ones.
+ROOMS = (
+    "utils",
+    "math",
+    "layers",
+    "attention",
+    "surgery",
+    "optim",
+    "models",
+    "planning",
+    "training",
+    "tasks",
+    "vision",
+    "report",
+    "cli",
+    "public",
+    "__main__",
+)
+HEAVY = {"datasets", "evaluate", "deepspeed", "matplotlib", "typer"}
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def ids(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a file imports, anywhere in it; a relative import keeps its dots."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def room(path: Path) -> str:
+    """The folder, or the module, of the package that a file belongs to: ``layers`` for ``layers/linear.py``."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_every_file_has_its_room(path):
+    assert room(path) in ROOMS, f"{ids(path)} lies in no room: add it to ROOMS"
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_imports_are_absolute(path):
+    assert [name for name in imports(path) if name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_imports_go_down(path):
+    ours = [name.split(".") for name in imports(path) if name.split(".")[0] == "hf_fnl"]
+    assert ["hf_fnl"] not in ours, "a file inside the package imports its roof"
+    allowed = ROOMS[: ROOMS.index(room(path)) + 1]
+    assert [".".join(name) for name in ours if name[1] not in allowed] == []
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "tasks").glob("*.py")), ids=ids)
+def test_tasks_know_no_model_class(path):
+    assert [name for name in imports(path) if name.startswith("hf_fnl.models")] == []
+
+
+def test_importing_the_package_pulls_in_nothing_heavy():
+    code = f"import json, sys, hf_fnl; print(json.dumps(sorted({HEAVY!r} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == []
