@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -295,7 +296,10 @@ def test_a_training_that_is_interrupted(tmp_path):
     script = Path(__file__).parents[1] / "run_scripts" / "train_vision.py"
     flags = "--width 3 --max_train_images 88 --max_eval_images 37 --num_train_epochs 9999 --use_cpu"
     command = [sys.executable, str(script), *flags.split(), "--output_dir", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Where this suite itself runs in the background, SIGINT is ignored, and a child would ignore it, too.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=listening) as process:
         while not (line := process.stdout.readline()).startswith("step 2/"):
             assert line or process.poll() is None
         process.send_signal(signal.SIGINT)
