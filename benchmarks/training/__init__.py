@@ -1,0 +1,1 @@
+"""Trainings of the grids: plain PyTorch loops whose steps a GPU repeats as CUDA graphs."""
