@@ -1,4 +1,4 @@
-"""BERT pretrained with LAMB, LAMB with Frobenius decay or FLAMBe, then fine-tuned on SQuAD (Khodak et al. 2021, Table 4).
+"""Pretrain BERT with LAMB, with Frobenius decay or FLAMBe, and fine-tune it on SQuAD (Khodak et al. 2021, Table 4).
 
 Pretraining is masked language modeling alone, without the next sentence: windows ``[CLS] text [SEP]`` at random places
 of random articles, none across two articles. Short windows come first, because they leave the plateau of word

@@ -50,7 +50,7 @@ class CaptureFailed(Exception):
 
 
 def run_program(program: str, main: Callable[[list[str]], Any]) -> None:
-    """Run a training as a process: ends with ``STOPPED`` if it is to go on later, begins again eagerly if a capture fails.
+    """Run a training as a process: ends with ``STOPPED`` if it is to go on, begins again eagerly if a capture fails.
 
     Args:
         program: Module that runs.
