@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 
 from hf_fnl import Factorized, load, merge_
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.cards.record import CONFIG_FILE, read_json
 from hf_fnl.tasks.clm import build_blocks
 from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.accuracy import topk_hits
@@ -35,6 +34,7 @@ from hf_fnl.tasks.metrics.perplexity import sum_losses
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, progress, run_script
 from hf_fnl.utils.files import write_json
+from hf_fnl.utils.run_files import CONFIG_FILE, read_json
 from hf_fnl.vision.image_batches import BatchTransform, single_batch
 from hf_fnl.vision.image_options import ImageOptions, load_image_sets
 from hf_fnl.vision.interpolation import INTERPOLATION_FILE, loss_along_line

@@ -15,7 +15,7 @@ from hf_fnl import load
 from hf_fnl.cli.app import app
 from hf_fnl.layers import factorized_layers
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.cards import model_card, write_upload_card
+from hf_fnl.models.cards import model_card
 from hf_fnl.training.command_line import parse_arguments
 from hf_fnl.training.runs import run_settings
 
@@ -28,7 +28,7 @@ def hf_fnl(*arguments: object) -> str:
 
 
 def check_next_steps(folder: Path, out: Path) -> dict[str, Any]:
-    """Merge, inspect, report, write a card and prepare an upload of a script's output; returns what inspect says."""
+    """Merge, inspect, report and write a card of a script's output; returns what inspect says."""
     out.mkdir()
     model = load(folder)
     if isinstance(model, FactorizedPreTrainedModel) or factorized_layers(model):
@@ -40,11 +40,6 @@ def check_next_steps(folder: Path, out: Path) -> dict[str, Any]:
     card = model_card(model, name="someone/model", record=folder)
     (out / "card.md").write_text(str(card))
     assert card_problems(str(card)) == []
-    upload = out / "upload"
-    model.save_pretrained(upload)
-    (upload / "README.md").write_text("This model card has been generated automatically")  # as Transformers' own
-    write_upload_card(upload, model, "someone/model")
-    assert "# model" in (upload / "README.md").read_text()
     return json.loads(hf_fnl("inspect", folder, "--json"))
 
 

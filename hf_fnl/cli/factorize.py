@@ -21,12 +21,12 @@ from hf_fnl.layers.linear import dense_weight
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards import CARD_FILE, stated_in, write_card
-from hf_fnl.models.cards.record import FACTORIZATION_FILE
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.config import FactorizationConfig, RankRule
 from hf_fnl.tasks.documents import looks_like_path
 from hf_fnl.utils.files import write_json
+from hf_fnl.utils.run_files import FACTORIZATION_FILE
 from hf_fnl.utils.suggest import listed
 
 Calibration = Mapping[str, Tensor] | None

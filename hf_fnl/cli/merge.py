@@ -16,9 +16,9 @@ from hf_fnl.cli.sources import load_model, random_inputs
 from hf_fnl.cli.terminal import Terminal
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards import CARD_FILE, write_card
-from hf_fnl.models.cards.record import FACTORIZATION_FILE
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import merge_
+from hf_fnl.utils.run_files import FACTORIZATION_FILE
 
 
 def merge(source: str, target: Path, *, check: bool, overwrite: bool, terminal: Terminal) -> dict[str, Any]:

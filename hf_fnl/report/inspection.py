@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fnl.attention import Product, find_products
 from hf_fnl.layers import Factorized
 from hf_fnl.math.factors import singular_values
-from hf_fnl.models.cards.record import FACTORIZATION_FILE, read_json
+from hf_fnl.utils.run_files import FACTORIZATION_FILE, read_json
 
 DENSE = "dense"
 

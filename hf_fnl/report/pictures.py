@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_fnl.models.cards.record import STATE_FILE
 from hf_fnl.report.chapters import IN_TRAINING, loss_section, make_section
 from hf_fnl.report.drawing import draw_png
 from hf_fnl.report.sources import Source, read_run
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
+from hf_fnl.utils.run_files import STATE_FILE
 
 
 def plot_loss(run: str | Path, target: str | Path) -> Path:

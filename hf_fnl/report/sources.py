@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
-from hf_fnl.models.cards.record import CONFIG_FILE, METRICS_FILE, STATE_FILE, flatten, read_json
 from hf_fnl.models.checkpoint import load
 from hf_fnl.optim.diagnostics import Figures, parameter_count
 from hf_fnl.report.inspection import Progress, Spectrum, measure_spectra, read_energies
@@ -22,6 +21,7 @@ from hf_fnl.report.names import labels, path_ends
 from hf_fnl.report.operations import operations
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
+from hf_fnl.utils.run_files import CONFIG_FILE, METRICS_FILE, STATE_FILE, flatten, read_json
 from hf_fnl.vision.interpolation import INTERPOLATION_FILE
 
 History = list[tuple[int, dict[str, Figures]]]

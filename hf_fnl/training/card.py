@@ -12,8 +12,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import Trainer
 
 from hf_fnl.models.cards import CARD_FILE, Record, is_automatic, write_card
-from hf_fnl.models.cards.record import last_figures
 from hf_fnl.training.runs import run_settings
+from hf_fnl.utils.run_files import last_figures
 
 
 def write_trainer_card(

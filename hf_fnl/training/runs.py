@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_fnl.models.cards.record import CONFIG_FILE, METRICS_FILE, flatten
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.training.checkpoints.folders import checkpoints
 from hf_fnl.training.checkpoints.resume import check_whole, newest_whole
 from hf_fnl.training.command_line import UsageError, duration
 from hf_fnl.utils.files import check_writable, write_json
 from hf_fnl.utils.processes import first_decides
+from hf_fnl.utils.run_files import CONFIG_FILE, METRICS_FILE, flatten
 
 # Written by the Trainer for itself, or secret: not settings of a run.
 _NOT_SETTINGS = {"hub_token", "deepspeed_plugin", "distributed_state"}

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from hf_fnl.models.cards.record import METRICS_FILE
 from hf_fnl.training.runs import checkpoint_to_resume
 from hf_fnl.utils.files import write_json
+from hf_fnl.utils.run_files import METRICS_FILE
 from hf_fnl.vision.pruning import apply_masks_, choose_masks, finalize_, sparsity
 from hf_fnl.vision.pruning.counts import prunable_layers
 

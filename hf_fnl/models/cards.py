@@ -1,0 +1,434 @@
+"""Model cards for the Hub, written from a model and from the files beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import AutoModelForImageClassification, MarianConfig
+from transformers.modelcard import TASK_MAPPING
+from transformers.utils import CONFIG_NAME
+
+from hf_fnl.layers import factorized_layers
+from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.surgery.config import TransformerRanks
+from hf_fnl.utils.folders import is_inside
+from hf_fnl.utils.run_files import (
+    CONFIG_FILE,
+    FACTORIZATION_FILE,
+    METRICS_FILE,
+    STATE_FILE,
+    flatten,
+    last_figures,
+    read_json,
+)
+from hf_fnl.utils.suggest import printable
+
+CARD_FILE = "README.md"
+MARK = "<!-- Written by hf_fnl. Remove this line to keep the card from being written anew. -->"
+
+# By these words a card is known for one that no person wrote: ours, or one of two that Transformers writes.
+_AUTOMATIC = (MARK, "model card has been automatically generated", "model card has been generated automatically")
+_TEMPLATE = Path(__file__).with_name("card_template.md")
+# What a person may have stated in an automatic card.
+_KEPT = ("language", "license", "license_name", "license_link", "tags")
+_TRAINED_ON = ("dataset", "train_dataset")
+_EVALUATED_ON = ("eval_dataset", "validation_dataset")
+_EMBEDDED = ("embedded", "digits")  # data sets that lie in packages
+_DATA_FILES = {".json", ".jsonl", ".parquet", ".txt", ".gz"}
+_SETTINGS = (
+    *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay"),
+    *("momentum", "lr_milestones", "num_train_epochs"),
+    *("decay", "frobenius_decay", "frobenius_coefficient", "factor_decay", "overcomplete", "pruning"),
+    *("phases", "max_seq_length", "mlm_probability", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("bf16", "fp16", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a model was made; what is not known is empty.
+
+    Args:
+        metrics: Figures of the run by name, those of several phases under ``"phase-1 / eval_loss"``.
+        settings: Options of the run.
+        factorization: What ``hf-fnl factorize`` did: ``base_model``, ``command``, ``parameters_before``, ``layers``.
+        steps: Optimizer steps of the run, all phases together.
+    """
+
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    factorization: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Record:
+        """Read the JSON files of a model's or a run's folder; a run in phases has its logs in ``phase-*`` folders.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: If one of the files is damaged.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"record must be the folder of a run or of a model; there is none at {folder}")
+        factorization = read_json(folder / FACTORIZATION_FILE)
+        if reason := _damage(factorization):
+            raise ValueError(f"{folder / FACTORIZATION_FILE} is damaged: {reason}")
+        states = [read_json(part / STATE_FILE) for part in (folder, *sorted(folder.glob("phase-*")))]
+        log = [entry for state in states for entry in state.get("log_history", [])]
+        return cls(
+            metrics=flatten(read_json(folder / METRICS_FILE)) or last_figures(log),
+            settings=read_json(folder / CONFIG_FILE),
+            factorization=factorization,
+            steps=sum(state.get("global_step", 0) for state in states) or None,
+        )
+
+    @property
+    def origins(self) -> list[str]:
+        """Names or paths of the model that this one was made from."""
+        # Where a model may also be a fresh one, `model` is the name of its sizes.
+        source = self.settings.get("init_from" if "init_from" in self.settings else "model")
+        return [name for name in (self.factorization.get("base_model"), source) if name]
+
+
+def model_card(
+    model: nn.Module,
+    *,
+    name: str | None = None,
+    record: Record | str | os.PathLike[str] | None = None,
+    data: str | None = None,
+    command: str | None = None,
+    metadata: ModelCardData | None = None,
+) -> ModelCard:
+    """Describe a model for the Hub: ranks, parameters before and after, data, metrics, settings, command, licence.
+
+    What is not known is left out; a licence is never guessed.
+
+    Args:
+        model: The model: of ours, factorized in place, or merged.
+        name: Id on the Hub, or path, under which it will be loaded.
+        record: How it was made, or the folder of the run or model that says so.
+        data: What it was trained on, in words. Default: the data sets in the record.
+        command: The command that made it. Default: the one in the record.
+        metadata: What only you know, such as ``license``, ``language`` or ``base_model``. It comes before what is read
+            off; tags are added to ours.
+
+    Raises:
+        FileNotFoundError: If ``record`` is no folder.
+        ValueError: If a file of the record is damaged.
+    """
+    if not isinstance(record, Record):
+        record = Record() if record is None else Record.read(record)
+    title = (name or type(model).__name__).rstrip("/").rpartition("/")[2]
+    card_data = _metadata(model, record, name, metadata or ModelCardData())
+    command = command or record.factorization.get("command")
+    dense_class = getattr(model, "dense_class", None)
+    package = type(model).__module__.partition(".")[0]
+    licence = card_data.license
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(_TEMPLATE),
+        mark=MARK,
+        title=_plain(title),
+        name=printable(json.dumps(name or "path/to/model", ensure_ascii=False)),
+        class_name=type(model).__name__,
+        package=package,
+        dense_class=dense_class and dense_class.__name__,
+        needs_import=not dense_class and package != "hf_fnl" and bool(factorized_layers(model)),
+        facts=[*_sizes(model, record), *_origin(record, card_data.base_model, data or card_data.datasets)],
+        layers=list(_layers(model, record)),
+        results=[(_code(key), _number(value)) for key, value in record.metrics.items() if _is_result(key, value)],
+        settings=[(_code(key), _plain(listed)) for key in _SETTINGS if (listed := _listed(record.settings.get(key)))],
+        command=None if command is None else printable(command),
+        fence="`" * max(3, 1 + _longest_ticks(command or "")),
+        licence=_plain(", ".join(licence) if isinstance(licence, list) else licence or ""),
+    )
+
+
+def write_card(path: str | os.PathLike[str], model: nn.Module, **known: Any) -> bool:
+    """Write the card of a model, unless a person wrote the one that is there.
+
+    Licence, language and tags of an automatic card are taken over.
+
+    Args:
+        path: The file, by custom ``README.md`` beside the weights.
+        model: The model.
+        known: Further arguments of :func:`model_card`.
+
+    Returns:
+        Whether it was written.
+    """
+    path = Path(path)
+    if path.is_file():
+        if not is_automatic(path):
+            return False
+        first, second = known.get("metadata") or ModelCardData(), stated_in(path)
+        given = {key: value for key, value in vars(first).items() if value is not None}
+        tags = [*(first.tags or ()), *(second.tags or ())]
+        known["metadata"] = ModelCardData(**{**vars(second), **given, "tags": tags})
+    model_card(model, **known).save(path)
+    return True
+
+
+class UploadsCard:
+    """Mixin before a ``PreTrainedModel``: what is pushed to the Hub gets a card of ours, unless a person wrote one."""
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Push as Transformers does, after the card, which Transformers then finds there and keeps."""
+        _push_card(self, repo_id, options)
+        return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **options: Any) -> None:
+        """Save as Transformers does; ``push_to_hub=True`` pushes the card first."""
+        if push_to_hub:
+            _push_card(self, options.get("repo_id", Path(save_directory).name), options)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **options)  # type: ignore[misc]
+
+
+def _push_card(model: Any, repo_id: str, options: Mapping[str, Any]) -> None:
+    """Put a card into a repository of the Hub, from the files of the folder that the model was loaded from.
+
+    A card that a person wrote stays, on the Hub or, where the Hub has none, in that folder.
+    """
+    if options.get("create_pr") or options.get("revision"):
+        return
+    token, private = options.get("token"), options.get("private")
+    repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    folder = Path(model.name_or_path or "")
+    # A model that was converted keeps the path of the one that it was made from, whose files are not its own.
+    is_home = read_json(folder / CONFIG_NAME).get("architectures") == [type(model).__name__]
+    local = folder / CARD_FILE
+    with contextlib.suppress(EntryNotFoundError):
+        local = Path(HfApi(token=token).hf_hub_download(repo_id, CARD_FILE))
+        if not is_automatic(local):
+            return
+    metadata = stated_in(local) if local.is_file() and (is_home or local.parent != folder) else ModelCardData()
+    if local.is_file() and is_home and not is_automatic(local):
+        card = ModelCard.load(local)
+    else:
+        record = Record.read(folder) if is_home else Record()
+        metadata.tags = [*(metadata.tags or ()), *(options.get("tags") or ())]
+        card = model_card(model, name=repo_id, record=record, metadata=metadata)
+    card.push_to_hub(repo_id, token=token)
+
+
+def is_automatic(path: str | os.PathLike[str]) -> bool:
+    """Whether no person has taken the card in this file into their hands."""
+    content = Path(path).read_text(encoding="utf-8", errors="replace")
+    return any(words in content for words in _AUTOMATIC)
+
+
+def stated_in(path: Path, keys: Sequence[str] = _KEPT) -> ModelCardData:
+    """Return what the head of a card says under some keys, as texts and lists of texts.
+
+    Args:
+        path: The card; a warning tells if its head cannot be read, and nothing is taken from it.
+        keys: Fields of ``ModelCardData``.
+    """
+    try:
+        if not is_inside(path, path.parent):
+            raise ValueError("it is a link that leaves its folder")
+        found = vars(ModelCard.load(path, ignore_metadata_errors=True).data)
+    except Exception as error:  # of YAML, of the Hub's client, or of the file: a card is no reason to lose the model
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"what {path} says in its head is left out, for it cannot be read: {reason}", stacklevel=2)
+        return ModelCardData()
+    stated: dict[str, Any] = {key: _texts(found.get(key)) for key in keys}
+    if isinstance(stated.get("tags"), str):
+        stated["tags"] = [stated["tags"]]
+    return ModelCardData(**stated)
+
+
+def _metadata(model: nn.Module, record: Record, name: str | None, stated: ModelCardData) -> ModelCardData:
+    """The head of a card, which the Hub reads."""
+    given = {key: value for key, value in vars(stated).items() if value is not None}
+    origins = [*record.origins, getattr(model, "name_or_path", "")]
+    derived = {
+        "library_name": "transformers",
+        "pipeline_tag": "translation" if "languages" in record.settings else _task_of(model),
+        "base_model": next((origin for origin in origins if _is_hub_id(origin) and origin != name), None),
+        "datasets": [data for key in _TRAINED_ON if _is_hub_id(data := record.settings.get(key))] or None,
+    }
+    tags = ["hf_fnl"]
+    if record.factorization or _model_ranks(model) or factorized_layers(model):
+        tags.append("low-rank")
+    if record.settings.get("optim") == "flambe":
+        tags.append("flambe")
+    return ModelCardData(**{**derived, **given, "tags": list(dict.fromkeys(tags + given.get("tags", [])))})
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """The Hub's task for the head of a model, if there is exactly one."""
+    if isinstance(getattr(model, "config", None), MarianConfig):
+        return "translation"
+    if type(model) in AutoModelForImageClassification._model_mapping.values():
+        return "image-classification"
+    name = getattr(model, "dense_class", type(model)).__name__
+    tasks = [
+        task
+        for task, heads in TASK_MAPPING.items()
+        if task != "text2text-generation"  # which the Hub has given up
+        and any(name in (head if isinstance(head, tuple | list) else (head,)) for head in heads.values())
+    ]
+    return tasks[0] if len(tasks) == 1 else None
+
+
+def _sizes(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
+    count = parameter_count(model)
+    total = int(count["total"])
+    before = record.factorization.get("parameters_before", int(count["dense_equivalent"]))
+    after = record.factorization.get("parameters_after", total)
+    yield "class", f"`{type(model).__name__}`"
+    if ranks := _model_ranks(model):
+        yield "ranks", ", ".join(f"`{option}` {_spread(rank)}" for option, rank in ranks.items())
+    yield "parameters", f"{total:,}"
+    if after != total:
+        yield "parameters when factorized", f"{after:,}"
+    if before != after:
+        yield "parameters of the dense model", f"{before:,}, of which {after / before:.1%} are left"
+    if record.factorization.get("layers"):
+        yield "rank of each layer", f"`{FACTORIZATION_FILE}`"
+
+
+def _origin(record: Record, base_model: Any, data: Any) -> Iterator[tuple[str, str]]:
+    facts = {
+        "made from": _listed(base_model) or next(map(_public, record.origins), ""),
+        "trained on": _listed(data) or _sources(record, _TRAINED_ON),
+        "evaluated on": _sources(record, _EVALUATED_ON),
+        "optimizer steps": f"{record.steps:,}" if record.steps else "",
+    }
+    yield from ((fact, _plain(value)) for fact, value in facts.items() if value)
+
+
+def _layers(model: nn.Module, record: Record) -> Iterator[dict[str, Any]]:
+    """A row for the layers of each kind and shape."""
+    listed = record.factorization.get("layers") or [
+        {"kind": layer.kind, "shape": layer.shape, "rank": layer.rank} for layer in factorized_layers(model)
+    ]
+    groups: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
+    for layer in listed:
+        groups.setdefault((layer["kind"], tuple(layer["shape"])), []).append(layer)
+    for (kind, shape), layers in groups.items():
+        kept = [layer["energy"] for layer in layers if layer.get("energy") is not None]
+        yield {
+            "kind": _plain(kind),
+            "shape": " x ".join(map(str, shape)),
+            "count": len(layers),
+            "rank": _spread([layer["rank"] for layer in layers]),
+            "energy": f"{sum(kept) / len(kept):.1%}" if kept else "",
+        }
+
+
+def _model_ranks(model: nn.Module) -> dict[str, Any]:
+    """The ranks in the configuration of a model of ours; none of another."""
+    ranks = getattr(getattr(model, "config", None), "ranks", None)
+    if not isinstance(ranks, TransformerRanks):
+        return {}
+    values = {option.name: getattr(ranks, option.name) for option in fields(ranks) if option.name != "init"}
+    return {option: rank for option, rank in values.items() if (any(rank) if isinstance(rank, list) else rank)}
+
+
+def _spread(ranks: int | list[int | None]) -> str:
+    """One rank, or the least and the largest of several; a layer without one is dense."""
+    values: list[int | None] = ranks if isinstance(ranks, list) else [ranks]
+    numbers = sorted({rank for rank in values if rank is not None})
+    spread = " to ".join(map(str, dict.fromkeys((*numbers[:1], *numbers[-1:]))))
+    return f"{spread}, dense in {values.count(None)} of {len(values)} layers" if None in values else spread
+
+
+def _damage(factorization: Mapping[str, Any]) -> str | None:
+    """Why a ``factorization.json`` cannot be one, if it cannot."""
+    layers = factorization.get("layers", [])
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if not (isinstance(layer, Mapping) and {"kind", "shape", "rank"} <= set(layer)):
+            return "a layer lacks its kind, shape or rank"
+        sizes = [layer["rank"], *(layer["shape"] if isinstance(layer["shape"], list) else [None])]
+        fits = isinstance(layer["kind"], str) and isinstance(layer.get("energy"), int | float | None)
+        if not fits or not all(map(_is_count, sizes)):
+            return f"a layer is {dict(layer)!r}"
+    counts = ("parameters_before", "parameters_after")
+    wrong = [key for key in counts if key in factorization and not _is_count(factorization[key])]
+    wrong += [key for key in ("base_model", "command") if not isinstance(factorization.get(key), str | None)]
+    return f"{wrong[0]} is {factorization[wrong[0]]!r}" if wrong else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_hub_id(name: Any) -> TypeGuard[str]:
+    """Whether a name is written as an id on the Hub and is no file, folder or embedded data set here."""
+    if not isinstance(name, str) or name in _EMBEDDED or Path(name).exists() or Path(name).suffix in _DATA_FILES:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _is_result(metric: str, value: Any) -> bool:
+    """Whether a figure of a run says how good the model is, or how long that took."""
+    size_or_speed = metric.startswith("parameters / ") or metric.endswith(("_per_second", "_flos"))
+    return isinstance(value, int | float) and not size_or_speed
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _sources(record: Record, options: Sequence[str]) -> str:
+    return ", ".join(_public(source) for option in options if (source := record.settings.get(option)))
+
+
+def _public(source: Any) -> str:
+    """A name to publish, or several: of a path, which nobody else has, the last part only."""
+    if isinstance(source, list | tuple):
+        return ", ".join(map(_public, source))
+    return source if _is_hub_id(source) else Path(str(source)).name
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "" if value in (None, False) else str(value)
+
+
+def _texts(value: Any) -> str | list[str] | None:
+    """A text on one line, or the texts of a list; nothing of anything else."""
+    if isinstance(value, list):
+        return [" ".join(text.split()) for text in value if isinstance(text, str)] or None
+    return " ".join(value.split()) if isinstance(value, str) else None
+
+
+def _plain(value: object) -> str:
+    """Text that Markdown shows as it is: on one line, no table cell, link, markup or HTML in it."""
+    return re.sub(r"([\\`*\[\]<>|&$~]|\b_|_\b)", r"\\\1", _one_line(value))
+
+
+def _code(value: object) -> str:
+    """A span of code in a Markdown table: on one line, with more backticks around it than there are in it."""
+    text = _one_line(value).replace("|", "\\|")
+    ticks = "`" * (1 + _longest_ticks(text))
+    return f"{ticks}{text}{ticks}" if ticks == "`" else f"{ticks} {text} {ticks}"
+
+
+def _one_line(value: object) -> str:
+    # JSON may hold half of a surrogate pair, which no file can.
+    return printable(" ".join(str(value).encode("utf-8", "replace").decode().split()))
+
+
+def _longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
