@@ -32,12 +32,17 @@ from torch.nn import functional as F
 
 from benchmarks.training.common import EAGER_STEPS, Broken, CaptureFailed, RepeatedStep, Run, run_parser, run_program
 from benchmarks.training.images import CROP_PADDING, FLIPPED, Batches, normalize, read_images
-from hf_fnl import FactorizationConfig, Product, diagnose, factorize_, find_products
-from hf_fnl.config import CONV_SCHEMES
-from hf_fnl.functional import decay_gradients, squared_frobenius_norm
-from hf_fnl.layers import Factorized, FactorizedConv2d
-from hf_fnl.models.vision import PRESETS, inner_convolutions, vision_model
-from hf_fnl.spectral import INIT_METHODS
+from hf_fnl import (
+    FactorizationConfig,
+    Factorized,
+    FactorizedConv2d,
+    Product,
+    diagnose,
+    factorize_,
+    find_products,
+)
+from hf_fnl.math.factors import decay_gradients, squared_frobenius_norm
+from hf_fnl.vision.models import PRESETS, inner_convolutions, vision_model
 
 RUNNER_OPTIONS = ("out", "device", "data", "deadline", "norms_from")  # which say where, not what
 NORMS_FILE = "norms.pt"
@@ -63,8 +68,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", choices=tuple(PRESETS), default="resnet20")
     parser.add_argument("--width", type=int, help="channels of the first convolution")
     parser.add_argument("--rank-scale", type=float, help="of all convolutions but the first; they stay dense without")
-    parser.add_argument("--scheme", choices=CONV_SCHEMES, default="spatial", help="K21's or K22's matrix of a kernel")
-    parser.add_argument("--init", choices=INIT_METHODS, default="spectral", help="of the factors")
+    parser.add_argument(
+        "--scheme", choices=("spatial", "channel"), default="spatial", help="K21's or K22's matrix of a kernel"
+    )
+    parser.add_argument(
+        "--init", default="spectral", help="of the factors, such as spectral, spectral_ones, default or he"
+    )
     parser.add_argument("--compose", choices=tuple(COMPOSE), default="auto", help="multiply factors out in a step")
     parser.add_argument("--decay", choices=DECAYS, default="weight", help="of the factors")
     parser.add_argument("--norms-from", type=Path, help="folder of the run that --decay normalized follows")
