@@ -50,7 +50,7 @@ from hf_fnl import (
     find_products,
     parameter_groups,
 )
-from hf_fnl.decay import frobenius_penalty
+from hf_fnl.optim.frobenius_decay import frobenius_penalty
 from hf_fnl.training.schedules import polynomial
 
 PROGRAM = "benchmarks.training.bert"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
-from hf_fnl.training.metrics.squad_scores import score_squad
+from hf_fnl.tasks.metrics.squad_scores import score_squad
 
 MAX_QUERY_LENGTH, MAX_ANSWER_LENGTH = 64, 30  # BERT's own
 _CUT_AT_ONCE = 512  # questions
