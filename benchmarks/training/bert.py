@@ -7,11 +7,12 @@ held-out loss is that of the validation articles, in windows of the last phase's
 
 The optimizers differ in the decay alone:
 
-- ``lamb``: LAMB, ``weight_decay * p`` in every matrix's update.
-- ``lamb_fd``: the simple variant of the paper, in which the factors of the output-value products get no such decay, but
-  the gradient of ``ov_decay / 2 * ||W||_F^2`` in their gradient. They keep LAMB's trust ratio, which a decay of 0 would
-  switch off.
-- ``flambe``: the factors of these products get ``ov_decay * F_p`` in the place of ``weight_decay * p``.
+- ``lamb``: LAMB, ``ov_decay * p`` in the update of the factors of output-value products.
+- ``lamb_fd``: the simple variant of the paper, in which these factors get no such decay, but the gradient of
+  ``ov_decay / 2 * ||W||_F^2`` in their gradient. They keep LAMB's trust ratio, which a decay of 0 would switch off.
+- ``flambe``: ``ov_decay * F_p`` in the place of ``ov_decay * p``.
+
+All other matrices have ``weight_decay * p`` in their update, so that ``ov_decay`` alone is tuned.
 
 Fine-tuning is BERT's own, with a rate for so small a model, for several seeds after each other; the model that was
 pretrained stays in the folder ``pretrained``. A run that was broken off goes on.
@@ -178,14 +179,12 @@ def build_optimizer(name: str, model: nn.Module, rate: Tensor, weight_decay: flo
         name: One of ``OPTIMIZERS``.
         model: Its model.
         rate: Learning rate, a tensor.
-        weight_decay: Decay of all matrices, but of the factors of output-value products unless ``name`` is ``lamb``.
-        ov_decay: Coefficient of the Frobenius decay of these products.
+        weight_decay: Decay of all matrices but the factors of output-value products.
+        ov_decay: Coefficient of the decay of these factors, or of the Frobenius decay of their products.
     """
     shared: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.999), "max_grad_norm": 1.0, "fused": False}
-    if name == "lamb":
-        return Lamb(parameter_groups(model, weight_decay=weight_decay), **shared)
     products = find_products(model, ["ov"])
-    decay = ov_decay if name == "flambe" else NO_DECAY
+    decay = NO_DECAY if name == "lamb_fd" else ov_decay
     groups = parameter_groups(model, weight_decay=weight_decay, products=products, frobenius_decay=decay)
     if name == "flambe":
         return FLAMBe(groups, products=products, **shared)
@@ -469,8 +468,8 @@ def parser() -> argparse.ArgumentParser:
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--optimizer", choices=OPTIMIZERS, default="lamb", help="what trains")
-    add("--weight_decay", type=float, default=0.01, help="of all matrices that are in no product under Frobenius decay")
-    add("--ov_decay", type=float, help="of output-value products (lamb_fd, flambe); --weight_decay unless given")
+    add("--weight_decay", type=float, default=0.01, help="of all matrices but factors of output-value products")
+    add("--ov_decay", type=float, help="of output-value products or their factors; --weight_decay unless given")
     add("--head_rank", type=int, default=64, help="of the products of every head; 64 is full at the default sizes")
     add("--lr", type=float, default=4e-3, help="highest learning rate")
     add("--warmup", type=float, default=0.1, help="share of the updates in which the rate rises")
@@ -479,7 +478,7 @@ def parser() -> argparse.ArgumentParser:
         "--phases",
         type=Phase.parse,
         nargs="+",
-        default=[Phase(32, 1000, 1024), Phase(128, 4000, 256)],
+        default=[Phase(32, 1000, 512), Phase(128, 3000, 256)],
         help="length:steps:batch of each phase",
     )
     for name, value in {"hidden_size": 256, "layers": 4, "heads": 4, "vocab_size": 8192}.items():

@@ -158,14 +158,14 @@ class Training:
         done = 0
         if state is not None:
             done = state["step"]
-            if 0 < self.dense_steps < done:
+            if state["is_low_rank"] and self.dense_steps:
                 self._become_low_rank()
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             set_rate(self.optimizer, self.rate)
             self.loss.fill_(state["loss"])
             self.run.restore_random(state)
-        if done <= self.dense_steps > 0:
+        if self.dense_steps and not linear_products(self.model):
             self._train(done, self.dense_steps, 1.0)
             self._become_low_rank()
             done = self.dense_steps
@@ -199,6 +199,7 @@ class Training:
         if not self.run.must_stop():
             return False
         states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        states["is_low_rank"] = bool(linear_products(self.model))
         self.run.save({"step": number, "loss": self.loss.item(), **states})
         return True
 
