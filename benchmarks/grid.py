@@ -13,11 +13,14 @@ A plan is ``benchmarks/plans/PLAN.yaml``::
     seeds                   [0, 1, ...]; all cells of the first seed come before any of the second
     measures                names of numbers in result.json that are tabulated
     pairs                   [cell, other cell, measure, expected]: see benchmarks.grid_tables
+    later                   cells that begin only after all seeds of the others
     slots                   how many of the workers one run takes (1 unless given)
+    together                how many runs one process trains at once on a GPU, for a program that can (1 unless given)
 
 A program is called with its options and ``--seed S --out FOLDER --device D --data DIR``, and ``--deadline UNIXTIME``
 where time is limited. At its end it writes ``result.json`` with ``measures``. At the deadline, or at SIGTERM, it may
-write ``checkpoint.pt`` and end; called again, it goes on from there.
+write ``checkpoint.pt`` and end; called again, it goes on from there. With ``--several FILE`` a program trains the runs
+whose arguments the JSON file lists; it writes why one failed into ``log.txt`` in the folder of that run.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -49,8 +53,23 @@ logger = logging.getLogger("benchmarks.grid")
 
 PLANS = Path(__file__).parent / "plans"
 ROOT = Path(__file__).parents[1]
-FIELDS = {"title", "paper", "expect", "program", "options", "tiny", "cells", "seeds", "measures", "pairs", "slots"}
+FIELDS = {
+    "title",
+    "paper",
+    "expect",
+    "program",
+    "options",
+    "tiny",
+    "cells",
+    "seeds",
+    "measures",
+    "pairs",
+    "slots",
+    "later",
+    "together",
+}
 RESULT, CHECKPOINT, STATE = "result.json", "checkpoint.pt", "run.json"
+SEVERAL = "several.json"
 LOG = "log.txt"
 ANOTHER_RUN = "run:"
 BROKEN_OFF = 75  # exit code of a run that wrote a checkpoint to go on from (EX_TEMPFAIL)
@@ -59,6 +78,7 @@ TAIL = 15  # lines of a failed run's log
 WORKERS = {"cpu": 1, "cuda": 12}
 WITHOUT_MPS = 4  # processes that share a GPU take turns then
 SHORTEST = 20.0  # seconds that a run of unknown length needs to be begun
+LEAST_SHARE = 0.4  # of the time of many runs in one process that one alone takes at least
 TABLES = 4.0  # seconds for tables and the archive after all runs have ended
 GRACE = 8.0  # seconds between SIGTERM and SIGKILL
 DONE, RUNNING, BROKEN, FAILED, LEFT = "done", "running", "broken off", "failed", "left"
@@ -80,6 +100,8 @@ class Plan:
     tiny: Mapping[str, Any] = field(default_factory=dict)
     pairs: Sequence[Sequence[str]] = ()
     slots: int = 1
+    later: Sequence[str] = ()
+    together: int = 1
 
 
 def read_plan(name: str) -> Plan:
@@ -100,7 +122,7 @@ def read_plan(name: str) -> Plan:
         raise ValueError(f"{path.name} lacks {missing[0]!r}")
     found["cells"] = {cell: options or {} for cell, options in found["cells"].items()}
     plan = Plan(name=path.stem, **found)
-    named = [(cell, "pairs") for pair in plan.pairs for cell in pair[:2]]
+    named = [(cell, "pairs") for pair in plan.pairs for cell in pair[:2]] + [(cell, "later") for cell in plan.later]
     named += [(other, cell) for cell, options in plan.cells.items() for other in _other_cells(options).values()]
     for cell, where in named:
         if cell not in plan.cells:
@@ -126,6 +148,7 @@ class Run:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     stopped: bool = False
+    others: int = 0  # runs beside it in its process
 
     @property
     def name(self) -> str:
@@ -184,34 +207,31 @@ class Run:
                 "or remove that folder"
             )
 
-    def start(self, device: str, data: Path, deadline: float | None, environment: Mapping[str, str]) -> None:
-        """Begin, or go on."""
-        command = [sys.executable, "-m", self.plan.program, *self.flags, "--seed", str(self.seed)]
-        command += ["--out", str(self.folder), "--device", device, "--data", str(data)]
-        command += [] if deadline is None else ["--deadline", f"{deadline:.0f}"]
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def words(self, device: str, data: Path, deadline: float | None) -> list[str]:
+        """What its program is called with."""
+        words = [*self.flags, "--seed", str(self.seed), "--out", str(self.folder), "--device", device]
+        return [*words, "--data", str(data), *([] if deadline is None else ["--deadline", f"{deadline:.0f}"])]
+
+    def begin(self, process: subprocess.Popen[bytes], others: int) -> None:
+        """Note that it has begun, or goes on, in a process that trains others, too."""
         attempts = self.record().get("attempts", 0) + 1
-        self._write(attempts=attempts, failed=None)
-        with (self.folder / LOG).open("ab") as log:
-            log.write(f"$ {shlex.join(['python', *command[1:]])}\n".encode())
-            log.flush()
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
-            )
-        self.started, self.stopped = time.time(), False
-        self._write(process=self.process.pid)
+        self.process, self.started, self.stopped, self.others = process, time.time(), False, others
+        self._write(attempts=attempts, failed=None, process=process.pid, together=1 + others)
 
     def poll(self) -> bool:
         """Whether it has ended; how is in its record then."""
-        if self.process is None or (code := self.process.poll()) is None:
+        if self.process is None:
+            return False
+        code = self.process.poll()
+        if code is None and (not self.others or read_result(self.folder) is None):
             return False
         self.process = None
         seconds = self.record().get("seconds", 0.0) + time.time() - self.started
-        is_broken_off = self.stopped or code == BROKEN_OFF
+        is_broken_off = self.stopped or (code == BROKEN_OFF and not self.others)
+        is_broken_off |= bool(self.others) and (self.folder / CHECKPOINT).exists()
         failed = None
         if read_result(self.folder) is None and not is_broken_off:
-            lines = (self.folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-            failed = [f"ended with code {code} and no {RESULT}", *lines[-TAIL:]]
+            failed = [f"ended with code {code} and no {RESULT}", *self._last_lines()]
         self._write(seconds=seconds, failed=failed, process=None)
         return True
 
@@ -222,8 +242,34 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
+    def _last_lines(self) -> list[str]:
+        """The end of its log, and of that of a process that trained several."""
+        logs = [self.folder / LOG, *([self.folder.parent / LOG] if self.others else [])]
+        texts = [log.read_text(encoding="utf-8", errors="replace") for log in logs if log.exists()]
+        return [line for text in texts for line in text.splitlines()[-TAIL:]]
+
     def _write(self, **values: Any) -> None:
         write_json(self.folder / STATE, {**self.record(), "options": self.options, **values})
+
+
+def start(runs: Sequence[Run], device: str, data: Path, deadline: float | None, environment: Mapping[str, str]) -> None:
+    """Begin runs of one plan in one process, or go on with them."""
+    plan, folder = runs[0].plan, runs[0].folder if len(runs) == 1 else runs[0].folder.parent
+    for run in runs:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    words = runs[0].words(device, data, deadline)
+    if len(runs) > 1:
+        write_json(folder / SEVERAL, [run.words(device, data, deadline) for run in runs])
+        words = ["--several", str(folder / SEVERAL)]
+    command = [sys.executable, "-m", plan.program, *words]
+    with (folder / LOG).open("ab") as log:
+        log.write(f"$ {shlex.join(['python', *command[1:]])}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+    for run in runs:
+        run.begin(process, len(runs) - 1)
 
 
 def _is_alive(process: int | None) -> bool:
@@ -260,20 +306,32 @@ def _words(options: Mapping[str, Any]) -> Iterator[str]:
 
 
 def runs_of(plans: Sequence[Plan], out: Path, *, tiny: bool = False) -> list[Run]:
-    """Return all runs in the order in which they are begun: plan by plan, seed by seed."""
+    """Return all runs in the order in which they are begun: plan by plan, and in it seed by seed."""
     return [
         Run(plan=plan, cell=cell, seed=seed, out=out, tiny=tiny)
         for plan in plans
+        for is_later in (False, True)
         for seed in plan.seeds
         for cell in plan.cells
+        if (cell in plan.later) == is_later
     ]
 
 
-def expected_seconds(run: Run, runs: Sequence[Run]) -> float | None:
-    """Return how long a run will yet take, by those of its plan, or of its cell, that are done; ``None`` if none is."""
+def expected_seconds(run: Run, runs: Sequence[Run], together: int = 1) -> float | None:
+    """Return how long a run will yet take, by those of its plan, or of its cell, that are done; ``None`` if none is.
+
+    Args:
+        run: Which.
+        runs: All.
+        together: Runs in its process, whose time is taken to go with their number, but not below ``LEAST_SHARE``.
+    """
     done = [other for other in runs if other.plan is run.plan and other.state == DONE]
-    known = [other for other in done if other.cell == run.cell] or done
-    seconds = [other.record()["seconds"] for other in known if other.record().get("seconds")]
+    records = [other.record() for other in done if other.cell == run.cell] or [other.record() for other in done]
+    seconds = [
+        record["seconds"] * max(LEAST_SHARE, min(1.0, together / record.get("together", 1)))
+        for record in records
+        if record.get("seconds")
+    ]
     if not seconds:
         return None
     spent = run.record().get("seconds", 0.0) if run.state == BROKEN else 0.0
@@ -292,6 +350,7 @@ class Grid:
         until: When everything has to be over, in seconds since the epoch; ``None`` for no limit.
         environment: Of the processes.
         service: Lets processes share the GPU.
+        together: How many runs of a plan, by its name, one process trains; one unless given.
     """
 
     runs: Sequence[Run]
@@ -301,6 +360,7 @@ class Grid:
     until: float | None = None
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     service: MultiProcessService | None = None
+    together: dict[str, int] = field(default_factory=dict)
     tried: set[str] = field(default_factory=set)
 
     def train(self) -> None:
@@ -310,11 +370,12 @@ class Grid:
             self._collect()
             if stop_at is not None and time.time() >= stop_at:
                 break
-            while (run := self._next(stop_at)) is not None:
-                logger.info("%s begins", run.name)
-                self.tried.add(run.name)
+            while runs := self._next(stop_at):
+                for run in runs:
+                    logger.info("%s begins%s", run.name, " in one process with others" if len(runs) > 1 else "")
+                    self.tried.add(run.name)
                 environment = {**self.environment, **(self.service.environment if self.service else {})}
-                run.start(self.device, self.data, stop_at, environment)
+                start(runs, self.device, self.data, stop_at, environment)
             if not self.running:
                 break
             time.sleep(0.2)
@@ -339,18 +400,37 @@ class Grid:
                 run.process.wait()
         self._collect()
 
-    def _next(self, stop_at: float | None) -> Run | None:
-        """The first run that may begin now."""
-        free = self.workers - sum(min(run.plan.slots, self.workers) for run in self.running)
-        left = None if stop_at is None else stop_at - time.time()
+    def _next(self, stop_at: float | None) -> list[Run]:
+        """The first run that may begin now, with those that may share its process; none if there is none.
+
+        Less important runs do not keep one from its place.
+        """
+        free = self.workers - sum(self._slots(run) for run in self.running)
+        left = math.inf if stop_at is None else stop_at - time.time()
+        first = None
+        sharing: list[Run] = []
         for run in self.runs:
             if run.name in self.tried or run.state in (DONE, RUNNING) or run.waits:
                 continue
-            if min(run.plan.slots, self.workers) > free:
-                return None  # less important runs do not keep it from its place
-            if left is None or (expected_seconds(run, self.runs) or SHORTEST) <= left:
-                return run
-        return None
+            if (expected_seconds(run, self.runs) or SHORTEST) > left:
+                continue
+            if first is None:
+                if self._slots(run) > free:
+                    return []
+                first = run
+            if run.plan is first.plan and len(sharing) < self._together(first.plan):
+                sharing.append(run)
+        while len(sharing) > 1 and (expected_seconds(sharing[-1], self.runs, len(sharing)) or 0) > left:
+            sharing.pop()
+        return sharing
+
+    def _together(self, plan: Plan) -> int:
+        """How many runs of a plan one process trains."""
+        return self.together.get(plan.name, 1)
+
+    def _slots(self, run: Run) -> int:
+        """How many of the workers a run takes: all, if it shares a process with others."""
+        return self.workers if self._together(run.plan) > 1 else min(run.plan.slots, self.workers)
 
     def _collect(self) -> None:
         """See which runs have ended."""
@@ -359,35 +439,43 @@ class Grid:
                 logger.info("%s: %s after %.0f s", run.name, run.state, run.record()["seconds"])
                 for line in run.record().get("failed") or ():
                     logger.info("    %s", line)
-        self._without_service()
+        self._try_otherwise()
 
-    def _without_service(self) -> None:
-        """Try again without the service if under it everything has failed."""
-        if self.service is None or not self.service.active:
-            return
+    def _try_otherwise(self) -> None:
+        """Try again with a process for each run, and without the service, if all runs so far have failed."""
         ended = [run for run in self.runs if run.name in self.tried and run.process is None]
-        if len(ended) >= 2 and all(run.state == FAILED for run in ended):
+        if self.running or len(ended) < 2 or any(run.state != FAILED for run in ended):
+            return
+        if self.device != "cpu" and self.service is not None and self.service.active:
             logger.info("all runs failed under MPS; they are tried again without it")
-            for run in self.running:
-                run.stop(signal.SIGKILL)
-                if run.process is not None:
-                    run.process.wait()
-                run.poll()
             self.service.stop()
-            self.tried.clear()
             self.workers = min(self.workers, WITHOUT_MPS)
+            self.tried.clear()
+        elif any(run.others for run in ended):
+            logger.info("all runs failed in one process; they are tried again in several")
+            self.together = {}
+            self.workers = min(self.workers, WITHOUT_MPS)
+            for run in ended:
+                run.others = 0
+            self.tried.clear()
 
 
-def status(plans: Sequence[Plan], runs: Sequence[Run], workers: int) -> str:
-    """Return, for each plan, how many runs are in which state, and for how many hours there is work."""
+def status(plans: Sequence[Plan], runs: Sequence[Run], at_once: Mapping[str, int]) -> str:
+    """Return, for each plan, how many runs are in which state, and for how many hours there is work.
+
+    Args:
+        plans: Which.
+        runs: Of all plans.
+        at_once: How many runs of a plan, by its name, are trained at once.
+    """
     lines = []
     for plan in plans:
         mine = [run for run in runs if run.plan is plan]
         states = [run.state for run in mine]
         counts = ", ".join(f"{states.count(s)} {s}" for s in (DONE, RUNNING, BROKEN, FAILED, LEFT) if s in states)
-        seconds = [expected_seconds(run, mine) for run in mine if run.state != DONE]
+        seconds = [expected_seconds(run, mine, at_once[plan.name]) for run in mine if run.state != DONE]
         known = [value for value in seconds if value is not None]
-        hours = f"{sum(known) / 3600 / max(1, workers // plan.slots):.2f} hours left" if known else "time unknown"
+        hours = f"{sum(known) / 3600 / at_once[plan.name]:.2f} hours left" if known else "time unknown"
         lines.append(f"{plan.name}: {counts} of {len(mine)}; {hours if seconds else 'complete'}")
     return "\n".join(lines)
 
@@ -413,11 +501,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     for run in runs:
         run.check()
     workers = WORKERS[args.device] if args.workers is None else args.workers
+    together = {plan.name: args.together or (plan.together if args.device == "cuda" else 1) for plan in plans}
+    at_once = {
+        plan.name: together[plan.name] if together[plan.name] > 1 else max(1, workers // plan.slots) for plan in plans
+    }
     if args.status:
-        print(status(plans, runs, workers))
+        print(status(plans, runs, at_once))
         return {}
     service = None
-    if args.device == "cuda" and workers > 1:
+    if args.device == "cuda" and workers > 1 and 1 in together.values():
         service = MultiProcessService.start()
         if service is None and args.workers is None:
             workers = WITHOUT_MPS
@@ -429,10 +521,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         until=None if args.minutes is None else began + 60 * args.minutes,
         environment={
             "OMP_NUM_THREADS": "1",
+            "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # streams of one process that a GPU computes at once
             **os.environ,
             COMMIT: commit(),
         },
         service=service,
+        together=together,
     )
     try:
         with _ends_on_signals():
@@ -444,7 +538,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         if service is not None:
             service.stop()
         tables = {plan.name: write_tables(out / plan.name, plan, _results(plan, runs)) for plan in plans}
-        logger.info("%s", status(plans, runs, workers))
+        logger.info("%s", status(plans, runs, at_once))
         if args.archive is not None:
             write_archive(args.archive, out, plans)
     return tables
@@ -490,6 +584,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="end within this time, tables included")
     parser.add_argument("--out", type=Path, default=Path("runs/grids"), help="folder of all runs")
     parser.add_argument("--workers", type=int, help="processes at once (cpu: 1, cuda: 12)")
+    parser.add_argument("--together", type=int, help="runs in one process (cpu: 1, cuda: what the plan says)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--tiny", action="store_true", help="only see that each run works")

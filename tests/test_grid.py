@@ -16,6 +16,10 @@ from benchmarks.grid_tables import NOT_DECIDED, NOT_SEEN, SEEN, paired_differenc
 # A training of which the options say how it ends; it counts how often it was begun.
 PROGRAM = """
 import argparse, json, pathlib, signal, sys, time
+if sys.argv[1] == "--several":
+    import subprocess
+    codes = [subprocess.call([sys.executable, __file__, *words]) for words in json.load(open(sys.argv[2]))]
+    sys.exit(max(codes))
 parser = argparse.ArgumentParser()
 for name, kind in {"seed": int, "out": pathlib.Path, "device": str, "data": str, "deadline": float}.items():
     parser.add_argument(f"--{name}", type=kind)
@@ -84,6 +88,30 @@ def test_a_run_waits_for_the_one_whose_folder_it_is_given(plan, tmp_path):
     table = run(path, tmp_path / "out", "--workers", "2")["plan"]
     assert table["values"]["late"]["value"] == {"0": 11.0, "1": 13.0}
     assert not (tmp_path / "out/plan/never-s0").exists()
+
+
+def test_runs_share_a_process_where_a_plan_says_so(plan, tmp_path):
+    cells = {"a": {"value": 1}, "bad": {"fail": True}, "b": {"value": 5, "needs": "run:a"}}
+    path = plan(cells=cells, seeds=[0, 1], together=3)
+    table = run(path, tmp_path / "out", "--together", "3")["plan"]
+    assert table["values"]["b"]["value"] == {"0": 6.0, "1": 8.0}
+    assert (tmp_path / "out/plan/log.txt").read_text().count("--several") == 2
+    sizes = {name: record(tmp_path / "out", name)["together"] for name in ("a-s0", "bad-s0", "a-s1", "b-s0", "bad-s1")}
+    assert sizes == {"a-s0": 3, "bad-s0": 3, "a-s1": 3, "b-s0": 3, "bad-s1": 3}
+    assert "it went wrong" in record(tmp_path / "out", "bad-s1")["failed"]
+
+
+def test_runs_that_all_fail_in_one_process_are_tried_in_several(plan, tmp_path):
+    path = plan(cells={"a": {"fail": True}, "b": {"fail": True}})
+    assert run(path, tmp_path / "out", "--together", "2")["plan"]["done"] == 0
+    assert record(tmp_path / "out", "a-s0")["attempts"] == record(tmp_path / "out", "b-s0")["attempts"] == 2
+    assert record(tmp_path / "out", "b-s0")["together"] == 1
+
+
+def test_later_cells_begin_after_all_seeds_of_the_others(plan, tmp_path):
+    found = grid.read_plan(plan(cells={"a": {}, "b": {}, "c": {}}, later=["a"], seeds=[0, 1]))
+    order = [(each.cell, each.seed) for each in grid.runs_of([found], tmp_path)]
+    assert order == [("b", 0), ("c", 0), ("b", 1), ("c", 1), ("a", 0), ("a", 1)]
 
 
 def test_at_the_deadline_a_run_writes_a_checkpoint_from_which_the_next_call_goes_on(plan, tmp_path, monkeypatch):

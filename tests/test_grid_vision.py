@@ -40,6 +40,11 @@ def session(out, *words):
     return vision.Session(vision.parse(words), words)
 
 
+def train(found):
+    found.begin()
+    return found.train()
+
+
 @pytest.mark.parametrize("decay", ["none", "weight", "frobenius"])
 def test_steps_equal_those_of_torchs_sgd_and_of_frobenius_decay(decay, tmp_path):
     training = session(tmp_path, *LOW_RANK, "--decay", decay, "--weight-decay", "0.1", "--compose", "always").training
@@ -69,11 +74,11 @@ def test_steps_equal_those_of_torchs_sgd_and_of_frobenius_decay(decay, tmp_path)
 
 def test_a_normalized_run_has_the_norms_of_the_run_that_it_follows(tmp_path):
     words = [*LOW_RANK, "--weight-decay", "0.05"]
-    leader = session(tmp_path / "a", *words, "--decay", "frobenius").train()
+    leader = train(session(tmp_path / "a", *words, "--decay", "frobenius"))
     names, norms = vision.read_norms(tmp_path / "a")
     assert norms.shape == (6, 18)
     follower = session(tmp_path / "b", *words, "--decay", "normalized", "--norms-from", str(tmp_path / "a"))
-    result, model = follower.train(), follower.training.model
+    result, model = train(follower), follower.training.model
     for product in follower.training.products.all:
         norm = product.frobenius_norm(model)
         torch.testing.assert_close(norm, norms[-1, names.index(product.name)], rtol=1e-5, atol=0)
@@ -81,19 +86,32 @@ def test_a_normalized_run_has_the_norms_of_the_run_that_it_follows(tmp_path):
     assert result["measures"]["nuclear_norm"] != pytest.approx(leader["measures"]["nuclear_norm"], rel=1e-6)
 
 
+def test_several_runs_in_one_process_are_what_they_are_alone(tmp_path):
+    cases = {"a": [], "b": ["--decay", "frobenius"], "c": ["--decay", "frobenius", "--seed", "5"]}
+    listed = [[*LOW_RANK, *words, "--out", str(tmp_path / name)] for name, words in cases.items()]
+    broken = [*LOW_RANK, "--data", str(tmp_path), "--images", "cifar10", "--out", str(tmp_path / "broken")]
+    (tmp_path / "several.json").write_text(json.dumps([*listed, broken]))
+    assert vision.train_several(tmp_path / "several.json") == 1
+    for name, words in cases.items():
+        alone = train(session(tmp_path / f"{name}-alone", *LOW_RANK, *words))
+        assert json.loads((tmp_path / name / "result.json").read_text())["measures"] == alone["measures"]
+    assert "FileNotFoundError" in (tmp_path / "broken/log.txt").read_text()
+
+
 @pytest.mark.parametrize("stop_after", [1, 4], ids=["within-the-first-epoch", "within-the-second"])
 def test_a_run_that_was_broken_off_ends_as_one_that_was_not(stop_after, tmp_path, monkeypatch):
     monkeypatch.setattr(vision, "AHEAD", 1)
+    monkeypatch.setattr(vision, "EAGER_STEPS", 0)
     words = [*LOW_RANK, "--decay", "frobenius"]
     whole = session(tmp_path / "a", *words)
-    expected = whole.train()
+    expected = train(whole)
     broken = session(tmp_path / "b", *words)
     left = iter([False] * stop_after + [True])
     monkeypatch.setattr(broken.run, "must_stop", lambda: next(left))
     with pytest.raises(Broken, match=f"in epoch {1 + stop_after // 3} of 2"):
-        broken.train()
+        train(broken)
     again = session(tmp_path / "b", *words)
-    assert again.train()["measures"] == expected["measures"]
+    assert train(again)["measures"] == expected["measures"]
     torch.testing.assert_close(again.training.state(), whole.training.state(), rtol=0, atol=0)
     torch.testing.assert_close(
         vision.read_norms(tmp_path / "b")[1], vision.read_norms(tmp_path / "a")[1], rtol=0, atol=0
@@ -118,7 +136,7 @@ def test_replaying_is_checked_against_a_step(tmp_path):
 
 
 def test_a_dense_model_trains_too(tmp_path):
-    measures = session(tmp_path, *SMALL).train()["measures"]
+    measures = train(session(tmp_path, *SMALL))["measures"]
     assert set(measures) == {n + m for n in ("accuracy", "test_loss", "train_loss") for m in ("", "_mid")}
 
 
@@ -136,7 +154,7 @@ def test_options_that_do_not_go_together_are_refused(words, message, tmp_path):
 
 
 def test_another_number_of_steps_cannot_be_followed(tmp_path):
-    session(tmp_path / "a", *LOW_RANK, "--decay", "frobenius", "--epochs", "1").train()
+    train(session(tmp_path / "a", *LOW_RANK, "--decay", "frobenius", "--epochs", "1"))
     with pytest.raises(ValueError, match="has 3 steps and 18 products, and this run 6 and 18"):
         session(tmp_path / "b", *LOW_RANK, "--decay", "normalized", "--norms-from", str(tmp_path / "a"))
 

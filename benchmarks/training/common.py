@@ -92,13 +92,17 @@ class Run:
         """Stop at the next :meth:`check` after a SIGTERM, instead of at once."""
 
         def stop(number: int, frame: Any) -> None:
-            self._told_to_stop = True
+            self.tell_to_stop()
 
         before = signal.signal(signal.SIGTERM, stop)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def tell_to_stop(self) -> None:
+        """Let the run stop at its next :meth:`must_stop`."""
+        self._told_to_stop = True
 
     def must_stop(self) -> bool:
         """Whether the run was told to stop or its time is over."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ SPLITS = ("train", "test")
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
+@functools.lru_cache
 def read_images(name: str, data: Path, split: str, limit: int | None = None) -> Arrays:
     """Read images ``(count, height, width, channels)`` and their classes ``(count,)``.
 
@@ -58,8 +62,13 @@ def _cifar10(path: Path, limit: int | None) -> Arrays:
 
     table = pyarrow.parquet.read_table(path, columns=["img", "label"])
     table = table.slice(0, limit) if limit is not None else table
-    decoded = (Image.open(io.BytesIO(cell["bytes"])).convert("RGB") for cell in table["img"].to_pylist())
-    pixels, labels = np.stack([np.asarray(image) for image in decoded]), table["label"].to_numpy().astype(np.int64)
+
+    def decode(cell: dict[str, Any]) -> NDArray[np.uint8]:
+        return np.asarray(Image.open(io.BytesIO(cell["bytes"])).convert("RGB"))
+
+    with ThreadPoolExecutor() as pool:
+        pixels = np.stack(list(pool.map(decode, table["img"].to_pylist())))
+    labels = table["label"].to_numpy().astype(np.int64)
     if limit is None:
         _keep(kept, pixels, labels)
     return pixels, labels
@@ -110,10 +119,11 @@ class Batches:
             raise ValueError(f"--batch-size must be in [1, {count}], the number of images, got {batch_size}")
         self.steps, self.batch_size, self.seed = count // batch_size, batch_size, seed
         self.crop_padding, self.flipped = crop_padding, flipped
+        on_device = torch.from_numpy(pixels).to(device)
+        self.statistics = channel_statistics(on_device)
         pads = (0, 0, crop_padding, crop_padding, crop_padding, crop_padding)
-        self.pixels = torch.nn.functional.pad(torch.from_numpy(pixels), pads).to(device)
+        self.pixels = torch.nn.functional.pad(on_device, pads)
         self.labels = torch.from_numpy(labels).to(device)
-        self.statistics = channel_statistics(pixels, device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self._heights, self._widths = (torch.arange(size, device=device) for size in (height, width))
         self._mirrored = self._widths.flip(0)
@@ -140,14 +150,14 @@ class Batches:
         return normalize(crops, self.statistics), self.labels[rows]
 
 
-def channel_statistics(pixels: NDArray[np.uint8], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of every channel."""
-    each = torch.from_numpy(pixels).flatten(0, 2)
-    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in each.T.long()]).double()
-    shares, levels = counts / counts.sum(1, keepdim=True), torch.arange(256.0, dtype=torch.float64)
+def channel_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of every channel of 8-bit images ``(count, height, width, channels)``."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(-1)]).double()
+    shares = counts / counts.sum(1, keepdim=True)
+    levels = torch.arange(256, dtype=torch.float64, device=pixels.device)
     mean = shares @ levels
     std = (shares @ levels.square() - mean.square()).sqrt()
-    return mean.float().to(device), std.float().to(device)
+    return mean.float(), std.float()
 
 
 def normalize(pixels: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:

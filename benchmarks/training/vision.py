@@ -17,11 +17,16 @@ the products: ``nuclear_norm``, ``nuclear_norm_bound`` (K21, Eq. 2), ``bound_rat
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,7 +35,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.training.common import EAGER_STEPS, Broken, CaptureFailed, RepeatedStep, Run, run_parser, run_program
+from benchmarks.training.common import (
+    EAGER_STEPS,
+    STOPPED,
+    Broken,
+    CaptureFailed,
+    RepeatedStep,
+    Run,
+    run_parser,
+    run_program,
+)
 from benchmarks.training.images import CROP_PADDING, FLIPPED, Batches, normalize, read_images
 from hf_fnl import (
     FactorizationConfig,
@@ -46,6 +60,7 @@ from hf_fnl.vision.models import PRESETS, inner_convolutions, vision_model
 
 RUNNER_OPTIONS = ("out", "device", "data", "deadline", "norms_from")  # which say where, not what
 NORMS_FILE = "norms.pt"
+SEVERAL = "--several"  # with a file as in train_several
 PROGRAM = "benchmarks.training.vision"
 DECAYS = ("none", "weight", "frobenius", "normalized")
 COMPOSE = {"auto": None, "always": True, "never": False}
@@ -303,8 +318,6 @@ class Session:
     def __init__(self, args: argparse.Namespace, argv: Sequence[str]) -> None:
         self.args, self.run = args, Run(args, PROGRAM, list(argv))
         device = self.run.device
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
         pixels, labels = read_images(args.images, args.data, "train", args.limit)
         model = build_model(args, int(labels.max()) + 1, pixels.shape[1:])
         batches = Batches(
@@ -328,7 +341,7 @@ class Session:
         )
         self.training.norms = self._norms()
         self.repeat = RepeatedStep(self.training.step, device, capture=not args.eager)
-        self._calls = 0
+        self._calls, self._first = 0, 0
 
     def _norms(self) -> Tensor | None:
         """Norms to follow, or room for those of this run."""
@@ -345,18 +358,28 @@ class Session:
             )
         return norms[:, [names.index(name) for name in products.names]].to(self.run.device)
 
+    def begin(self) -> None:
+        """Go on from a checkpoint, if there is one, and make the first updates, the last of them a captured one.
+
+        Raises:
+            CaptureFailed: If a step cannot be replayed as a CUDA graph.
+        """
+        self._first = self._resume()
+        left = self.training.batches.steps - self._open(self._first)
+        torch.backends.cudnn.benchmark = True  # which is of no use where shapes are met a few times only
+        for _ in range(min(EAGER_STEPS + 1, left)):
+            self._step()
+        torch.backends.cudnn.benchmark = False
+
     def train(self) -> dict[str, Any]:
-        """Train to the end, and return the result.
+        """Train to the end, after :meth:`begin`, and return the result.
 
         Raises:
             Broken: If time is over; a checkpoint is written.
             CaptureFailed: If a step cannot be replayed as a CUDA graph.
         """
-        first, training = self._resume(), self.training
         saved = time.time()
-        for epoch in range(first, self.args.epochs):
-            if training.batches.position.item() == 0:
-                training.loss.zero_()
+        for epoch in range(self._first, self.args.epochs):
             self._epoch(epoch)
             self._log(epoch)
             if time.time() > saved + 60 * MINUTES_TO_CHECKPOINT:
@@ -364,15 +387,22 @@ class Session:
                 saved = time.time()
         return self._finish()
 
-    def _epoch(self, epoch: int) -> None:
-        """Make all updates of an epoch, or those that are left of it."""
+    def _open(self, epoch: int) -> int:
+        """Prepare the batches and the rate of an epoch; the number of its updates that are made already."""
         training, batches = self.training, self.training.batches
         done = int(batches.position.item())
+        if not done:
+            training.loss.zero_()
         batches.begin_epoch(epoch)
         batches.position.fill_(done)
         training.rate.fill_(rate_at(self.args, epoch))
+        return done
+
+    def _epoch(self, epoch: int) -> None:
+        """Make all updates of an epoch, or those that are left of it."""
+        batches = self.training.batches
         before: torch.cuda.Event | None = None
-        for number in range(done, batches.steps):
+        for number in range(self._open(epoch), batches.steps):
             if number % AHEAD == 0:
                 if before is not None:
                     before.synchronize()
@@ -456,11 +486,66 @@ def replay_difference(training: Training, repeat: Callable[[], None]) -> float:
     return distance(replayed) / max(distance(before), 1e-30)
 
 
+def train_several(file: Path) -> int:
+    """Train several runs in this process, each in a thread and on a stream of its own: a GPU computes them at once.
+
+    Args:
+        file: JSON with the arguments of each.
+
+    Returns:
+        The exit code: 0 if all are done, ``STOPPED`` if some are to go on later, 1 if one failed; why is in its log.
+    """
+    sessions, codes = [], [0]
+    for words in json.loads(file.read_text(encoding="utf-8")):
+        args = parse(words)
+        with _logged(args.out, codes):
+            session = Session(args, words)
+            session.begin()  # here, for what is global, as seeds and captures are, is not for threads
+            sessions.append(session)
+
+    def stop(number: int, frame: Any) -> None:
+        for session in sessions:
+            session.run.tell_to_stop()
+
+    def train(session: Session) -> None:
+        stream = torch.cuda.Stream() if session.run.device.type == "cuda" else None
+        with _logged(session.args.out, codes), torch.cuda.stream(stream):
+            session.train()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    with ThreadPoolExecutor(max(1, len(sessions))) as pool:
+        list(pool.map(train, sessions))
+    signal.signal(signal.SIGTERM, before)
+    return 1 if 1 in codes else max(codes)
+
+
+@contextlib.contextmanager
+def _logged(folder: Path, codes: list[int]) -> Iterator[None]:
+    """Write into the log of a run how it ended, if not well, and add its exit code."""
+    try:
+        yield
+    except CaptureFailed:
+        raise  # after which the device is of no use in this process
+    except Exception as error:  # one run that fails does not end the others
+        codes.append(STOPPED if isinstance(error, Broken) else 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"stopped: {error}\n" if isinstance(error, Broken) else traceback.format_exc())
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, and return the result."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == [SEVERAL]:
+        try:
+            sys.exit(train_several(Path(arguments[1])))
+        except CaptureFailed as failure:  # alone in a process, each would train without a graph
+            sys.exit(f"no CUDA graph: {failure}")
     session = Session(parse(arguments), arguments)
     with session.run.stopping():
+        session.begin()
         return session.train()
 
 
