@@ -463,8 +463,8 @@ def train(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     return run.finish(measures, fine_tuning=scores)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the program."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the options of the program."""
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--optimizer", choices=OPTIMIZERS, default="lamb", help="what trains")
@@ -496,18 +496,18 @@ def parser() -> argparse.ArgumentParser:
     add("--max_questions", type=int, help="take the first so many questions of each set")
     add("--cache", type=Path, help="folder of encoded texts; 'encoded' in the data folder if it can be written to")
     add("--bf16", action=argparse.BooleanOptionalAction, default=None, help="mixed precision; on a GPU unless told not")
-    return parser
+    options = parser.parse_args(argv)
+    options.bf16 = options.device.startswith("cuda") if options.bf16 is None else options.bf16
+    options.ov_decay = options.weight_decay if options.ov_decay is None else options.ov_decay
+    return options
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run one cell with one seed; returns what ``result.json`` holds."""
     arguments = list(argv or [])
-    options = parser().parse_args(arguments)
-    options.bf16 = options.device.startswith("cuda") if options.bf16 is None else options.bf16
-    options.ov_decay = options.weight_decay if options.ov_decay is None else options.ov_decay
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return train(options, arguments)
+    return train(parse(arguments), arguments)
 
 
 if __name__ == "__main__":

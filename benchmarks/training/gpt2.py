@@ -282,8 +282,8 @@ def train(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     return run.finish(measures)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the program."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the options of the program."""
     parser = run_parser(__doc__)
     add = parser.add_argument
     add("--form", choices=FORMS, default="low_rank", help="low-rank, dense, or dense for a sixth of the updates")
@@ -302,16 +302,16 @@ def parser() -> argparse.ArgumentParser:
     add("--max_documents", type=int, help="train on the first so many articles")
     add("--cache", type=Path, help="folder of encoded texts; 'encoded' in the data folder if it can be written to")
     add("--bf16", action=argparse.BooleanOptionalAction, default=None, help="mixed precision; on a GPU unless told not")
-    return parser
+    options = parser.parse_args(argv)
+    options.bf16 = options.device.startswith("cuda") if options.bf16 is None else options.bf16
+    return options
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run one cell with one seed; returns what ``result.json`` holds."""
     arguments = list(argv or [])
-    options = parser().parse_args(arguments)
-    options.bf16 = options.device.startswith("cuda") if options.bf16 is None else options.bf16
     logging.set_verbosity_error()
-    return train(options, arguments)
+    return train(parse(arguments), arguments)
 
 
 if __name__ == "__main__":
