@@ -1,6 +1,7 @@
 """Grids of trainings: each run is a process of its own, what is done is skipped, and what was broken off goes on.
 
     python -m benchmarks.grid PLAN... [--minutes N] [--out DIR] [--workers N] [--device cpu] [--tiny] [--status]
+                              [--cells GLOB...] [--seeds N...] [--set NAME=VALUE...] [--archive FILE]
 
 A plan is ``benchmarks/plans/PLAN.yaml``::
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fnmatch
 import json
 import logging
 import math
@@ -104,8 +106,12 @@ class Plan:
     together: int = 1
 
 
-def read_plan(name: str) -> Plan:
+def read_plan(name: str, changes: Mapping[str, Any] | None = None) -> Plan:
     """Read a plan by its name in ``benchmarks/plans``, or by the path of its file.
+
+    Args:
+        name: Which.
+        changes: Options in the place of those in the file; the plan's name and title say so.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -121,7 +127,12 @@ def read_plan(name: str) -> Plan:
     if missing := sorted({"title", "program", "cells", "seeds", "measures"} - set(found)):
         raise ValueError(f"{path.name} lacks {missing[0]!r}")
     found["cells"] = {cell: options or {} for cell, options in found["cells"].items()}
-    plan = Plan(name=path.stem, **found)
+    stem = path.stem
+    if changes:
+        found["options"] = {**found.get("options", {}), **changes}
+        shown = [f"{option}={value}" for option, value in changes.items()]
+        stem, found["title"] = "-".join([stem, *shown]), f"{found['title']}, with {', '.join(shown)}"
+    plan = Plan(name=stem, **found)
     named = [(cell, "pairs") for pair in plan.pairs for cell in pair[:2]] + [(cell, "later") for cell in plan.later]
     named += [(other, cell) for cell, options in plan.cells.items() for other in _other_cells(options).values()]
     for cell, where in named:
@@ -495,9 +506,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Run plans, and return their tables."""
     began = time.time()
     args = _arguments(argv)
-    plans = [read_plan(name) for name in dict.fromkeys(args.plan)]
+    plans = [read_plan(name, args.set) for name in dict.fromkeys(args.plan)]
     out = args.out.resolve()
-    runs = runs_of(plans, out, tiny=args.tiny)
+    runs = [
+        run
+        for run in runs_of(plans, out, tiny=args.tiny)
+        if any(fnmatch.fnmatch(run.cell, cells) for cells in args.cells)
+        if args.seeds is None or run.seed in args.seeds
+    ]
+    if not runs:
+        raise ValueError(f"no run of {', '.join(args.plan)} has --cells {args.cells} and --seeds {args.seeds}")
     for run in runs:
         run.check()
     workers = WORKERS[args.device] if args.workers is None else args.workers
@@ -589,8 +607,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--tiny", action="store_true", help="only see that each run works")
     parser.add_argument("--status", action="store_true", help="say what is done and what is left, and run nothing")
+    parser.add_argument("--cells", nargs="+", default=["*"], help="only cells whose names match one of these patterns")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
+    parser.add_argument("--set", nargs="+", default=[], help="options NAME=VALUE in the place of the plans'")
     parser.add_argument("--archive", type=Path, help="pack results, tables and logs into this .tar.gz at the end")
     args = parser.parse_args(argv)
+    if wrong := [entry for entry in args.set if "=" not in entry]:
+        parser.error(f"--set takes NAME=VALUE, got {wrong[0]}")
+    args.set = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in args.set)}
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
     if args.minutes is not None and args.minutes * 60 <= GRACE + TABLES:

@@ -61,12 +61,12 @@ class MultiProcessService:
         if not self.active:
             return
         try:
-            self._run([CONTROL], b"quit\n")
+            self._run([CONTROL], b"quit\n", seconds=5)
         except (OSError, subprocess.SubprocessError) as error:
             logger.info("MPS could not be ended: %s", error)
         self.environment = {}
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _run(self, command: list[str], text: bytes = b"") -> None:
+    def _run(self, command: list[str], text: bytes = b"", seconds: float = SECONDS_TO_PROBE) -> None:
         environment = {**os.environ, **self.environment}
-        subprocess.run(command, input=text, env=environment, capture_output=True, timeout=SECONDS_TO_PROBE, check=True)
+        subprocess.run(command, input=text, env=environment, capture_output=True, timeout=seconds, check=True)

@@ -179,6 +179,17 @@ def test_the_archive_holds_results_tables_and_logs_but_no_checkpoints(plan, tmp_
     assert names == {"result.json", "run.json", "log.txt", "table.json", "table.md"}
 
 
+def test_some_cells_and_seeds_with_changed_options(plan, tmp_path):
+    path = plan(cells={"a-x": {}, "a-y": {"needs": "run:a-x"}, "b": {}}, seeds=[0, 1, 2], options={"value": 1})
+    words = ["--cells", "a-*", "--seeds", "0", "2", "--set", "value=10"]
+    table = run(path, tmp_path / "out", *words)["plan-value=10"]
+    assert table["title"] == "A test, with value=10"
+    values = {cell: table["values"][cell]["value"] for cell in table["values"]}
+    assert values == {"a-x": {"0": 10.0, "2": 12.0}, "a-y": {"0": 20.0, "2": 24.0}, "b": {}}
+    with pytest.raises(ValueError, match="no run of"):
+        run(path, tmp_path / "out", "--cells", "c")
+
+
 def test_the_runner_imports_no_torch():
     code = "import benchmarks.grid, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=grid.ROOT).returncode == 0

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import signal
 import statistics
 import sys
@@ -319,7 +320,11 @@ class Session:
         self.args, self.run = args, Run(args, PROGRAM, list(argv))
         device = self.run.device
         pixels, labels = read_images(args.images, args.data, "train", args.limit)
+        threads = torch.get_num_threads()
+        if device.type == "cuda":
+            torch.set_num_threads(min(8, os.cpu_count() or 1))  # of which many runs at once need one each later
         model = build_model(args, int(labels.max()) + 1, pixels.shape[1:])
+        torch.set_num_threads(threads)
         batches = Batches(
             pixels,
             labels,
