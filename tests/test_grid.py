@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import grid
+from benchmarks import grid, mps
 from benchmarks.grid_tables import NOT_DECIDED, NOT_SEEN, SEEN, paired_difference
 
 # A training of which the options say how it ends; it counts how often it was begun.
@@ -188,6 +188,30 @@ def test_some_cells_and_seeds_with_changed_options(plan, tmp_path):
     assert values == {"a-x": {"0": 10.0, "2": 12.0}, "a-y": {"0": 20.0, "2": 24.0}, "b": {}}
     with pytest.raises(ValueError, match="no run of"):
         run(path, tmp_path / "out", "--cells", "c")
+
+
+@pytest.mark.parametrize("probe", ["pass", "raise SystemExit('no device')"], ids=["works", "does-not"])
+def test_the_multi_process_service_is_used_if_a_process_computes_under_it(probe, tmp_path, monkeypatch):
+    control = tmp_path / mps.CONTROL
+    control.write_text(
+        f'#!/bin/sh\ntest -d "$CUDA_MPS_PIPE_DIRECTORY" && echo "$1$(test "$1" || cat)" >> {tmp_path}/said\n'
+    )
+    control.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(mps, "PROBE", probe)
+    service = mps.MultiProcessService.start()
+    assert (service is not None) == (probe == "pass")
+    if service is not None:
+        assert "CUDA_MPS_LOG_DIRECTORY" in service.environment
+        service.stop()
+        assert service.environment == {}
+        service.stop()
+    assert (tmp_path / "said").read_text().split() == ["-d", "quit"]
+
+
+def test_without_the_multi_process_service_there_is_none(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert mps.MultiProcessService.start() is None
 
 
 def test_the_runner_imports_no_torch():

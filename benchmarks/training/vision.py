@@ -68,6 +68,7 @@ COMPOSE = {"auto": None, "always": True, "never": False}
 FIGURES = ("nuclear_norm", "nuclear_norm_bound", "frobenius_norm", "effective_rank", "effective_step_size")
 EVERY = 5  # epochs from one evaluation and diagnosis to the next
 AHEAD = 50  # steps after which the host waits until the device has done those before
+MOST_TOGETHER = 16  # torch hands out 32 streams, of which a run takes one to capture and one to train
 EVALUATED_AT_ONCE = 1000
 MINUTES_TO_CHECKPOINT = 5
 AGREEMENT = 0.05  # relative difference of an update by the graph from the same one without, which sums in another order
@@ -148,7 +149,9 @@ class Products:
     def rescale_(self, norms: Tensor) -> None:
         """Give every product a norm, in the order of the groups; its factors are scaled by the same number."""
         scales = (norms / self.norms()).sqrt().unbind()
-        torch._foreach_mul_(self.parameters, [scale for scale in scales for _ in range(2)])
+        for number, scale in enumerate(scales):
+            for factor in self.parameters[2 * number : 2 * number + 2]:
+                factor.mul_(scale)
 
     @property
     def names(self) -> list[str]:
@@ -499,9 +502,16 @@ def train_several(file: Path) -> int:
 
     Returns:
         The exit code: 0 if all are done, ``STOPPED`` if some are to go on later, 1 if one failed; why is in its log.
+
+    Raises:
+        CaptureFailed: If a step cannot be replayed as a CUDA graph.
+        ValueError: If there are more than ``MOST_TOGETHER``.
     """
     sessions, codes = [], [0]
-    for words in json.loads(file.read_text(encoding="utf-8")):
+    listed = json.loads(file.read_text(encoding="utf-8"))
+    if len(listed) > MOST_TOGETHER:
+        raise ValueError(f"{SEVERAL} takes at most {MOST_TOGETHER} runs, got {len(listed)}")
+    for words in listed:
         args = parse(words)
         with _logged(args.out, codes):
             session = Session(args, words)
