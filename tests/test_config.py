@@ -42,8 +42,10 @@ TENSORS: dict[str, Any] = {"kinds": ["conv"], "conv_scheme": "tt"}
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"kinds": ["linear", "lstm"]}, "any of linear, embedding, conv, got lstm", id="unknown-kind"),
-        pytest.param({"kinds": ()}, "any of linear, embedding, conv, got none", id="no-kind"),
+        pytest.param(
+            {"kinds": ["linear", "lstm"]}, "any of linear, embedding, conv, qk, ov, got lstm", id="unknown-kind"
+        ),
+        pytest.param({"kinds": ()}, "any of linear, embedding, conv, qk, ov, got none", id="no-kind"),
         pytest.param({"kinds": "linear"}, "kinds must be a sequence of names, got the string 'linear'", id="kinds"),
         pytest.param({"include": "*.mlp"}, "include must be a sequence of names, got the string", id="include"),
         pytest.param({"exclude": "lm_head"}, "exclude must be a sequence of names, got the string", id="exclude"),

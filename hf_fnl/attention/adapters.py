@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention.invariance import Adapter, invariant_kinds
 from hf_fnl.attention.projections import AttentionProjections, Projection, Section, size
-from hf_fnl.layers import Factorized
+from hf_fnl.layers import Factorized, HeadProjection
 from hf_fnl.layers.whole import whole_shape
 
 # Where query, key, value and output are layers of their own.
@@ -65,6 +65,9 @@ def _separate(module: nn.Module) -> AttentionProjections | None:
 def _fused(module: nn.Module) -> AttentionProjections | None:
     """One linear layer ``[Q; K; V]``, where K and V may have fewer heads than Q, and one for the output."""
     for inputs, output in ((_layer(module, a), _layer(module, b)) for a, b in _FUSED):
+        if isinstance(inputs, HeadProjection) and output is not None:
+            lengths = [count * rank for count, rank in inputs.heads]
+            return _fitted(module, [*_split(inputs.weight, *lengths), output])
         if isinstance(inputs, nn.Linear) and output is not None:
             total, queries = size(inputs, 0), size(output, 1)
             if (total - queries) % 2 == 0 and queries < total:
@@ -77,11 +80,11 @@ def _gpt2(module: nn.Module) -> AttentionProjections | None:
     fused, query, output = (_layer(module, name) for name in ("c_attn", "q_attn", "c_proj"))
     if not isinstance(fused, Conv1D) or output is None:
         return None
-    values = size(output, 1)
+    values, total = size(output, 1), size(fused, 0)
     if query is None:
-        queries = (fused.nf - values) // 2
+        queries = (total - values) // 2
         return _fitted(module, [*_split(fused.weight, queries, queries, values, dim=1), output])
-    return _fitted(module, [query, *_split(fused.weight, fused.nf - values, values, dim=1), output])
+    return _fitted(module, [query, *_split(fused.weight, total - values, values, dim=1), output])
 
 
 def _torch(module: nn.Module) -> AttentionProjections | None:
@@ -177,6 +180,8 @@ def _resolve(module: Any, path: str) -> Any:
 
 def _count_heads(owner: Any, query: Projection) -> int:
     """From a number that the module holds, from the width of its heads, or from its config; 0 if there is none."""
+    if isinstance(query, HeadProjection):
+        return query.heads[0][0]
     if (count := _first_int(owner, _HEAD_COUNTS)) is not None:
         return count
     if (width := _first_int(owner, _HEAD_WIDTHS)) is not None:

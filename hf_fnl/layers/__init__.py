@@ -5,6 +5,7 @@ from hf_fnl.layers.checkpointing import keep_narrow
 from hf_fnl.layers.composing import ComposedWeights, compose_
 from hf_fnl.layers.conv import FactorizedConv2d
 from hf_fnl.layers.embedding import FactorizedEmbedding
+from hf_fnl.layers.heads import HeadProjection
 from hf_fnl.layers.linear import FactorizedLinear
 from hf_fnl.layers.tensorized import TensorizedConv2d
 
@@ -15,6 +16,7 @@ __all__ = [
     "FactorizedEmbedding",
     "FactorizedLinear",
     "FactorizedMatrix",
+    "HeadProjection",
     "TensorizedConv2d",
     "compose_",
     "factorized_layers",

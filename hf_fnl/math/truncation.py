@@ -119,23 +119,22 @@ def _input_root(moments: Moments, bias: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadMoments:
-    """What flows through the heads of an attention, each ``(heads, r)`` and ``(heads, r, r)``.
+    """What flows through the heads of an attention, each ``(heads, r)`` and ``(heads, r, r)``, or ``None``.
 
     Args:
-        query: Of the queries, biases included.
+        query: Of the queries, biases included; of all that share a key.
         key: Of the keys, biases included.
-        context: Of the attention-weighted sums of values, which the output projection sees.
+        context: Of the attention-weighted sums of values, which the output projection sees; of all that share a value.
     """
 
-    query: Moments
-    key: Moments
-    context: Moments
+    query: Moments | None = None
+    key: Moments | None = None
+    context: Moments | None = None
 
     def joined(self, other: HeadMoments) -> HeadMoments:
         """Moments of the vectors of both."""
-        return HeadMoments(
-            self.query.joined(other.query), self.key.joined(other.key), self.context.joined(other.context)
-        )
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("query", "key", "context"))
+        return HeadMoments(*(None if ours is None else ours.joined(theirs) for ours, theirs in pairs))
 
 
 @dataclass(frozen=True)
@@ -167,12 +166,13 @@ def truncate_qk(
     ``(x Q + b_q) b_k^T`` is the same for all keys ``y``, so the softmax does not see it, and the new key bias is zero.
     What is cut is the product of ``[Q; b_q]`` and ``K``: to its best approximation in the Frobenius norm, or, with
     ``moments``, to the one that is nearest in mean square for independent queries and centered keys of these moments.
+    Queries that share a key are cut together, as ``[Q_1; b_1; Q_2; b_2; ..]``.
 
     Args:
         query: ``Q`` and ``b_q``.
-        key: ``K`` and ``b_k``.
+        key: ``K`` and ``b_k``; where it has fewer heads, each serves as many queries that follow one another.
         rank: Rank per head, at most the width of a head.
-        moments: What flows through the heads.
+        moments: What flows through the heads of the keys, and through the queries that share one.
         method: ``"spectral"``, or ``"spectral_ones"``, which sets the singular values of what is cut to ones.
 
     Returns:
@@ -181,9 +181,9 @@ def truncate_qk(
     Raises:
         ValueError: If ``rank`` is out of range or a weight is not finite.
     """
-    left = _augmented(query)
+    left = _stacked(_augmented(query), len(key.weight))
     to_query, to_key = _head_maps(left, key.weight, rank, _qk_roots(query, key, moments), method)
-    return query.mapped(to_query), Projection(key.mapped(to_key).weight, _zeros(key.bias, rank))
+    return query.mapped(_for_each_head(to_query, query)), Projection(key.mapped(to_key).weight, _zeros(key.bias, rank))
 
 
 @torch.no_grad()
@@ -193,36 +193,38 @@ def truncate_ov(
     r"""Cut every head's ``V_h O_h^T`` to a rank.
 
     Attention weights sum to one, so ``b_v O_h^T`` moves into the output bias exactly and the new value bias is zero.
-    With ``moments`` the result is nearest in mean square for the contexts that a head sees, and the output bias takes
-    over what their mean loses.
+    Where there is no output bias, ``[V; b_v] O_h^T`` is cut and the values keep theirs. With ``moments`` the result is
+    nearest in mean square for the contexts that a head sees, and the output bias takes over what their mean loses.
+    Outputs that share a value are cut together, as ``[O_1; O_2; ..]``.
 
     Args:
         value: ``V`` and ``b_v``.
-        output: ``O`` and ``b_o``, which has the shape ``(d,)``.
+        output: ``O`` and ``b_o``, which has the shape ``(d,)``; as many heads as the values have, or a multiple.
         rank: Rank per head, at most the width of a head.
-        moments: What flows through the heads.
+        moments: What flows through the heads, in one for all that share a value.
         method: ``"spectral"``, or ``"spectral_ones"``, which sets the singular values of what is cut to ones.
 
     Returns:
         The new value and output projections, in the dtypes given.
 
     Raises:
-        ValueError: If ``rank`` is out of range, a weight is not finite, or the values have a bias and the output has
-            none that could take it over.
+        ValueError: If ``rank`` is out of range or a weight is not finite.
     """
-    if value.bias is not None and output.bias is None:
-        raise ValueError("a value bias moves into the output bias when heads are cut, and this attention has none")
-    roots = _ov_roots(value, output, moments)
-    to_value, to_output = _head_maps(value.weight, output.weight, rank, roots, method)
+    moves_bias = output.bias is not None
+    left = value.weight if moves_bias else _augmented(value)
+    right = _stacked(output.weight, len(value.weight))
+    to_value, to_output = _head_maps(left, right, rank, _ov_roots(value, output, moments), method)
+    cut_output = output.mapped(_for_each_head(to_output, output))
+    if output.bias is None:
+        return value.mapped(to_value), cut_output
+    b_v = right.new_zeros(right.shape[0], right.shape[2]) if value.bias is None else value.bias
+    b_v = b_v.double()
+    mean = b_v if moments is None or moments.context is None else moments.context.mean
+    kept = (mean - b_v).unsqueeze(-2) @ to_value
+    lost = mean.unsqueeze(-1) - to_output @ kept.mT  # of each head's mean context, as the output projection sees it
+    lost = (output.weight.double() @ _for_each_head(lost, output)).sum(0).squeeze(-1)
     cut = Projection(value.mapped(to_value).weight, _zeros(value.bias, rank))
-    bias = output.bias
-    if bias is not None:
-        O_h, cut_O_h = output.weight.double(), output.weight.double() @ to_output
-        b_v = O_h.new_zeros(O_h.shape[0], O_h.shape[2]) if value.bias is None else value.bias.double()
-        mean = b_v if moments is None else moments.context.mean
-        kept = (mean - b_v).unsqueeze(-2) @ to_value
-        bias = (bias + (O_h @ mean.unsqueeze(-1) - cut_O_h @ kept.mT).sum(0).squeeze(-1)).to(bias.dtype)
-    return cut, Projection(output.mapped(to_output).weight, bias)
+    return cut, Projection(cut_output.weight, (output.bias + lost).to(output.bias.dtype))
 
 
 @torch.no_grad()
@@ -243,15 +245,29 @@ def _energies(roots: tuple[Tensor, Tensor]) -> Tensor:
 
 def _qk_roots(query: Projection, key: Projection, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:
     if moments is None:
-        return _weight_root(_augmented(query)), _weight_root(key.weight)
+        return _weight_root(_stacked(_augmented(query), len(key.weight))), _weight_root(key.weight)
+    assert moments.query is not None
+    assert moments.key is not None
     return metric_root(moments.query.second), metric_root(moments.key.covariance)
 
 
 def _ov_roots(value: Projection, output: Projection, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:
+    right = _weight_root(_stacked(output.weight, len(value.weight)))
     if moments is None:
-        return _weight_root(value.weight), _weight_root(output.weight)
+        return _weight_root(_augmented(value) if output.bias is None else value.weight), right
     context = moments.context
-    return metric_root(context.second if output.bias is None else context.covariance), _weight_root(output.weight)
+    assert context is not None
+    return metric_root(context.second if output.bias is None else context.covariance), right
+
+
+def _stacked(factor: Tensor, num_heads: int) -> Tensor:
+    """``(heads, d, r)`` to ``(num_heads, heads / num_heads * d, r)``: below one another those that share a head."""
+    return factor.unflatten(0, (num_heads, -1)).flatten(1, 2)
+
+
+def _for_each_head(shared: Tensor, projection: Projection) -> Tensor:
+    """What heads share, once for each head of a projection."""
+    return shared.repeat_interleave(len(projection.weight) // len(shared), 0)
 
 
 def _augmented(projection: Projection) -> Tensor:

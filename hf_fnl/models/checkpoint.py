@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class SurgeryLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        layers = _without_dense(self.quantization_config.layers, checkpoint_files or ())
+        layers = _without_dense(self.quantization_config.layers, model, checkpoint_files or ())
         swap_(model, empty_layers(model, layers), models_in(model))
 
     @torch.no_grad()
@@ -71,20 +71,28 @@ class SurgeryLoader(HfQuantizer):
         return True
 
 
-def _without_dense(layers: Layers, files: Sequence[str | os.PathLike]) -> Layers:
-    """The layers of a record without those that weight files hold as dense ones.
+def _without_dense(layers: Layers, model: PreTrainedModel, files: Sequence[str | os.PathLike]) -> Layers:
+    """The layers of a record without those that weight files hold as dense ones, as they are in ``model``.
 
     A dense model that was made from the configuration of a factorized one has that one's record.
     """
-    names: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
             return layers
         with safe_open(file, framework="pt") as weights:
-            names.update(weights.keys())
-    if names and not any(name.rpartition(".")[2] in _FIRST_FACTORS for name in names):
-        return {}  # whatever the names of the layers are in the files of this architecture
-    return {name: record for name, record in layers.items() if f"{name}.weight" not in names}
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    # Whatever the names of the layers are in the files of this architecture.
+    has_factors = not shapes or any(name.rpartition(".")[2] in _FIRST_FACTORS for name in shapes)
+    dense = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+    def is_dense(name: str, record: Mapping[str, Any]) -> bool:
+        weight = f"{name}.weight"
+        if "heads" in record:
+            return weight in shapes and shapes[weight] == dense.get(weight)
+        return not has_factors or weight in shapes
+
+    return {name: record for name, record in layers.items() if not is_dense(name, record)}
 
 
 # A second import, as in a notebook, finds the method registered.

@@ -138,7 +138,8 @@ def _cuts_heads(options: Sequence[str]) -> bool:
 
 
 def _heads(projections: Spans, num_heads: int) -> Heads:
-    return Heads(projections[0], projections[1], projections[3].layer, num_heads)
+    query, key, _, output = projections
+    return Heads(num_heads, num_heads, query, key, output.layer)
 
 
 def _matrix(module: Any) -> Tensor:

@@ -37,23 +37,25 @@ class Heads:
     """Asks for the moments of what flows through the heads of an attention.
 
     Args:
+        num_heads: Heads of queries and contexts.
+        num_kv_heads: Heads of keys and values; what several queries or contexts share one of is taken together.
         query: Outputs of a layer inside the attention that are the queries of all heads, side by side.
         key: Likewise.
         output: Layer inside the attention that is given the contexts of all heads, side by side.
-        num_heads: Number of heads.
     """
 
-    query: Span
-    key: Span
-    output: nn.Module
     num_heads: int
+    num_kv_heads: int
+    query: Span | None = None
+    key: Span | None = None
+    output: nn.Module | None = None
 
 
 # What is measured where a module is called: moments of its inputs, those of its heads, or nothing.
 Request: TypeAlias = Literal["inputs"] | Heads | None
 Measured: TypeAlias = Moments | HeadMoments | None
 # Gets a name and what was measured there; returns what answers in the module's place, or in the places of several that
-# are handled at once; ``None`` for the module itself.
+# are handled at once, which may lie inside of it; ``None`` for the module itself.
 Handler: TypeAlias = Callable[[str, Any], nn.Module | Mapping[nn.Module, nn.Module] | None]
 Ties: TypeAlias = Mapping[str, Sequence[str]]
 
@@ -146,14 +148,14 @@ class _Visited:
         self.names |= {
             self.model.get_submodule(tied): name for name in self.modules for tied in self.ties.get(name, ())
         }
-        self.successors: dict[nn.Module, nn.Module] = {}
+        self.replacements: dict[nn.Module, nn.Module] = {}
         self.repeated: set[str] = set()  # called several times in a pass
         self.calls: Counter[str] = Counter()  # of this pass
         self.fresh: list[str] = []  # handled in this pass
         self.pooled: tuple[str, Any] | None = None  # the module whose calls this pass pools, and their moments so far
         self.few: dict[str, str] = {}  # how many vectors reached these, where that is fewer than they are wide
         self.hidden: set[str] = set()  # all that reached these was hidden by a mask
-        self.has_begun = False
+        self.has_begun = self.is_measuring = False
 
     def is_unfinished(self) -> bool:
         """Close the pass that is over, if any, and tell whether it takes another."""
@@ -187,11 +189,12 @@ class _Visited:
 
     def _handle(self, name: str, measured: Measured) -> None:
         module, answering = self.modules[name], self.handle(name, measured)
-        self.successors.update({module: answering} if isinstance(answering, nn.Module) else answering or {})
-        self.found[name] = self.successors.get(module, module)
+        self.replacements.update({module: answering} if isinstance(answering, nn.Module) else answering or {})
+        self.found[name] = self.replacements.get(module, module)
         self.fresh.append(name)
-        for moments in (measured,) if isinstance(measured, Moments) else vars(measured).values() if measured else ():
-            if moments.count < (width := moments.mean.shape[-1]):
+        several = () if measured is None else vars(measured).values()
+        for moments in (measured,) if isinstance(measured, Moments) else several:
+            if moments is not None and moments.count < (width := moments.mean.shape[-1]):
                 self.few[name] = f"{moments.count:,} vectors of {width:,} numbers"
 
     def warn_of_few(self) -> None:
@@ -209,18 +212,22 @@ class _Visited:
         given = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(given, Tensor) and given.numel() == 0:
             return forward(*args, **kwargs)  # an expert without tokens
+        if self.is_measuring:  # around this module, which is called again afterwards
+            return (self.replacements.get(module, forward) if name in self.found else forward)(*args, **kwargs)
         self.calls[name] += 1
         if name not in self.found and (self.pooled is None or self.pooled[0] == name):
             call = functools.partial(forward, *args, **kwargs)
+            self.is_measuring = True
             measured = _measure(name, self.requests[name], given, call, self.visible)
+            self.is_measuring = False
             if measured is None and self.requests[name] is not None:
                 self.hidden.add(name)
             elif name in self.repeated and self.requests[name] is not None:
                 self.pooled = name, measured if self.pooled is None else self.pooled[1].joined(measured)
             else:
                 self._handle(name, measured)
-        successor = self.successors.get(module) if name in self.found else None
-        return forward(*args, **kwargs) if successor is None else successor(*args, **kwargs)
+        new = self.replacements.get(module) if name in self.found else None
+        return forward(*args, **kwargs) if new is None else new(*args, **kwargs)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -250,23 +257,29 @@ def _measure(name: str, request: Request, given: Any, call: Callable[[], Any], v
 
 def _head_moments(heads: Heads, call: Callable[[], Any], visible: Visible) -> HeadMoments | None:
     """Moments of what flows through the heads of an attention, which runs for it."""
-    seen: dict[str, list[Tensor]] = {"query": [], "key": [], "context": []}
+    seen: dict[str, list[Tensor]] = {}
 
     def note(name: str, x: Tensor) -> None:
-        seen[name].append(_samples(x, visible).unflatten(-1, (heads.num_heads, -1)).transpose(0, 1))
+        group = 1 if name == "key" else heads.num_heads // heads.num_kv_heads
+        samples = _samples(x, visible).unflatten(-1, (heads.num_kv_heads, group, -1))
+        seen.setdefault(name, []).append(samples.transpose(0, 1).flatten(1, 2))
 
-    hooks = [
-        heads.query.layer.register_forward_hook(lambda module, args, result: note("query", heads.query.of(result))),
-        heads.key.layer.register_forward_hook(lambda module, args, result: note("key", heads.key.of(result))),
-        heads.output.register_forward_pre_hook(lambda module, args: note("context", args[0])),
-    ]
+    def note_span(name: str, span: Span, module: nn.Module, args: Any, result: Tensor) -> None:
+        note(name, span.of(result))
+
+    hooks = []
+    for name, span in (("query", heads.query), ("key", heads.key)):
+        if span is not None:
+            hooks.append(span.layer.register_forward_hook(functools.partial(note_span, name, span)))
+    if heads.output is not None:
+        hooks.append(heads.output.register_forward_pre_hook(lambda module, args: note("context", args[0])))
     try:
         call()
     finally:
         for hook in hooks:
             hook.remove()
     samples = {name: torch.cat(parts, 1) for name, parts in seen.items()}
-    if not all(x.shape[1] for x in samples.values()):
+    if not samples or not all(x.shape[1] for x in samples.values()):
         return None
     return HeadMoments(**{name: Moments.of(x) for name, x in samples.items()})
 

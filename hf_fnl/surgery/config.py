@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from hf_fnl.attention.selectors import Selector
+from hf_fnl.attention.selectors import ATTENTION_KINDS, Selector
 from hf_fnl.layers.conv import CONV_SCHEMES
 from hf_fnl.math.spectral import DRAWN_METHODS, check_method, check_rank
 from hf_fnl.math.tensors import TENSOR_SCHEMES
@@ -16,6 +16,7 @@ from hf_fnl.utils.suggest import did_you_mean
 
 RULES = ("rank", "rank_scale", "ratio", "energy", "budget", "layer_ratio")  # each says ranks by itself
 LAYER_KINDS = ("linear", "embedding", "conv")
+SURGERY_KINDS = (*LAYER_KINDS, *ATTENTION_KINDS)
 KINDS = ("qk", "ov", "qkv", "ffn", *LAYER_KINDS)  # of our classes, and of layers
 
 
@@ -78,7 +79,9 @@ class FactorizationConfig(RankRule):
     matrix can have is lowered to that, unless ``overcomplete``.
 
     Args:
-        kinds: Any of ``"linear"`` (``torch.nn.Linear`` and GPT-2's ``Conv1D``), ``"embedding"`` and ``"conv"``.
+        kinds: Any of ``"linear"`` (``torch.nn.Linear`` and GPT-2's ``Conv1D``), ``"embedding"``, ``"conv"``, and of
+            ``"qk"`` and ``"ov"``: the products of every head of an attention, whose largest rank is the width of a
+            head. Patterns mean them by the name of the attention, as it is or followed by ``.qk`` or ``.ov``.
         include: Patterns of module names, as for a shell: ``"*.mlp.*"``. One of them has to match.
         exclude: Patterns of names that are left dense.
         classes: Classes of layers to take, subclasses not included. Empty takes the stock classes of ``kinds``.
@@ -113,18 +116,20 @@ class FactorizationConfig(RankRule):
         for option in ("kinds", "include", "exclude"):
             if isinstance(getattr(self, option), str):
                 raise ValueError(f"{option} must be a sequence of names, got the string {getattr(self, option)!r}")
-        unknown = sorted(set(self.kinds) - set(LAYER_KINDS))
+        unknown = sorted(set(self.kinds) - set(SURGERY_KINDS))
         if unknown or not self.kinds:
-            hint = did_you_mean(unknown[0], LAYER_KINDS) if unknown else ""
-            raise ValueError(f"kinds must be any of {', '.join(LAYER_KINDS)}, got {', '.join(unknown) or 'none'}{hint}")
+            hint = did_you_mean(unknown[0], SURGERY_KINDS) if unknown else ""
+            known = ", ".join(SURGERY_KINDS)
+            raise ValueError(f"kinds must be any of {known}, got {', '.join(unknown) or 'none'}{hint}")
         schemes = (*CONV_SCHEMES, *TENSOR_SCHEMES)
         if self.conv_scheme not in schemes:
             hint = did_you_mean(self.conv_scheme, schemes)
             raise ValueError(f"conv_scheme must be one of {', '.join(schemes)}, got {self.conv_scheme!r}{hint}")
         if self.conv_scheme in TENSOR_SCHEMES:
             self._check_tensors()
-        if "embedding" in self.kinds and (self.overcomplete or self.deep):
-            raise ValueError("overcomplete and deep are for linear layers and convolutions, not for kind 'embedding'")
+        plain = [kind for kind in ("embedding", *ATTENTION_KINDS) if kind in self.kinds]
+        if plain and (self.overcomplete or self.deep):
+            raise ValueError(f"overcomplete and deep are for linear layers and convolutions, not for kind {plain[0]!r}")
         if self.overcomplete and self.init not in DRAWN_METHODS:
             raise ValueError(f"overcomplete factors are drawn: set init='default' or 'he', got {self.init!r}")
         if self.overcomplete and self.rank is None and self.rank_scale is None:
@@ -146,8 +151,12 @@ class FactorizationConfig(RankRule):
         return math.inf if self.overcomplete and option == "rank_scale" else super()._largest(option)
 
     def names(self, name: str) -> bool:
-        """Whether a module of this name is meant."""
-        return _matches(name, self.include) and not _matches(name, self.exclude)
+        """Return whether a module of this name is meant."""
+        return _matches(name, self.include) and not self.excludes(name)
+
+    def excludes(self, name: str) -> bool:
+        """Return whether a module of this name is excluded."""
+        return _matches(name, self.exclude)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

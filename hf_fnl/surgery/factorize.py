@@ -1,52 +1,40 @@
-"""Surgery: layers of any model become products of factors, in place."""
+"""Surgery: layers and attention heads of any model become factors of a rank, in place."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_fnl.layers import Factorized, FactorizedLinear, FactorizedMatrix, TensorizedConv2d
-from hf_fnl.math.factors import kept_energy
-from hf_fnl.math.truncation import Moments, linear_energies
-from hf_fnl.surgery.calibration import Calibration, Request, for_each
+from hf_fnl.surgery.calibration import Calibration
 from hf_fnl.surgery.config import LAYER_KINDS, FactorizationConfig
+from hf_fnl.surgery.cut import candidate, check_values, cut, parameters_beside, spectra_of
 from hf_fnl.surgery.ranks import Candidate, UnreachableShare, choose_ranks
 from hf_fnl.surgery.record import QUANT_METHOD, layer_record, models_near
-from hf_fnl.surgery.select import (
-    Target,
-    by_reason,
-    empty_successor,
-    layer_options,
-    listed,
-    select,
-    split,
-    successor_of,
-)
-from hf_fnl.surgery.swap import check_not_quantized, check_present, share_factors_, swap_and_record_, unwrapped
+from hf_fnl.surgery.select import by_reason, listed, select
+from hf_fnl.surgery.swap import check_not_quantized, check_present, swap_and_record_, unwrapped
+from hf_fnl.surgery.targets import Cut, HeadTarget, Replacements, Target
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A weight that became a product.
+    """A weight, or the products of an attention's heads, cut to factors of a rank.
 
     Args:
-        name: Name of the layer.
-        kind: ``"linear"``, ``"embedding"``, ``"conv"`` or ``"tensor"``.
-        shape: Shape of the matrix or tensor.
+        name: Name of the layer, or of the attention followed by ``.qk`` or ``.ov``.
+        kind: ``"linear"``, ``"embedding"``, ``"conv"``, ``"tensor"``, ``"qk"`` or ``"ov"``.
+        shape: Shape of the matrix or tensor; of heads their number before it.
         rank: Columns of the factors.
         energy: Share of ``||W||_F^2`` that is kept, ``1 - ||W - U V^T||_F^2 / ||W||_F^2``; ``None`` where there was no
             weight to approximate.
         tied: Names of the other layers that hold the same weight.
+        parameters_before: Parameters of the matrix or tensor, or of the projections.
         parameters_after: Parameters of the factors.
-        record: What restores each of these layers in the place of the dense one.
+        records: What restores the layers, by their names.
     """
 
     name: str
@@ -55,13 +43,9 @@ class Replacement:
     rank: int
     energy: float | None
     tied: tuple[str, ...]
+    parameters_before: int
     parameters_after: int
-    record: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def parameters_before(self) -> int:
-        """Parameters of the matrix or tensor."""
-        return math.prod(self.shape)
+    records: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
     def __str__(self) -> str:
         energy = "" if self.energy is None else f", energy {self.energy:.4f}"
@@ -98,7 +82,7 @@ class Factorization:
 
     def to_dict(self) -> dict[str, Any]:
         """What :func:`~hf_fnl.surgery.restore_` needs, ready for JSON."""
-        layers = {name: dict(r.record) for r in self.replacements for name in (r.name, *r.tied)}
+        layers = {name: dict(record) for each in self.replacements for name, record in each.records.items()}
         return {"quant_method": QUANT_METHOD, "layers": layers}
 
     def __str__(self) -> str:
@@ -112,12 +96,16 @@ class Factorization:
 def factorize_(
     model: nn.Module, config: FactorizationConfig, *, calibration: Calibration | None = None
 ) -> Factorization:
-    """Replace layers of a model, in place, by products of factors.
+    """Replace layers of a model, in place, by factors of a rank, and cut the heads of its attentions to one.
 
     Layers that share a weight are factorized together, or not at all, and share their factors; the output embedding of
     a language model counts as an embedding. Layers that are factorized already stay as they are. Of a layer that cannot
     be factorized (a depthwise convolution, an embedding with ``max_norm``) the result tells why it was skipped. On the
     meta device only shapes change. If anything fails, the model is as it was.
+
+    Heads are cut where ``kinds`` has ``"qk"`` or ``"ov"`` and their attention computes by such products, those that
+    share a key or value together. The attention stays what it is: its layers fill narrow heads up with zeros, so that
+    every kernel, cache and position works as before, and biases are cut along.
 
     Only layers of the stock classes are taken, or of classes derived from them with the same forward pass. Hooks and
     attributes of a layer go over to the one that takes its place. One that holds more than that (a parametrization,
@@ -154,36 +142,31 @@ def factorize_(
         raise ValueError(f"calibration cuts trained weights and needs init='spectral', got {config.init!r}")
     near = models_near(model)
     targets, skipped = select(model, config, near)
-    _check_values(targets, calibration is not None)
+    check_values(targets, calibrated=calibration is not None)
     candidates = _candidates(model, targets, config, calibration)
-    others = sum(parameter.numel() for parameter in model.parameters()) - sum(c.dense for c in candidates)
     too_small = _below_rank(targets, candidates, config)
-    candidates = [candidate for candidate in candidates if candidate.name not in too_small]
+    candidates = [each for each in candidates if each.name not in too_small]
     try:
-        ranks = choose_ranks(candidates, config, others=others)
+        ranks = choose_ranks(candidates, config, others=parameters_beside(model, targets))
     except UnreachableShare as error:
         hint = _other_kinds(model, config) if "stay dense" in str(error) else ""
         raise UnreachableShare(f"{error}{hint}") from error
     skipped |= too_small
     skipped |= {name: "its factors would hold as many parameters" for name, rank in ranks.items() if rank is None}
-    chosen = [(target, rank) for target in targets if (rank := ranks.get(target.name)) is not None]
-    successors = _cut(model, chosen, config, calibration)
-    replacements = tuple(_replacement(target, successors[target.first], config.init) for target, _ in chosen)
-    for dense, layer in successors.items():
-        layer.train(dense.training)  # calibration made it while the model was in evaluation mode
-        if calibration is not None and getattr(dense, "bias", None) is not None:
-            dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
-    swap_and_record_(model, successors, near)
-    return Factorization(replacements, skipped)
+    options: dict[str, Any] = {"init": config.init, **_options(config)}
+    cuts = [Cut(target, rank, **options) for target in targets if (rank := ranks.get(target.name)) is not None]
+    replacements = cut(model, cuts, calibration)
+    done = tuple(_replacement(each, replacements) for each in cuts)
+    if calibration is not None:
+        for dense, layer in replacements.items():
+            if getattr(dense, "bias", None) is not None and dense.bias.shape == layer.bias.shape:
+                dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
+    swap_and_record_(model, replacements, near)
+    return Factorization(done, skipped)
 
 
-def _check_values(targets: Sequence[Target], calibrated: bool) -> None:
-    for target in targets:
-        weight = target.first.weight
-        if not weight.is_meta and not torch.stack(weight.aminmax()).isfinite().all():
-            raise ValueError(f"the weight of {target.name} holds NaN or Inf")
-        if weight.is_meta and calibrated:
-            raise ValueError(f"{target.name} is on the meta device, where there is nothing to calibrate")
+def _options(config: FactorizationConfig) -> dict[str, bool]:
+    return {"deep": config.deep, "overcomplete": config.overcomplete}
 
 
 def _below_rank(
@@ -192,9 +175,9 @@ def _below_rank(
     """Why what only ``"*"`` names stays dense where ``rank`` is above its largest; nothing if that holds for all."""
     named = dataclasses.replace(config, include=[pattern for pattern in config.include if pattern != "*"]).names
     reasons = {
-        candidate.name: f"its rank can be at most {candidate.limit}"
-        for target, candidate in zip(targets, candidates, strict=True)
-        if (config.rank or 0) > candidate.limit and not any(map(named, target.layers))
+        each.name: f"its rank can be at most {each.limit}"
+        for target, each in zip(targets, candidates, strict=True)
+        if (config.rank or 0) > each.limit and not any(map(named, target.names))
     }
     return reasons if len(reasons) < len(candidates) else {}
 
@@ -218,97 +201,23 @@ def _other_kinds(model: nn.Module, config: FactorizationConfig) -> str:
 def _candidates(
     model: nn.Module, targets: Sequence[Target], config: FactorizationConfig, calibration: Calibration | None = None
 ) -> list[Candidate]:
-    spectra = functools.cache(lambda: _spectra(model, targets, calibration))
-    candidates = []
-    for target in targets:
-        energies: Callable[[], Tensor] = functools.partial(lambda name: spectra()[name], target.name)
-        limit, count, full = _sizes(target, config)
-        candidates.append(Candidate(target.name, limit, count, target.first.weight.numel(), energies, full))
-    return candidates
+    spectra = spectra_of(model, targets, calibration)
+    return [candidate(target.name, [target], spectra, **_options(config)) for target in targets]
 
 
-def _sizes(target: Target, config: FactorizationConfig) -> tuple[int, Callable[[int], int], int]:
-    """The largest rank of a target, its parameters at a rank, and the rank that a rank scale of 1 stands for."""
-    if target.is_tensor:
-        kernel, scheme = target.first.weight.shape, target.scheme
-        limit = TensorizedConv2d.largest_rank(kernel, scheme)
-        return limit, lambda rank: TensorizedConv2d.parameter_count(kernel, rank, scheme), limit
-    m, n = target.matrix.shape
-    limit = sys.maxsize if config.overcomplete else min(m, n)
-    full = m if isinstance(target.first, nn.Conv2d) and target.scheme == "spatial" else min(m, n)
-    return limit, lambda rank: rank * (m + n + rank * config.deep), full
-
-
-def _spectra(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> dict[str, Tensor]:
-    """Squared singular values of every target, in the metric of its inputs where there are data."""
-    by_name = {target.name: target for target in targets}
-    found = {}
-
-    def measure(name: str, moments: Moments | None) -> None:
-        target = by_name[name]
-        if target.matrix.is_meta:
-            raise ValueError(f"{name} is on the meta device, where ranks cannot depend on spectra")
-        found[name] = linear_energies(target.matrix, getattr(target.first, "bias", None), _metric(target, moments))
-
-    requests = {name: _request(target) for name, target in by_name.items()}
-    for_each(model, requests, measure, calibration, _ties(by_name.values()))
-    return found
-
-
-def _request(target: Target) -> Request:
-    """The moments of its inputs, where linear layers alone see those of a weight."""
-    are_linear = all(successor_of(type(layer)) is FactorizedLinear for layer in target.layers.values())
-    return "inputs" if are_linear else None
-
-
-def _metric(target: Target, moments: Moments | None) -> Moments | None:
-    """The moments by which a weight is cut: about zero where layers share it, whose biases stay as they are."""
-    return moments if moments is None or len(target.layers) == 1 else moments.about_zero()
-
-
-def _ties(targets: Iterable[Target]) -> dict[str, list[str]]:
-    return {target.name: list(target.layers)[1:] for target in targets}
-
-
-def _cut(
-    model: nn.Module,
-    chosen: Sequence[tuple[Target, int]],
-    config: FactorizationConfig,
-    calibration: Calibration | None,
-) -> dict[nn.Module, Factorized]:
-    """The factorized layers by the dense ones in whose places they belong; the model stays as it is."""
-    by_name = {target.name: (target, rank) for target, rank in chosen}
-    successors: dict[nn.Module, Factorized] = {}
-
-    def cut(name: str, moments: Moments | None) -> Mapping[nn.Module, Factorized]:
-        target, rank = by_name[name]
-        first, *others = target.layers.values()
-        if moments is None:
-            layer = split(model, first, rank, config)
-        else:
-            layer = FactorizedLinear.from_dense(target.first, rank, deep=config.deep, moments=_metric(target, moments))
-        answering = {first: layer}
-        for dense in others:
-            partner = empty_successor(dense, rank, scheme=config.conv_scheme, **layer_options(config))
-            answering[dense] = share_factors_(partner, layer)
-            partner.set_bias_(getattr(dense, "bias", None))
-        successors.update(answering)
-        return answering
-
-    requests = {name: _request(target) for name, (target, _) in by_name.items()}
-    for_each(model, requests, cut, calibration, _ties(target for target, _ in chosen))
-    return successors
-
-
-def _replacement(target: Target, layer: Factorized, init: str) -> Replacement:
-    name, *tied = target.layers
-    energy = None if layer.factors()[0].is_meta or init != "spectral" else _kept_energy(target, layer)
-    count = sum(factor.numel() for factor in layer.factors())
-    return Replacement(name, layer.kind, layer.shape, layer.rank, energy, tuple(tied), count, layer_record(layer))
-
-
-def _kept_energy(target: Target, layer: Factorized) -> float:
-    if isinstance(layer, FactorizedMatrix):
-        return kept_energy((target.matrix,), layer.U, layer.V)
-    weight = target.first.weight.double()
-    return float(1 - (weight - layer.dense_weight()).square().sum() / weight.square().sum())
+def _replacement(cut: Cut, replacements: Replacements) -> Replacement:
+    target: Any = cut.target
+    known = not target.tensors[0].is_meta and cut.init == "spectral"
+    names = target.layer_names if isinstance(target, HeadTarget) else tuple(target.layers)
+    layers = target.attention.layers([target.kind]) if isinstance(target, HeadTarget) else target.layers.values()
+    return Replacement(
+        target.name,
+        target.kind,
+        target.shape,
+        cut.rank,
+        target.kept_energy(replacements) if known else None,
+        () if isinstance(target, HeadTarget) else names[1:],
+        target.parameters,
+        target.parameters_after(replacements),
+        {name: layer_record(replacements[layer]) for name, layer in zip(names, layers, strict=True)},
+    )

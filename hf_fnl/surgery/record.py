@@ -14,15 +14,19 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedMatrix, TensorizedConv2d
+from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedMatrix, HeadProjection, TensorizedConv2d
 
 QUANT_METHOD = "hf_fnl"  # what `config.json` calls a model that went through surgery
 
 Layers = Mapping[str, Mapping[str, Any]]
 
 
-def layer_record(layer: Factorized) -> dict[str, Any]:
-    """What it takes to make the layer again in the place of the dense one."""
+def layer_record(layer: nn.Module) -> dict[str, Any]:
+    """Return what it takes to make a layer with factors or narrow heads again in the place of the dense one."""
+    if isinstance(layer, HeadProjection):
+        heads = [[count, rank] for count, rank in layer.heads]
+        return {"heads": heads, "width": layer.dense_width, "is_output": layer.is_output}
+    assert isinstance(layer, Factorized)
     record: dict[str, Any] = {"rank": layer.rank}
     if isinstance(layer, FactorizedConv2d | TensorizedConv2d):
         record["scheme"] = layer.scheme
@@ -33,8 +37,9 @@ def layer_record(layer: Factorized) -> dict[str, Any]:
 
 
 def layer_records(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The records of all factorized layers of a model, by name."""
-    return {name: layer_record(layer) for name, layer in model.named_modules() if isinstance(layer, Factorized)}
+    """Return the records of all layers of a model that surgery may have made, by name."""
+    layers = model.named_modules()
+    return {name: layer_record(layer) for name, layer in layers if isinstance(layer, Factorized | HeadProjection)}
 
 
 class SurgeryConfig(Mapping[str, Any], QuantizationConfigMixin):
@@ -177,7 +182,7 @@ def method_of(record: Any) -> str:
 
 def _update_record_(model: PreTrainedModel) -> None:
     record = getattr(model.config, "quantization_config", None)
-    if any(isinstance(layer, Factorized) for layer in model.modules()):
+    if any(isinstance(layer, Factorized | HeadProjection) for layer in model.modules()):
         if not isinstance(record, SurgeryConfig) or record.model is not model:
             model.config.quantization_config = SurgeryConfig.of(model)
     elif record is not None and method_of(record) == QUANT_METHOD:

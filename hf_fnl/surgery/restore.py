@@ -7,23 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers import Factorized
+from hf_fnl.layers import Factorized, HeadProjection
 from hf_fnl.surgery.record import layer_record, models_in, models_near
-from hf_fnl.surgery.select import empty_successor, successor_of, weights
+from hf_fnl.surgery.select import weights
 from hf_fnl.surgery.swap import (
     check_present,
+    held_weights,
     parameters_around,
-    share_factors_,
     swap_and_record_,
     unwrapped,
     what_hangs_on,
 )
+from hf_fnl.surgery.targets import Replacements, empty_layer, factorized_class, share_factors_
 
 
 @torch.no_grad()
 def merge_(model: nn.Module) -> list[str]:
-    """Multiply every product of a model out, in place: plain layers of the stock classes, with the same outputs.
+    """Make every layer of a model plain, in place: factors are multiplied out, narrow heads filled up with zeros.
+
+    The outputs are the same.
 
     An adapter of PEFT is merged into plain layers only; into factors it would have to be approximated, so that PEFT's
     own merges raise an error there. After ``merge_`` they are exact. A LoRA of rank ``s`` around a product of rank
@@ -45,7 +49,8 @@ def merge_(model: nn.Module) -> list[str]:
             offloaded or divided among processes, or something would be lost with a factorized layer.
     """
     model = unwrapped(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
+    made = (Factorized, HeadProjection)
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, made)}
     if not layers or "" in layers:
         remedy = "; use its to_dense()" if layers else ""
         raise ValueError(f"{type(model).__name__} holds no factorized layer that could be merged{remedy}")
@@ -56,17 +61,17 @@ def merge_(model: nn.Module) -> list[str]:
     outside = parameters_around(model, near)
     for name, layer in layers.items():
         reason = what_hangs_on(layer)
-        if other := next((outside[factor] for factor in layer.factors() if factor in outside), None):
+        if other := next((outside[factor] for factor in held_weights(layer) if factor in outside), None):
             reason = f"its factor is also {other}, outside of what is merged: hand over what holds both"
         if reason is not None:
             raise ValueError(f"{name} cannot be merged: {reason}")
     weight_of: dict[Tensor, nn.Parameter] = {}
-    successors: dict[nn.Module, nn.Module] = {}
+    plain: Replacements = {}
     for layer in layers.values():
         dense = layer.to_dense()
-        dense.weight = weight_of.setdefault(layer.factors()[0], dense.get_parameter("weight"))
-        successors[layer] = dense
-    swap_and_record_(model, successors, near)
+        dense.weight = weight_of.setdefault(held_weights(layer)[0], dense.get_parameter("weight"))
+        plain[layer] = dense
+    swap_and_record_(model, plain, near)
     return list(layers)
 
 
@@ -87,22 +92,24 @@ def restore_(model: nn.Module, record: Mapping[str, Any]) -> None:
     swap_and_record_(model, empty_layers(model, record["layers"]))
 
 
-def empty_layers(model: nn.Module, record: Mapping[str, Mapping[str, Any]]) -> dict[nn.Module, nn.Module]:
-    """The factorized layers that a record says, not set yet, by the dense ones in whose places they belong."""
+def empty_layers(model: nn.Module, record: Mapping[str, Mapping[str, Any]]) -> Replacements:
+    """Return the layers that a record says, not set yet, by the dense ones in whose places they belong."""
     ties = getattr(model, "all_tied_weights_keys", {})
     entries = {layer: (name, record[name]) for name, layer in _found(model, record).items()}
     for holders in weights(model, ties).values():
         layers = [layer for layer in holders.values() if layer is not None]
         if named := [entries[layer] for layer in layers if layer in entries]:
             entries |= {layer: entries.get(layer, named[0]) for layer in layers}
-    successors: dict[nn.Module, nn.Module] = {}
+    new: Replacements = {}
     first: dict[Tensor, Factorized] = {}
     for dense, (name, entry) in entries.items():
-        if isinstance(dense, Factorized) and layer_record(dense) == dict(entry):
+        if isinstance(dense, Factorized | HeadProjection) and layer_record(dense) == dict(entry):
             continue
         layer = _empty_layer(dense, name, entry)
-        successors[dense] = share_factors_(layer, first.setdefault(dense.get_parameter("weight"), layer))
-    return successors
+        if isinstance(layer, Factorized):
+            share_factors_(layer, first.setdefault(dense.get_parameter("weight"), layer))
+        new[dense] = layer
+    return new
 
 
 def _found(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -132,12 +139,13 @@ def _found(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     return found
 
 
-def _empty_layer(dense: nn.Module, name: str, entry: Mapping[str, Any]) -> Factorized:
-    if successor_of(type(dense)) is None:
+def _empty_layer(dense: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module:
+    is_linear = isinstance(dense, nn.Linear | Conv1D)
+    if not is_linear if "heads" in entry else factorized_class(type(dense)) is None:
         raise ValueError(f"the record of {name} says {dict(entry)}, where the model has a {type(dense).__name__}")
     if reason := what_hangs_on(dense):
         raise ValueError(f"{name} cannot be factorized: {reason}")
     try:
-        return empty_successor(dense, **entry)
-    except (TypeError, ValueError) as error:
+        return HeadProjection.empty_like(dense, **entry) if "heads" in entry else empty_layer(dense, **entry)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the record of {name} says {dict(entry)}, which does not fit {dense}: {error}") from error

@@ -2,149 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
-from hf_fnl.layers.conv import kernel_matrix
-from hf_fnl.layers.linear import dense_weight
-from hf_fnl.math.spectral import DRAWN_METHODS
-from hf_fnl.surgery.config import TENSOR_SCHEMES, FactorizationConfig
+from hf_fnl.attention.adapters import attention_of
+from hf_fnl.attention.selectors import ATTENTION_KINDS
+from hf_fnl.layers import Factorized, HeadProjection
+from hf_fnl.surgery.config import FactorizationConfig
 from hf_fnl.surgery.swap import is_read_by_its_parent, parameters_around, weight_obstacle, what_hangs_on
+from hf_fnl.surgery.targets import (
+    FACTORIZED_CLASSES,
+    Attention,
+    HeadTarget,
+    LayerTarget,
+    Target,
+    computes_otherwise,
+    empty_layer,
+    factorized_class,
+    stock_class,
+)
 from hf_fnl.utils.suggest import listed
-
-Successor = type[FactorizedLinear] | type[FactorizedEmbedding] | type[FactorizedConv2d] | type[TensorizedConv2d]
-
-SUCCESSORS: dict[type[nn.Module], Successor] = {
-    nn.Linear: FactorizedLinear,
-    Conv1D: FactorizedLinear,
-    nn.Embedding: FactorizedEmbedding,
-    nn.Conv2d: FactorizedConv2d,
-}
-
-
-def stock_class(dense: type[nn.Module]) -> type[nn.Module] | None:
-    """The stock class that a class is or is derived from, whether or not it computes the same."""
-    return next((stock for stock in SUCCESSORS if issubclass(dense, stock)), None)
-
-
-def computes_otherwise(dense: type[nn.Module]) -> bool:
-    """Whether a class derived from a stock class has a forward pass of its own."""
-    stock = stock_class(dense) or nn.Module
-    methods = ("forward", "_conv_forward", "__call__", "__getattr__")
-    return any(getattr(dense, name, None) is not getattr(stock, name, None) for name in methods)
-
-
-def successor_of(dense: type[nn.Module], scheme: str = "spatial") -> Successor | None:
-    """The factorized class that takes the place of a dense one; ``scheme`` says how kernels are factorized.
-
-    ``None`` for a class that computes otherwise than the stock one that it is derived from.
-    """
-    stock = stock_class(dense)
-    ours = None if stock is None or computes_otherwise(dense) else SUCCESSORS[stock]
-    return TensorizedConv2d if ours is FactorizedConv2d and scheme in TENSOR_SCHEMES else ours
-
-
-def empty_successor(dense: nn.Module, rank: int, *, scheme: str = "spatial", **options: Any) -> Factorized:
-    """The factorized layer in the place of a dense one, with parameters that are not set yet.
-
-    Args:
-        dense: The dense layer.
-        rank: Of the product.
-        scheme: How a kernel is factorized.
-        **options: As the class of the layer takes them: ``init``, and except for tensors ``deep`` and
-            ``overcomplete``.
-    """
-    ours: Any = successor_of(type(dense), scheme)
-    return ours.empty_like(dense, rank, **_scheme_option(ours, scheme), **options)
-
-
-def split(model: nn.Module, dense: nn.Module, rank: int, config: FactorizationConfig) -> Factorized:
-    """The factorized layer in the place of a dense one, from its weight or, for ``init="default"`` and ``"he"``, drawn.
-
-    What is drawn is drawn as the model draws its own weights, where it is one of Transformers, and else as torch does.
-    """
-    ours: Any = successor_of(type(dense), config.conv_scheme)
-    if config.init not in DRAWN_METHODS:
-        return ours.from_dense(dense, rank, **_scheme_option(ours, config.conv_scheme), **layer_options(config))
-    layer = empty_successor(dense, rank, scheme=config.conv_scheme, **layer_options(config))
-    if not layer.factors()[0].is_meta:
-        layer.set_factors_(layer.fresh_factors(_draw_as(model, dense)))
-    return layer
-
-
-def layer_options(config: FactorizationConfig) -> dict[str, Any]:
-    """What a configuration says to the layers that it makes."""
-    return {"init": config.init} | {name: True for name in ("deep", "overcomplete") if getattr(config, name)}
-
-
-def _draw_as(model: nn.Module, dense: nn.Module) -> Callable[[Tensor], object] | None:
-    """Fills a weight as a Transformers model would that of ``dense``."""
-    if not isinstance(model, PreTrainedModel):
-        return None
-
-    def draw(weight: Tensor) -> None:
-        layer = copy.copy(dense)
-        layer._parameters = {"weight": nn.Parameter(weight), "bias": None}
-        model._init_weights(layer)
-
-    return draw
-
-
-def _scheme_option(ours: Successor, scheme: str) -> dict[str, str]:
-    return {"scheme": scheme} if ours.kind in ("conv", "tensor") else {}
-
-
-@dataclass(frozen=True)
-class Target:
-    """Layers that hold one weight and are factorized together.
-
-    Args:
-        layers: The layers by their first names, in the order of the model.
-        scheme: How a kernel becomes a matrix.
-    """
-
-    layers: Mapping[str, nn.Module]
-    scheme: str
-
-    @property
-    def name(self) -> str:
-        """Name of the first layer."""
-        return next(iter(self.layers))
-
-    @property
-    def first(self) -> Any:
-        """The first layer."""
-        return next(iter(self.layers.values()))
-
-    @property
-    def is_tensor(self) -> bool:
-        """Whether the weight is factorized as a tensor and not as a matrix."""
-        return isinstance(self.first, nn.Conv2d) and self.scheme in TENSOR_SCHEMES
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as the matrix ``(m, n)`` that is factorized."""
-        if isinstance(self.first, nn.Conv2d):
-            return kernel_matrix(self.first.weight, self.scheme)
-        return self.first.weight if isinstance(self.first, nn.Embedding) else dense_weight(self.first)
 
 
 def select(
     model: nn.Module, config: FactorizationConfig, near: Iterable[PreTrainedModel] = ()
 ) -> tuple[list[Target], dict[str, str]]:
-    """The layers that a configuration means.
+    """Return what a configuration means: layers that share a weight, and products of heads.
 
     Args:
         model: Any module.
@@ -153,7 +45,7 @@ def select(
 
     Returns:
         The targets, and for all else that looks like a matrix and that the patterns name the reason why it stays dense:
-        by the name of the layer, or of the parameter where that is no layer's weight.
+        by the name of the layer or product, or of the parameter where that is no layer's weight.
 
     Raises:
         ValueError: If nothing is left, a pattern to include matches no module, or a layer that one other than ``"*"``
@@ -162,15 +54,21 @@ def select(
     Warns:
         UserWarning: If a pattern to exclude matches no module and is like the name of one.
     """
-    classes = tuple(config.classes) or tuple(stock for stock, ours in SUCCESSORS.items() if ours.kind in config.kinds)
+    classes = tuple(config.classes) or tuple(
+        stock for stock, ours in FACTORIZED_CLASSES.items() if ours.kind in config.kinds
+    )
     _check_classes(classes)
     by_name = replace(config, include=[pattern for pattern in config.include if pattern != "*"])
     outputs = _output_embeddings(model)
     outside = parameters_around(model, near)
     wants_embeddings = any(issubclass(cls, nn.Embedding) for cls in classes)
-    targets: list[Target] = []
-    skipped: dict[str, str] = {}
-    for weight, holders in weights(model).items():
+    held = weights(model)
+    heads, skipped = _select_heads(model, config, held, outside)
+    targets: list[Target] = [*heads]
+    cut = {name for target in heads for name in target.layer_names}
+    for weight, holders in held.items():
+        if not cut.isdisjoint(holders):
+            continue
         chosen = [
             name
             for name, layer in holders.items()
@@ -186,7 +84,7 @@ def select(
         if reason is None and is_output and not wants_embeddings and not any(map(by_name.names, chosen)):
             reason = "it is the output embedding: add 'embedding' to kinds, or its name to include"
         if reason is None:
-            targets.append(Target(_first_names(holders), config.conv_scheme))
+            targets.append(LayerTarget(first_names(holders), config.conv_scheme))
         elif named := [name for name in chosen if by_name.names(name)]:
             raise ValueError(f"{named[0]} cannot be factorized: {reason}")
         else:
@@ -200,6 +98,65 @@ def select(
         if "did you mean" in text:  # else it may be meant for other models, as lm_head is
             warnings.warn(text, stacklevel=3)
     return targets, skipped
+
+
+def _select_heads(
+    model: nn.Module, config: FactorizationConfig, held: Mapping[Tensor, Holders], outside: Mapping[Tensor, str]
+) -> tuple[list[HeadTarget], dict[str, str]]:
+    """As :func:`select`, the products of heads."""
+    targets: list[HeadTarget] = []
+    skipped: dict[str, str] = {}
+    by_name = replace(config, include=[pattern for pattern in config.include if pattern != "*"])
+    for kind in (kind for kind in ATTENTION_KINDS if kind in config.kinds):
+        for path, module in model.named_modules():
+            name = f"{path}.{kind}" if path else kind
+            if not any(map(config.names, (path, name))) or any(map(config.excludes, (path, name))):
+                continue
+            found = _heads_of(path, module, kind, held, outside)
+            if isinstance(found, HeadTarget) and any(map(config.excludes, found.layer_names)):
+                continue
+            if isinstance(found, HeadTarget) and found.layer_names not in {
+                target.layer_names for target in targets if target.kind == kind
+            }:
+                targets.append(found)
+            elif isinstance(found, str):
+                if any(map(by_name.names, (path, name))):
+                    raise ValueError(f"{name} cannot be cut: {found}")
+                skipped[name] = found
+    return targets, skipped
+
+
+def _heads_of(
+    path: str, module: nn.Module, kind: str, held: Mapping[Tensor, Holders], outside: Mapping[Tensor, str]
+) -> HeadTarget | str | None:
+    """The products of a kind of an attention, the reason why they cannot be cut, or ``None`` of another module."""
+    if (known := attention_of(module)) is None:
+        return None
+    if known.kinds is None:
+        return "the attention could not be run to see how it computes"
+    if kind not in known.kinds:
+        return f"the attention does not compute by {kind} products"
+    if kind in known.projections.factorized_kinds():
+        return "a projection is factorized already"
+    if (attention := Attention.of(path, module, known.projections, kind)) is None:
+        return _READ_BY_ITS_PARENT
+    names = []
+    for layer in attention.layers([kind]):
+        weight = layer.get_parameter("weight")
+        first, *others = (name for name in held[weight])
+        names.append(first.removesuffix(".weight"))
+        if len(others) > 0:
+            return f"its weight is also that of {others[0]}"
+        if weight in outside:
+            return f"its weight is also {outside[weight]}, outside of what is factorized: hand over what holds both"
+        if computes_otherwise(type(layer)) and not isinstance(layer, HeadProjection):
+            return f"a {type(layer).__name__} does not compute what a stock layer does"
+        if is_read_by_its_parent(layer):
+            return _READ_BY_ITS_PARENT
+        if reason := weight_obstacle(weight) or what_hangs_on(layer):
+            return reason
+    target = HeadTarget(attention, kind, tuple(names))
+    return "its heads are cut already" if target.is_cut else target
 
 
 def _unmatched(model: nn.Module, config: FactorizationConfig) -> Iterator[tuple[str, str]]:
@@ -220,7 +177,7 @@ def _unmatched(model: nn.Module, config: FactorizationConfig) -> Iterator[tuple[
 
 def _check_classes(classes: Iterable[type]) -> None:
     if unknown := [cls.__name__ for cls in classes if stock_class(cls) is None]:
-        known = ", ".join(cls.__name__ for cls in SUCCESSORS)
+        known = ", ".join(cls.__name__ for cls in FACTORIZED_CLASSES)
         raise ValueError(f"classes must be {known} or subclasses of these, got {', '.join(unknown)}")
     if own := [cls for cls in classes if computes_otherwise(cls)]:
         stock = stock_class(own[0])
@@ -263,14 +220,16 @@ def _why_not(layer: nn.Module, attribute: str) -> str:
     if hasattr(layer, "parametrizations"):
         return "it is parametrized, as by torch.nn.utils.parametrizations"
     if stock is None:
-        known = ", ".join(cls.__name__ for cls in SUCCESSORS)
+        known = ", ".join(cls.__name__ for cls in FACTORIZED_CLASSES)
         return f"it belongs to a {kind}, and only weights of {known} are factorized"
+    if isinstance(layer, HeadProjection):
+        return "its heads are cut"
     if computes_otherwise(type(layer)):
         return f"a {kind} does not compute what a {stock.__name__} does"
     if attribute != "weight":
         return f"its weight is computed from {attribute}"
     if type(layer) is stock:
-        return f"kind {SUCCESSORS[stock].kind!r} was not asked for"
+        return f"kind {FACTORIZED_CLASSES[stock].kind!r} was not asked for"
     if is_read_by_its_parent(layer):
         return _READ_BY_ITS_PARENT
     return f"it is a {kind}, which is not {stock.__name__} itself: add the class to classes"
@@ -293,14 +252,14 @@ def weights(model: nn.Module, ties: Mapping[str, str] | None = None) -> dict[Ten
     for name, parameter in parameters.items():
         holder, _, attribute = name.rpartition(".")
         weight = found[parameters.get(ties.get(name, name), parameter)]
-        if attribute == "weight" and successor_of(type(modules[holder])) is not None:
+        if attribute == "weight" and factorized_class(type(modules[holder])) is not None:
             weight[holder] = modules[holder]
         else:
             weight[name] = None
     return found
 
 
-def _first_names(weight: Holders) -> dict[str, nn.Module]:
+def first_names(weight: Holders) -> dict[str, nn.Module]:
     """The layers, each under the first of its names."""
     names: dict[nn.Module, str] = {}
     for name, layer in weight.items():
@@ -340,8 +299,8 @@ def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -
         return f"{' and '.join(holders)} share a weight that one of them holds transposed"
     try:
         # Costs nothing at rank 1, and the layer knows best what it can stand for.
-        for layer in _first_names(holders).values():
-            empty_successor(layer, 1, scheme=config.conv_scheme)
+        for layer in first_names(holders).values():
+            empty_layer(layer, 1, scheme=config.conv_scheme)
     except ValueError as error:
         return str(error)
     return None
@@ -367,9 +326,9 @@ def _nothing_selected(model: nn.Module, config: FactorizationConfig, skipped: Ma
     asked = ", ".join(f"{option}={listed(values)}" for option, values in wanted.items() if values)
     present: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
-        if isinstance(module, Factorized):
+        if isinstance(module, Factorized | HeadProjection):
             present["factorized already"].append(name)
-        elif (ours := successor_of(type(module))) is not None:
+        elif (ours := factorized_class(type(module))) is not None:
             present[f"{ours.kind} ({type(module).__name__})"].append(name)
     has = "; ".join(f"{kind}: {listed(names)}" for kind, names in present.items())
     reasons = {reason: names for reason, names in by_reason(skipped).items() if not reason.startswith("kind ")}

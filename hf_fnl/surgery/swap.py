@@ -13,7 +13,14 @@ from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
+from hf_fnl.layers import (
+    Factorized,
+    FactorizedConv2d,
+    FactorizedEmbedding,
+    FactorizedLinear,
+    HeadProjection,
+    TensorizedConv2d,
+)
 from hf_fnl.layers.whole import is_partitioned
 from hf_fnl.surgery.record import QUANT_METHOD, method_of, models_near, models_with, update_records_
 
@@ -45,25 +52,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def swap_(model: nn.Module, successors: Mapping[nn.Module, nn.Module], nested: Sequence[PreTrainedModel]) -> None:
+def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], nested: Sequence[PreTrainedModel]) -> None:
     """Put new layers in the places of old ones, under all their names; biases stay the same parameters.
 
     Hooks and attributes go over to the new layers, and the names of tied weights follow.
 
     Args:
         model: What holds the layers.
-        successors: The new layers by the old ones.
+        replacements: The new layers by the old ones.
         nested: The Transformers models that hold one of the old layers, and declare ties by their names.
     """
     declared = {module: module.get_expanded_tied_weights_keys() for module in nested}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in successors:
-            successor = successors[module]
-            if getattr(module, "bias", None) is not None:
-                successor.bias = module.bias
-            model.set_submodule(name, successor)
-    for module, successor in successors.items():
-        _carry_over_(module, successor)
+        if module in replacements:
+            new = replacements[module]
+            narrow = isinstance(module, HeadProjection) or isinstance(new, HeadProjection)
+            if not narrow and getattr(module, "bias", None) is not None:
+                new.bias = module.bias
+            model.set_submodule(name, new)
+    for module, new in replacements.items():
+        _carry_over_(module, new)
     for owner, ties in declared.items():
         if (renamed := _renamed(owner, ties)) != ties:
             owner._tied_weights_keys = renamed
@@ -71,17 +79,17 @@ def swap_(model: nn.Module, successors: Mapping[nn.Module, nn.Module], nested: S
 
 
 def swap_and_record_(
-    model: nn.Module, successors: Mapping[nn.Module, nn.Module], near: Iterable[PreTrainedModel] | None = None
+    model: nn.Module, replacements: Mapping[nn.Module, nn.Module], near: Iterable[PreTrainedModel] | None = None
 ) -> None:
     """As :func:`swap_`, in the models around ``model``, too; their configurations then say what is factorized.
 
     Args:
         model: What holds the layers.
-        successors: The new layers by the old ones.
+        replacements: The new layers by the old ones.
         near: What :func:`~hf_fnl.surgery.record.models_near` returned for ``model``.
     """
-    holders = models_with(models_near(model) if near is None else near, successors)
-    swap_(model, successors, holders)
+    holders = models_with(models_near(model) if near is None else near, replacements)
+    swap_(model, replacements, holders)
     update_records_(holders)
 
 
@@ -103,14 +111,6 @@ def _renamed(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
     return renamed
 
 
-def share_factors_(layer: Factorized, other: Factorized) -> Factorized:
-    """Let a layer hold the factors of another; returns it."""
-    for name, factor in other.named_parameters(recurse=False):
-        if name != "bias":
-            setattr(layer, name, factor)
-    return layer
-
-
 def parameters_around(model: nn.Module, near: Iterable[PreTrainedModel]) -> dict[Tensor, str]:
     """The names of parameters outside of a module in those of some models that are around it."""
     inside = set(model.modules())
@@ -129,7 +129,7 @@ def what_hangs_on(layer: nn.Module) -> str | None:
     Hooks of forward and backward passes, accelerate's hooks that move inputs, and plain attributes are not lost:
     :func:`swap_` carries them over.
     """
-    weights = _weights(layer)
+    weights = held_weights(layer)
     held = {id(tensor) for tensor in (*weights, getattr(layer, "bias", None))}
     if hasattr(layer, "parametrizations"):
         return "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations on it first"
@@ -153,23 +153,24 @@ def what_hangs_on(layer: nn.Module) -> str | None:
     return f"its {replaced[0]} was replaced on this one layer" if replaced else None
 
 
-def _carry_over_(layer: nn.Module, successor: nn.Module) -> None:
+def _carry_over_(layer: nn.Module, new: nn.Module) -> None:
     """Give a new layer the hooks and the attributes of the one in whose place it is; its weights get those of one."""
-    for weight in _weights(successor):
-        vars(weight).update(vars(_weights(layer)[0]))
+    for weight in held_weights(new):
+        vars(weight).update(vars(held_weights(layer)[0]))
     for name in _CARRIED_HOOKS:
-        successor.__dict__[name] = layer.__dict__[name]  # the same, so that the handles that remove hooks still do
+        new.__dict__[name] = layer.__dict__[name]  # the same, so that the handles that remove hooks still do
     hook = getattr(layer, "_hf_hook", None)
     for name, value in vars(layer).items():
         if name not in _own_attributes() and name not in ("_hf_hook", "_old_forward", "forward"):
-            setattr(successor, name, value)
+            setattr(new, name, value)
     if hook is not None:
         import accelerate.hooks  # here, for it takes long to import
 
-        accelerate.hooks.add_hook_to_module(successor, hook)
+        accelerate.hooks.add_hook_to_module(new, hook)
 
 
-def _weights(layer: nn.Module) -> tuple[Tensor, ...]:
+def held_weights(layer: nn.Module) -> tuple[Tensor, ...]:
+    """Return the factors of a layer, or its weight."""
     return layer.factors() if isinstance(layer, Factorized) else (layer.get_parameter("weight"),)
 
 
@@ -179,7 +180,8 @@ def _own_attributes() -> frozenset[str]:
     with torch.device("meta"):
         dense = (nn.Linear(1, 1), Conv1D(1, 1), nn.Embedding(1, 1), nn.Conv2d(1, 1, 1))
         factorized = (FactorizedLinear(1, 1, 1), FactorizedEmbedding(1, 1, 1), FactorizedConv2d(2, 2, 1, 1))
-        layers: tuple[nn.Module, ...] = (*dense, *factorized, TensorizedConv2d(2, 2, 1, 1))
+        heads = HeadProjection.empty_like(dense[0], [(1, 1)], width=1, is_output=False)
+        layers: tuple[nn.Module, ...] = (*dense, *factorized, heads, TensorizedConv2d(2, 2, 1, 1))
     return frozenset(name for layer in layers for name in vars(layer))
 
 

@@ -1,0 +1,153 @@
+"""Ranks by a rule, and the cut: new layers for many targets, one after the other or as data run through the model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_fnl.surgery.calibration import Calibration, Heads, Request, for_each
+from hf_fnl.surgery.ranks import Candidate
+from hf_fnl.surgery.targets import Cut, Draw, HeadTarget, LayerTarget, Replacements, Target, cut_heads
+
+Spectra = Callable[[], Mapping[str, Tensor]]
+
+
+def spectra_of(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> Spectra:
+    """Return what gives the squared singular values of every target by name, in the metric of data if any, once."""
+
+    @functools.cache
+    def spectra() -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+
+        def measure(module_name: str, moments: Any) -> None:
+            for target in (target for target in targets if target.module_name == module_name):
+                if target.tensors[0].is_meta:
+                    raise ValueError(f"{target.name} is on the meta device, where ranks cannot depend on spectra")
+                found[target.name] = target.energies(moments)
+
+        for_each(model, _requests(targets), measure, calibration, _ties(targets))
+        return found
+
+    return spectra
+
+
+def candidate(name: str, targets: Sequence[Target], spectra: Spectra, **options: bool) -> Candidate:
+    """Return targets that share a rank as one candidate; each counts by its own share of energy.
+
+    Args:
+        name: What it is called in errors and in the result.
+        targets: The targets.
+        spectra: See :func:`spectra_of`.
+        **options: ``deep`` and ``overcomplete`` where they are set.
+    """
+    limits, counts, full = zip(*(target.sizes(**options) for target in targets), strict=True)
+
+    def energies() -> Tensor:
+        found = [spectra()[target.name] for target in targets]
+        if len(found) == 1:
+            return found[0]
+        return torch.stack([e[: min(limits)] / e.sum().clamp(min=torch.finfo(e.dtype).tiny) for e in found]).sum(0)
+
+    def count(rank: int) -> int:
+        return sum(each(rank) for each in counts)
+
+    return Candidate(name, min(limits), count, sum(t.parameters for t in targets), energies, min(full))
+
+
+def check_values(targets: Iterable[Target], *, calibrated: bool) -> None:
+    """Raise a ``ValueError`` that names a target whose weight is not finite, or is not there to be calibrated."""
+    for target in targets:
+        for weight in target.tensors:
+            if not weight.is_meta and not torch.stack(weight.aminmax()).isfinite().all():
+                raise ValueError(f"the weight of {target.name} holds NaN or Inf")
+            if weight.is_meta and calibrated:
+                raise ValueError(f"{target.name} is on the meta device, where there is nothing to calibrate")
+
+
+@torch.no_grad()
+def cut(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration | None = None) -> Replacements:
+    """Return new layers by those in whose places they belong; the model stays as it is.
+
+    Args:
+        model: Any model. What is drawn is drawn as it draws its own weights, if it is one of Transformers, and else as
+            torch does.
+        cuts: What is cut.
+        calibration: Data in whose metric linear layers and heads are truncated when these reach them.
+    """
+    by_module: dict[str, list[Cut]] = {}
+    for each in cuts:
+        by_module.setdefault(each.target.module_name, []).append(each)
+    replacements: Replacements = {}
+    training = {module: module.training for module in model.modules()}
+
+    def replace(module_name: str, moments: Any) -> Replacements:
+        new: Replacements = {}
+        for each in by_module[module_name]:
+            if isinstance(each.target, LayerTarget):
+                new |= each.target.cut(each, moments, _draw_as(model, each.target.first, each.std))
+        if heads := [each for each in by_module[module_name] if isinstance(each.target, HeadTarget)]:
+            new |= cut_heads(heads, moments, lambda layer: _draw_as(model, layer, heads[0].std))
+        replacements.update(new)
+        if not heads:
+            return new
+        attention = model.get_submodule(module_name)
+        return {**new, attention: _with(attention, {**replacements, **new})}
+
+    targets = [each.target for each in cuts]
+    for_each(model, _requests(targets), replace, calibration, _ties(targets))
+    for dense, layer in replacements.items():
+        layer.train(training[dense])  # calibration made it while the model was in evaluation mode
+    return replacements
+
+
+def _requests(targets: Iterable[Target]) -> dict[str, Request]:
+    """What is to be measured at each module; the products of an attention are measured in one pass."""
+    requests: dict[str, Request] = {}
+    for target in targets:
+        request, other = target.request, requests.get(target.module_name)
+        if isinstance(request, Heads) and isinstance(other, Heads):
+            sides = {side: getattr(request, side) or getattr(other, side) for side in ("query", "key", "output")}
+            request = Heads(request.num_heads, request.num_kv_heads, **sides)
+        requests[target.module_name] = request
+    return requests
+
+
+def _ties(targets: Iterable[Target]) -> dict[str, list[str]]:
+    return {t.name: list(t.layers)[1:] for t in targets if not isinstance(t, HeadTarget)}
+
+
+def _with(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A module in which new layers are in the places of present ones; the module itself stays as it is."""
+    children = {name: child and _with(child, replacements) for name, child in module._modules.items()}
+    if module in replacements or all(child is module._modules[name] for name, child in children.items()):
+        return replacements.get(module, module)
+    twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)  # by which calibration answers for the module
+    twin._modules = children
+    return twin
+
+
+def _draw_as(model: nn.Module, dense: nn.Module, std: float | None) -> Draw:
+    """Fills a weight as a Transformers model would that of ``dense``, or at a standard deviation."""
+    if std is not None:
+        return lambda weight: weight.normal_(0.0, std)
+    if not isinstance(model, PreTrainedModel):
+        return None
+
+    def draw(weight: Tensor) -> None:
+        layer = copy.copy(dense)
+        layer._parameters = {"weight": nn.Parameter(weight), "bias": None}
+        model._init_weights(layer)
+
+    return draw
+
+
+def parameters_beside(model: nn.Module, targets: Iterable[Target]) -> int:
+    """Return the number of a model's parameters that are in no target."""
+    return sum(parameter.numel() for parameter in model.parameters()) - sum(target.parameters for target in targets)
