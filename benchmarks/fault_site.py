@@ -37,7 +37,7 @@ TRAINING = """
 
 def write_corpus(folder: Path) -> None:
     """Write files of random sentences, and beside their folder a tokenizer of their words."""
-    from hf_fnl.tasks.wordpiece import train_wordpiece
+    from hf_fnl.tasks.tokenization import train_wordpiece
 
     rng = random.Random(1)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 6))) for _ in range(120)]

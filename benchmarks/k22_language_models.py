@@ -25,7 +25,7 @@ from datasets import load_dataset
 
 from benchmarks.house.grids import add_cell, run_once
 from hf_fnl import FactorizedGPT2LMHeadModel, diagnose, find_products
-from hf_fnl.tasks.byte_bpe import train_byte_bpe
+from hf_fnl.tasks.tokenization import train_byte_bpe
 
 RANK_SCALE = 0.625
 LEARNING_RATE = 4e-3

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hf_fnl.tasks.pretrained import check_length, load_pretrained
-from hf_fnl.tasks.squad import SquadCollator, SquadOptions, SquadPredictions, load_squad, score_predictions
-from hf_fnl.tasks.squad_evaluation import answer_questions
+from hf_fnl.tasks.squad import SquadOptions, load_squad
+from hf_fnl.tasks.squad_evaluation import SquadPredictions, answer_questions, score_predictions
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.runs import finish_run
@@ -39,9 +39,6 @@ class EvaluationOptions:
     output_dir: str | None = field(default=None, metadata={"help": "Where predictions and metrics are written."})
     max_questions: int | None = field(default=None, metadata={"help": "Take the first so many."})
     batch_size: int = field(default=32, metadata={"help": "Windows in a batch on each device."})
-    max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window."})
-    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
-    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; the rest is cut off."})
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.predictions is None):
@@ -49,16 +46,9 @@ class EvaluationOptions:
         if self.model and not self.output_dir:
             raise ValueError("--output_dir is needed to write the predictions of a model")
         check_at_least(1, self, "max_questions", "batch_size")
-        self.windows()
-
-    def windows(self) -> SquadOptions:
-        """How contexts are cut."""
-        return SquadOptions(
-            max_seq_length=self.max_seq_length, doc_stride=self.doc_stride, max_query_length=self.max_query_length
-        )
 
     def questions(self) -> Dataset:
-        """The questions to evaluate on."""
+        """Load the questions to evaluate on."""
         with named("dataset", self.dataset):
             return load_squad(self.dataset, split=self.split, limit=self.max_questions)
 
@@ -76,7 +66,7 @@ def read_predictions(path: Path) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    (options,) = parse_arguments(argv, EvaluationOptions, description=__doc__)
+    options, windows = parse_arguments(argv, EvaluationOptions, SquadOptions, description=__doc__)
     if options.output_dir:
         check_writable("output_dir", Path(options.output_dir))
     if options.predictions:
@@ -86,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with named("model", options.model):
             tokenizer = load_tokenizer(options.model)
         model = load_pretrained("model", options.model, AutoModelForQuestionAnswering, is_trained=True)
-        check_length("max_seq_length", options.max_seq_length, model, tokenizer)
+        check_length("max_seq_length", windows.max_seq_length, model, tokenizer)
         examples = options.questions()
         arguments = TrainingArguments(
             output_dir=options.output_dir,
@@ -95,11 +85,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             report_to=[],
             disable_tqdm=not sys.stderr.isatty(),
         )
-        trainer = Trainer(model, arguments, data_collator=SquadCollator(tokenizer))
-        metrics = answer_questions(trainer, examples, tokenizer, options.windows(), folder=options.output_dir)
+        trainer = Trainer(model, arguments, data_collator=DataCollatorWithPadding(tokenizer))
+        metrics = answer_questions(trainer, examples, tokenizer, windows, folder=options.output_dir)
     print(json.dumps(metrics, indent=2))
     if options.output_dir:
-        finish_run(options.output_dir, metrics, options)
+        finish_run(options.output_dir, metrics, options, windows)
         print(f"saved in {options.output_dir}", file=sys.stderr)
     return metrics
 

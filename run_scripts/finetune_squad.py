@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForQuestionAnswering, set_seed
+from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, set_seed
 
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.tasks.pretrained import check_length, load_pretrained
-from hf_fnl.tasks.squad import SquadCollator, SquadOptions, build_squad_features, load_squad
+from hf_fnl.tasks.squad import SquadOptions, build_squad_features, load_squad
 from hf_fnl.tasks.squad_evaluation import answer_questions
 from hf_fnl.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.tasks.tokenization import load_tokenizer
@@ -38,25 +38,15 @@ class DataOptions:
     eval_split: str = field(default="validation", metadata={"help": "Split of eval_dataset."})
     max_train_questions: int | None = field(default=None, metadata={"help": "Take the first so many."})
     max_eval_questions: int | None = field(default=None, metadata={"help": "Take the first so many."})
-    max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window."})
-    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
-    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; the rest is cut off."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     packing: bool = field(default=False, metadata={"help": PACKING_HELP})
     packed_length: int | None = field(default=None, metadata={"help": PACKED_LENGTH_HELP})
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "max_train_questions", "max_eval_questions", "num_proc")
-        self.windows()
-
-    def windows(self) -> SquadOptions:
-        """How contexts are cut."""
-        return SquadOptions(
-            max_seq_length=self.max_seq_length, doc_stride=self.doc_stride, max_query_length=self.max_query_length
-        )
 
     def questions(self, part: str) -> Dataset:
-        """The questions to train ("train") or to evaluate on ("eval")."""
+        """Load the questions to train ("train") or to evaluate on ("eval")."""
         option = f"{part}_dataset" if getattr(self, f"{part}_dataset") else "train_dataset"
         split, limit = getattr(self, f"{part}_split"), getattr(self, f"max_{part}_questions")
         with named(option, source := getattr(self, option)):
@@ -65,18 +55,17 @@ class DataOptions:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
-    data, args = parse_arguments(argv, DataOptions, SquadTrainingArguments, description=__doc__)
-    options = data.windows()
+    data, options, args = parse_arguments(argv, DataOptions, SquadOptions, SquadTrainingArguments, description=__doc__)
     resume = checkpoint_to_resume(args)
     check_output_folder(args)
     set_seed(args.seed)
     with named("model", data.model):
         tokenizer = load_tokenizer(data.model)
     model = load_pretrained("model", data.model, AutoModelForQuestionAnswering, is_trained=False)
-    check_length("max_seq_length", data.max_seq_length, model, tokenizer)
+    check_length("max_seq_length", options.max_seq_length, model, tokenizer)
     train, examples = data.questions("train"), data.questions("eval")
-    packed = packing_collator(tokenizer, data.max_seq_length, packing=data.packing, packed_length=data.packed_length)
-    collator = packed or SquadCollator(tokenizer)
+    packed = packing_collator(tokenizer, options.max_seq_length, packing=data.packing, packed_length=data.packed_length)
+    collator = packed or DataCollatorWithPadding(tokenizer)
     check_packing(collator, model, args)
     trainer = FLAMBeTrainer(
         model,
@@ -90,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics |= answer_questions(trainer, examples, tokenizer, options, folder=args.output_dir)
     trainer.save_state()
     if args.should_save:
-        finish_run(args.output_dir, metrics, data, args)
+        finish_run(args.output_dir, metrics, data, options, args)
     trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
     show_run(args, metrics, "hf-fnl merge {folder} --out {folder}-stock", "hf-fnl report {folder} --out report.html")
     return metrics

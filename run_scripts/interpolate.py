@@ -30,13 +30,12 @@ from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.tasks.clm import build_blocks
 from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.accuracy import topk_hits
-from hf_fnl.tasks.metrics.perplexity import sum_losses
+from hf_fnl.tasks.metrics.tokens import causal_sums
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, progress, run_script
 from hf_fnl.utils.files import write_json
 from hf_fnl.utils.run_files import CONFIG_FILE, read_json
-from hf_fnl.vision.image_batches import BatchTransform, single_batch
-from hf_fnl.vision.image_options import ImageOptions, load_image_sets
+from hf_fnl.vision.image_batches import BatchTransform, ImageOptions, load_image_sets, single_batch
 from hf_fnl.vision.interpolation import INTERPOLATION_FILE, loss_along_line
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -138,7 +137,7 @@ def text_evaluation(options: LineOptions, model: PreTrainedModel) -> Evaluate:
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in DataLoader(blocks, batch_size=options.batch_size or 8):
             ids, labels = (batch[name].to(model.device) for name in ("input_ids", "labels"))
-            sums += sum_losses(model(input_ids=ids).logits, labels).sum(0).cpu()
+            sums += causal_sums(model(input_ids=ids).logits, labels).sum(0)[:2].cpu()
         loss = float(sums[0] / sums[1])
         return {"loss": loss, "perplexity": math.exp(loss)}
 

@@ -18,12 +18,11 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTra
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.tasks.documents import DocumentOptions
-from hf_fnl.tasks.mlm_metrics import mlm_metrics, reduce_logits
+from hf_fnl.tasks.metrics.tokens import masked_metrics, masked_sums
 from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
 from hf_fnl.tasks.pretraining_examples import PretrainingOptions
 from hf_fnl.tasks.pretraining_phases import PHASES_HELP, Phase, describe, plan_phases
-from hf_fnl.tasks.tokenization import load_tokenizer
-from hf_fnl.tasks.wordpiece import train_wordpiece
+from hf_fnl.tasks.tokenization import load_tokenizer, train_wordpiece
 from hf_fnl.tasks.workers import TextTrainingArguments
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
@@ -142,8 +141,8 @@ def train_phase(
         train_dataset=build_pretraining_dataset(documents, tokenizer, options, num_proc=data.num_proc),
         eval_dataset=validation,
         data_collator=build_collator(phase, data, tokenizer),
-        compute_metrics=mlm_metrics,
-        preprocess_logits_for_metrics=reduce_logits,
+        compute_metrics=masked_metrics,
+        preprocess_logits_for_metrics=masked_sums,
     )
     announce(trainer)
     metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics

@@ -18,11 +18,10 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedMode
 
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.optim.diagnostics import parameter_count
-from hf_fnl.tasks.byte_bpe import train_byte_bpe
 from hf_fnl.tasks.clm import BlockDataset, build_blocks
 from hf_fnl.tasks.documents import DocumentOptions
-from hf_fnl.tasks.metrics.perplexity import perplexities, sum_losses
-from hf_fnl.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.metrics.tokens import causal_metrics, causal_sums
+from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
@@ -204,8 +203,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         train_dataset=build_blocks(documents, tokenizer, block_size=block_size, num_proc=data.num_proc, seed=args.seed),
         eval_dataset=held_out,
         data_collator=default_data_collator,
-        compute_metrics=functools.partial(perplexities, num_words=held_out.num_words) if held_out else None,
-        preprocess_logits_for_metrics=sum_losses,
+        compute_metrics=functools.partial(causal_metrics, num_words=held_out.num_words) if held_out else None,
+        preprocess_logits_for_metrics=causal_sums,
     )
     announce(trainer)
     metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics

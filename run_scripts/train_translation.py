@@ -32,12 +32,11 @@ from transformers.trainer_utils import SaveStrategy
 from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.tasks.beam_search import translate
-from hf_fnl.tasks.bpe import train_joint_bpe
-from hf_fnl.tasks.length_batches import encode_pairs, lengths_of
+from hf_fnl.tasks.length_batches import lengths_of
 from hf_fnl.tasks.metrics.bleu import bleu_scores
 from hf_fnl.tasks.pretrained import load_pretrained, longest_sequence
-from hf_fnl.tasks.tokenization import load_tokenizer
-from hf_fnl.tasks.translation import load_pairs
+from hf_fnl.tasks.tokenization import load_tokenizer, train_joint_bpe
+from hf_fnl.tasks.translation import encode_pairs, load_pairs
 from hf_fnl.tasks.translation_training import TranslationArguments, TranslationTrainer
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.building import build

@@ -34,12 +34,13 @@ from hf_fnl.vision.do_conv import merge_do_conv_, over_parametrize_
 from hf_fnl.vision.image_batches import (
     BatchTransform,
     ImageFiles,
+    ImageOptions,
     ImageTensors,
     keep_on_device,
+    load_image_sets,
     single_batch,
     write_image_processor,
 )
-from hf_fnl.vision.image_options import ImageOptions, load_image_sets
 from hf_fnl.vision.image_training import ImageTrainer, ImageTrainingArguments
 from hf_fnl.vision.lottery import train_in_rounds
 from hf_fnl.vision.models import PRESETS, inner_convolutions, vision_model

@@ -5,9 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from hf_fnl.tasks.byte_bpe import END_OF_TEXT, train_byte_bpe
 from hf_fnl.tasks.embedded import embedded_documents
-from hf_fnl.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.tokenization import END_OF_TEXT, load_tokenizer, train_byte_bpe
 
 CORPUS = embedded_documents()[:4]
 

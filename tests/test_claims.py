@@ -27,16 +27,17 @@ from hf_fnl import (
     parameter_groups,
 )
 from hf_fnl.tasks.pretraining_phases import plan_phases
+from hf_fnl.tasks.squad import SquadOptions
 from hf_fnl.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.tasks.translation_training import TranslationArguments
 from hf_fnl.training.command_line import parse_arguments
-from hf_fnl.vision.image_options import ImageOptions
+from hf_fnl.vision.image_batches import ImageOptions
 from hf_fnl.vision.image_training import ImageTrainingArguments
 
 OPTIONS = {
     "pretrain_bert.py": (pretrain_bert.ModelOptions, pretrain_bert.DataOptions, pretrain_bert.TextTrainingArguments),
-    "finetune_squad.py": (finetune_squad.DataOptions, SquadTrainingArguments),
-    "evaluate_squad.py": (evaluate_squad.EvaluationOptions,),
+    "finetune_squad.py": (finetune_squad.DataOptions, SquadOptions, SquadTrainingArguments),
+    "evaluate_squad.py": (evaluate_squad.EvaluationOptions, SquadOptions),
     "train_clm.py": (train_clm.ModelOptions, train_clm.DataOptions, train_clm.LanguageModelArguments),
     "train_translation.py": (train_translation.ModelOptions, train_translation.DataOptions, TranslationArguments),
     "train_vision.py": (train_vision.ModelOptions, ImageOptions, ImageTrainingArguments),
@@ -163,7 +164,7 @@ def test_the_readmes_translation_is_that_of_khodak_et_al(tmp_path):
 
 def test_the_readmes_fine_tuning_leaves_the_routine_as_it_is():
     given = {word for word in command("finetune_squad.py") if word.startswith("--")}
-    known = set(finetune_squad.DataOptions.__dataclass_fields__) | {"output_dir"}
+    known = {*finetune_squad.DataOptions.__dataclass_fields__, *SquadOptions.__dataclass_fields__} | {"output_dir"}
     assert {word.removeprefix("--") for word in given} <= known
 
 

@@ -33,11 +33,10 @@ from transformers import (
 )
 
 from hf_fnl import FactorizedGPT2LMHeadModel
-from hf_fnl.tasks.byte_bpe import train_byte_bpe
 from hf_fnl.tasks.clm import build_blocks
 from hf_fnl.tasks.embedded import embedded_documents
-from hf_fnl.tasks.metrics.perplexity import perplexities, sum_losses
-from hf_fnl.tasks.tokenization import load_tokenizer
+from hf_fnl.tasks.metrics.tokens import causal_metrics, causal_sums
+from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [text[:length] for text, length in zip(embedded_documents(), (300, 5, 700, 90, 41, 256, 1, 403), strict=False)]
@@ -213,8 +212,8 @@ def evaluate(folder, model, blocks, batch_size: int) -> dict[str, float]:
         folder,
         model,
         eval_dataset=blocks,
-        compute_metrics=lambda prediction: perplexities(prediction, num_words=blocks.num_words),
-        preprocess_logits_for_metrics=sum_losses,
+        compute_metrics=lambda prediction: causal_metrics(prediction, num_words=blocks.num_words),
+        preprocess_logits_for_metrics=causal_sums,
         per_device_eval_batch_size=batch_size,
     )
     return trainer.evaluate()
@@ -254,7 +253,7 @@ def test_perplexity_is_that_of_the_whole_text(tmp_path, tokenizer, tokens, strid
     ids=["sums", "nothing", "overflow"],
 )
 def test_perplexities_by_hand(rows, num_words, expected):
-    found = perplexities(EvalPrediction(predictions=np.array(rows), label_ids=None), num_words=num_words)
+    found = causal_metrics(EvalPrediction(predictions=np.array(rows), label_ids=None), num_words=num_words)
     assert expected.items() <= found.items()
     assert found["words"] == num_words
 

@@ -15,13 +15,12 @@ import torch
 from transformers import default_data_collator
 
 from hf_fnl.tasks import pretraining
-from hf_fnl.tasks.byte_bpe import train_byte_bpe
 from hf_fnl.tasks.clm import build_blocks
 from hf_fnl.tasks.documents import DocumentOptions, load_document_shards, load_documents
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
 from hf_fnl.tasks.pretraining_examples import PretrainingOptions
-from hf_fnl.tasks.wordpiece import train_wordpiece
+from hf_fnl.tasks.tokenization import train_byte_bpe, train_wordpiece
 from hf_fnl.training.stream_loader import StreamLoader
 from hf_fnl.training.streaming import Reader
 

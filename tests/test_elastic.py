@@ -15,7 +15,7 @@ from transformers import trainer
 
 from benchmarks.fault_worker import Recorder
 from hf_fnl.tasks.embedded import embedded_documents
-from hf_fnl.tasks.wordpiece import train_wordpiece
+from hf_fnl.tasks.tokenization import train_wordpiece
 
 # One process launches once for all of these tests.
 pytestmark = pytest.mark.xdist_group("elastic")

@@ -22,7 +22,7 @@ from benchmarks.experiments.runs import ROOT, Launch, data_places
 from benchmarks.house.grids import run_once
 from benchmarks.house.record import revision
 from hf_fnl.training.command_line import UsageError
-from hf_fnl.vision.image_options import ImageOptions
+from hf_fnl.vision.image_batches import ImageOptions
 from hf_fnl.vision.image_training import ImageTrainingArguments
 
 PUBLISHED = ROOT / "run_scripts" / "experiments"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_fnl.vision.image_options import ImageOptions
+from hf_fnl.vision.image_batches import ImageOptions
 from hf_fnl.vision.images import embedded_digits, load_images, resize_and_crop, to_array
 
 CLASSES = ["ant", "bee", "cow"]
@@ -294,12 +294,12 @@ def test_an_absent_split(tmp_path):
         embedded_digits("dev")
 
 
-def test_options_load_both_halves(tmp_path):
+def test_options_load_both_parts(tmp_path):
     write(tmp_path, table(LABELS * 2), "train.parquet")
     write(tmp_path, table([1, 0]), "test.parquet")
     options = ImageOptions(dataset=str(tmp_path), max_train_images=9, max_eval_images=1)
-    training = options.training()
-    held_out = options.evaluation(training.class_names)
+    training = options.load("train")
+    held_out = options.load("eval", training.class_names)
     assert (len(training), len(held_out)) == (9, 1)
     assert held_out.labels.tolist() in ([0], [1])
     assert (options.crop_padding, options.horizontal_flip) == (4, True)
@@ -333,7 +333,7 @@ def test_one_file_is_not_evaluated_on_by_default(tmp_path):
     path = write(tmp_path, table())
     with pytest.raises(ValueError, match="one file, which is one split: set eval_dataset"):
         ImageOptions(dataset=str(path))
-    assert len(ImageOptions(dataset=str(path), eval_dataset=str(path)).evaluation(CLASSES)) == len(LABELS)
+    assert len(ImageOptions(dataset=str(path), eval_dataset=str(path)).load("eval", CLASSES)) == len(LABELS)
 
 
 def test_without_pillow_the_extra_is_named(monkeypatch):

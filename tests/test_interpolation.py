@@ -15,12 +15,10 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_fnl import FactorizationConfig, FactorizedGPT2Config, FactorizedGPT2LMHeadModel, factorize_, load
-from hf_fnl.tasks.byte_bpe import train_byte_bpe
 from hf_fnl.tasks.clm import build_blocks
 from hf_fnl.tasks.documents import load_documents
-from hf_fnl.tasks.tokenization import load_tokenizer
-from hf_fnl.vision.image_batches import BatchTransform, ImageTensors
-from hf_fnl.vision.image_options import ImageOptions, load_image_sets
+from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe
+from hf_fnl.vision.image_batches import BatchTransform, ImageOptions, ImageTensors, load_image_sets
 from hf_fnl.vision.interpolation import estimate_statistics_, interpolate, loss_along_line
 from hf_fnl.vision.models import CifarResNetConfig, CifarResNetForImageClassification, inner_convolutions
 
@@ -130,7 +128,7 @@ def test_statistics_are_estimated_at_every_point(pair):
         ),
         (
             lambda a, b: interpolate(a.state_dict(), {**b.state_dict(), "z.U": torch.ones(1)}, 0),
-            "the other network holds z.U, which the baseline lacks .* multiply the products",
+            "the other network holds z.U, which the baseline lacks .* multiply the factors",
         ),
         (
             lambda a, b: interpolate(a.state_dict(), Network(7).state_dict(), 0),

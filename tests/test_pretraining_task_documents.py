@@ -14,13 +14,13 @@ from hf_fnl.tasks.documents import Document, load_documents, split_sentences, to
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.tasks.pretraining_examples import (
     PretrainingOptions,
+    Vocabulary,
     make_instances,
     pack_sentences,
     sentence_pairs,
 )
 from hf_fnl.tasks.pretraining_examples import _truncate as truncate
-from hf_fnl.tasks.tokenization import load_tokenizer
-from hf_fnl.tasks.wordpiece import SPECIAL_TOKENS, Vocabulary, train_wordpiece
+from hf_fnl.tasks.tokenization import BERT_TOKENS, load_tokenizer, train_wordpiece
 
 TEXTS = ["The first one. It has two sentences.", "A second\none, of two lines.", "The third."]
 CORPUS = embedded_documents()[:4]
@@ -235,7 +235,7 @@ def test_documents_are_tokenized_sentence_by_sentence():
 def test_a_trained_tokenizer_is_berts():
     tokenizer = train_wordpiece(CORPUS, vocab_size=300)
     assert len(tokenizer) == 300
-    assert tokenizer.convert_ids_to_tokens(range(5)) == list(SPECIAL_TOKENS)
+    assert tokenizer.convert_ids_to_tokens(range(5)) == list(BERT_TOKENS)
     assert [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id] == [0, 2, 4]
     assert tokenizer.decode(tokenizer("The NAME", "of it")["input_ids"]) == "[CLS] the name [SEP] of it [SEP]"
     assert tokenizer("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
@@ -274,8 +274,8 @@ def test_the_published_vocabulary_loads(shared_data):
 @pytest.mark.parametrize(
     ("texts", "options", "error", "message"),
     [
-        (iter(CORPUS), {}, TypeError, "texts is read twice: .* not a list_iterator"),
-        ("one text", {}, TypeError, "not a str"),
+        (iter(CORPUS), {}, TypeError, "texts are read twice: .* not a list_iterator"),
+        ("one text", {}, TypeError, "texts must be several, .* got a str"),
         ([" ", ""], {}, ValueError, "no text to train a tokenizer on"),
         (CORPUS, {"vocab_size": 99}, ValueError, "vocab_size must be at least 100, got 99"),
         (CORPUS, {"min_frequency": 0}, ValueError, "min_frequency must be at least 1, got 0"),

@@ -20,6 +20,7 @@ from transformers import AutoModelForPreTraining, AutoModelForQuestionAnswering,
 
 from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
 from hf_fnl.tasks.embedded import embedded_squad
+from hf_fnl.tasks.squad import SquadOptions
 from hf_fnl.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.tasks.workers import TextTrainingArguments
 from hf_fnl.training.command_line import UsageError, parse_arguments
@@ -137,7 +138,7 @@ def test_version_2_questions_end_to_end(pretrained, tmp_path):
 def test_what_users_do_with_a_pretrained_and_a_fine_tuned_model(pretrained, squad, tmp_path):
     folder, _ = squad
     check_settings(pretrained, pretrain_bert.ModelOptions, pretrain_bert.DataOptions, TextTrainingArguments)
-    check_settings(folder, finetune_squad.DataOptions, SquadTrainingArguments)
+    check_settings(folder, finetune_squad.DataOptions, SquadOptions, SquadTrainingArguments)
     for number, run in enumerate((pretrained, folder)):
         assert check_next_steps(run, tmp_path / str(number))["model"] == str(run)
 

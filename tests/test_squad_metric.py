@@ -10,8 +10,8 @@ import pytest
 
 from hf_fnl.tasks import metrics
 from hf_fnl.tasks.metrics import exact_match_score, f1_score, score_squad
-from hf_fnl.tasks.metrics.squad_predictions import load_squad_metric
 
+FOLDER = Path(metrics.__file__).parent / "squad_em_f1"
 ARTICLES = ("a", "an", "the")
 
 
@@ -175,14 +175,14 @@ def test_module_version_1_equals_the_functions():
         {"id": "q1", "answers": {"text": ["cats", "the cat"], "answer_start": [1, 1]}},
         {"id": "q2", "answers": {"text": ["dog"], "answer_start": [1]}},
     ]
-    scores = load_squad_metric().compute(predictions=predictions, references=references)
+    scores = evaluate.load(str(FOLDER)).compute(predictions=predictions, references=references)
     assert scores == pytest.approx({"exact_match": 50.0, "f1": 100 * (2 / 3 + 1) / 2})
 
 
 def test_module_version_2_equals_the_functions():
     golds = {"q1": ["cat"], "q2": [], "q3": ["dog"]}
     texts, nullness = {"q1": "cat", "q2": "cow", "q3": "dog"}, {"q1": -1.0, "q2": 0.7, "q3": 0.25}
-    scores = load_squad_metric(version_2=True).compute(
+    scores = evaluate.load(str(FOLDER), "v2").compute(
         predictions=[{"id": i, "prediction_text": texts[i], "no_answer_probability": nullness[i]} for i in texts],
         references=[{"id": i, "answers": {"text": golds[i], "answer_start": [0] * len(golds[i])}} for i in golds],
         no_answer_threshold=0.0,
@@ -193,7 +193,6 @@ def test_module_version_2_equals_the_functions():
 
 
 def test_module_knows_its_configurations():
-    folder = Path(metrics.__file__).parent / "squad_em_f1"
-    assert evaluate.load(str(folder), "v2").config_name == "v2"
+    assert evaluate.load(str(FOLDER), "v2").config_name == "v2"
     with pytest.raises(ValueError, match='must be "v1" or "v2", got \'v3\''):
-        evaluate.load(str(folder), "v3")
+        evaluate.load(str(FOLDER), "v3")

@@ -8,18 +8,14 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from transformers import BertTokenizer, GPT2Tokenizer
 
-from hf_fnl.tasks.squad import (
-    SquadCollator,
-    SquadOptions,
+from hf_fnl.tasks.squad import SquadOptions, build_squad_features, load_squad
+from hf_fnl.tasks.squad_evaluation import (
     SquadPredictions,
-    build_squad_features,
     decode_predictions,
     is_version_2,
-    load_squad,
     score_predictions,
     write_predictions,
 )
@@ -76,6 +72,10 @@ def load(tmp_path):
 def random_logits(features: Dataset, seed: int = 0, width: int = 50) -> tuple[np.ndarray, np.ndarray]:
     start, end = np.random.default_rng(seed).normal(size=(2, len(features), width))
     return start, end
+
+
+def starts_of(row) -> list[int]:
+    return [start for start, _ in row["offset_mapping"]]
 
 
 # ---- loading
@@ -209,8 +209,8 @@ def test_windows_cover_the_context(load, tokenizer, max_seq_length, doc_stride):
         assert id_ in ("q1", "q2", "q3")
         joined: list[int] = []
         for row in windows:
-            assert len(row["input_ids"]) == len(row["offset_starts"]) <= max_seq_length
-            starts = [start for start in row["offset_starts"] if start >= 0]
+            assert len(row["input_ids"]) == len(row["offset_mapping"]) <= max_seq_length
+            starts = [start for start in starts_of(row) if start >= 0]
             assert joined[len(joined) - doc_stride :] == starts[:doc_stride] or not joined
             joined += starts[doc_stride if joined else 0 :]
         assert joined == whole
@@ -224,8 +224,8 @@ def test_a_window_is_question_and_context(load, tokenizer):
     )
     question_length = row["input_ids"].index(tokenizer.sep_token_id) + 1
     assert row["token_type_ids"] == [0] * question_length + [1] * (len(row["input_ids"]) - question_length)
-    assert row["offset_starts"][:question_length] == [-1] * question_length
-    assert row["offset_starts"][-1] == row["offset_ends"][-1] == -1
+    assert row["offset_mapping"][:question_length] == [[-1, -1]] * question_length
+    assert row["offset_mapping"][-1] == [-1, -1]
 
 
 def test_long_questions_are_cut_and_leading_space_is_dropped(load, tokenizer):
@@ -254,9 +254,9 @@ def test_labels_are_the_answer_or_the_first_token(load, tokenizer, answer, windo
     held = 0
     for row, window in zip(labelled, windows, strict=True):
         start, end = row["start_positions"], row["end_positions"]
-        inside = {first, first + len(answer.strip()) - 1} <= set(window["offset_starts"])
+        inside = {first, first + len(answer.strip()) - 1} <= set(starts_of(window))
         if inside:
-            span = CONTEXT[window["offset_starts"][start] : window["offset_ends"][end]]
+            span = CONTEXT[window["offset_mapping"][start][0] : window["offset_mapping"][end][1]]
             assert span == answer.strip()
         else:
             assert (start, end) == (0, 0)
@@ -302,8 +302,8 @@ def brute_force(examples, features, start_logits, end_logits, options):
         for window, row in enumerate(features):
             tokens = range(len(row["input_ids"])) if row["example_id"] == example["id"] else ()
             for start, end in itertools.combinations_with_replacement(tokens, 2):
-                span = (row["offset_starts"][start], row["offset_ends"][end])
-                if end - start < options.max_answer_length and row["offset_starts"][end] >= 0 <= span[0]:
+                span = (row["offset_mapping"][start][0], row["offset_mapping"][end][1])
+                if end - start < options.max_answer_length and row["offset_mapping"][end][0] >= 0 <= span[0]:
                     score = float(np.float32(start_logits[window, start])) + float(np.float32(end_logits[window, end]))
                     spans[span] = max(score, spans.get(span, -np.inf))
         best = sorted(spans, key=spans.__getitem__, reverse=True)[: options.n_best_size]
@@ -339,7 +339,7 @@ def test_answers_never_come_from_the_question_or_special_tokens(load, tokenizer)
     examples = load(QUESTIONS)
     features = build_squad_features(examples, tokenizer, SMALL, train=False)
     start, end = random_logits(features)
-    for window, starts in enumerate(features["offset_starts"]):
+    for window, starts in enumerate(map(starts_of, features)):
         outside = np.array([*(offset < 0 for offset in starts), *[True] * (50 - len(starts))])
         start[window, outside] = end[window, outside] = 1e4
     decoded = decode_predictions(examples, features, start, end, SMALL, version_2=False)
@@ -364,8 +364,8 @@ def test_version_2_answers_where_the_null_score_allows(load, tokenizer, threshol
         start[window, 0] = 4 + seen[row["example_id"]]
         end[window, 0] = {"q1": 1, "q2": 6}[row["example_id"]]
         seen[row["example_id"]] += 1
-        if {first, last} <= set(row["offset_starts"]):
-            start[window, row["offset_starts"].index(first)] = end[window, row["offset_starts"].index(last)] = 4
+        if {first, last} <= set(starts := starts_of(row)):
+            start[window, starts.index(first)] = end[window, starts.index(last)] = 4
     decoded = decode_predictions(examples, features, start, end, options, version_2=True)
     assert decoded.predictions == predictions
     assert decoded.null_odds == {"q1": -3.0, "q2": 2.0}
@@ -464,23 +464,3 @@ def test_scores_of_written_version_2_predictions(load):
 def test_scores_need_every_prediction(load):
     with pytest.raises(ValueError, match="2 of 3 questions have no prediction, first 'q2'"):
         score_predictions(load(QUESTIONS), SquadPredictions({"q1": "Clara"}, {}, {}))
-
-
-# ---- batches
-
-
-@pytest.mark.parametrize(("multiple", "length"), [(None, 48), (32, 64)])
-@pytest.mark.parametrize("train", [True, False])
-def test_collator_pads_and_keeps_tensors_only(load, tokenizer, multiple, length, train):
-    features = build_squad_features(load(QUESTIONS), tokenizer, SMALL, train=train)
-    rows = [features[0], features[2]]
-    batch = SquadCollator(tokenizer, multiple)(rows)
-    assert set(batch) == {*tokenizer.model_input_names, *(("start_positions", "end_positions") if train else ())}
-    assert all(tensor.dtype == torch.long for tensor in batch.values())
-    assert batch["input_ids"].shape == (2, length)
-    for row, ids, mask in zip(rows, batch["input_ids"], batch["attention_mask"], strict=True):
-        size = len(row["input_ids"])
-        assert ids.tolist() == row["input_ids"] + [tokenizer.pad_token_id] * (length - size)
-        assert mask.tolist() == [1] * size + [0] * (length - size)
-    if train:
-        assert batch["end_positions"].tolist() == [row["end_positions"] for row in rows]

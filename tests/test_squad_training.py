@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import k21_table4
 from hf_fnl import FLAMBe, Lamb
+from hf_fnl.tasks.squad import SquadOptions
 from hf_fnl.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import parse_arguments
@@ -78,6 +79,6 @@ def test_the_benchmarks_fine_tune_by_the_same_routine(tmp_path):
     recovery = pytest.importorskip("benchmarks.squad_recovery", exc_type=ImportError)
     commands[2e-4] = recovery.finetuning_command(recovery.CELLS["dense"], tmp_path, tmp_path, tmp_path)
     for rate, (_, *words) in commands.items():
-        _, args = parse_arguments(words, finetune_squad.DataOptions, SquadTrainingArguments)
+        _, _, args = parse_arguments(words, finetune_squad.DataOptions, SquadOptions, SquadTrainingArguments)
         assert (args.optim, args.learning_rate, args.num_train_epochs) == ("adamw_torch", rate, 2)
         assert (args.lr_scheduler_type, args.warmup_steps) == ("linear", 0.1)

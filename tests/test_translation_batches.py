@@ -10,8 +10,8 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from translation_cases import PAIRS, phrases, tiny_tokenizer
 
-from hf_fnl.tasks.length_batches import LengthBatchSampler, batch_bounds, encode_pairs, lengths_of
-from hf_fnl.tasks.translation import load_pairs
+from hf_fnl.tasks.length_batches import LengthBatchSampler, batch_bounds, lengths_of
+from hf_fnl.tasks.translation import encode_pairs, load_pairs
 
 PAIR_SET = datasets.Dataset.from_list([{"source": source, "target": target} for source, target in PAIRS])
 

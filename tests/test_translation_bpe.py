@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 from translation_cases import phrases, tiny_marian, tiny_tokenizer
 
-from hf_fnl.tasks.bpe import train_joint_bpe
-from hf_fnl.tasks.phrases import embedded_phrases
+from hf_fnl.tasks.embedded import embedded_documents
+from hf_fnl.tasks.tokenization import train_joint_bpe
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,8 +71,7 @@ def test_saving_beside_a_marian_and_loading(tmp_path):
 
 def serialized() -> list[str]:
     """Two tokenizers; few characters fit into the smaller one, so that equally rare ones compete."""
-    texts = [text for side in embedded_phrases("test").values() for text in side]
-    texts += [chr(code) * 2 for code in range(0x4E00, 0x4E60)]
+    texts = [*embedded_documents()[:9], *(chr(code) * 2 for code in range(0x4E00, 0x4E60))]
     return [train_joint_bpe(texts, vocab_size=size).backend_tokenizer.to_str() for size in (100, 300)]
 
 
@@ -87,8 +86,8 @@ def test_the_same_text_gives_the_same_tokenizer_in_every_process():
 @pytest.mark.parametrize(
     ("texts", "options", "error", "message"),
     [
-        ("one text", {}, TypeError, "read twice: give a list, not a str"),
-        (iter(TEXTS), {}, TypeError, "read twice: give a list, not a list_iterator"),
+        ("one text", {}, TypeError, "texts must be several, .* got a str"),
+        (iter(TEXTS), {}, TypeError, "read twice: give a list .*, not a list_iterator"),
         (["", " "], {}, ValueError, "no text to train a tokenizer on"),
         (TEXTS, {"vocab_size": 99}, ValueError, "vocab_size must be at least 100, got 99"),
         (TEXTS, {"min_frequency": 0}, ValueError, "min_frequency must be at least 1, got 0"),

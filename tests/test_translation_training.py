@@ -10,15 +10,9 @@ import pytest
 import torch
 from launching import launch
 from torch.nn import functional as F
-from transformers import EvalPrediction
 from translation_cases import losses, tiny_trainer
 
-from hf_fnl.tasks.translation_training import (
-    TranslationArguments,
-    smoothed_cross_entropy,
-    token_metrics,
-    token_sums,
-)
+from hf_fnl.tasks.translation_training import TranslationArguments, smoothed_cross_entropy
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,16 +98,6 @@ def test_evaluation_is_per_token_and_without_smoothing(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(np.exp(total / tokens), rel=1e-4)
     assert metrics["eval_token_accuracy"] == pytest.approx(right / tokens)
-
-
-def test_sums_of_sentences_give_metrics_of_the_whole():
-    logits, labels = logits_and_labels()
-    labels[1] = logits[1].argmax(-1)
-    sums = token_sums((logits, torch.zeros(3, 2, 4)), labels)
-    assert sums[:, 1].tolist() == [3, 5, 1]
-    assert sums[1, 2] == 5
-    metrics = token_metrics(EvalPrediction(predictions=sums.numpy(), label_ids=labels.numpy()))
-    assert metrics["loss"] == pytest.approx(float(smoothed_cross_entropy(logits, labels)), rel=1e-6)
 
 
 def test_resuming_repeats_the_run(tmp_path):

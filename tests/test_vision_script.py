@@ -41,7 +41,7 @@ from vision_script_cases import (
     weights,
 )
 
-from hf_fnl.vision.image_options import ImageOptions
+from hf_fnl.vision.image_batches import ImageOptions
 from hf_fnl.vision.image_training import ImageTrainingArguments
 from hf_fnl.vision.images import load_images
 from hf_fnl.vision.models import inner_convolutions

@@ -10,9 +10,9 @@ import datasets
 import torch
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
-from hf_fnl.tasks.bpe import train_joint_bpe
-from hf_fnl.tasks.length_batches import encode_pairs
 from hf_fnl.tasks.phrases import embedded_phrases
+from hf_fnl.tasks.tokenization import train_joint_bpe
+from hf_fnl.tasks.translation import encode_pairs
 from hf_fnl.tasks.translation_training import TranslationArguments, TranslationTrainer
 
 PAIRS = [("Guten Tag .", "Good day ."), ("Wie geht es dir ?", "How are you ?"), ("Ja", "Yes")]

@@ -201,8 +201,7 @@ def _preparation(options: Options) -> Iterator[Row]:
 def _from_text(options: Options, documents: Any, tokenizer: Any) -> Iterator[Row]:
     """What a stream does for each group of documents; most of it is the tokenizer's own work."""
     from hf_fnl.tasks.documents import split_sentences, tokenize_documents
-    from hf_fnl.tasks.pretraining_examples import PretrainingOptions, make_instances
-    from hf_fnl.tasks.wordpiece import Vocabulary
+    from hf_fnl.tasks.pretraining_examples import PretrainingOptions, Vocabulary, make_instances
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a data loader's worker
     texts = documents["text"][:64]
@@ -234,7 +233,7 @@ def _documents(options: Options) -> tuple[Any, Any]:
     import datasets
 
     from hf_fnl.tasks.embedded import embedded_documents
-    from hf_fnl.tasks.wordpiece import train_wordpiece
+    from hf_fnl.tasks.tokenization import train_wordpiece
 
     datasets.disable_progress_bars()
     texts = embedded_documents()[: options.pick(full=200, quick=100, tiny=8)]

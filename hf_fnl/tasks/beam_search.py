@@ -1,9 +1,9 @@
-"""Translating sentences with a trained model."""
+"""Translation of sentences by the beam search of Transformers, in batches of like length."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def translate(
     length_penalty: float = 1.0,
     max_tokens: int = 4096,
 ) -> list[str]:
-    """Translate sentences by beam search, in batches of like length.
+    """Translate sentences by beam search.
 
     A translation has at most twice as many tokens as its sentence, and ten; it does not depend on the other sentences.
 
@@ -47,32 +47,33 @@ def translate(
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
     # Said for greedy search too: a model's own settings may ask for beams.
-    beams = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": num_beams > 1}
+    search = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": num_beams > 1}
     translations = [""] * len(sentences)
     longest = longest_sequence(model, tokenizer)
-    encoded = _encode(tokenizer, sentences, longest)
+    rows, encoded = _encode(tokenizer, sentences, longest)
+    lengths = np.array([len(ids) for ids in encoded])
+    bounds = batch_bounds(lengths, max(max_tokens, lengths[-1])).tolist() if rows else []
     was_training = model.training
     model.eval()
-    for rows, ids in _shown(list(_batches(encoded, max_tokens))):
-        batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
-        limits = torch.tensor([min(2 * len(tokens) + 10, longest - 1) for tokens in ids])
-        found = model.generate(
-            **batch,
-            max_new_tokens=int(limits.max()),
-            logits_processor=LogitsProcessorList(
-                [_EndAtLimit(limits.repeat_interleave(num_beams).to(model.device), tokenizer.eos_token_id)]
-            ),
-            do_sample=False,
-            **beams,
-        )
-        for row, text in zip(rows, tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
-            translations[row] = text
+    with progress("translating", len(rows)) as advance:
+        for start, end in itertools.pairwise(bounds):
+            batch = tokenizer.pad({"input_ids": encoded[start:end]}, return_tensors="pt").to(model.device)
+            limits = torch.from_numpy(np.minimum(2 * lengths[start:end] + 10, longest - 1)).long()
+            ends = _EndAtLimit(limits.repeat_interleave(num_beams).to(model.device), tokenizer.eos_token_id)
+            processors = LogitsProcessorList([ends])
+            longest_of_batch = int(limits.max())
+            found = model.generate(
+                **batch, max_new_tokens=longest_of_batch, logits_processor=processors, do_sample=False, **search
+            )
+            for row, text in zip(rows[start:end], tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
+                translations[row] = text
+            advance(end - start)
     model.train(was_training)
     return translations
 
 
 class _EndAtLimit(LogitsProcessor):
-    """Ends each translation at a length of its own, not at that of the batch.
+    """Processor that ends each translation at a length of its own; ``max_new_tokens`` would be that of the batch.
 
     Args:
         limits: Tokens of each hypothesis at most, its end included, ``(sentences * beams,)``.
@@ -83,7 +84,7 @@ class _EndAtLimit(LogitsProcessor):
         self.limits, self.end = limits, end
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Leave the end as the only choice where one token is left."""
+        """Return scores with the end as the only choice where one token is left."""
         only_end = torch.full_like(scores, -torch.inf)
         only_end[:, self.end] = 0.0
         # A decoder's first token starts it and does not count.
@@ -92,36 +93,15 @@ class _EndAtLimit(LogitsProcessor):
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], limit: int | float
-) -> list[tuple[int, list[int]]]:
-    """Rows and token ids of the sentences that are not blank, the shortest first."""
+) -> tuple[list[int], list[list[int]]]:
+    """Return the rows and token ids of the sentences that are not blank, the shortest first."""
     rows = [row for row, sentence in enumerate(sentences) if sentence.strip()]
     # Several tokenizers refuse an empty list.
     ids = tokenizer([sentences[row] for row in rows], verbose=False)["input_ids"] if rows else []
-    encoded = sorted(zip(rows, ids, strict=True), key=lambda entry: len(entry[1]))
-    if encoded and len(encoded[-1][1]) > limit:
-        row, longest = encoded[-1]
-        raise ValueError(f"sentence {row + 1} has {len(longest)} tokens, the model takes {limit}; shorten or split it")
-    return encoded
-
-
-Batch = tuple[tuple[int, ...], tuple[list[int], ...]]
-
-
-def _shown(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """The batches, with how many sentences are translated."""
-    with progress("translating", sum(len(rows) for rows, _ in batches)) as advance:
-        for batch in batches:
-            yield batch
-            advance(len(batch[0]))
-
-
-def _batches(
-    encoded: list[tuple[int, list[int]]], max_tokens: int
-) -> Iterator[tuple[tuple[int, ...], tuple[list[int], ...]]]:
-    """Rows and token ids of each batch."""
-    if not encoded:
-        return
-    costs = np.array([len(ids) for _, ids in encoded])
-    for start, end in itertools.pairwise(batch_bounds(costs, max(max_tokens, costs[-1]))):
-        rows, ids = zip(*encoded[start:end], strict=True)
-        yield rows, ids
+    order = sorted(range(len(rows)), key=lambda place: len(ids[place]))
+    rows, ids = [rows[place] for place in order], [ids[place] for place in order]
+    if ids and len(ids[-1]) > limit:
+        raise ValueError(
+            f"sentence {rows[-1] + 1} has {len(ids[-1])} tokens, the model takes {limit}; shorten or split it"
+        )
+    return rows, ids

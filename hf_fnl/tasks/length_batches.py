@@ -1,78 +1,19 @@
-"""Encoded sentence pairs, and batches of them with about the same number of tokens each."""
+"""Batches of sentences of like length with about the same number of tokens each."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import datasets
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase
-
-from hf_fnl.tasks.translation import COLUMNS
-
-logger = logging.getLogger(__name__)
-
-NAMES = ("input_ids", "labels")
-
-
-def encode_pairs(
-    pairs: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    longest: int,
-    max_length: int | None = None,
-    drop_long: bool = False,
-) -> datasets.Dataset:
-    """Turn sentence pairs into token ids.
-
-    Args:
-        pairs: Columns ``source`` and ``target``.
-        tokenizer: Encodes both; ends them as its model needs.
-        longest: Tokens that a side may have: what a batch or the model's positions hold.
-        max_length: Cut every side to this many tokens first, the end of the sentence kept as an end.
-        drop_long: Leave out pairs with a longer side, and log how many, instead of refusing them.
-
-    Returns:
-        Columns ``input_ids`` and ``labels``, in the order of ``pairs``.
-
-    Raises:
-        ValueError: If a side is longer than ``longest``, no pair is left, or ``max_length`` is below 2.
-    """
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length must be at least 2, a token and the end, or None for no cut, got {max_length}")
-    cut = {"truncation": max_length is not None, "max_length": max_length}
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        source = tokenizer(batch["source"], verbose=False, **cut)
-        target = tokenizer(text_target=batch["target"], verbose=False, **cut)
-        return {"input_ids": source["input_ids"], "labels": target["input_ids"]}
-
-    encoded = pairs.map(encode, batched=True, remove_columns=pairs.column_names, desc="Encoding pairs")
-    lengths = lengths_of(encoded)
-    long = lengths.max(axis=1) > longest
-    if not long.any():
-        return encoded
-    if not drop_long:
-        row = int(long.argmax())
-        side = int(lengths[row].argmax())
-        raise ValueError(
-            f"{long.sum()} of {len(pairs)} pairs have more than {longest} tokens on a side, first pair {row + 1}: "
-            f"{COLUMNS[side]} {pairs[row][COLUMNS[side]][:60]!r}... has {lengths[row, side]}; raise max_tokens (and "
-            "max_position_embeddings), cut with max_length, or leave them out with drop_long"
-        )
-    if long.all():
-        raise ValueError(f"all {len(pairs)} pairs have more than {longest} tokens on a side; raise max_tokens")
-    logger.warning("left out %d of %d pairs with more than %d tokens on a side", long.sum(), len(pairs), longest)
-    return encoded.select(np.flatnonzero(~long))
 
 
 def lengths_of(encoded: datasets.Dataset) -> NDArray[np.int64]:
-    """Tokens of source and target of each pair, ``(pairs, 2)``."""
+    """Return the tokens of ``input_ids`` and ``labels`` of each pair, ``(pairs, 2)``."""
     table = encoded.with_format("arrow")[:]
-    columns = [table[name].combine_chunks().value_lengths().to_numpy() for name in NAMES]
+    columns = [table[name].combine_chunks().value_lengths().to_numpy() for name in ("input_ids", "labels")]
     return np.stack(columns, axis=1).astype(np.int64)
 
 
@@ -101,7 +42,7 @@ def batch_bounds(costs: NDArray[np.int64], max_tokens: int) -> NDArray[np.int64]
 
 
 class LengthBatchSampler(Sampler[list[int]]):
-    """Batches of pairs of like length; equal (lengths, seed, epoch) give the same batches in the same order.
+    """Sampler of batches of pairs of like length; equal (lengths, seed, epoch) give the same ones in the same order.
 
     A batch costs sentences x longest sentence, source or target, whichever is larger, as fairseq counts its
     ``--max-tokens``. Pairs are sorted by length, equal ones in an order of each epoch, and cut into batches; every
@@ -119,8 +60,7 @@ class LengthBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, lengths: NDArray[np.int64], *, max_tokens: int, seed: int = 0, num_processes: int = 1) -> None:
-        self.lengths, self.seed, self.num_processes = lengths, seed, num_processes
-        self.epoch = 0
+        self.lengths, self.seed, self.num_processes, self.epoch = lengths, seed, num_processes, 0
         # Sorted by cost first, the cuts depend on no epoch.
         self._bounds = batch_bounds(np.sort(lengths.max(axis=1)), max_tokens)
 

@@ -1,4 +1,9 @@
-"""Masked language modelling: which tokens of an example are to be predicted, and what stands in their place."""
+"""Masked language modelling: which tokens of an example are to be predicted, and what stands in their place.
+
+Other than Transformers' collator this masks an example by a generator of its own, so that resumed runs and runs of
+several processes see the same masks, with BERT's number of predictions in each, and replaces whole words as it does
+single tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
-from hf_fnl.tasks.pretraining_examples import Instance, PretrainingOptions
-from hf_fnl.tasks.wordpiece import Vocabulary
+from hf_fnl.tasks.pretraining_examples import Instance, PretrainingOptions, Vocabulary
 
 
 def mask_tokens(
@@ -17,8 +21,8 @@ def mask_tokens(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose tokens to predict; of these, replace 80 % by ``[MASK]`` and 10 % by random tokens, and keep 10 %.
 
-    Special tokens are neither chosen nor put in. ``options.num_masked`` tokens are chosen. Whole words are taken as
-    long as they fit into that number; where none fits, one word.
+    Special tokens are neither chosen nor put in. ``options.num_masked`` tokens are chosen. With ``whole_word_mask``
+    words are taken as long as they fit into that number; where none fits, one word.
 
     Args:
         input_ids: Token ids of one example, shape ``(length,)``.
@@ -47,7 +51,7 @@ def mask_tokens(
 def _choose_words(
     candidates: NDArray[np.int64], continues: NDArray[np.bool_], count: int, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Positions of whole words in random order, passing over those that exceed what is left of ``count``."""
+    """Return the positions of words in random order, without those that exceed what is left of ``count``."""
     starts_word = ~continues | (np.diff(candidates, prepend=-2) > 1)
     bounds = [0, *np.flatnonzero(starts_word)[1:].tolist(), len(candidates)]
     order = rng.permutation(len(bounds) - 1).tolist()
@@ -64,7 +68,7 @@ def _choose_words(
 def make_example(
     instance: Instance, options: PretrainingOptions, vocabulary: Vocabulary, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Mask an instance and name its parts as Transformers' BERT models do."""
+    """Mask an instance and name its tensors as the BERT models of Transformers do."""
     input_ids, labels = mask_tokens(instance.input_ids.astype(np.int64), options, vocabulary, rng)
     token_type_ids = (np.arange(len(input_ids)) >= instance.first_length).astype(np.int64)
     arrays = {"input_ids": input_ids, "token_type_ids": token_type_ids, "labels": labels}

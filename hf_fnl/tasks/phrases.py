@@ -52,7 +52,7 @@ _EVENTS = [
 
 
 def embedded_phrases(split: str, *, languages: tuple[str, str] = LANGUAGES) -> dict[str, list[str]]:
-    """Phrases of a split; the same ones on every call, and no sentence of one split in another.
+    """Return the phrases of a split; the same ones on every call, and no sentence of one split in another.
 
     Args:
         split: "train", "validation" or "test".
@@ -91,13 +91,14 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
+@cache
 def _number(value: int, to: str = "cardinal") -> Phrase:
-    num2words = require("num2words", "the embedded phrases are made by", "num2words").num2words
+    num2words = require("num2words", "the embedded phrases are made by", "hf_fnl[tasks]").num2words
     return num2words(value, lang="de", to=to), num2words(value, lang="en", to=to)
 
 
 def _of_any_length(rng: random.Random, digits: int) -> int:
-    """A number of 1 to ``digits`` digits, each count as likely, at least 2: German says one as it says a."""
+    """Return a number of 1 to ``digits`` digits, each count as likely, at least 2: German says one as it says a."""
     return rng.randrange(2, 10 ** rng.randint(1, digits))
 
 
@@ -136,7 +137,7 @@ def _time(rng: random.Random) -> Phrase:
 
 
 def _clock(hour: int, minute: int) -> Phrase:
-    """A time of day, as in "um halb vier" and "at half past three"."""
+    """Return a time of day, as in "um halb vier" and "at half past three"."""
     (this, past), (coming, to) = _number(hour), _number(hour % 12 + 1)
     if minute == 0:
         return f"um {'ein' if hour == 1 else this} Uhr", f"at {past} o'clock"

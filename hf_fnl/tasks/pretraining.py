@@ -22,8 +22,7 @@ from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.tasks.document_shards import DocumentShards
 from hf_fnl.tasks.documents import Document, tokenize_documents
 from hf_fnl.tasks.masking import make_example
-from hf_fnl.tasks.pretraining_examples import Instance, PretrainingOptions, make_instances
-from hf_fnl.tasks.wordpiece import Vocabulary
+from hf_fnl.tasks.pretraining_examples import Instance, PretrainingOptions, Vocabulary, make_instances
 from hf_fnl.training.streaming import Epoch, Example, ShardedStream
 
 # Random next sentences are drawn within such a group, and a stream keeps one of them in memory.

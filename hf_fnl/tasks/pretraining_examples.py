@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from hf_fnl.tasks.documents import Document
-from hf_fnl.tasks.wordpiece import Vocabulary
 
 MIN_SEQ_LENGTH = 8
 
@@ -22,11 +22,11 @@ class PretrainingOptions:
 
     Attributes:
         max_seq_length: Length that no example exceeds, special tokens included.
-        next_sentence: Sentence pairs with a next-sentence label; without, whole sentences packed up to the length, on
-            into the next document behind a separator (the FULL-SENTENCES format of Liu et al. 2019).
+        next_sentence: Sentence pairs with a next-sentence label; without, sentences packed up to the length, on into
+            the next document behind a separator (the FULL-SENTENCES format of Liu et al. 2019).
         short_sequence_probability: Share of documents whose pairs are made to a random shorter length.
         mlm_probability: Share of the tokens of an example, special ones counted in, that are to be predicted.
-        whole_word_mask: Choose all pieces of a word together.
+        whole_word_mask: Choose all tokens of a word or none.
         seed: Seed of everything random here.
     """
 
@@ -48,8 +48,38 @@ class PretrainingOptions:
             raise ValueError(f"seed must not be negative, got {self.seed}")
 
     def num_masked(self, length: int) -> int:
-        """Tokens to predict in an example of ``length`` tokens: BERT's count, ``max(1, round(length * p))``."""
+        """Return the tokens to predict in an example of ``length`` tokens: BERT's ``max(1, round(length * p))``."""
         return max(1, round(length * self.mlm_probability))
+
+
+class Vocabulary(NamedTuple):
+    """The ids of a tokenizer that pairing and masking need; arrays are indexed by token id."""
+
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    is_special: NDArray[np.bool_]
+    continues_word: NDArray[np.bool_]
+    ordinary_ids: NDArray[np.int64]
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+        """Read a tokenizer's vocabulary.
+
+        Raises:
+            ValueError: If the tokenizer lacks a special token that BERT's pretraining needs.
+        """
+        for name in ("cls_token", "sep_token", "mask_token", "pad_token"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"the tokenizer has no {name}; pretraining needs a tokenizer in the manner of BERT's")
+        vocab = tokenizer.get_vocab()
+        is_special = np.zeros(max(vocab.values()) + 1, dtype=bool)
+        is_special[tokenizer.all_special_ids] = True
+        continues_word = np.zeros_like(is_special)
+        continues_word[[index for token, index in vocab.items() if token.startswith("##")]] = True
+        ordinary_ids = np.setdiff1d(np.fromiter(vocab.values(), np.int64), tokenizer.all_special_ids)
+        special_ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
+        return cls(*special_ids, is_special, continues_word, ordinary_ids)
 
 
 class Instance(NamedTuple):
@@ -124,7 +154,7 @@ def sentence_pairs(
 def _random_segment(
     documents: Sequence[Document], index: int, length: int, rng: np.random.Generator
 ) -> NDArray[np.int32]:
-    """Sentences of another document from a random one on, until ``length`` is reached; one at least."""
+    """Return sentences of another document from a random one on, until ``length`` is reached; one at least."""
     other = int(rng.integers(len(documents) - 1))
     tokens, bounds = documents[other + (other >= index)]
     start = bounds[rng.integers(len(bounds) - 1)]
@@ -143,11 +173,11 @@ def _truncate(
 
 
 def pack_sentences(documents: Sequence[Document], limit: int, sep_id: int) -> Iterator[NDArray[np.int32]]:
-    """Pack the sentences of all documents in their order into sequences; no token is lost or used twice.
+    """Pack the sentences of all documents in their order into sequences that use each token once.
 
     Args:
         documents: The documents. Inside a sequence ``sep_id`` stands between two of them.
-        limit: Length of a sequence. A sentence above it is cut, any other stays whole.
+        limit: Length of a sequence. A sentence above it is cut, no other is.
         sep_id: The separator.
 
     Yields:

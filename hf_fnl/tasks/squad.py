@@ -1,7 +1,4 @@
-"""Extractive question answering in SQuAD format, versions 1.1 and 2.0: questions, windows over contexts, decoding.
-
-Nothing here knows a model class: any model that gives a start and an end logit for each token is served.
-"""
+"""Extractive question answering in SQuAD format, versions 1.1 and 2.0: questions, and windows over their contexts."""
 
 from __future__ import annotations
 
@@ -9,38 +6,17 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, load_dataset
-from torch import Tensor
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
-from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from hf_fnl.tasks.embedded import embedded_squad
-from hf_fnl.tasks.metrics.squad_predictions import (
-    SquadPredictions,
-    is_version_2,
-    load_squad_metric,
-    score_predictions,
-    write_predictions,
-)
 from hf_fnl.utils.hub import check_source
-
-__all__ = [
-    "SquadCollator",
-    "SquadOptions",
-    "SquadPredictions",
-    "build_squad_features",
-    "decode_predictions",
-    "is_version_2",
-    "load_squad",
-    "load_squad_metric",
-    "score_predictions",
-    "write_predictions",
-]
 
 SQUAD_FEATURES = Features(
     {
@@ -51,32 +27,27 @@ SQUAD_FEATURES = Features(
         "answers": {"text": List(Value("string")), "answer_start": List(Value("int32"))},
     }
 )
-_DECODED_AT_ONCE = 128  # windows; holds the memory of decoding to some tens of megabytes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SquadOptions:
     """How questions are cut into windows and answers are read off; the defaults are those of BERT.
-
-    Args:
-        max_seq_length: Tokens of a window at most: special tokens, question and a part of the context.
-        doc_stride: Tokens of context that a window shares with the next one.
-        max_query_length: Tokens of a question at most; the rest is cut off.
-        n_best_size: Answers kept for each question.
-        max_answer_length: Tokens of an answer at most.
-        null_score_diff_threshold: A question is answered by the empty text (version 2.0 only) where the score of no
-            answer exceeds that of the best answer by more than this.
 
     Raises:
         ValueError: If a number is too small, or question and ``doc_stride`` leave no room in a window.
     """
 
-    max_seq_length: int = 384
-    doc_stride: int = 128
-    max_query_length: int = 64
-    n_best_size: int = 20
-    max_answer_length: int = 30
-    null_score_diff_threshold: float = 0.0
+    max_seq_length: int = field(
+        default=384, metadata={"help": "Tokens of a window: special tokens, question and a part of the context."}
+    )
+    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
+    max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; the rest is cut off."})
+    n_best_size: int = field(default=20, metadata={"help": "Answers kept for each question."})
+    max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer."})
+    null_score_diff_threshold: float = field(
+        default=0.0,
+        metadata={"help": "Answer nothing (SQuAD 2.0) where its score exceeds the best answer's by more than this."},
+    )
 
     def __post_init__(self) -> None:
         for option in ("max_seq_length", "max_query_length", "n_best_size", "max_answer_length"):
@@ -100,7 +71,7 @@ class SquadOptions:
 def load_squad(source: str | os.PathLike[str], *, split: str, limit: int | None = None) -> Dataset:
     """Load questions with the columns ``id``, ``title``, ``context``, ``question`` and ``answers``.
 
-    ``answers`` holds the lists ``text`` and ``answer_start`` (in characters); a question without answer has empty ones.
+    ``answers`` holds the lists ``text`` and ``answer_start`` (in characters), empty where there is no answer.
 
     Args:
         source: "embedded", a JSON file in the official structure of SQuAD 1.1 or 2.0, or the id of a Hub data set.
@@ -139,7 +110,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _from_official(content: Any, name: str) -> Dataset:
-    """Flatten the nested structure of the official files into one row a question."""
+    """Flatten the nested structure of the official files into a row for each question."""
     try:
         rows = list(_official_rows(content))
     except (KeyError, TypeError, AttributeError) as error:
@@ -206,12 +177,12 @@ def build_squad_features(
         tokenizer: A fast tokenizer that pads on the right.
         options: Sizes of the windows.
         train: Add ``start_positions`` and ``end_positions``, the tokens of the first answer; both are 0, the ``[CLS]``
-            token, where that does not lie wholly in the window. Otherwise add what decoding needs: ``example_id`` and,
-            for each token, ``offset_starts`` and ``offset_ends``, its characters in the context, -1 outside of it.
+            token, where the window does not hold all of it. Otherwise add what decoding needs: ``example_id``, and as
+            ``offset_mapping`` the first and last character of each token in the context, -1 outside of it.
         num_proc: Processes to spread the work over.
 
     Returns:
-        One row a window, those of a question in the order of its context.
+        A row for each window, those of a question in the order of its context.
 
     Raises:
         ValueError: If the tokenizer does not fit, a window has no room, or a context holds no token.
@@ -239,7 +210,7 @@ def build_squad_features(
 def _windows(
     batch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, options: SquadOptions, train: bool
 ) -> dict[str, list[Any]]:
-    """Windows of a batch of questions; see :func:`build_squad_features`."""
+    """Return the windows of a batch of questions; see :func:`build_squad_features`."""
     encoded = tokenizer(
         _shortened(batch["question"], tokenizer, options.max_query_length),
         batch["context"],
@@ -249,24 +220,22 @@ def _windows(
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
-    owners = encoded.pop("overflow_to_sample_mapping")
-    extra: dict[str, list[Any]] = {}
-    for window, (owner, offsets) in enumerate(zip(owners, encoded.pop("offset_mapping"), strict=True)):
-        spans = _context_spans(batch["context"][owner], encoded.sequence_ids(window), offsets)
-        if spans.max() < 0:
-            raise ValueError(f"the context of question {batch['id'][owner]!r} holds no token; leave that question out")
-        if train:
-            start, end = _answer_tokens(spans, batch["answers"][owner])
-            row: dict[str, Any] = {"start_positions": start, "end_positions": end}
-        else:
-            row = {"example_id": batch["id"][owner], "offset_starts": spans[:, 0], "offset_ends": spans[:, 1]}
-        for column, value in row.items():
-            extra.setdefault(column, []).append(value)
-    return {**encoded, **extra}
+    owners, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+    spans = [
+        _context_spans(batch["context"][owner], encoded.sequence_ids(window), offsets[window])
+        for window, owner in enumerate(owners)
+    ]
+    if empty := [batch["id"][owner] for owner, span in zip(owners, spans, strict=True) if span.max() < 0]:
+        raise ValueError(f"the context of question {empty[0]!r} holds no token; leave that question out")
+    if not train:
+        return {**encoded, "example_id": [batch["id"][owner] for owner in owners], "offset_mapping": spans}
+    found = [_answer_tokens(span, batch["answers"][owner]) for owner, span in zip(owners, spans, strict=True)]
+    starts, ends = zip(*found, strict=True)
+    return {**encoded, "start_positions": list(starts), "end_positions": list(ends)}
 
 
 def _shortened(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_query_length: int) -> list[str]:
-    """Questions without leading white space, cut after their first ``max_query_length`` tokens."""
+    """Return questions without leading white space, cut after their first ``max_query_length`` tokens."""
     stripped = [question.lstrip() for question in questions]
     encoded = tokenizer(
         stripped, add_special_tokens=False, truncation=True, max_length=max_query_length, return_offsets_mapping=True
@@ -275,8 +244,10 @@ def _shortened(questions: Sequence[str], tokenizer: PreTrainedTokenizerBase, max
     return [question[:end] for question, end in zip(stripped, ends, strict=True)]
 
 
-def _context_spans(context: str, sequences: Sequence[int | None], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Start and end in ``context`` of each token, -1 for tokens of the question, of white space or of no width."""
+def _context_spans(
+    context: str, sequences: Sequence[int | None], offsets: Sequence[tuple[int, int]]
+) -> NDArray[np.int32]:
+    """Return start and end in ``context`` of each token, -1 for the question, white space and tokens of no width."""
     spans = [
         span if sequence == 1 and context[slice(*span)].strip() else (-1, -1)
         for sequence, span in zip(sequences, offsets, strict=True)
@@ -284,8 +255,8 @@ def _context_spans(context: str, sequences: Sequence[int | None], offsets: Seque
     return np.array(spans, dtype=np.int32)
 
 
-def _answer_tokens(spans: np.ndarray, answers: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
-    """First and last token of the first answer, or (0, 0) where it is not wholly within the window."""
+def _answer_tokens(spans: NDArray[np.int32], answers: Mapping[str, Sequence[Any]]) -> tuple[int, int]:
+    """Return the first and last token of the first answer, or (0, 0) where the window does not hold all of it."""
     if not answers["text"]:
         return 0, 0
     text = answers["text"][0]
@@ -299,166 +270,3 @@ def _answer_tokens(spans: np.ndarray, answers: Mapping[str, Sequence[Any]]) -> t
     start = np.searchsorted(ends, first, side="right")
     end = np.searchsorted(starts, last, side="left") - 1
     return (int(context[start]), int(context[end])) if start <= end else (0, 0)
-
-
-def decode_predictions(
-    examples: Dataset,
-    features: Dataset,
-    start_logits: np.ndarray,
-    end_logits: np.ndarray,
-    options: SquadOptions,
-    *,
-    version_2: bool,
-) -> SquadPredictions:
-    """Turn logits into answers: the spans of highest start logit plus end logit over all windows of a question.
-
-    A span lies in the context part of one window, does not end before it starts and has at most ``max_answer_length``
-    tokens. The search is exhaustive; the text is cut from the context, so it is never re-assembled from tokens.
-
-    Args:
-        examples: Questions as :func:`load_squad` gives them.
-        features: Their windows, from :func:`build_squad_features` with ``train=False``.
-        start_logits: One row a window, at least as wide as the longest window.
-        end_logits: The same for ends.
-        options: ``n_best_size``, ``max_answer_length`` and ``null_score_diff_threshold`` count here.
-        version_2: Weigh each answer against none, which scores as the first token does in the window that says least.
-
-    Returns:
-        Predictions for every question, in the order of ``examples``.
-
-    Raises:
-        ValueError: If shapes do not fit, logits are not finite, or windows and questions do not belong together.
-    """
-    starts, ends = _padded(features, "offset_starts"), _padded(features, "offset_ends")
-    start_logits = _checked_logits("start_logits", start_logits, starts.shape)
-    end_logits = _checked_logits("end_logits", end_logits, starts.shape)
-    ids = list(examples["id"])
-    owners = _owners(ids, features["example_id"])
-    windows, first, last = _best_spans(start_logits, end_logits, starts >= 0, options)
-    spans = np.stack([starts[windows, first], ends[windows, last]], axis=1)
-    logits = np.stack([start_logits[windows, first], end_logits[windows, last]], axis=1).astype(np.float64)
-    ranked = _ranked_by_owner(owners[windows], -logits.sum(axis=1), len(ids))
-    null_logits = np.stack([start_logits[:, 0], end_logits[:, 0]], axis=1).astype(np.float64)
-    null_ranked = _ranked_by_owner(owners, null_logits.sum(axis=1), len(ids))
-
-    texts, nbest, null_odds = {}, {}, {}
-    for id_, context, rows, null_rows in zip(ids, examples["context"], ranked, null_ranked, strict=True):
-        answers = _distinct_answers(context, spans[rows].tolist(), logits[rows].tolist(), options.n_best_size)
-        null = _answer("", *null_logits[null_rows[0]].tolist())
-        odds = _score(null) - _score(answers[0])
-        texts[id_] = "" if version_2 and odds > options.null_score_diff_threshold else answers[0]["text"]
-        nbest[id_] = _with_probabilities([*answers, null] if version_2 else answers)
-        if version_2:
-            null_odds[id_] = odds
-    return SquadPredictions(texts, nbest, null_odds, options.null_score_diff_threshold)
-
-
-def _padded(features: Dataset, column: str) -> np.ndarray:
-    """A column of integer lists as one matrix, -1 where a list has ended."""
-    if not len(features):
-        raise ValueError("there are no windows to decode; build them with build_squad_features(..., train=False)")
-    lists = features.select_columns(column).with_format("arrow")[:][column].combine_chunks()
-    lengths = np.diff(lists.offsets)
-    padded = np.full((len(lists), lengths.max()), -1, dtype=np.int32)
-    padded[np.arange(lengths.max()) < lengths[:, None]] = lists.flatten()
-    return padded
-
-
-def _checked_logits(name: str, logits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Logits cut to the width of the longest window."""
-    if logits.ndim != 2 or len(logits) != shape[0] or logits.shape[1] < shape[1]:
-        raise ValueError(f"{name} must hold {shape[0]} windows of at least {shape[1]} tokens, got shape {logits.shape}")
-    cut = np.asarray(logits[:, : shape[1]], dtype=np.float32)
-    if not np.isfinite(cut).all():
-        raise ValueError(f"{name} hold NaN or Inf; the model has diverged")
-    return cut
-
-
-def _owners(ids: Sequence[str], example_ids: Sequence[str]) -> np.ndarray:
-    """Index in ``ids`` of the question of each window."""
-    index = {id_: position for position, id_ in enumerate(ids)}
-    if index.keys() != set(example_ids):
-        raise ValueError(
-            f"the windows belong to {len(set(example_ids))} questions, which are not the {len(index)} given; "
-            "pass the examples that the features were built from"
-        )
-    return np.array([index[id_] for id_ in example_ids])
-
-
-def _best_spans(
-    start_logits: np.ndarray, end_logits: np.ndarray, in_context: np.ndarray, options: SquadOptions
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ``n_best_size`` allowed spans of highest score of every window, as window, first token and last token."""
-    length = min(options.max_answer_length, start_logits.shape[1])
-    found = []
-    for offset in range(0, len(start_logits), _DECODED_AT_ONCE):
-        chunk = slice(offset, offset + _DECODED_AT_ONCE)
-        start, end = (np.where(in_context[chunk], logits[chunk], -np.inf) for logits in (start_logits, end_logits))
-        end = np.pad(end, ((0, 0), (0, length - 1)), constant_values=-np.inf)
-        # scores[w, s, d] is that of the span from token s to token s + d of window w.
-        scores = start[:, :, None] + np.lib.stride_tricks.sliding_window_view(end, length, axis=1)
-        scores = scores.reshape(len(scores), -1)
-        kept = min(options.n_best_size, scores.shape[1])
-        best = np.sort(np.argpartition(-scores, kept - 1, axis=1)[:, :kept], axis=1)
-        window, rank = np.nonzero(np.isfinite(np.take_along_axis(scores, best, axis=1)))
-        first, extra = np.divmod(best[window, rank], length)
-        found.append((window + offset, first, first + extra))
-    windows, first, last = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return windows, first, last
-
-
-def _ranked_by_owner(owners: np.ndarray, costs: np.ndarray, count: int) -> list[np.ndarray]:
-    """For each of ``count`` owners its positions in ``owners``, by ascending cost, ties in the order given."""
-    order = np.lexsort((costs, owners))
-    return np.split(order, np.searchsorted(owners[order], np.arange(1, count)))
-
-
-def _distinct_answers(
-    context: str, spans: Sequence[Sequence[int]], logits: Sequence[Sequence[float]], limit: int
-) -> list[dict[str, Any]]:
-    """The first ``limit`` different spans of a ranked list; overlapping windows hold the same span more than once."""
-    distinct: dict[tuple[int, ...], dict[str, Any]] = {}
-    for (start, end), pair in zip(spans, logits, strict=True):
-        distinct.setdefault((start, end), _answer(context[start:end].strip(), *pair))
-        if len(distinct) == limit:
-            break
-    return list(distinct.values())
-
-
-def _answer(text: str, start_logit: float, end_logit: float) -> dict[str, Any]:
-    return {"text": text, "start_logit": start_logit, "end_logit": end_logit}
-
-
-def _score(answer: Mapping[str, Any]) -> float:
-    return answer["start_logit"] + answer["end_logit"]
-
-
-def _with_probabilities(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answers by descending score, each with its share in the softmax over all their scores."""
-    ranked = sorted(answers, key=_score, reverse=True)
-    weights = np.exp([_score(answer) - _score(ranked[0]) for answer in ranked])
-    probabilities = (weights / weights.sum()).tolist()
-    return [{**answer, "probability": value} for answer, value in zip(ranked, probabilities, strict=True)]
-
-
-@dataclass(frozen=True)
-class SquadCollator:
-    """Pad windows to the longest of the batch; columns that only decoding needs are dropped.
-
-    Args:
-        tokenizer: Knows the model's inputs and how to pad them.
-        pad_to_multiple_of: Round the length up to a multiple of this.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return a batch of tensors, one row a window."""
-        kept = [*self.tokenizer.model_input_names, "start_positions", "end_positions"]
-        rows = [{name: row[name] for name in kept if name in row} for row in features]
-        return dict(
-            pad_without_fast_tokenizer_warning(
-                self.tokenizer, rows, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors="pt"
-            )
-        )

@@ -1,13 +1,30 @@
-"""Tokenizers, loaded from wherever they lie."""
+"""Tokenizers, loaded from wherever they lie or trained from texts: WordPiece, byte-level BPE and joint BPE.
+
+Where a trainer's vocabulary would differ from run to run, by the order in which it meets equally rare characters, the
+alphabet is fixed here: the same texts give the same tokenizer in every process.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_fnl.tasks.documents import looks_like_path
+from hf_fnl.training.command_line import tracked
 from hf_fnl.utils.hub import check_source
+
+BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+END_OF_TEXT = "<|endoftext|>"
+EOS, PAD, UNK = "</s>", "<pad>", "<unk>"
+SPACE = "▁"
+MIN_VOCAB_SIZE = 100
+MIN_BYTE_VOCAB_SIZE = 257  # every byte, and the end-of-text token
+# As in the tokenizers library's own BERT recipe: rarer characters become [UNK].
+MAX_ALPHABET = 1000
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -16,9 +33,6 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     Args:
         source: An id on the Hub; a folder that ``save_pretrained`` wrote; a folder with only GPT-2's ``vocab.json`` and
             ``merges.txt``; or one with only BERT's ``vocab.txt``, read as cased when an entry has a capital letter.
-
-    Returns:
-        The tokenizer.
 
     Raises:
         FileNotFoundError: If the folder does not exist or holds no tokenizer, or the Hub has none of this name.
@@ -57,9 +71,148 @@ def _auto_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def check_vocabulary(vocab_size: int, min_frequency: int, *, smallest: int) -> None:
-    """Raise a ``ValueError`` unless a tokenizer can be trained to this size of vocabulary and frequency of pairs."""
+def train_wordpiece(
+    texts: Iterable[str], *, vocab_size: int = 30522, lowercase: bool = True, min_frequency: int = 2
+) -> BertTokenizer:
+    """Train a BERT tokenizer, whose vocabulary begins with ``[PAD]``, ``[UNK]``, ``[CLS]``, ``[SEP]``, ``[MASK]``.
+
+    Args:
+        texts: Documents; read twice, so a list or a column of a data set (``documents["text"]``), not a generator.
+        vocab_size: Entries wanted, special tokens included; a small corpus may give fewer.
+        lowercase: Lower-case the text and strip accents, as the uncased BERT does.
+        min_frequency: How often two tokens must stand side by side to become one.
+
+    Raises:
+        TypeError: If ``texts`` is a string or can be read only once.
+        ValueError: If there is no text, or ``vocab_size`` or ``min_frequency`` is too small.
+    """
+    _check(texts, vocab_size, min_frequency, smallest=MIN_VOCAB_SIZE, twice=True)
+    untrained = BertTokenizer(do_lower_case=lowercase)
+    backend = untrained.backend_tokenizer
+
+    def words(text: str) -> list[str]:
+        return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))]
+
+    # At most half of the entries are single characters, which come in an initial and a continuing form.
+    limit = min(MAX_ALPHABET, (vocab_size - len(BERT_TOKENS)) // 4)
+    alphabet = _alphabet(texts, limit, normal=lambda char: "".join(words(char)))
+    continuing = [f"##{char}" for char in alphabet if len(words(f"a{char}")) == 1]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        # Ids given here are fixed. The trainer numbers what it meets in hash order, and ids decide ties of merges.
+        special_tokens=[*BERT_TOKENS, *alphabet, *continuing],
+        show_progress=False,
+    )
+    backend.train_from_iterator(tracked(texts, "training the tokenizer"), trainer)
+    vocab = sorted(backend.get_vocab().items(), key=lambda entry: entry[1])
+    return BertTokenizer(vocab=dict(vocab), do_lower_case=lowercase)
+
+
+def train_byte_bpe(texts: Iterable[str | None], *, vocab_size: int = 50257, min_frequency: int = 2) -> GPT2Tokenizer:
+    """Train a GPT-2 tokenizer, whose id 0 is ``<|endoftext|>``, with which documents begin and end.
+
+    Any text can be encoded and decodes to itself, for every byte has an entry.
+
+    Args:
+        texts: Documents; read once.
+        vocab_size: Entries wanted, ``<|endoftext|>`` and the 256 bytes included; a small corpus may give fewer.
+        min_frequency: How often two tokens must stand side by side to become one.
+
+    Raises:
+        TypeError: If ``texts`` is a string.
+        ValueError: If there is no text, or ``vocab_size`` or ``min_frequency`` is too small.
+    """
+    _check(texts, vocab_size, min_frequency, smallest=MIN_BYTE_VOCAB_SIZE)
+    options = {"min_frequency": min_frequency, "show_progress": False}
+    return GPT2Tokenizer().train_new_from_iterator(
+        _not_empty(tracked(texts, "training the tokenizer")), vocab_size, **options
+    )
+
+
+def train_joint_bpe(
+    sentences: Iterable[str], *, vocab_size: int = 10_000, min_frequency: int = 2
+) -> PreTrainedTokenizerFast:
+    """Train one byte-pair encoding (Sennrich et al. 2016) for the sentences of both languages of a translation task.
+
+    Every encoded text ends with ``</s>``; decoders start from ``<pad>``, as Marian's do. Decoding gives the text back,
+    inner white space included, except for: a space at the beginning, the character U+2581, characters outside the
+    vocabulary's alphabet, which become ``<unk>``, and the texts of special tokens.
+
+    Args:
+        sentences: Texts of both languages; read twice, so a list, not a generator.
+        vocab_size: Entries wanted, special tokens included; little text may give fewer.
+        min_frequency: How often two tokens must stand side by side to become one.
+
+    Returns:
+        A tokenizer whose ids begin with ``</s>``, ``<pad>``, ``<unk>``.
+
+    Raises:
+        TypeError: If ``sentences`` is a string or can be read only once.
+        ValueError: If there is no text, or ``vocab_size`` or ``min_frequency`` is too small.
+    """
+    _check(sentences, vocab_size, min_frequency, smallest=MIN_VOCAB_SIZE, twice=True)
+    limit = min(MAX_ALPHABET, vocab_size // 2) - 1
+    alphabet = sorted({SPACE, *_alphabet(sentences, limit, normal=lambda char: char.replace(" ", ""))})
+    backend = Tokenizer(models.BPE(unk_token=UNK))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE)
+    backend.decoder = decoders.Metaspace(SPACE)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[EOS, PAD, UNK],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    backend.train_from_iterator(tracked(sentences, "training the tokenizer"), trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, backend.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _check(
+    texts: Iterable[str | None], vocab_size: int, min_frequency: int, *, smallest: int, twice: bool = False
+) -> None:
+    if isinstance(texts, str):
+        raise TypeError("texts must be several, such as a list or a data set's column; got a str")
+    if twice and iter(texts) is texts:
+        raise TypeError(f"texts are read twice: give a list or a data set's column, not a {type(texts).__name__}")
     if vocab_size < smallest:
         raise ValueError(f"vocab_size must be at least {smallest}, got {vocab_size}")
     if min_frequency < 1:
         raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
+
+
+def _not_empty(texts: Iterable[str | None]) -> Iterator[str]:
+    found = False
+    for text in texts:
+        if text and not text.isspace():
+            found = True
+            yield text
+    if not found:
+        raise ValueError("no text to train a tokenizer on")
+
+
+def _alphabet(texts: Iterable[str], limit: int, *, normal: Callable[[str], str]) -> list[str]:
+    """Return the most frequent characters after normalization, at most ``limit``, in code point order."""
+    raw: Counter[str] = Counter()
+    for text in tracked(texts, "counting characters"):
+        raw.update(text)
+    counts: Counter[str] = Counter()
+    for char, count in raw.items():
+        for found in normal(char):
+            counts[found] += count
+    if not counts:
+        raise ValueError("no text to train a tokenizer on")
+    return sorted(sorted(counts, key=lambda char: (-counts[char], char))[:limit])

@@ -1,18 +1,24 @@
-"""Sentence pairs for translation as a ``datasets`` data set with the columns ``source`` and ``target``."""
+"""Sentence pairs for translation, as text with the columns ``source`` and ``target``, and as token ids."""
 
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from hf_fnl.tasks.documents import SPLIT_WORDS, SUFFIXES, looks_like_path
+from hf_fnl.tasks.length_batches import lengths_of
 from hf_fnl.tasks.phrases import embedded_phrases
 from hf_fnl.utils.hub import check_source
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("source", "target")
 
@@ -57,7 +63,16 @@ def load_pairs(
     if limit is not None:
         pairs = pairs.take(min(limit, len(pairs)))
     pairs = pairs.map(_strip, batched=True, desc="Reading pairs")
-    return _without_empty(pairs, drop_empty, " and ".join(map(str, paths)))
+    sides = zip(*(pairs[name] for name in COLUMNS), strict=True)
+    full = np.array([bool(source and target) for source, target in sides], dtype=bool)
+    if not full.all() and not drop_empty:
+        raise ValueError(
+            f"{(~full).sum()} of {len(full)} pairs of {' and '.join(map(str, paths))} have an empty side, the first in "
+            f"line {full.argmin() + 1}; set drop_empty to leave them out"
+        )
+    if not full.any():
+        raise ValueError(f"no sentence pairs in {' and '.join(map(str, paths))}")
+    return pairs if full.all() else pairs.select(np.flatnonzero(full))
 
 
 def _read_paths(paths: Sequence[Path], languages: tuple[str, str], split: str) -> datasets.Dataset:
@@ -96,7 +111,7 @@ def _read(kind: str, path: Path, split: str) -> datasets.Dataset:
 
 
 def _of_split(files: Sequence[Path], folder: Path, split: str, language: str) -> Path:
-    """The one file of a language and a split."""
+    """Return the one file of a language and a split."""
     wanted = SPLIT_WORDS.get(split, {split})
     chosen = [file for file in files if wanted & set(re.split("[^a-z]+", file.stem.lower()))]
     if len(chosen) != 1:
@@ -119,7 +134,7 @@ def _parallel_files(files: Sequence[Path]) -> datasets.Dataset:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 text, which end in a line feed, with or without a carriage return, and in nothing else.
+    """Return the lines of a UTF-8 text, which end in a line feed, with or without a carriage return.
 
     Sentences of a corpus may hold a lone carriage return, U+2028 and others, at which other ways of reading would
     break a line and put all that follow beside the wrong translations.
@@ -131,7 +146,7 @@ def read_lines(file: Path) -> list[str]:
 
 
 def lines_of(content: bytes, name: str) -> list[str]:
-    """The lines of a text as :func:`read_lines` tells them apart; a byte order mark is no part of the first.
+    """Return the lines of a text as :func:`read_lines` tells them apart; a byte order mark is no part of the first.
 
     Args:
         content: UTF-8.
@@ -152,7 +167,7 @@ def lines_of(content: bytes, name: str) -> list[str]:
 
 
 def _two_columns(pairs: datasets.Dataset, languages: tuple[str, str], source: object) -> datasets.Dataset:
-    """Rename or unpack the two languages of a data set."""
+    """Return the two languages of a data set as the columns ``source`` and ``target``."""
     if "translation" in pairs.column_names:
         pairs = pairs.select_columns(["translation"]).flatten()
         found = {column.removeprefix("translation."): column for column in pairs.column_names}
@@ -174,17 +189,52 @@ def _strip(batch: dict[str, list[str | None]]) -> dict[str, Any]:
     return {column: [(sentence or "").strip() for sentence in batch[column]] for column in COLUMNS}
 
 
-def _without_empty(pairs: datasets.Dataset, drop: bool, source: str) -> datasets.Dataset:
-    full = [bool(pair["source"] and pair["target"]) for pair in pairs]
-    if all(full):
-        kept = pairs
-    elif drop:
-        kept = pairs.select([row for row, whole in enumerate(full) if whole])
-    else:
+def encode_pairs(
+    pairs: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int | float,
+    max_length: int | None = None,
+    drop_long: bool = False,
+) -> datasets.Dataset:
+    """Turn sentence pairs into token ids.
+
+    Args:
+        pairs: Columns ``source`` and ``target``.
+        tokenizer: Encodes both; ends them as its model needs.
+        longest: Tokens that a side may have: what a batch or the model's positions hold.
+        max_length: Cut every side to this many tokens first, the end of the sentence kept as an end.
+        drop_long: Leave out pairs with a longer side, and log how many, instead of refusing them.
+
+    Returns:
+        Columns ``input_ids`` and ``labels``, in the order of ``pairs``.
+
+    Raises:
+        ValueError: If a side is longer than ``longest``, no pair is left, or ``max_length`` is below 2.
+    """
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must be at least 2, a token and the end, or None for no cut, got {max_length}")
+    cut = {"truncation": max_length is not None, "max_length": max_length}
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        source = tokenizer(batch["source"], verbose=False, **cut)
+        target = tokenizer(text_target=batch["target"], verbose=False, **cut)
+        return {"input_ids": source["input_ids"], "labels": target["input_ids"]}
+
+    encoded = pairs.map(encode, batched=True, remove_columns=pairs.column_names, desc="Encoding pairs")
+    lengths = lengths_of(encoded)
+    long = lengths.max(axis=1) > longest
+    if not long.any():
+        return encoded
+    if not drop_long:
+        row = int(long.argmax())
+        side = int(lengths[row].argmax())
         raise ValueError(
-            f"{full.count(False)} of {len(full)} pairs of {source} have an empty side, the first in line "
-            f"{full.index(False) + 1}; set drop_empty to leave them out"
+            f"{long.sum()} of {len(pairs)} pairs have more than {longest} tokens on a side, first pair {row + 1}: "
+            f"{COLUMNS[side]} {pairs[row][COLUMNS[side]][:60]!r}... has {lengths[row, side]}; raise max_tokens (and "
+            "max_position_embeddings), cut with max_length, or leave them out with drop_long"
         )
-    if not len(kept):
-        raise ValueError(f"no sentence pairs in {source}")
-    return kept
+    if long.all():
+        raise ValueError(f"all {len(pairs)} pairs have more than {longest} tokens on a side; raise max_tokens")
+    logger.warning("left out %d of %d pairs with more than %d tokens on a side", long.sum(), len(pairs), longest)
+    return encoded.select(np.flatnonzero(~long))

@@ -1,21 +1,19 @@
-"""Training on sentence pairs: options, the smoothed loss over target tokens, batches by length, the validation loss."""
+"""Training on sentence pairs: options, the smoothed loss over target tokens, batches by length."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.tasks.length_batches import LengthBatchSampler, lengths_of
+from hf_fnl.tasks.metrics.tokens import token_metrics, token_sums
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.trainer import FLAMBeTrainer
 
@@ -53,7 +51,7 @@ class TranslationArguments(FLAMBeTrainingArguments):
 def smoothed_cross_entropy(
     logits: Tensor, labels: Tensor, smoothing: float = 0.0, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    r"""Cross-entropy with ``(1 - eps) onehot + eps / vocab_size`` as what is to be predicted (Szegedy et al. 2016).
+    r"""Return the cross-entropy with the targets ``(1 - eps) onehot + eps / vocab_size`` (Szegedy et al. 2016).
 
     Args:
         logits: ``(..., vocab_size)``, of any floating type; the loss is computed in float32.
@@ -132,12 +130,12 @@ class TranslationTrainer(FLAMBeTrainer):
         return self.accelerator.prepare(loader)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Sentences of a step, on average over an epoch."""
+        """Return the sentences of a step, on average over an epoch."""
         return round(len(self.train_dataset) / len(self._batches) * args.world_size * args.gradient_accumulation_steps)
 
 
 class EpochOfBatches(TrainerCallback):
-    """Tells a batch sampler which epoch begins.
+    """Callback that tells a batch sampler which epoch begins.
 
     accelerate reaches it through one wrapper, not through the two of a resumed data-parallel run.
     """
@@ -145,37 +143,6 @@ class EpochOfBatches(TrainerCallback):
     def __init__(self, batches: LengthBatchSampler) -> None:
         self.batches = batches
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *more: Any, **kwargs: Any) -> None:
         """Pass the number of finished epochs on."""
         self.batches.set_epoch(int(state.epoch or 0))
-
-
-def token_sums(logits: Any, labels: Tensor) -> Tensor:
-    """Reduce the logits of a batch to sums, so that an evaluation never keeps vocabulary logits.
-
-    Args:
-        logits: Outputs of an encoder-decoder model, logits ``(batch, length, vocab_size)`` first.
-        labels: ``(batch, length)``, -100 where nothing is predicted.
-
-    Returns:
-        ``(batch, 3)``: of each sentence the summed cross-entropy, the number of tokens, and of those predicted right.
-    """
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    losses = F.cross_entropy(logits.mT.float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
-    right = logits.argmax(-1) == labels
-    return torch.stack([losses.sum(-1), (labels != IGNORE_INDEX).sum(-1), right.sum(-1)], dim=1)
-
-
-def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Loss, perplexity and accuracy per target token, over all sentences.
-
-    ``loss`` takes the place of the Trainer's own, a mean of the batches' means.
-    """
-    loss, tokens, right = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
-    return {
-        "loss": float(loss / tokens),
-        "perplexity": math.exp(min(loss / tokens, 700)),
-        "token_accuracy": float(right / tokens),
-    }

@@ -1,4 +1,4 @@
-"""Layers whose weight is to be held in another way, in place."""
+"""The layers of a model whose weights pruning and DO-Conv replace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 def choose_layers(
     model: nn.Module, layers: Collection[nn.Module] | None, *, fits: Callable[[nn.Module], bool], wanted: str
 ) -> dict[str, Any]:
-    """The layers of a model that are meant, by name and in the order of the model.
+    """Return the chosen layers of a model by name, in the order of the model.
 
     Args:
         model: Any module.

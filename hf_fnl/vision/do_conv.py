@@ -13,7 +13,7 @@ from hf_fnl.vision.choose import choose_layers
 
 
 class DepthwiseOverparametrization(nn.Module):
-    r"""A kernel whose filters are, channel by channel of the input, products: ``K_oi = (I + D_i) W_oi``.
+    r"""Parametrization of a kernel by products, channel by channel of the input: ``K_oi = (I + D_i) W_oi``.
 
     ``K_oi`` and ``W_oi`` are the ``kh * kw`` points of the filter from channel ``i`` to channel ``o`` as a vector, and
     ``D_i`` is a matrix that all filters on one channel share. It is held as an offset from the identity and starts
@@ -29,7 +29,7 @@ class DepthwiseOverparametrization(nn.Module):
         self.groups, self.kernel_size = groups, kernel_size
 
     def forward(self, W: Tensor, D: Tensor) -> Tensor:
-        """The kernel ``(out, in / groups, kh, kw)`` from ``W (out, in / groups, kh * kw)`` and ``D``.
+        """Return the kernel ``(out, in / groups, kh, kw)`` of ``W (out, in / groups, kh * kw)`` and ``D``.
 
         ``D`` has shape ``(in, kh * kw, kh * kw)``.
         """
@@ -38,13 +38,13 @@ class DepthwiseOverparametrization(nn.Module):
         return (W + offset).unflatten(2, self.kernel_size)
 
     def right_inverse(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
-        """``W`` and ``D`` of a kernel, with ``D`` at zero."""
+        """Return ``W`` and ``D`` of a kernel, with ``D`` at zero."""
         points = math.prod(self.kernel_size)
         return kernel.flatten(2), kernel.new_zeros(self.groups * kernel.shape[1], points, points)
 
 
 def over_parametrize_(model: nn.Module, *, layers: Collection[nn.Module] | None = None) -> list[str]:
-    """Let convolutions be trained with a depthwise over-parametrized kernel, in place; outputs stay as they are.
+    """Over-parametrize the kernels of convolutions depthwise for training, in place; outputs stay as they are.
 
     The ``weight`` of each becomes a parametrization with two parameters in the place of one, so build the optimizer
     afterwards. To go on from a checkpoint of such a model, over-parametrize the new model first.
@@ -82,17 +82,16 @@ def merge_do_conv_(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If there is none.
     """
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    merged = [
-        name
-        for name, conv in convs.items()
-        if any(isinstance(part, DepthwiseOverparametrization) for part in conv.modules())
-    ]
+    merged = {
+        name: conv
+        for name, conv in model.named_modules()
+        if isinstance(conv, nn.Conv2d) and any(isinstance(m, DepthwiseOverparametrization) for m in conv.modules())
+    }
     if not merged:
         raise ValueError(f"{type(model).__name__} has no over-parametrized convolution; see over_parametrize_")
-    for name in merged:
-        _merge_(convs[name])
-    return merged
+    for conv in merged.values():
+        _merge_(conv)
+    return list(merged)
 
 
 @torch.enable_grad()

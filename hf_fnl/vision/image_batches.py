@@ -1,11 +1,11 @@
-"""Batches of 8-bit images, and what becomes of them on the device: random crops, mirroring and normalization."""
+"""Image data sets in memory or on disk, their options, and the transform of a batch on the device that it is on."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,22 +15,104 @@ from torch.utils.data import Dataset
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from hf_fnl.training.command_line import check_at_least, named
 from hf_fnl.utils.files import write_json
-from hf_fnl.vision.images import BILINEAR, ImageRecords, resize_and_crop, to_array
-
-if TYPE_CHECKING:
-    from PIL import Image
+from hf_fnl.vision.images import BILINEAR, ImageRecords, load_images, resize_and_crop, to_array
 
 KEEP = ("auto", "true", "false")
 SHARE_OF_MEMORY = 0.25  # what images may take of the free memory of a device; training needs the rest
 CROP_AREAS = (0.08, 1.0)  # Szegedy et al. 2015, "Going deeper with convolutions", Sec. 6
 CROP_RATIOS = (3 / 4, 4 / 3)
-CROP_TRIES = 10
 RESIZED_TO_CROPPED = 256 / 224  # Krizhevsky et al. 2012, Sec. 2 and 4.1
 
 
-class ImageTensors(Dataset):
-    """Images in memory, of which a data loader takes a batch in one go.
+@dataclass
+class ImageOptions:
+    """The images to train and to evaluate on."""
+
+    dataset: str = field(default="digits", metadata={"help": "Hub id, parquet file, folder, or digits."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "The same to evaluate on. Default: dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: found."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the classes. Default: found."})
+    max_train_images: int | None = field(default=None, metadata={"help": "Take so many, drawn at random."})
+    max_eval_images: int | None = field(default=None, metadata={"help": "Take so many, drawn at random."})
+    image_size: int | None = field(default=None, metadata={"help": "Resize and crop to this square, in pixels."})
+    resized_crops: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode while training and crop at random sizes (ImageNet), instead of keeping images in memory."
+        },
+    )
+    crop_padding: int | None = field(
+        default=None,
+        metadata={"help": "Black pixels around an image before it is cropped at random. Default: 4, for digits 1."},
+    )
+    horizontal_flip: bool | None = field(
+        default=None, metadata={"help": "Mirror half of the images, at random. Default: all data sets but digits."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_dataset is None and Path(self.dataset).expanduser().is_file():
+            raise ValueError(f"dataset={self.dataset} is one file, which is one split: set eval_dataset to another")
+        if self.resized_crops and self.image_size is None:
+            raise ValueError("resized_crops needs image_size, the side of the crops in pixels")
+        if self.resized_crops and self.crop_padding:
+            raise ValueError("resized_crops and crop_padding are two ways of cropping; set one of them")
+        if self.crop_padding is None:
+            self.crop_padding = 0 if self.resized_crops else 1 if self.dataset == "digits" else 4
+        check_at_least(1, self, "max_train_images", "max_eval_images")
+        if self.horizontal_flip is None:
+            self.horizontal_flip = self.dataset != "digits"
+
+    def load(self, part: str, class_names: Sequence[str] | None = None) -> ImageRecords:
+        """Load the images of the part "train" or "eval", the latter with the numbers that classes have in training."""
+        own = part == "eval" and self.eval_dataset is not None
+        option = "eval_dataset" if own else "dataset"
+        with named(option, source := getattr(self, option)):
+            return load_images(
+                source,
+                split=getattr(self, f"{part}_split"),
+                name=None if own else self.dataset_config,
+                image_column=self.image_column,
+                label_column=self.label_column,
+                class_names=class_names,
+                limit=getattr(self, f"max_{part}_images"),
+            )
+
+
+class ImageData(Dataset):
+    """Data set of 8-bit images with labels, of which a data loader takes a batch in one go.
+
+    Attributes:
+        class_names: Name of each class.
+        num_channels: 1 for gray, 3 for RGB.
+        image_size: Height and width, in pixels.
+        resized_side: Length to which the shorter side of a new image is resized, in pixels.
+    """
+
+    class_names: list[str]
+    num_channels: int
+    image_size: tuple[int, int]
+    resized_side: int
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Return a list of one batch, for :func:`single_batch`."""
+        rows = [self[index] for index in indices]
+        return [{name: torch.stack([row[name] for row in rows]) for name in rows[0]}]
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Return the mean and standard deviation of each channel, of values from 0 to 1."""
+        raise NotImplementedError
+
+
+class ImageTensors(ImageData):
+    """Images in memory.
 
     Args:
         pixel_values: 8-bit, ``(num_images, num_channels, height, width)``.
@@ -39,9 +121,9 @@ class ImageTensors(Dataset):
     """
 
     def __init__(self, pixel_values: Tensor, labels: Tensor, *, class_names: Sequence[str]) -> None:
-        self.pixel_values = pixel_values
-        self.labels = labels
-        self.class_names = list(class_names)
+        self.pixel_values, self.labels, self.class_names = pixel_values, labels, list(class_names)
+        _, self.num_channels, *size = pixel_values.shape
+        self.image_size, self.resized_side = (size[0], size[1]), min(size)
 
     @classmethod
     def decode(
@@ -51,7 +133,7 @@ class ImageTensors(Dataset):
 
         Args:
             records: The images.
-            image_size: Resize the shorter side to it and cut out the square in the center. Default: leave them as they
+            image_size: Resize the shorter side to it and cut out the square in the center. Default: keep them as they
                 are, all of one size.
             like: The training images, whose size and channels these must have; color is converted.
 
@@ -59,8 +141,13 @@ class ImageTensors(Dataset):
             ValueError: If an image cannot be decoded, sizes differ without ``image_size``, or it is below 1.
         """
         _check_size(image_size)
-        num_channels = None if like is None else like.num_channels
-        arrays = [to_array(_resized(image, image_size), num_channels=num_channels) for image in records]
+        arrays = [
+            to_array(
+                image if image_size is None else resize_and_crop(image, shorter_side=image_size, size=image_size),
+                num_channels=None if like is None else like.num_channels,
+            )
+            for image in records
+        ]
         size, whose = (arrays[0].shape[1:], records.name(0)) if like is None else (like.image_size, "a training image")
         for index, array in enumerate(arrays):
             if array.shape[1:] != size:
@@ -80,41 +167,25 @@ class ImageTensors(Dataset):
         return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        """A list of one whole batch, for :func:`single_batch`."""
-        rows = torch.tensor(indices, device=self.labels.device)
-        return [{"pixel_values": self.pixel_values.index_select(0, rows), "labels": self.labels.index_select(0, rows)}]
-
-    @property
-    def num_channels(self) -> int:
-        """1 for gray, 3 for RGB."""
-        return self.pixel_values.shape[1]
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width, in pixels."""
-        return self.pixel_values.shape[2], self.pixel_values.shape[3]
-
-    @property
-    def resized_side(self) -> int:
-        """Length to which the shorter side of a new image is resized, in pixels."""
-        return min(self.image_size)
+        """Return a list of one batch, for :func:`single_batch`."""
+        return [self[torch.tensor(indices, device=self.labels.device)]]  # type: ignore[index]  # all rows at once
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel over all pixels, of values from 0 to 1."""
+        """Return the mean and standard deviation of each channel over all pixels, of values from 0 to 1."""
         channels = self.pixel_values.transpose(0, 1).flatten(1)
-        counts = torch.stack([channel.bincount(minlength=256) for channel in channels]).double().cpu()
+        shares = torch.stack([channel.bincount(minlength=256) for channel in channels]).double().cpu()
+        shares /= shares.sum(-1, keepdim=True)
         values = torch.arange(256, dtype=torch.float64) / 255
-        shares = counts / counts.sum(-1, keepdim=True)
         mean = shares @ values
         variance = (shares * (values - mean[:, None]) ** 2).sum(-1)
         return mean.tolist(), variance.sqrt().tolist()
 
     def to(self, device: torch.device | str) -> ImageTensors:
-        """The same images on a device."""
+        """Return the same images on a device."""
         return ImageTensors(self.pixel_values.to(device), self.labels.to(device), class_names=self.class_names)
 
 
-class ImageFiles(Dataset):
+class ImageFiles(ImageData):
     """Images that are decoded whenever they are asked for, as RGB: for sets that do not fit in memory.
 
     Args:
@@ -130,13 +201,10 @@ class ImageFiles(Dataset):
 
     num_channels = 3
 
-    def __init__(self, records: ImageRecords, *, image_size: int, training: bool) -> None:
+    def __init__(self, records: ImageRecords, image_size: int, *, training: bool) -> None:
         _check_size(image_size)
-        self.records = records
-        self.class_names = records.class_names
-        self.image_size = (image_size, image_size)
-        self.resized_side = round(image_size * RESIZED_TO_CROPPED)
-        self.training = training
+        self.records, self.class_names, self.training = records, records.class_names, training
+        self.image_size, self.resized_side = (image_size, image_size), round(image_size * RESIZED_TO_CROPPED)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -150,14 +218,19 @@ class ImageFiles(Dataset):
         pixels = torch.from_numpy(to_array(image, num_channels=self.num_channels).copy())
         return {"pixel_values": pixels, "labels": self.records.labels[index]}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        """A list of one whole batch, for :func:`single_batch`."""
-        records = [self[index] for index in indices]
-        return [{name: torch.stack([record[name] for record in records]) for name in records[0]}]
-
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel of ImageNet, of values from 0 to 1."""
+        """Return the mean and standard deviation of each channel of ImageNet, of values from 0 to 1."""
         return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+
+
+def load_image_sets(options: ImageOptions) -> tuple[ImageData, ImageData]:
+    """Load the images to train and to evaluate on, of the same classes, channels and size."""
+    training = options.load("train")
+    evaluation, size = options.load("eval", training.class_names), options.image_size
+    if options.resized_crops and size is not None:  # the first asks for the second
+        return ImageFiles(training, size, training=True), ImageFiles(evaluation, size, training=False)
+    images = ImageTensors.decode(training, image_size=size)
+    return images, ImageTensors.decode(evaluation, image_size=size, like=images)
 
 
 def keep_on_device(images: ImageTensors, device: torch.device, *, keep: str = "auto") -> ImageTensors:
@@ -182,13 +255,13 @@ def keep_on_device(images: ImageTensors, device: torch.device, *, keep: str = "a
 
 
 def single_batch(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collate what is one batch already; a Trainer calls it as ``data_collator``."""
+    """Collator for data sets whose ``__getitems__`` returns a list of one batch."""
     (batch,) = batches
     return batch
 
 
 class BatchTransform(nn.Module):
-    r"""Turn a batch of 8-bit images into what a network takes, on the device that they are on.
+    r"""Module that turns 8-bit images into what a network takes, on the device that they are on.
 
     In training each image is cropped at random out of a black margin, as large as it was before, and half of them are
     mirrored, as He et al. 2016, Sec. 4.2 do for CIFAR. Then :math:`(x / 255 - \mathrm{mean}) / \mathrm{std}`. Random
@@ -200,7 +273,6 @@ class BatchTransform(nn.Module):
         crop_padding: Width of the margin, in pixels. 0: no random crop.
         horizontal_flip: Whether to mirror.
         channels_last: Whether the result lies in memory with its channels last.
-        generator: Source of random numbers. Default: that of the device.
 
     Raises:
         ValueError: If a channel is the same in all pixels or ``crop_padding`` is negative.
@@ -217,30 +289,23 @@ class BatchTransform(nn.Module):
         crop_padding: int = 4,
         horizontal_flip: bool = True,
         channels_last: bool = False,
-        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if min(std) <= 0:
             raise ValueError(f"the standard deviation of each channel must be positive, got {list(std)}")
         if crop_padding < 0:
             raise ValueError(f"crop_padding must be at least 0 pixels, got {crop_padding}")
-        self.crop_padding = crop_padding
-        self.horizontal_flip = horizontal_flip
+        self.crop_padding, self.horizontal_flip = crop_padding, horizontal_flip
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.generator = generator
         deviations, means = torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
         self.register_buffer("scale", 1 / (255 * deviations))
         self.register_buffer("shift", -means / deviations)
 
     def forward(self, images: Tensor, *, training: bool) -> Tensor:
-        """Augment if ``training``, and normalize.
+        """Map 8-bit images to float32 of the same shape ``(batch, channels, height, width)``.
 
-        Args:
-            images: 8-bit, ``(batch, channels, height, width)``.
-            training: Whether to crop and to mirror at random.
-
-        Returns:
-            The same shape, float32.
+        Raises:
+            TypeError: If the images are not of 8 bits.
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"8-bit images are needed, got {images.dtype}")
@@ -253,7 +318,7 @@ class BatchTransform(nn.Module):
         batch, channels, height, width = images.shape
         margin = self.crop_padding
         top, left, mirrored = (
-            torch.randint(count, (batch, 1), device=images.device, generator=self.generator)
+            torch.randint(count, (batch, 1), device=images.device)
             for count in (2 * margin + 1, 2 * margin + 1, 1 + self.horizontal_flip)
         )
         column = torch.arange(width, device=images.device)
@@ -265,7 +330,7 @@ class BatchTransform(nn.Module):
 
 
 def random_box(width: int, height: int) -> tuple[int, int, int, int]:
-    """A rectangle inside an image, of random area and ratio of its sides (Szegedy et al. 2015, Sec. 6).
+    """Return a rectangle inside an image, of random area and ratio of its sides (Szegedy et al. 2015, Sec. 6).
 
     Of ten that are drawn, with areas of 8 to 100 % and ratios between 3:4 and 4:3 (uniform in the logarithm), the first
     that fits is put at a random place. If none does, it is the largest with such a ratio in the center.
@@ -277,8 +342,7 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
     Returns:
         Left, top, right and bottom, in pixels.
     """
-    draws = torch.rand(CROP_TRIES, 4, dtype=torch.float64).tolist()
-    for area, log_ratio, across, down in draws:
+    for area, log_ratio, across, down in torch.rand(10, 4, dtype=torch.float64).tolist():
         pixels = width * height * (CROP_AREAS[0] + area * (CROP_AREAS[1] - CROP_AREAS[0]))
         ratio = CROP_RATIOS[0] * (CROP_RATIOS[1] / CROP_RATIOS[0]) ** log_ratio
         w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
@@ -290,7 +354,7 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + w, top + h
 
 
-def write_image_processor(folder: str | Path, images: ImageTensors | ImageFiles) -> None:
+def write_image_processor(folder: str | Path, images: ImageData) -> None:
     """Write ``preprocessor_config.json``, so that Transformers prepares images as an evaluation does.
 
     ``AutoImageProcessor`` and the pipeline ``image-classification`` read it. That pipeline turns whatever it opens into
@@ -320,13 +384,9 @@ def write_image_processor(folder: str | Path, images: ImageTensors | ImageFiles)
     write_json(Path(folder) / IMAGE_PROCESSOR_NAME, settings)
 
 
-def _resized(image: Image.Image, size: int | None) -> Image.Image:
-    return image if size is None else resize_and_crop(image, shorter_side=size, size=size)
-
-
 def _check_size(image_size: int | None) -> None:
     if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1 pixel or None to leave images as they are, got {image_size}")
+        raise ValueError(f"image_size must be at least 1 pixel or None to keep images as they are, got {image_size}")
 
 
 def _by(size: Sequence[int]) -> str:

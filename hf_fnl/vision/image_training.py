@@ -14,7 +14,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_fnl.optim.frobenius_decay import MODES
@@ -119,17 +119,24 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
         return self.dense_steps > 0 or self.dense_epochs > 0
 
     def set_products(self, kinds: Collection[str], num_images: int) -> None:
-        """Let ``decay`` and ``dense_epochs`` say how the products of a model are trained.
+        """Set the decay and the dense steps of a model's factorized layers from ``decay`` and ``dense_epochs``.
 
         Args:
-            kinds: Kinds of products that layers of the model are, or will be after its dense phase.
+            kinds: Kinds of factorized layers that the model has, or will have after its dense phase.
             num_images: To train on.
 
         Raises:
-            ValueError: If an option needs products and there are none.
+            ValueError: If an option needs factorized layers and there are none.
         """
-        if not kinds:
-            self._check_dense()
+        needing = {
+            f"decay={self.decay}": self.decay not in (None, "weight"),
+            f"factor_decay={self.factor_decay}": self.factor_decay != "weight",
+            "dense_epochs": self.dense_epochs > 0,
+            "record_norms": self.record_norms,
+            "diagnostics_steps": self.diagnostics_steps > 0,
+        }
+        if not kinds and (given := [option for option, is_given in needing.items() if is_given]):
+            raise ValueError(f"{given[0]} needs factorized layers: give rank_scale, ratio or overcomplete as well")
         if kinds and self.decay is not None:
             factor_decay = {"crs": "crs", "none": "none", "normalized": "none"}.get(self.decay, "weight")
             self._derive(frobenius_decay=sorted(kinds) if self.decay == "frobenius" else [], factor_decay=factor_decay)
@@ -140,22 +147,11 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
                 )
             self._derive(dense_steps=self.dense_epochs * steps_per_epoch(self, num_images))
 
-    def _check_dense(self) -> None:
-        needing = {
-            f"decay={self.decay}": self.decay not in (None, "weight"),
-            f"factor_decay={self.factor_decay}": self.factor_decay != "weight",
-            "dense_epochs": self.dense_epochs > 0,
-            "record_norms": self.record_norms,
-            "diagnostics_steps": self.diagnostics_steps > 0,
-        }
-        if given := [option for option, is_given in needing.items() if is_given]:
-            raise ValueError(f"{given[0]} needs factorized layers: give rank_scale, ratio or overcomplete as well")
-
     def _derive(self, **values: Any) -> None:
         """Set what follows from other options."""
         for name, value in values.items():
             setattr(self, name, value)
-            self._derived.add(name)
+        self._derived.update(values)
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers, without what follows from other options, so that these may be changed in a file."""
@@ -163,18 +159,12 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
 
 
 def steps_per_epoch(args: TrainingArguments, num_images: int) -> int:
-    """Optimizer steps of an epoch."""
+    """Return the number of optimizer steps of an epoch."""
     return math.ceil(num_images / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
 
 
 def step_schedule(args: ImageTrainingArguments, num_training_steps: int, num_images: int) -> Callable[[int], float]:
-    """The factor of the learning rate at each step, with milestones and a warm-up.
-
-    Args:
-        args: Which.
-        num_training_steps: Steps of the whole training.
-        num_images: To train on.
-    """
+    """Return the factor of the learning rate at each step, with milestones and a warm-up."""
     milestones = [round(share * num_training_steps) for share in args.lr_milestones or ()]
     warmup = args.warmup_epochs * steps_per_epoch(args, num_images)
 
@@ -217,10 +207,16 @@ class ImageTrainer(FLAMBeTrainer):
             self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), schedule)
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, of the batch that the transform returns."""
+        pixel_values = self.transform(inputs["pixel_values"], training=model.training)
+        return super().compute_loss(model, {**inputs, "pixel_values": pixel_values}, *args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As in Transformers, with ``seconds_per_epoch`` among the metrics."""
         output = super().train(*args, **kwargs)
-        output.metrics["seconds_per_epoch"] = self.epoch_seconds.median
+        seconds = self.epoch_seconds.seconds
+        output.metrics["seconds_per_epoch"] = statistics.median(seconds) if seconds else None
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -230,30 +226,17 @@ class ImageTrainer(FLAMBeTrainer):
                 broadcast(buffer)
         return super().evaluate(*args, **kwargs)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        return {**inputs, "pixel_values": self.transform(inputs["pixel_values"], training=self.model.training)}
-
 
 class EpochSeconds(TrainerCallback):
-    """Seconds that epochs took, evaluation and checkpoints aside."""
+    """Callback that measures the seconds of each epoch, evaluation and checkpoints aside."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    @property
-    def median(self) -> float | None:
-        """The median, if there was an epoch."""
-        return statistics.median(self.seconds) if self.seconds else None
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self._start = time.perf_counter()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop the clock."""
         self.seconds.append(time.perf_counter() - self._start)

@@ -1,4 +1,4 @@
-"""Labeled images, not yet decoded, from wherever they lie; decoding and resizing them one by one with Pillow."""
+"""Labeled images from the Hub, parquet files, folders or scikit-learn; decoded and resized one by one by Pillow."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ if TYPE_CHECKING:
 
 SHUFFLE_SEED = 0
 DIGITS_HELD_OUT = 297  # of 1797, so that 1500 remain
+BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
 _GRAY_MODES = {"1", "L", "LA"}
 _DEEP_MODES = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}  # Pillow cuts them off at 255 instead of scaling them
-_READ_AT_ONCE = 1024
-BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
-_STORED = datasets.Image(decode=False)
+_EXTRA = "hf_fnl[vision]"
 
 
 @dataclass(frozen=True)
 class ImageRecords:
-    """Images as they are stored, and the numbers of their classes.
+    """Images as they are stored, decoded when they are asked for, and the numbers of their classes.
 
     Args:
         images: The column ``image``, with the ``path`` and the ``bytes`` of each.
@@ -54,18 +53,18 @@ class ImageRecords:
         return len(self.images)
 
     def __iter__(self) -> Iterator[Image.Image]:
-        """Decode all in turn, gray ones to mode L and others to RGB; faster than one by one."""
-        cells = (cell for batch in self.images.iter(_READ_AT_ONCE) for cell in batch["image"])
+        cells = (cell for batch in self.images.iter(1024) for cell in batch["image"])  # faster than one by one
         return (self._decode(cell, index) for index, cell in enumerate(cells))
 
     def __getitem__(self, index: int) -> Image.Image:
         return self._decode(self.images[index]["image"], index)
 
     def name(self, index: int) -> str:
-        """What to call an image in errors."""
+        """Return what to call an image in errors."""
         return f"record {self.record_numbers[index]} of {self.source}"
 
     def _decode(self, cell: dict[str, Any], index: int) -> Image.Image:
+        """Return an image upright, a gray one in mode L and any other in RGB."""
         images, operations = pillow("Image"), pillow("ImageOps")
         try:
             with images.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])) as image:
@@ -88,7 +87,7 @@ def load_images(
     class_names: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> ImageRecords:
-    """Load labeled images from wherever they lie; none is decoded yet.
+    """Load labeled images, none of which is decoded yet.
 
     Args:
         source: A data set id on the Hub; a parquet file; a folder of parquet files or of images, one folder a class; or
@@ -98,7 +97,7 @@ def load_images(
         name: Configuration of a Hub data set that has several.
         image_column: Column of the images. Default: the one column of images.
         label_column: Column of the classes. Default: the one column of classes, or else of integers.
-        class_names: Classes of the training images, for whose numbers those of this data set are exchanged: by name, or
+        class_names: Classes of the training images, whose numbers those of this data set are exchanged for: by name, or
             as they are where the data set does not name its classes. Default: these are the training images.
         limit: Take this many images at most, drawn at random with the seed 0, so that sorted data sets keep all their
             classes; in the order that they stand in. A lower limit takes a part of what a higher one takes.
@@ -122,78 +121,20 @@ def load_images(
     if class_names is None:
         class_names = _training_classes(labels, names, source)
     else:
-        labels = _exchange(labels, names, class_names, source)
+        labels = _training_numbers(labels, names, class_names, source)
+    try:
+        images = records.select_columns([image_column]).rename_columns({image_column: "image"})
+        images = images.cast_column("image", datasets.Image(decode=False))
+    except Exception as error:
+        feature = records.features[image_column]
+        raise ValueError(
+            f"column {image_column!r} of {source} holds {feature}, no images; set image_column to one that does"
+        ) from error
     rows = np.arange(len(records))
     if limit is not None:
         rows = np.sort(np.random.default_rng(SHUFFLE_SEED).permutation(rows)[:limit])
-    images = _stored_images(records, image_column, source)
-    chosen = images if limit is None else images.select(rows)
-    return ImageRecords(chosen, torch.from_numpy(labels[rows]), rows, list(class_names), str(source))
-
-
-def pillow(module: str) -> Any:
-    """A module of Pillow, or an ``ImportError`` that says how it is installed."""
-    return require(f"PIL.{module}", "images are decoded by Pillow, that is", "hf_fnl[vision]")
-
-
-@functools.cache
-def embedded_digits(split: str) -> datasets.Dataset:
-    """The 1797 digits of scikit-learn: 8x8 gray images, their 17 levels spread over 0 to 255.
-
-    Args:
-        split: "train" (1500) or "test" (297), which hold equal shares of each digit.
-
-    Raises:
-        ImportError: If scikit-learn is not installed; the message names the extra that holds it.
-        ValueError: If ``split`` is neither of the two.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f'split of the embedded digits must be "train" or "test", got {split!r}')
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError("digits needs scikit-learn, which is in an extra: pip install 'hf_fnl[vision]'") from error
-    digits = load_digits()
-    halves = train_test_split(
-        np.arange(len(digits.target)), test_size=DIGITS_HELD_OUT, stratify=digits.target, random_state=SHUFFLE_SEED
-    )
-    rows = np.sort(halves[split == "test"])
-    pixels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(n) for n in range(10)]))
-    columns = {"image": [pillow("Image").fromarray(image) for image in pixels], "label": digits.target[rows]}
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def to_array(image: Image.Image, *, num_channels: int | None = None) -> NDArray[np.uint8]:
-    """The pixels of an image.
-
-    Args:
-        image: Gray (mode L) or RGB.
-        num_channels: 1 for gray, 3 for RGB. Default: those of the image.
-
-    Returns:
-        Shape ``(num_channels, height, width)``.
-    """
-    mode = {None: image.mode, 1: "L", 3: "RGB"}[num_channels]
-    pixels = np.asarray(image.convert(mode))
-    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-
-
-def resize_and_crop(image: Image.Image, *, shorter_side: int, size: int) -> Image.Image:
-    """Resize an image with antialiasing, its sides in proportion, and cut the square out of its center.
-
-    Args:
-        image: Gray (mode L) or RGB.
-        shorter_side: Of the resized image, in pixels, at least ``size``.
-        size: Side of the square, in pixels.
-    """
-    shorter = min(image.size)
-    # Rounded down as Transformers' image processors do.
-    width, height = (shorter_side * side // shorter for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = image.resize((width, height), BILINEAR)
-    return resized.crop((left, top, left + size, top + size))
+        images = images.select(rows)
+    return ImageRecords(images, torch.from_numpy(labels[rows]), rows, list(class_names), str(source))
 
 
 def _load(source: str | Path, split: str, name: str | None) -> datasets.Dataset:
@@ -217,6 +158,56 @@ def _load(source: str | Path, split: str, name: str | None) -> datasets.Dataset:
         raise ValueError(f"cannot read the {split} split of {path} as images: {error.__cause__ or error}") from error
 
 
+@functools.cache
+def embedded_digits(split: str) -> datasets.Dataset:
+    """Return scikit-learn's 1797 digits: 8x8 gray images, their 17 levels spread over 0 to 255.
+
+    Args:
+        split: "train" (1500) or "test" (297), which hold equal shares of each digit.
+
+    Raises:
+        ImportError: If scikit-learn is not installed; the message names the extra that holds it.
+        ValueError: If ``split`` is neither of the two.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split of the embedded digits must be "train" or "test", got {split!r}')
+    purpose = "the digits are those of scikit-learn, that is"
+    digits = require("sklearn.datasets", purpose, _EXTRA).load_digits()
+    halves = require("sklearn.model_selection", purpose, _EXTRA).train_test_split(
+        np.arange(len(digits.target)), test_size=DIGITS_HELD_OUT, stratify=digits.target, random_state=SHUFFLE_SEED
+    )
+    rows = np.sort(halves[split == "test"])
+    pixels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(n) for n in range(10)]))
+    columns = {"image": [pillow("Image").fromarray(image) for image in pixels], "label": digits.target[rows]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def pillow(module: str) -> Any:
+    """Return a module of Pillow, or raise an ``ImportError`` that says how it is installed."""
+    return require(f"PIL.{module}", "images are decoded by Pillow, that is", _EXTRA)
+
+
+def to_array(image: Image.Image, *, num_channels: int | None = None) -> NDArray[np.uint8]:
+    """Return the pixels of an image in mode L or RGB, shape ``(num_channels, height, width)``.
+
+    Args:
+        image: Gray (mode L) or RGB.
+        num_channels: 1 for gray, 3 for RGB. Default: those of the image.
+    """
+    mode = {None: image.mode, 1: "L", 3: "RGB"}[num_channels]
+    pixels = np.asarray(image.convert(mode))
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+
+
+def resize_and_crop(image: Image.Image, *, shorter_side: int, size: int) -> Image.Image:
+    """Resize an image with antialiasing, its sides in proportion, and cut the square of ``size`` out of its center."""
+    # Rounded down as Transformers' image processors do.
+    width, height = (shorter_side * side // min(image.size) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), BILINEAR).crop((left, top, left + size, top + size))
+
+
 def _is_image(feature: Any) -> bool:
     return isinstance(feature, datasets.Image)
 
@@ -230,23 +221,13 @@ def _is_integer(feature: Any) -> bool:
 
 
 def _find_column(records: datasets.Dataset, kind: str, source: object, tests: Sequence[Callable[[Any], bool]]) -> str:
-    """The one column that passes the first of the tests that any column passes."""
+    """Return the one column that passes the first of the tests that any column passes."""
     found = [[column for column, feature in records.features.items() if test(feature)] for test in tests]
     columns = next(filter(None, found), [])
     if len(columns) != 1:
         count = f"several {kind} columns" if columns else f"no {kind} column"
         raise ValueError(f"{count} in {source}; set {kind}_column to one of {columns or sorted(records.column_names)}")
     return columns[0]
-
-
-def _stored_images(records: datasets.Dataset, column: str, source: object) -> datasets.Dataset:
-    try:
-        return records.select_columns([column]).rename_columns({column: "image"}).cast_column("image", _STORED)
-    except Exception as error:
-        raise ValueError(
-            f"column {column!r} of {source} holds {records.features[column]}, no images; set image_column to "
-            "one that does"
-        ) from error
 
 
 def _read_labels(records: datasets.Dataset, column: str, source: object) -> NDArray[np.int64]:
@@ -267,7 +248,7 @@ def _read_labels(records: datasets.Dataset, column: str, source: object) -> NDAr
 
 
 def _training_classes(labels: NDArray[np.int64], names: list[str] | None, source: object) -> list[str]:
-    """Names of all classes, each of which must occur."""
+    """Return the names of all classes, each of which must occur."""
     present = np.unique(labels)
     count = len(names) if names else int(present[-1]) + 1
     if len(present) < count:
@@ -279,20 +260,18 @@ def _training_classes(labels: NDArray[np.int64], names: list[str] | None, source
     return names or [str(number) for number in range(count)]
 
 
-def _exchange(
+def _training_numbers(
     labels: NDArray[np.int64], names: list[str] | None, class_names: Sequence[str], source: object
 ) -> NDArray[np.int64]:
-    """The numbers that classes have in training."""
-    if names is None:
-        numbers = np.where(labels < len(class_names), labels, -1)
-    else:
-        known = {name: number for number, name in enumerate(class_names)}
-        numbers = np.array([known.get(name, -1) for name in names])[labels]
-    if (numbers < 0).any():
-        record = numbers.argmin()
-        name = names[labels[record]] if names else labels[record]
+    """Return the numbers that the classes of labels have in training."""
+    known = {name: number for number, name in enumerate(class_names)}
+    numbers = [known.get(name, -1) for name in names] if names else [*range(len(class_names))]
+    found = np.array([*numbers, -1])[np.minimum(labels, len(numbers))]
+    if (found < 0).any():
+        record = found.argmin()
         raise ValueError(
-            f"class {name} in record {record} of {source} is not among the {len(class_names)} classes of the training "
-            f"images, {', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}"
+            f"class {names[labels[record]] if names else labels[record]} in record {record} of {source} is not among "
+            f"the {len(class_names)} classes of the training images, {', '.join(class_names[:10])}"
+            f"{', ...' if len(class_names) > 10 else ''}"
         )
-    return numbers
+    return found

@@ -16,14 +16,14 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 
 def interpolate(baseline: State, other: State, t: float) -> dict[str, Tensor]:
-    r"""The network at ``t`` on the line: ``theta = (1 - t) theta_b + t theta_l``.
+    r"""Return the network at ``t`` on the line: ``theta = (1 - t) theta_b + t theta_l``.
 
-    Running statistics of BatchNorm are interpolated as the weights are. Whole numbers, such as its count of batches,
+    Running statistics of BatchNorm are interpolated as the weights are. Integers, such as its count of batches,
     are those of the nearer end.
 
     Args:
         baseline: State ``theta_b`` of the network at ``t = 0``.
-        other: State ``theta_l`` of that at ``t = 1``, with its products multiplied out.
+        other: State ``theta_l`` of that at ``t = 1``, with its factors multiplied out.
         t: Where on the line, in ``[0, 1]``.
 
     Raises:
@@ -48,7 +48,7 @@ def loss_along_line(
 
     Args:
         baseline: The network at ``t = 0``; left as it is, like the other one.
-        other: The network at ``t = 1``, with its products multiplied out.
+        other: The network at ``t = 1``, with its factors multiplied out.
         evaluate: Called with each network, in evaluation mode and without gradients; returns its figures.
         steps: Points, both ends among them; 11 in K22.
         batches: Inputs of the network by which BatchNorm's statistics are estimated anew at every point. Between two
@@ -117,7 +117,7 @@ def _check_alike(baseline: State, other: State) -> None:
         holder, lacking = ("baseline", "other") if first in baseline else ("other network", "baseline")
         raise ValueError(
             f"the {holder} holds {first}, which the {lacking} lacks ({len(alone)} such names): a line joins networks "
-            "of the same form, so multiply the products of both out first"
+            "of the same form, so multiply the factors of both out first"
         )
     for name, tensor in baseline.items():
         if tensor.shape != other[name].shape:

@@ -1,4 +1,4 @@
-"""Networks that are trained, pruned by magnitude and trained again, in rounds."""
+"""Lottery tickets: a network is trained, pruned by magnitude and trained again, in rounds (Frankle & Carbin 2019)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from hf_fnl.training.runs import checkpoint_to_resume
 from hf_fnl.utils.files import write_json
 from hf_fnl.utils.run_files import METRICS_FILE
-from hf_fnl.vision.pruning import apply_masks_, choose_masks, finalize_, sparsity
-from hf_fnl.vision.pruning.counts import prunable_layers
+from hf_fnl.vision.pruning import apply_masks_, choose_masks, finalize_, prunable_layers, sparsity
 
 
 def train_in_rounds(
@@ -64,7 +63,7 @@ def train_in_rounds(
     if not 1 <= keep <= total:
         raise ValueError(f"keep must be in [1, {total}], the number of weights of the chosen layers, got {keep}")
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    order = {"keep": keep, "rounds": rounds, "rewind": rewind}
+    setting = {"keep": keep, "rounds": rounds, "rewind": rewind}
     metrics = {"phase-1": _run_phase(make_trainer(model, 1), None)}
     for number in range(1, rounds + 1):
         left = round(total * (keep / total) ** (number / rounds))
@@ -72,31 +71,31 @@ def train_in_rounds(
         if rewind:
             model.load_state_dict(initial)
         apply_masks_(model, masks)
-        metrics[f"phase-{number + 1}"] = _run_phase(make_trainer(model, number + 1), order)
+        metrics[f"phase-{number + 1}"] = _run_phase(make_trainer(model, number + 1), setting)
     return metrics
 
 
-def _run_phase(trainer: Trainer, order: dict[str, Any] | None) -> dict[str, Any]:
+def _run_phase(trainer: Trainer, setting: dict[str, Any] | None) -> dict[str, Any]:
     """Train the model of a trainer to the end, unless that has been done; its weights are plain afterwards.
 
     Args:
         trainer: Of a dense model, or of one that was pruned.
-        order: What the pruning was to reach, if it was pruned.
+        setting: How the model was pruned, if it was.
     """
     folder, model = Path(trainer.args.output_dir), trainer.model
     found = _finished(folder, trainer.args)
-    if found and found.get("pruning") != order:
+    if found and found.get("pruning") != setting:
         raise ValueError(
-            f"{folder} holds a phase of a run with pruning {found.get('pruning')}, and this one has {order}: choose "
+            f"{folder} holds a phase of a run with pruning {found.get('pruning')}, and this one has {setting}: choose "
             "another output_dir"
         )
     metrics = found or _train(trainer)
-    if order is not None:
+    if setting is not None:
         finalize_(model)
     if found:
         load_model(model, folder / SAFE_WEIGHTS_NAME)
         return found
-    metrics |= {"parameters": sparsity(model)} | ({} if order is None else {"pruning": order})
+    metrics |= {"parameters": sparsity(model)} | ({} if setting is None else {"pruning": setting})
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -110,7 +109,7 @@ def _train(trainer: Trainer) -> dict[str, Any]:
 
 
 def _finished(folder: Path, args: TrainingArguments) -> dict[str, Any]:
-    """The metrics of a phase that was run to its end; empty if it was not."""
+    """Return the metrics of a phase that was run to its end; empty if it was not."""
     resume, finished = args.resume_from_checkpoint, (folder / METRICS_FILE).is_file()
     if str(resume or "true").lower() != "true":
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_fnl.attention import Product
 from hf_fnl.utils.files import write_bytes
@@ -20,7 +20,7 @@ NORMS_FILE = "product_norms.safetensors"
 
 
 def read_norms(folder: str | os.PathLike[str]) -> tuple[list[str], Tensor]:
-    """What :class:`RecordNorms` wrote into the folder of a run.
+    """Read what :class:`RecordNorms` wrote into the folder of a run.
 
     Returns:
         Names of the products, and their Frobenius norms ``(steps, products)``.
@@ -40,7 +40,7 @@ def read_norms(folder: str | os.PathLike[str]) -> tuple[list[str], Tensor]:
 
 
 class RecordNorms(TrainerCallback):
-    """Writes the Frobenius norm of every product after every step into the folder of the run.
+    """Callback that writes the Frobenius norm of every product after every step into the folder of the run.
 
     The file grows with each checkpoint, and a resumed run goes on with it.
 
@@ -52,23 +52,19 @@ class RecordNorms(TrainerCallback):
         self.products = products
         self._norms: list[Tensor] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take up what was recorded up to the step at which the run starts."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *more: Any, **kwargs: Any) -> None:
+        """Read what was recorded up to the step at which the run starts."""
         self._norms = []
         if state.global_step:
             _, norms = read_norms(args.output_dir)
             self._norms = list(norms[: state.global_step])
 
     @torch.no_grad()
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, *more: Any, model: nn.Module, **kwargs: Any) -> None:
         """Record, without waiting for the device."""
         self._norms.append(_norms(self.products, model))
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *more: Any, **kwargs: Any) -> None:
         """Write all that was recorded."""
         if state.is_world_process_zero:
             names = "\n".join(product.name for product in self.products)
@@ -79,7 +75,7 @@ class RecordNorms(TrainerCallback):
 
 
 class FollowNorms(TrainerCallback):
-    """Rescales every product after every step to the norm that it had after that step of another run.
+    """Callback that rescales every product after every step to the norm that it had then in another run.
 
     All factors of a product are multiplied by the same number.
 
@@ -100,7 +96,7 @@ class FollowNorms(TrainerCallback):
         self.products, self.folder, self._norms = products, folder, norms[:, order]
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, *more: Any, model: nn.Module, **kwargs: Any
     ) -> None:
         """Bring the norms to the device."""
         if state.max_steps > len(self._norms):
@@ -111,7 +107,7 @@ class FollowNorms(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, *more: Any, model: nn.Module, **kwargs: Any
     ) -> None:
         """Rescale."""
         scales = self._norms[state.global_step - 1] / _norms(self.products, model)
@@ -121,5 +117,5 @@ class FollowNorms(TrainerCallback):
 
 
 def _norms(products: Sequence[Product], model: nn.Module) -> Tensor:
-    """Frobenius norms ``(products,)``; of an attention that of all its heads together."""
+    """Return Frobenius norms ``(products,)``; of an attention that over all its heads."""
     return torch.stack([product.frobenius_norm(model).float().norm() for product in products])

@@ -28,7 +28,7 @@ def bleu_scores(
     """
     if len(hypotheses) != len(references) or not references:
         raise ValueError(f"as many translations as references are needed, got {len(hypotheses)} and {len(references)}")
-    sacrebleu = require("sacrebleu.metrics", "BLEU is computed by", "sacrebleu")
+    sacrebleu = require("sacrebleu.metrics", "BLEU is computed by", "hf_fnl[tasks]")
     plain = [detokenize(texts, detokenize_lang) if detokenize_lang else texts for texts in (hypotheses, references)]
     # `force`: sacrebleu warns of tokenized text, which is what is meant here.
     scorers = {
@@ -44,5 +44,5 @@ def bleu_scores(
 
 def detokenize(texts: Sequence[str], lang: str) -> list[str]:
     """Undo the Moses tokenization of texts in a language, escapes such as ``&apos;`` included."""
-    moses = require("sacremoses", "Moses tokenization is undone by", "sacremoses").MosesDetokenizer(lang=lang)
+    moses = require("sacremoses", "Moses tokenization is undone by", "hf_fnl[tasks]").MosesDetokenizer(lang=lang)
     return [moses.detokenize(text.split()) for text in texts]

@@ -1,4 +1,4 @@
-"""What the vision models share: checks of sizes and images, initialization, backbone, classifier and registration."""
+"""Base classes of the vision models: configuration, backbone and classifier; their blocks and registration."""
 
 # No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
 
@@ -19,9 +19,6 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from hf_fnl.models.cards import UploadsCard
-from hf_fnl.utils.suggest import did_you_mean
-
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -50,7 +47,7 @@ class VisionConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last layer, which the classifier sees."""
+        """Return the channels of the last layer, which the classifier sees."""
         raise NotImplementedError
 
 
@@ -62,7 +59,7 @@ def check_sizes(smallest: int = 1, **sizes: int | None) -> None:
 
 
 def blocks_per_stage(depth: int, extra: int) -> int:
-    """Residual blocks in each of three stages, ``n`` where the network has ``6 n + extra`` layers.
+    """Return the residual blocks in each of three stages, ``n`` where the network has ``6 n + extra`` layers.
 
     Raises:
         ValueError: If the depth is of another form.
@@ -74,7 +71,7 @@ def blocks_per_stage(depth: int, extra: int) -> int:
 
 
 class VisionPreTrainedModel(UploadsCard, PreTrainedModel):
-    """What backbones and classifiers share: He et al. 2015's initialization, and cards on the Hub."""
+    """Base class of backbones and classifiers, with the initialization of He et al. 2015 and cards on the Hub."""
 
     config: VisionConfig
     config_class = VisionConfig
@@ -102,7 +99,7 @@ class VisionBackbone(VisionPreTrainedModel):
     stages: nn.Sequential
 
     def normalized(self, hidden_state: Tensor) -> Tensor:
-        """What is averaged, from the output of the last stage: the same, unless a network normalizes it."""
+        """Return what is averaged, from the output of the last stage: the same, unless a network normalizes it."""
         return hidden_state
 
     @can_return_tuple
@@ -171,14 +168,14 @@ class ImageClassifier(VisionPreTrainedModel):
 
         Args:
             pixel_values: ``(batch, num_channels, height, width)``.
-            labels: Classes, ``(batch,)`` in ``[0, num_labels)``, where -100 leaves an image out of the loss; or
-                targets ``(batch, num_labels)``; see :func:`classification_loss`.
+            labels: Classes, ``(batch,)`` in ``[0, num_labels)``, where -100 keeps an image out of the loss.
             output_hidden_states: Whether the output has ``hidden_states``; that of the configuration unless given.
-            num_items_in_batch: Labels in the whole batch, over accumulation steps and processes, as the Trainer passes
-                it.
+            num_items_in_batch: Labels over all accumulation steps and processes, as the Trainer passes it; by it the
+                summed loss is divided. Default: the labels given here.
 
         Returns:
-            ``logits (batch, num_labels)``, where there are labels the ``loss``, and the backbone's ``hidden_states``.
+            ``logits (batch, num_labels)``, where there are labels the cross-entropy as ``loss``, in float32, and the
+            backbone's ``hidden_states``.
 
         Raises:
             ValueError: If the images are too small or have another number of channels, or the labels do not fit.
@@ -187,62 +184,31 @@ class ImageClassifier(VisionPreTrainedModel):
         logits = self.classifier(features.pooler_output)
         loss = None
         if labels is not None:
-            loss = classification_loss(logits, labels, num_items_in_batch, self.config.problem_type)
+            self._check_labels(labels, logits)
+            loss = F.cross_entropy(
+                logits.float(), labels.long(), reduction="mean" if num_items_in_batch is None else "sum"
+            )
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
 
-
-def classification_loss(
-    logits: Tensor,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    problem_type: str | None = None,
-) -> Tensor:
-    """Loss in float32 of one of Transformers' three problem types, averaged over the labels of the whole batch.
-
-    ``"single_label_classification"`` is the cross-entropy with classes ``(batch,)``, ``"multi_label_classification"``
-    the binary cross-entropy with targets ``(batch, num_labels)`` between 0 and 1, ``"regression"`` the mean squared
-    error with as many targets as logits.
-
-    Args:
-        logits: ``(batch, num_labels)``.
-        labels: Classes, -100 where there is nothing to predict, or targets.
-        num_items_in_batch: Labels in the whole batch, of which these may be a part; their own number unless given.
-        problem_type: Unless given, as in Transformers: regression of one logit, classes where the labels are integers,
-            otherwise several labels.
-
-    Raises:
-        ValueError: If targets are not of the shape of the logits, or ``problem_type`` is another.
-    """
-    if problem_type not in (None, *PROBLEM_TYPES):
-        hint = did_you_mean(problem_type, PROBLEM_TYPES)
-        raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}{hint}")
-    if problem_type is None and logits.shape[-1] == 1:
-        problem_type = "regression"
-    elif problem_type is None:
-        is_class = labels.dtype in (torch.int64, torch.int32)
-        problem_type = "single_label_classification" if is_class else "multi_label_classification"
-    logits = logits.float()
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    if problem_type == "single_label_classification":
-        loss = F.cross_entropy(logits, labels.flatten().long(), reduction=reduction)
-    else:
-        if labels.numel() != logits.numel():
+    def _check_labels(self, labels: Tensor, logits: Tensor) -> None:
+        kind = self.config.problem_type
+        if kind not in (None, "single_label_classification"):
+            raise ValueError(f"problem_type of {type(self).__name__} must be single_label_classification, got {kind!r}")
+        if labels.is_floating_point() or labels.shape != logits.shape[:1]:
             raise ValueError(
-                f"labels of problem_type {problem_type!r} must have the shape of the logits, {tuple(logits.shape)}, "
-                f"got {tuple(labels.shape)}"
+                f"labels must be class numbers of shape {tuple(logits.shape[:1])}, got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}"
             )
-        measure = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
-        loss = measure(logits, labels.reshape(logits.shape).float(), reduction=reduction)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias whose output is as large as its input, divided by the stride."""
+    """Return a convolution without bias whose output is as large as its input, divided by the stride."""
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
 
 
 def residual_stages(block: Callable[[int, int, int], nn.Module], widths: Sequence[int], count: int) -> nn.Sequential:
-    """Stages of residual blocks; every stage but the first halves height and width in its first block.
+    """Return stages of residual blocks; every stage but the first halves height and width in its first block.
 
     Args:
         block: Makes a block from its input channels, output channels and stride.
@@ -257,7 +223,7 @@ def residual_stages(block: Callable[[int, int, int], nn.Module], widths: Sequenc
 
 
 def register(backbone: type[VisionBackbone], classifier: type[ImageClassifier]) -> None:
-    """Make Transformers' Auto classes know a family."""
+    """Register a family with the Auto classes of Transformers."""
     config = backbone.config_class
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, backbone, exist_ok=True)

@@ -52,12 +52,12 @@ class CifarResNetConfig(VisionConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last stage."""
+        """Return the channels of the last stage."""
         return 4 * self.width
 
 
 class PadShortcut(nn.Module):
-    """Takes every ``stride``-th pixel, and puts channels of zeros before and after those that are there.
+    """Shortcut that takes every ``stride``-th pixel and adds channels of zeros before and after those that are there.
 
     Args:
         missing: Number of channels to add.
@@ -108,7 +108,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, kind: str) -> nn
 
 
 class CifarResNetPreTrainedModel(VisionPreTrainedModel):
-    """What the backbone and the classifier share."""
+    """Base class of the backbone and the classifier."""
 
     config: CifarResNetConfig
     config_class = CifarResNetConfig

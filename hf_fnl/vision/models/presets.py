@@ -66,7 +66,7 @@ def vision_model(
     id2label: Mapping[int, str] | None = None,
     label2id: Mapping[str, int] | None = None,
 ) -> PreTrainedModel:
-    """A model of published sizes, freshly drawn.
+    """Return a model of published sizes, freshly drawn.
 
     Args:
         name: One of ``PRESETS``: ``"resnet20"`` to ``"resnet110"``, ``"resnet32x2"``, ``"vgg19"``, ``"wrn28-10"`` or
@@ -105,7 +105,7 @@ def _labels(num_labels: int, id2label: Mapping[int, str] | None, label2id: Mappi
 
 
 def inner_convolutions(model: nn.Module) -> tuple[str, ...]:
-    """Names of all convolutions but the first: what the papers factorize, for ``FactorizationConfig(include=...)``.
+    """Return the names of all convolutions but the first, which the papers factorize: what ``include`` may be.
 
     Khodak et al. 2021 leave the first and the last layer dense, of which the last is no convolution; Kamalakara et al.
     2022 leave the first one.

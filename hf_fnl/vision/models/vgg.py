@@ -50,12 +50,12 @@ class VGGConfig(VisionConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last stage."""
+        """Return the channels of the last stage."""
         return 8 * self.width
 
 
 class VGGPreTrainedModel(VisionPreTrainedModel):
-    """What the backbone and the classifier share."""
+    """Base class of the backbone and the classifier."""
 
     config: VGGConfig
     config_class = VGGConfig

@@ -56,7 +56,7 @@ class WideResNetConfig(VisionConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Channels of the last stage."""
+        """Return the channels of the last stage."""
         return 4 * self.widen_factor * self.width
 
 
@@ -90,7 +90,7 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNetPreTrainedModel(VisionPreTrainedModel):
-    """What the backbone and the classifier share."""
+    """Base class of the backbone and the classifier."""
 
     config: WideResNetConfig
     config_class = WideResNetConfig
@@ -116,7 +116,7 @@ class WideResNetModel(WideResNetPreTrainedModel, VisionBackbone):
         self.post_init()
 
     def normalized(self, hidden_state: Tensor) -> Tensor:
-        """The output of the last stage, normalized and rectified."""
+        """Return the output of the last stage, normalized and rectified."""
         return F.relu(self.norm(hidden_state))
 
 

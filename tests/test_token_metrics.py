@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
-from hf_fnl.tasks.mlm_metrics import mlm_metrics, reduce_logits
+from hf_fnl.tasks.metrics.tokens import masked_metrics, masked_sums, token_metrics, token_sums
 
 
 @pytest.mark.parametrize("pairs", [True, False], ids=["with next sentence", "mlm alone"])
@@ -18,12 +18,12 @@ def test_reduced_batches_give_the_figures_of_all_logits(pairs):
     labels[torch.rand(6, 7) < 0.7] = -100
     relationship, next_sentence = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
     reduced = [
-        reduce_logits((logits[rows], relationship[rows]), (labels[rows], next_sentence[rows]))
+        masked_sums((logits[rows], relationship[rows]), (labels[rows], next_sentence[rows]))
         if pairs
-        else reduce_logits(logits[rows], labels[rows])
+        else masked_sums(logits[rows], labels[rows])
         for rows in (slice(0, 2), slice(2, 6))
     ]
-    metrics = mlm_metrics(EvalPrediction(np.concatenate(reduced), None))
+    metrics = masked_metrics(EvalPrediction(np.concatenate(reduced), None))
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).item()
     labelled = labels != -100
     accuracy = (logits.argmax(-1) == labels)[labelled].float().mean().item()
@@ -35,5 +35,18 @@ def test_reduced_batches_give_the_figures_of_all_logits(pairs):
 
 
 def test_nothing_labelled_is_no_division_by_zero():
-    reduced = reduce_logits(torch.randn(2, 3, 5), torch.full((2, 3), -100))
-    assert mlm_metrics(EvalPrediction(reduced.numpy(), None))["mlm_loss"] == 0
+    reduced = masked_sums(torch.randn(2, 3, 5), torch.full((2, 3), -100))
+    assert masked_metrics(EvalPrediction(reduced.numpy(), None))["mlm_loss"] == 0
+
+
+def test_sums_of_sentences_give_metrics_of_all_tokens():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 5, 11), torch.randint(11, (3, 5))
+    labels[0, 3:] = labels[2, 1:] = -100
+    labels[1] = logits[1].argmax(-1)
+    sums = token_sums((logits, torch.zeros(3, 2, 4)), labels)
+    assert sums[:, 1].tolist() == [3, 5, 1]
+    assert sums[1, 2] == 5
+    metrics = token_metrics(EvalPrediction(predictions=sums.numpy(), label_ids=labels.numpy()))
+    assert metrics["loss"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(), rel=1e-6)
+    assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]))

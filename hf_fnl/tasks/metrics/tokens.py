@@ -1,0 +1,111 @@
+"""Loss, perplexity and accuracy over all tokens of an evaluation, reduced on the device.
+
+``*_sums`` is a Trainer's ``preprocess_logits_for_metrics``: it reduces the logits of a batch to sums of each sequence,
+so that an evaluation never keeps vocabulary logits. ``*_metrics`` is its ``compute_metrics``, of the sums of all
+sequences, whatever batches and processes they came in; the Trainer's own ``eval_loss`` is a mean of the batches' means.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import EvalPrediction
+
+from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
+
+
+def token_sums(logits: Any, labels: Tensor) -> Tensor:
+    """Return for each sequence the summed cross-entropy, the number of labels, and of those predicted right.
+
+    Args:
+        logits: Vocabulary logits ``(batch, length, vocab_size)``, alone or followed by other outputs.
+        labels: ``(batch, length)``, -100 where nothing is predicted.
+
+    Returns:
+        ``(batch, 3)``, in nats and tokens.
+    """
+    sums = []
+    # One sequence at a time: float32 logits of a batch would be a second copy of them.
+    for row, targets in zip(logits[0] if isinstance(logits, tuple | list) else logits, labels, strict=True):
+        labelled = targets != IGNORE_INDEX
+        row, targets = row[labelled].float(), targets[labelled]
+        loss = F.cross_entropy(row, targets, reduction="sum")
+        sums.append(torch.stack([loss, labelled.sum().float(), (row.argmax(-1) == targets).sum().float()]))
+    return torch.stack(sums)
+
+
+def causal_sums(logits: Any, labels: Tensor) -> Tensor:
+    """Return :func:`token_sums` of a causal language model, whose logits are one token ahead of the labels."""
+    logits = logits[0] if isinstance(logits, tuple | list) else logits
+    return token_sums(logits[:, :-1], labels[:, 1:])
+
+
+def masked_sums(logits: Any, labels: Any) -> Tensor:
+    """Return :func:`token_sums` and whether the next sentence was predicted right, NaN without such labels.
+
+    Args:
+        logits: Vocabulary logits ``(batch, length, vocab_size)``, alone or followed by next-sentence logits.
+        labels: Labels ``(batch, length)``, alone or followed by next-sentence labels.
+
+    Returns:
+        ``(batch, 4)``.
+    """
+    is_pair = isinstance(logits, tuple | list)
+    sums = token_sums(logits, labels[0] if is_pair else labels)
+    right = (logits[1].argmax(-1) == labels[1]).float() if is_pair else torch.full_like(sums[:, 0], math.nan)
+    return torch.cat([sums, right[:, None]], dim=1)
+
+
+def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return loss, perplexity and accuracy per token; ``loss`` takes the place of the Trainer's own."""
+    loss, tokens, right = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    tokens = max(tokens, 1)
+    return {"loss": loss / tokens, "perplexity": perplexity(loss / tokens), "token_accuracy": right / tokens}
+
+
+def masked_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return loss, accuracy and perplexity per labelled position, and next-sentence accuracy."""
+    figures = np.asarray(prediction.predictions, dtype=np.float64)
+    loss, labelled, right = figures[:, :3].sum(axis=0)
+    labelled = max(labelled, 1)
+    metrics = {
+        "mlm_loss": loss / labelled,
+        "mlm_accuracy": right / labelled,
+        "mlm_perplexity": perplexity(loss / labelled),
+    }
+    if not np.isnan(figures[:, 3]).all():
+        metrics["next_sentence_accuracy"] = figures[:, 3].mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def causal_metrics(prediction: EvalPrediction, *, num_words: int) -> dict[str, float]:
+    r"""Return perplexities per token and per word of a text, ``exp(N / tokens)`` and ``exp(N / words)``.
+
+    ``N`` is the summed cross-entropy of all tokens, in nats.
+
+    Args:
+        prediction: What :func:`causal_sums` made of all sequences.
+        num_words: Words of the text that white space separates. The end-of-text token after each document adds to
+            ``N`` and to the tokens, not to the words; WikiText's own counts have one more word for each line.
+
+    Returns:
+        ``perplexity_per_token``, ``perplexity_per_word``, ``nats_per_token``, ``tokens`` and ``words``.
+    """
+    nats, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(0)[:2]
+    return {
+        "perplexity_per_token": perplexity(nats / max(tokens, 1)),
+        "perplexity_per_word": perplexity(nats / max(num_words, 1)),
+        "nats_per_token": float(nats / max(tokens, 1)),
+        "tokens": int(tokens),
+        "words": num_words,
+    }
+
+
+def perplexity(loss: float) -> float:
+    """Return ``exp(loss)``, and the largest there is where that would overflow."""
+    return math.exp(min(loss, 700))
