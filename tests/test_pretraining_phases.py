@@ -29,9 +29,6 @@ def arguments(folder, processes: int = 1, **options) -> FLAMBeTrainingArguments:
     ("text", "fields"),
     [
         ("128", (128, None, None, None, None)),
-        ("128:900", (128, 900, None, None, None)),
-        ("512:1563:4e-3", (512, 1563, 4e-3, None, None)),
-        ("512:1563:4e-3:200", (512, 1563, 4e-3, 200, None)),
         ("512:1563:4e-3:0", (512, 1563, 4e-3, 0, None)),
         ("512:1563:4e-3:0.128:32768", (512, 1563, 4e-3, 0.128, 32768)),
         ("512::::64", (512, None, None, None, 64)),

@@ -29,14 +29,6 @@ def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_wordpiece(CORPUS[:20], vocab_size=400)
@@ -107,14 +99,7 @@ def test_of_ten_eight_are_masked_one_is_random_and_one_is_kept():
     assert len(set(random)) > 500
 
 
-def test_every_position_is_chosen_alike():
-    ids = example_ids(generator(), 20)
-    counts = sum(mask_tokens(ids, FULL, vocabulary(), generator(seed))[1] != -100 for seed in range(2000))
-    assert counts[[0, 10, -1]].sum() == 0
-    np.testing.assert_allclose(np.delete(counts, [0, 10, 19]), 2000 * 3 / 17, rtol=0.2)
-
-
-def test_the_pieces_of_a_word_are_masked_together():
+def test_all_tokens_of_a_word_are_masked_or_none():
     rng = generator()
     words = vocabulary(continues=range(500, 1000))
     options = replace(FULL, whole_word_mask=True)
@@ -133,13 +118,6 @@ def test_a_word_longer_than_the_count_is_masked_where_there_is_no_other():
         ids, replace(FULL, whole_word_mask=True), vocabulary(continues=range(500, 600)), generator()
     )
     assert labels.tolist() == [-100, 10, 500, 501, 502, -100]
-
-
-def test_a_piece_behind_a_special_token_is_a_word_of_its_own():
-    ids = np.array([CLS, 10, SEP, 500, SEP])
-    for seed in range(5):
-        _, labels = mask_tokens(ids, replace(FULL, whole_word_mask=True), vocabulary(continues=[500]), generator(seed))
-        assert (labels != -100).sum() == 1
 
 
 @pytest.mark.parametrize("whole_word_mask", [False, True], ids=["tokens", "words"])
@@ -170,11 +148,6 @@ def test_an_example_is_a_function_of_seed_epoch_and_index(documents, tokenizer, 
         assert len(example["input_ids"]) <= 64
 
 
-def test_another_seed_gives_other_pairs(documents, tokenizer):
-    one, two = (build_pretraining_dataset(documents, tokenizer, PretrainingOptions(seed=seed)) for seed in (1, 2))
-    assert not equal(one[0], two[0])
-
-
 def test_labels_restore_the_text(documents, tokenizer):
     dataset = build_pretraining_dataset(documents, tokenizer, replace(FULL, next_sentence=False, max_seq_length=32))
     restored = [token for ids in original_ids(dataset) for token in ids[1:-1] if token != tokenizer.sep_token_id]
@@ -195,15 +168,6 @@ def test_examples_do_not_depend_on_the_number_of_processes(documents, tokenizer)
     one, two = (build_pretraining_dataset(documents, tokenizer, FULL, num_proc=number) for number in (None, 2))
     assert len(one) == len(two)
     assert all(equal(one[index], two[index]) for index in range(len(one)))
-
-
-def test_stored_examples_are_found_again(tmp_path, documents, tokenizer):
-    documents.save_to_disk(tmp_path)
-    stored = datasets.load_from_disk(tmp_path)
-    one, two = (build_pretraining_dataset(stored, tokenizer, FULL) for _ in range(2))
-    assert one.instances.cache_files == two.instances.cache_files
-    assert one.instances.cache_files
-    assert one.instances.features["input_ids"].feature.dtype == "int32"
 
 
 def loader(dataset, tokenizer, **options):
@@ -266,17 +230,6 @@ def test_a_stream_is_a_function_of_seed_and_epoch(tokenizer, next_sentence):
     assert all(equal(*pair) for pair in zip(again, first, strict=True))
     again.set_epoch(1)
     assert not any(map(equal, again, first))
-
-
-def test_a_shuffled_stream_is_shuffled_anew_in_every_epoch(tokenizer):
-    shuffled = stream_of(30).shuffle(seed=1, buffer_size=30)
-    dataset = build_pretraining_dataset(shuffled, tokenizer, replace(FULL, next_sentence=False))
-
-    def texts(epoch: int) -> list:
-        dataset.set_epoch(epoch)
-        return sorted(original_ids(dataset))
-
-    assert texts(0) == texts(0) != texts(1)
 
 
 def test_no_two_groups_of_a_stream_get_the_same_masks(tokenizer):
@@ -353,11 +306,6 @@ def test_a_batch_is_padded_and_nothing_else(tokenizer, options, width):
         assert batch[name].tolist() == [e[name].tolist() + [padding] * (width - len(e[name])) for e in examples]
 
 
-def test_an_example_too_long_for_the_batch_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="an example has 5 tokens, more than the collator's max_length of 4"):
-        PretrainingCollator(tokenizer, max_length=4)([{"input_ids": torch.arange(5)}])
-
-
 # Under a Trainer
 
 
@@ -396,7 +344,7 @@ def train(folder, dataset, tokenizer, stop: int | None = None, resume: bool = Fa
     return trainer.model.state_dict()
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5], ids=["first epoch", "between epochs", "second epoch"])
+@pytest.mark.parametrize("stop", [3, 5], ids=["between epochs", "second epoch"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_resuming_equals_never_having_stopped(tmp_path, tokenizer, streaming, stop):
     """Twelve examples make three steps an epoch, so that the run crosses into its third."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
 
 from hf_fnl.tasks.documents import Document, load_documents, split_sentences, tokenize_documents
 from hf_fnl.tasks.embedded import embedded_documents
@@ -20,7 +19,7 @@ from hf_fnl.tasks.pretraining_examples import (
     sentence_pairs,
 )
 from hf_fnl.tasks.pretraining_examples import _truncate as truncate
-from hf_fnl.tasks.tokenization import BERT_TOKENS, load_tokenizer, train_wordpiece
+from hf_fnl.tasks.tokenization import train_wordpiece
 
 TEXTS = ["The first one. It has two sentences.", "A second\none, of two lines.", "The third."]
 CORPUS = embedded_documents()[:4]
@@ -92,31 +91,20 @@ def test_a_list_of_files_is_read_in_its_order(tmp_path):
     assert load_documents(files)["text"][:] == TEXTS
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-def test_a_folder_keeps_its_splits(tmp_path, streaming):
+def test_a_folder_keeps_its_splits(tmp_path):
     write_txt(tmp_path / "train.txt", TEXTS[:2])
-    write_txt(tmp_path / "validation.txt", TEXTS[2:])
-    loaded = {split: load_documents(tmp_path, split=split, streaming=streaming) for split in ("train", "validation")}
-    assert [row["text"] for row in loaded["train"]] == TEXTS[:2]
-    assert [row["text"] for row in loaded["validation"]] == TEXTS[2:]
-
-
-def test_blank_lines_may_hold_spaces_and_repeat(tmp_path):
-    (tmp_path / "docs.txt").write_text(" \n = One = \n \n\n\nTwo.\nStill two.\n \nThree")
-    assert load_documents(tmp_path / "docs.txt")["text"][:] == ["= One =", "Two.\nStill two.", "Three"]
+    (tmp_path / "validation.txt").write_text(" \n = One = \n \n\n\nTwo.\nStill two.\n \nThree")
+    assert load_documents(tmp_path, split="train")["text"][:] == TEXTS[:2]
+    blank = ["= One =", "Two.\nStill two.", "Three"]  # lines between documents may hold spaces and repeat
+    assert load_documents(tmp_path, split="validation")["text"][:] == blank
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize(("limit", "expected"), [(1, 1), (2, 2), (7, 3)])
-def test_the_text_column_and_the_limit_can_be_chosen(tmp_path, streaming, limit, expected):
+def test_the_text_column_and_the_limit_can_be_chosen(tmp_path, streaming):
     file = write_jsonl(tmp_path / "docs.jsonl", column="body")
-    documents = load_documents(file, text_column="body", limit=limit, streaming=streaming)
-    assert list(documents) == [{"text": text} for text in TEXTS[:expected]]
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-def test_the_embedded_corpus_needs_no_file(streaming):
-    assert [row["text"] for row in load_documents("embedded", streaming=streaming)] == embedded_documents()
+    for limit in (2, 7):
+        documents = load_documents(file, text_column="body", limit=limit, streaming=streaming)
+        assert list(documents) == [{"text": text} for text in TEXTS[:limit]]
 
 
 def test_wikipedia_is_one_article_a_row(shared_data):
@@ -142,12 +130,11 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_an_unreadable_file_is_named(tmp_path, kind, streaming):
+def test_an_unreadable_file_is_named(tmp_path, kind):
     bad = UNREADABLE[kind](tmp_path)
     with pytest.raises(ValueError, match=f"cannot read .*{bad.name} as ") as caught:
-        load_documents(bad, streaming=streaming)
+        load_documents(bad)
     assert caught.value.__cause__ is not None
 
 
@@ -195,14 +182,13 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("case", WRONG)
-def test_bad_sources_are_refused_at_once(tmp_path, case, streaming):
+def test_bad_sources_are_refused_at_once(tmp_path, case):
     make, options, error, message = WRONG[case]
     folder = tmp_path / "data"
     folder.mkdir()
     with pytest.raises(error, match=message):
-        load_documents(make(folder), streaming=streaming, **options)
+        load_documents(make(folder), **options)
 
 
 @pytest.mark.parametrize(
@@ -230,73 +216,6 @@ def test_documents_are_tokenized_sentence_by_sentence():
         sentences = np.split(tokens, bounds[1:-1])
         expected = [tokenizer(sentence, add_special_tokens=False)["input_ids"] for sentence in split_sentences(text)]
         assert [sentence.tolist() for sentence in sentences] == expected
-
-
-def test_a_trained_tokenizer_is_berts():
-    tokenizer = train_wordpiece(CORPUS, vocab_size=300)
-    assert len(tokenizer) == 300
-    assert tokenizer.convert_ids_to_tokens(range(5)) == list(BERT_TOKENS)
-    assert [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id] == [0, 2, 4]
-    assert tokenizer.decode(tokenizer("The NAME", "of it")["input_ids"]) == "[CLS] the name [SEP] of it [SEP]"
-    assert tokenizer("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
-
-
-@pytest.mark.parametrize("vocab_size", [100, 300, 2000])
-def test_training_is_deterministic(vocab_size):
-    first, second = (train_wordpiece(CORPUS, vocab_size=vocab_size).get_vocab() for _ in range(2))
-    assert first == second
-
-
-@pytest.mark.parametrize("lowercase", [True, False], ids=["uncased", "cased"])
-def test_a_tokenizer_survives_saving(tmp_path, lowercase):
-    tokenizer = train_wordpiece(CORPUS, vocab_size=500, lowercase=lowercase)
-    tokenizer.save_pretrained(tmp_path)
-    for loaded in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
-        assert type(loaded) is type(tokenizer)
-        assert loaded.get_vocab() == tokenizer.get_vocab()
-        assert loaded(CORPUS)["input_ids"] == tokenizer(CORPUS)["input_ids"]
-    assert (tokenizer.tokenize("THE") == tokenizer.tokenize("the")) is lowercase
-
-
-@pytest.mark.parametrize("lowercase", [True, False], ids=["uncased", "cased"])
-def test_a_lone_vocabulary_tells_its_case(tmp_path, lowercase):
-    tokenizer = train_wordpiece(CORPUS, vocab_size=500, lowercase=lowercase)
-    (tmp_path / "vocab.txt").write_text("\n".join(tokenizer.convert_ids_to_tokens(range(500))), encoding="utf-8")
-    loaded = load_tokenizer(str(tmp_path))
-    assert loaded.tokenize(CORPUS[0]) == tokenizer.tokenize(CORPUS[0])
-
-
-def test_the_published_vocabulary_loads(shared_data):
-    tokenizer = load_tokenizer(shared_data / "vocab" / "bert-base-uncased")
-    assert tokenizer("Hello unaffable world")["input_ids"] == [101, 7592, 14477, 20961, 3468, 2088, 102]
-
-
-@pytest.mark.parametrize(
-    ("texts", "options", "error", "message"),
-    [
-        (iter(CORPUS), {}, TypeError, "texts are read twice: .* not a list_iterator"),
-        ("one text", {}, TypeError, "texts must be several, .* got a str"),
-        ([" ", ""], {}, ValueError, "no text to train a tokenizer on"),
-        (CORPUS, {"vocab_size": 99}, ValueError, "vocab_size must be at least 100, got 99"),
-        (CORPUS, {"min_frequency": 0}, ValueError, "min_frequency must be at least 1, got 0"),
-    ],
-    ids=["iterator", "string", "empty", "vocab_size", "min_frequency"],
-)
-def test_bad_training_input_is_refused(texts, options, error, message):
-    with pytest.raises(error, match=message):
-        train_wordpiece(texts, **options)
-
-
-def test_a_folder_without_tokenizer_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json, tokenizer_config\.json, .* or vocab\.txt in "):
-        load_tokenizer(tmp_path)
-
-
-def test_special_tokens_are_needed():
-    tokenizer = train_wordpiece(CORPUS, vocab_size=100)
-    tokenizer.mask_token = None
-    with pytest.raises(ValueError, match="the tokenizer has no mask_token"):
-        Vocabulary.from_tokenizer(tokenizer)
 
 
 # Sentence pairs
@@ -384,12 +303,6 @@ def test_truncation_leaves_what_removing_one_token_at_a_time_leaves(limit):
         assert (len(kept_a), len(kept_b)) == (len_a, len_b)
         assert (np.diff(kept_a) == 1).all()
         assert (np.diff(kept_b) == 1).all()
-
-
-def test_truncation_takes_from_both_ends_alike():
-    rng = generator()
-    starts = [truncate(np.arange(60), np.arange(10), 30, rng)[0][0] for _ in range(500)]
-    assert np.mean(starts) == pytest.approx(40 / 2, abs=1)
 
 
 def test_an_instance_is_laid_out_as_bert_wants_it():
