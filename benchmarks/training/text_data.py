@@ -131,8 +131,7 @@ def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int) -> Tokeniz
 
     These two functions of hf_fnl import ``datasets``, which a machine that brings its tokenizers need not have.
     """
-    from hf_fnl.tasks.byte_bpe import train_byte_bpe
-    from hf_fnl.tasks.wordpiece import train_wordpiece
+    from hf_fnl.tasks.tokenization import train_byte_bpe, train_wordpiece
 
     train = {"wordpiece": train_wordpiece, "byte_bpe": train_byte_bpe}[kind]
     trained: Any = train(texts, vocab_size=vocab_size)
