@@ -104,25 +104,14 @@ def test_sizes_below_one_are_refused(size):
         ImageFiles(records([picture(0)]), image_size=size, training=True)
 
 
-def test_mixed_sizes_are_refused():
+def test_images_of_several_sizes_are_refused():
     mixed = records([picture(0), picture(1), picture(2, 6, 4)])
     message = r"record 0 of somewhere has 7x5 pixels .* record 2 of somewhere has 4x6; set image_size"
     with pytest.raises(ValueError, match=message):
         ImageTensors.decode(mixed)
-
-
-def test_held_out_images_of_another_size_are_refused():
     message = r"a training image has 7x5 pixels .* record 1 of somewhere has 4x6; set image_size"
     with pytest.raises(ValueError, match=message):
         ImageTensors.decode(records([picture(1), picture(2, 6, 4)]), like=tensors())
-
-
-def test_a_batch_is_its_images():
-    images = tensors()
-    batch = single_batch(images.__getitems__([4, 0, 9]))
-    for place, index in enumerate([4, 0, 9]):
-        assert batch["labels"][place] == images[index]["labels"]
-        assert batch["pixel_values"][place].equal(images[index]["pixel_values"])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -142,13 +131,6 @@ def test_statistics_are_those_of_all_pixels(mode):
     mean, std = images.statistics()
     torch.testing.assert_close(torch.tensor(mean).double(), values.mean((0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.tensor(std).double(), values.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("keep", ["auto", "true", "false"])
-def test_images_stay_where_the_model_is(keep):
-    images = tensors()
-    kept = keep_on_device(images, CPU, keep=keep)
-    assert kept.pixel_values is images.pixel_values
 
 
 @pytest.mark.parametrize(
@@ -180,7 +162,7 @@ def slow_transform(images, draws, mean, std, margin):
     return torch.from_numpy(np.stack(made)).float()
 
 
-@pytest.mark.parametrize("margin", [0, 1, 4])
+@pytest.mark.parametrize("margin", [0, 3])
 @pytest.mark.parametrize("flip", [False, True], ids=["as-is", "mirrored"])
 def test_augmentation_equals_one_image_after_another(margin, flip):
     images = raw_batch()
@@ -218,12 +200,6 @@ def test_channels_lie_where_asked(channels_last, training):
     assert made.is_contiguous(memory_format=layout)
     assert made.equal(plain)
     assert images.equal(before)
-
-
-def test_evaluation_draws_no_random_number():
-    state = torch.get_rng_state()
-    BatchTransform(MEAN, STD)(raw_batch(), training=False)
-    assert torch.get_rng_state().equal(state)
 
 
 @pytest.mark.parametrize(
@@ -282,11 +258,6 @@ def test_files_are_cropped_at_random_in_training_only():
     for place, seed in enumerate([2, 0]):
         expected = resize_and_crop(picture(seed, 40, 30), shorter_side=8, size=7)
         np.testing.assert_array_equal(batch["pixel_values"][place], to_array(expected))
-
-
-def test_gray_files_become_rgb():
-    files = ImageFiles(records([picture(0, mode="L")]), image_size=3, training=False)
-    assert files[0]["pixel_values"].shape == (3, 3, 3)
 
 
 def test_options_choose_between_memory_and_files():
@@ -369,9 +340,8 @@ def digits_trainer(folder, **options) -> ImageTrainer:
     )
 
 
-@pytest.mark.parametrize("remove_unused_columns", [False, True])
-def test_a_trainer_counts_what_its_model_gets_right(remove_unused_columns, tmp_path):
-    trainer = digits_trainer(tmp_path, remove_unused_columns=remove_unused_columns)
+def test_a_trainer_counts_what_its_model_gets_right(tmp_path):
+    trainer = digits_trainer(tmp_path)
     trainer.train()
     metrics = trainer.evaluate()
     held_out = trainer.eval_dataset

@@ -123,20 +123,6 @@ def test_training_is_torchs_sgd_over_transformed_batches(tmp_path):
         assert torch.allclose(parameter, model.get_parameter(name), atol=1e-6)
 
 
-def test_another_schedule_is_transformers_own(tmp_path):
-    args = arguments(tmp_path, lr_scheduler_type="linear", max_steps=5, eval_strategy="no")
-    trainer = ImageTrainer(
-        Classifier(), args, transform=lambda images, training: images.float(), train_dataset=Images()
-    )
-    trainer.create_optimizer_and_scheduler(5)
-    rates = []
-    for _ in range(5):
-        rates.append(trainer.lr_scheduler.get_last_lr()[0])
-        trainer.optimizer.step()
-        trainer.lr_scheduler.step()
-    assert rates == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
-
-
 def test_what_follows_from_other_options_is_not_written(tmp_path):
     args = arguments(tmp_path, decay="frobenius", dense_epochs=1)
     args.set_products({"conv"}, 13)

@@ -115,10 +115,6 @@ def test_a_limit_takes_a_fixed_draw_in_order(tmp_path):
         assert some[index] == picture(some.record_numbers[index])
 
 
-def test_a_high_limit_takes_all(tmp_path):
-    assert len(load_images(write(tmp_path, table()), limit=1000)) == len(LABELS)
-
-
 def test_columns_are_chosen_by_name(tmp_path):
     bytes_of = [cell["bytes"] for cell in table().cast_column("image", datasets.Image(decode=False))["image"]]
     path = write(tmp_path, table(image="thumbnail", coarse_label=[0, 1, 0, 1, 0, 1, 0], raw=bytes_of))
@@ -206,14 +202,6 @@ def test_images_that_cannot_be_decoded_are_named(damage, options, index, message
         list(records)
 
 
-def test_an_undecodable_image_is_named_by_its_place_in_the_whole_source(tmp_path):
-    path = write(tmp_path, table(names=None, image="thumbnail", raw=[b"no image"] * len(LABELS)))
-    records = load_images(path, image_column="raw", limit=2)
-    with pytest.raises(ValueError, match=f"record {records.record_numbers[1]} of"):
-        records[1]
-    assert records.record_numbers[1] != 1
-
-
 REFUSED = [
     pytest.param(lambda: table([0, 2, 2]), {}, r"1 of 3 classes have no training image.*number 1 \(bee\)", id="class"),
     pytest.param(
@@ -237,6 +225,7 @@ REFUSED = [
     pytest.param(lambda: table(), {"image_column": "img"}, r"no column 'img' .*set image_column", id="absent-image"),
     pytest.param(lambda: table(), {"label_column": "fine"}, r"no column 'fine' .*set label_column", id="absent-label"),
     pytest.param(lambda: table(), {"image_column": "label"}, r"'label' .*no images; set image_column", id="not-images"),
+    pytest.param(lambda: table(), {"limit": 0}, "limit must be at least 1 image or None for all, got 0", id="limit"),
     pytest.param(lambda: table([], None), {}, "cannot read the train split of .* no data", id="empty"),
     pytest.param(lambda: table(), {"split": "train[:0]"}, "no data", id="empty-slice"),
     pytest.param(
@@ -259,12 +248,6 @@ def test_data_that_are_refused(made, options, message, tmp_path):
     path = write(tmp_path, made())
     with pytest.raises(ValueError, match=f"(?s){message}"):
         load_images(path, **options)
-
-
-@pytest.mark.parametrize("limit", [0, -3])
-def test_limits_below_one_are_refused(limit):
-    with pytest.raises(ValueError, match=f"limit must be at least 1 image or None for all, got {limit}"):
-        load_images("digits", limit=limit)
 
 
 @pytest.mark.parametrize(
@@ -303,16 +286,6 @@ def test_options_load_both_parts(tmp_path):
     assert (len(training), len(held_out)) == (9, 1)
     assert held_out.labels.tolist() in ([0], [1])
     assert (options.crop_padding, options.horizontal_flip) == (4, True)
-
-
-@pytest.mark.parametrize(
-    ("options", "resolved"),
-    [({}, (1, False)), ({"crop_padding": 0, "horizontal_flip": True}, (0, True)), ({"image_size": 8}, (1, False))],
-    ids=["digits", "asked-for", "sized"],
-)
-def test_defaults_follow_the_data(options, resolved):
-    made = ImageOptions(**options)
-    assert (made.crop_padding, made.horizontal_flip) == resolved
 
 
 @pytest.mark.parametrize(

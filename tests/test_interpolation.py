@@ -89,11 +89,6 @@ def test_evaluation_sees_the_networks_in_order_and_in_evaluation_mode(pair):
         assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-def test_eleven_points_unless_told(pair):
-    points = loss_along_line(*pair, lambda network: {})
-    assert [point["t"] for point in points] == [step / 10 for step in range(11)]
-
-
 def test_estimated_statistics_are_means_over_batches(pair):
     network, _ = pair
     batches = [{"images": torch.randn(size, 3, 6, 6)} for size in (4, 4, 3)]
@@ -271,9 +266,3 @@ def test_what_the_script_refuses(text_runs, image_runs, tmp_path, flags, error, 
     argv = ["--baseline", dense, "--low_rank", low, "--use_cpu", *(flag.format(**names) for flag in flags)]
     with pytest.raises(error, match=message):
         script.main(argv)
-
-
-def test_a_baseline_without_its_settings_is_named(image_runs, tmp_path):
-    classifier(0).save_pretrained(tmp_path / "bare")
-    with pytest.raises(FileNotFoundError, match=r"bare holds no run_config\.json: name the folder of a run"):
-        script.main(["--baseline", str(tmp_path / "bare"), "--low_rank", image_runs[1], "--use_cpu"])

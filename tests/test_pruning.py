@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from transformers import ResNetForImageClassification
 from hf_fnl import parameter_groups
 from hf_fnl.vision.pruning import (
     METHODS,
-    apply_masks_,
     choose_masks,
     finalize_,
     grasp_scores,
@@ -39,11 +37,7 @@ from hf_fnl.vision.pruning import (
 TOTAL = sum(SIZES.values())
 
 
-def test_the_sizes_of_the_cases_are_right():
-    assert {name: m.weight.numel() for name, m in tiny_net().named_children() if name in SIZES} == SIZES
-
-
-@pytest.mark.parametrize("keep", [1, 29, TOTAL - 1, TOTAL])
+@pytest.mark.parametrize("keep", [1, 29, TOTAL])
 @pytest.mark.parametrize("method", ["magnitude", "snip", "grasp"])
 def test_the_highest_scores_of_all_layers_stay(method, keep):
     net, data = tiny_net(), batch()
@@ -211,16 +205,6 @@ def test_smart_ratios(sizes, classifier, keep, expected):
     assert list(smart_counts(layers_of(sizes, classifier=classifier), keep).values()) == expected
 
 
-def test_smart_ratios_always_add_up():
-    draw = random.Random(0)
-    for _ in range(50):
-        sizes = [draw.randint(1, 400) for _ in range(draw.randint(1, 9))]
-        keep = draw.randint(3, sum(sizes) + 10)
-        counts = smart_counts(layers_of(sizes, classifier=True), keep)
-        assert sum(counts.values()) == keep
-        assert all(0 <= counts[f"conv{i}"] <= size for i, size in enumerate(sizes))
-
-
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
 def test_a_share_of_the_network_is_met_exactly(ratio):
     net = tiny_resnet()
@@ -240,7 +224,7 @@ def test_a_share_that_cannot_be_met_names_the_closest(ratio, reachable):
     assert weights_to_keep(net, closest) == (reachable or TOTAL)
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "lamb"])
+@pytest.mark.parametrize("optim", ["sgd", "lamb"])
 def test_training_leaves_pruned_weights_at_zero(tmp_path, optim):
     net = tiny_net()
     result = prune_(net, 150, method="magnitude")
@@ -260,9 +244,8 @@ def test_training_leaves_pruned_weights_at_zero(tmp_path, optim):
     assert [groups[f"{name}.weight_orig"] for name in result] == [0.1, 0.1, 0.1]
 
 
-@pytest.mark.parametrize("build", [tiny_net, tiny_resnet])
-def test_going_on_from_a_checkpoint_equals_never_having_stopped(tmp_path, build):
-    first, again = build(), build(seed=5)
+def test_going_on_from_a_checkpoint_equals_never_having_stopped(tmp_path):
+    first, again = tiny_resnet(), tiny_resnet(seed=5)
     prune_(first, 150, method="snip", batches=batch())
     image_trainer(tmp_path / "first", first, save_strategy="steps", save_steps=3).train()
     prune_(again, 77, method="random")
@@ -281,17 +264,6 @@ def test_a_finished_model_is_a_stock_one(tmp_path):
     loaded = ResNetForImageClassification.from_pretrained(tmp_path / "stock").eval()
     assert loaded.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(loaded(batch()["pixel_values"]).logits, outputs)
-
-
-def test_compiled_and_plain_passes_agree():
-    net = tiny_net().eval()
-    prune_(net, 150, method="magnitude")
-    compiled = torch.compile(net, backend="eager")
-    data = batch()
-    compiled(**data).loss.backward()
-    with torch.no_grad():
-        net.middle.weight_orig.mul_(2)
-    torch.testing.assert_close(compiled(**data).logits, net(**data).logits)
 
 
 class Tied(nn.Module):
@@ -359,10 +331,3 @@ def test_bad_input_is_refused_and_changes_nothing(build, keep, options, message)
 def test_a_model_that_is_not_pruned_cannot_be_finished():
     with pytest.raises(ValueError, match="TinyNet has no pruned layer"):
         finalize_(tiny_net())
-
-
-def test_masks_of_one_model_prune_another():
-    net, other = tiny_net(), tiny_net(seed=5)
-    masks = choose_masks(net, 60, method="magnitude")
-    apply_masks_(other, masks)
-    assert_same({name: other.get_submodule(name).weight_mask.bool() for name in masks}, masks)

@@ -112,14 +112,14 @@ def test_version_2_compares_empty_texts(prediction, answer, f1):
 @pytest.mark.parametrize("version_2", [False, True])
 def test_random_texts_equal_the_oracle(version_2):
     rng = random.Random(0)
-    for _ in range(2000):
+    for _ in range(500):
         prediction, answer = random_text(rng), random_text(rng)
         assert exact_match_score(prediction, answer) == oracle_exact(prediction, answer)
         expected = oracle_f1(prediction, answer, version_2)
         assert f1_score(prediction, answer, version_2=version_2) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_version_2_equals_the_oracle(seed):
     rng = random.Random(seed)
     ids = [f"q{number}" for number in range(23)]

@@ -84,6 +84,8 @@ def starts_of(row) -> list[int]:
 def test_official_file_becomes_rows(load):
     examples = load(QUESTIONS)
     assert examples.column_names == ["id", "title", "context", "question", "answers"]
+    assert load(WITH_UNANSWERABLE)[1]["answers"] == {"text": [], "answer_start": []}
+    assert is_version_2(load(WITH_UNANSWERABLE))
     assert examples[0] == {
         "id": "q1",
         "title": "Fruit",
@@ -94,31 +96,12 @@ def test_official_file_becomes_rows(load):
     assert not is_version_2(examples)
 
 
-def test_impossible_questions_have_no_answers(load):
-    examples = load(WITH_UNANSWERABLE)
-    assert examples[1]["answers"] == {"text": [], "answer_start": []}
-    assert is_version_2(examples)
-
-
 def test_a_folder_of_a_data_set_equals_its_file(load, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     examples = load(WITH_UNANSWERABLE)
     (tmp_path / "hub").mkdir()
     examples.to_parquet(tmp_path / "hub" / "train.parquet")
     assert load_squad(str(tmp_path / "hub"), split="train")[:] == examples[:]
-
-
-def test_limit():
-    assert load_squad("embedded", split="train", limit=7)["id"][:] == load_squad("embedded", split="train")["id"][:7]
-    with pytest.raises(ValueError, match=r"limit must be at least 1 question .* got 0"):
-        load_squad("embedded", split="train", limit=0)
-
-
-@pytest.mark.parametrize(("name", "count"), [("dev-v1.1.json", 10570), ("train-partial-v1.1.json", 15364)])
-def test_real_files_load_whole(shared_data, name, count):
-    examples = load_squad(shared_data / "squad" / name, split="validation")
-    assert len(examples) == count
-    assert not is_version_2(examples)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +144,8 @@ def test_bad_files_are_named(load, tmp_path, content, message):
 
 
 def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"limit must be at least 1 question .* got 0"):
+        load_squad("embedded", split="train", limit=0)
     with pytest.raises(FileNotFoundError, match=r"no such SQuAD file: .*nowhere\.json"):
         load_squad(tmp_path / "nowhere.json", split="train")
 
@@ -262,11 +247,6 @@ def test_labels_are_the_answer_or_the_first_token(load, tokenizer, answer, windo
             assert (start, end) == (0, 0)
         held += inside
     assert held == windows_with_it < len(labelled)
-
-
-def test_questions_without_answer_are_labelled_with_the_first_token(load, tokenizer):
-    features = build_squad_features(load(WITH_UNANSWERABLE).select([1]), tokenizer, SMALL, train=True)
-    assert set(features["start_positions"]) == set(features["end_positions"]) == {0}
 
 
 def test_byte_level_tokens_give_clean_answers(load, shared_data):
@@ -402,8 +382,10 @@ def test_windows_of_other_questions(load, tokenizer):
 
 
 def test_gold_positions_decode_to_the_gold_answers(shared_data, bert_tokenizer):
-    """Every 35th real question: what the labels point at is the gold answer, but for answers that cut a token."""
-    examples = load_squad(shared_data / "squad" / "dev-v1.1.json", split="validation").select(range(0, 10570, 35))
+    """Every 70th real question: what the labels point at is the gold answer, but for answers that cut a token."""
+    examples = load_squad(shared_data / "squad" / "dev-v1.1.json", split="validation")
+    assert len(examples) == 10570
+    examples = examples.select(range(0, 10570, 70))
     options = SquadOptions(max_seq_length=192, doc_stride=64, max_answer_length=100)
     features = build_squad_features(examples, bert_tokenizer, options, train=False)
     labels = build_squad_features(examples, bert_tokenizer, options, train=True)
@@ -416,7 +398,7 @@ def test_gold_positions_decode_to_the_gold_answers(shared_data, bert_tokenizer):
     start[rows, starts] = end[rows, ends] = 9.0
     decoded = decode_predictions(examples, features, start, end, options, version_2=False)
     labelled = {id_ for id_, last in zip(features["example_id"], ends, strict=True) if last > 0}
-    assert len(labelled) == len(examples) >= 300
+    assert len(labelled) == len(examples) >= 150
     cut = [
         row["id"]
         for row in examples
@@ -437,14 +419,6 @@ def test_predictions_are_written_in_the_official_format(tmp_path):
     assert written == {"predictions.json": {"q1": "Zoë"}, "nbest_predictions.json": nbest}
     write_predictions(tmp_path, SquadPredictions({"q1": ""}, {}, {"q1": 1.5}))
     assert json.loads((tmp_path / "null_odds.json").read_text()) == {"q1": 1.5}
-
-
-def test_a_failed_write_leaves_the_previous_file(tmp_path):
-    write_predictions(tmp_path, SquadPredictions({"q1": "Anna"}, {}, {}))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        write_predictions(tmp_path, SquadPredictions({"q1": object()}, {}, {}))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_scores_of_written_predictions(load):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import k21_table4
-from hf_fnl import FLAMBe, Lamb
+from hf_fnl import FLAMBe
 from hf_fnl.tasks.squad import SquadOptions
 from hf_fnl.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.training import FLAMBeTrainer
@@ -33,17 +33,16 @@ def optimizers(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(("optim", "kind"), [("flambe", FLAMBe), ("lamb", Lamb), ("sgd", torch.optim.SGD)])
-def test_all_pretrained_models_are_fine_tuned_alike(tmp_path, optimizers, optim, kind):
+def test_all_pretrained_models_are_fine_tuned_alike(tmp_path, optimizers):
     pretrain_bert.main(
         f"""--vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 1 --num_attention_heads 3
-        --max_position_embeddings 64 --phases 16:1 --optim {optim} --output_dir {tmp_path / "bert"} {QUIET}""".split()
+        --max_position_embeddings 64 --phases 16:1 --optim flambe --output_dir {tmp_path / "bert"} {QUIET}""".split()
     )
     finetune_squad.main(
         f"""--model {tmp_path / "bert"} --max_train_questions 24 --max_eval_questions 2 --max_seq_length 64
         --doc_stride 16 --max_query_length 16 --max_steps 20 --output_dir {tmp_path / "squad"} {QUIET}""".split()
     )
-    assert isinstance(optimizers[0], kind)
+    assert isinstance(optimizers[0], FLAMBe)
     assert isinstance(optimizers[-1], torch.optim.AdamW)
     history = json.loads((tmp_path / "squad" / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]

@@ -218,11 +218,11 @@ def test_ranks(flags, ranks):
 def test_translations_come_in_order_whatever_the_batches():
     tokenizer = tiny_tokenizer()
     model = tiny_marian(tokenizer, dropout=0.3)
-    sentences = [*phrases(9)["source"], "", *(source for source, _ in PAIRS), "  "]
+    sentences = [*phrases(4)["source"], "", *(source for source, _ in PAIRS), "  "]
     one_by_one = [translate(model, tokenizer, [sentence], num_beams=3)[0] for sentence in sentences]
-    assert len(set(one_by_one)) > 10
-    assert one_by_one[9] == one_by_one[-1] == ""
-    for max_tokens in (1, 100, 4096):
+    assert len(set(one_by_one)) > 6
+    assert one_by_one[4] == one_by_one[-1] == ""
+    for max_tokens in (100, 4096):
         assert translate(model, tokenizer, sentences, num_beams=3, max_tokens=max_tokens) == one_by_one
     assert model.training
     assert translate(model, tokenizer, []) == []

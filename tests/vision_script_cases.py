@@ -32,9 +32,9 @@ TINY = {
     "save_total_limit": 3,
     "eval_strategy": "no",
 }
-SCHEMES = ("spatial", "channel", "tt", "tucker")
-OVERCOMPLETE = ("full", "deep", "wide", "do_conv")
-PRUNINGS = ("random", "snip", "grasp", "magnitude", "lottery")
+SCHEMES = ("channel", "tt")
+OVERCOMPLETE = ("deep", "wide", "do_conv")
+PRUNINGS = ("random", "snip", "magnitude", "lottery")
 FORMS: dict[str, dict[str, Any]] = {
     "dense": {},
     "rank-scale": {"rank_scale": 0.3, "decay": "frobenius"},
