@@ -16,10 +16,10 @@ from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, set_seed
 
 from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.tasks.arguments import SquadTrainingArguments
 from hf_fnl.tasks.pretrained import check_length, load_pretrained
 from hf_fnl.tasks.squad import SquadOptions, build_squad_features, load_squad
 from hf_fnl.tasks.squad_evaluation import answer_questions
-from hf_fnl.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script

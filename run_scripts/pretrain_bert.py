@@ -17,13 +17,13 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTra
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
 from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.tasks.arguments import TextTrainingArguments
 from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.tokens import masked_metrics, masked_sums
 from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
 from hf_fnl.tasks.pretraining_examples import PretrainingOptions
-from hf_fnl.tasks.pretraining_phases import PHASES_HELP, Phase, describe, plan_phases
+from hf_fnl.tasks.pretraining_phases import PHASES_HELP, Phase, describe_phase, plan_phases
 from hf_fnl.tasks.tokenization import load_tokenizer, train_wordpiece
-from hf_fnl.tasks.workers import TextTrainingArguments
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
@@ -123,7 +123,7 @@ def train_phase(
 ) -> tuple[dict[str, Any], FLAMBeTrainer]:
     """Train on sequences of one length, with an optimizer and checkpoints of its own; go on if it was broken off."""
     if args.process_index == 0:
-        print(f"\n{describe(args, phase)}", flush=True)
+        print(f"\n{describe_phase(args, phase)}", flush=True)
     options = PretrainingOptions(
         max_seq_length=phase.length,
         next_sentence=data.next_sentence,

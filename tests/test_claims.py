@@ -26,9 +26,9 @@ from hf_fnl import (
     find_products,
     parameter_groups,
 )
+from hf_fnl.tasks.arguments import SquadTrainingArguments
 from hf_fnl.tasks.pretraining_phases import plan_phases
 from hf_fnl.tasks.squad import SquadOptions
-from hf_fnl.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.tasks.translation_training import TranslationArguments
 from hf_fnl.training.command_line import parse_arguments
 from hf_fnl.vision.image_batches import ImageOptions

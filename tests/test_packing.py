@@ -19,8 +19,8 @@ from training_cases import tiny_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fnl import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.tasks.arguments import TextTrainingArguments, default_workers
 from hf_fnl.tasks.pretraining import PretrainingCollator
-from hf_fnl.tasks.workers import TextTrainingArguments, default_workers
 from hf_fnl.training.packing import PackingCollator, first_fit
 from hf_fnl.training.stream_loader import StreamLoader
 from hf_fnl.training.streaming import ShardedStream

@@ -7,7 +7,7 @@ import re
 import pretrain_bert
 import pytest
 
-from hf_fnl.tasks.pretraining_phases import Phase, describe, plan_phases
+from hf_fnl.tasks.pretraining_phases import Phase, describe_phase, plan_phases
 from hf_fnl.training import FLAMBeTrainingArguments
 from hf_fnl.training.command_line import parse_arguments
 
@@ -93,9 +93,9 @@ def test_nvidias_recipe_on_so_many_processes(tmp_path, processes, per_device, ac
     assert [own.output_dir for own in (one, two)] == [str(tmp_path / f"phase-{number}") for number in (1, 2)]
     assert (
         f"phase-1: 7,038 updates of 65,536 sequences of 128 tokens ({processes} device{'s' * (processes > 1)} x"
-        in describe(one, first)
+        in describe_phase(one, first)
     )
-    assert f"x {accumulations[1]:,} accumulated), rate 0.004, warm-up 0.128" in describe(two, second)
+    assert f"x {accumulations[1]:,} accumulated), rate 0.004, warm-up 0.128" in describe_phase(two, second)
     assert (args.max_steps, args.gradient_accumulation_steps, args.warmup_steps) == (-1, 1, 0)  # left as they were
 
 

@@ -19,10 +19,9 @@ from launching import free_port
 from transformers import AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
+from hf_fnl.tasks.arguments import SquadTrainingArguments, TextTrainingArguments
 from hf_fnl.tasks.embedded import embedded_squad
 from hf_fnl.tasks.squad import SquadOptions
-from hf_fnl.tasks.squad_training import SquadTrainingArguments
-from hf_fnl.tasks.workers import TextTrainingArguments
 from hf_fnl.training.command_line import UsageError, parse_arguments
 
 ROOT = Path(__file__).parents[1]

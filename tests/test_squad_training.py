@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import k21_table4
 from hf_fnl import FLAMBe
+from hf_fnl.tasks.arguments import SquadTrainingArguments
 from hf_fnl.tasks.squad import SquadOptions
-from hf_fnl.tasks.squad_training import SquadTrainingArguments
 from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import parse_arguments
 

@@ -83,7 +83,7 @@ def embedded_squad(split: str) -> dict[str, Any]:
 
 @cache
 def _documents() -> dict[str, str]:
-    """Cleaned text of every topic that has paragraphs of its own, by topic name in sorted order."""
+    """Return the cleaned text of every topic that has paragraphs of its own, by topic name in sorted order."""
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError as error:
@@ -102,7 +102,7 @@ def _documents() -> dict[str, str]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Headings and prose paragraphs of one topic, each on one line, in order."""
+    """Yield headings and prose paragraphs of one topic, each on one line, in order."""
     headings = {match.group(1) for match in _HEADING.finditer(text)}
     text = _HEADING.sub(r"\n\1\n", text)
     for block in re.split(r"\n\s*\n|\n(?=\s*[*•] )", text):
@@ -118,13 +118,13 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _is_prose(paragraph: str) -> bool:
-    """Whether a paragraph reads as English: it ends as a sentence does, and a tenth of it is no Python word."""
+    """Return whether a paragraph reads as English: it ends as a sentence does, and a tenth of it is no Python word."""
     count = len(paragraph.split())
     return count >= 5 and paragraph[-1] in ".:?!)”" and 10 * len(_ENGLISH_WORD.findall(paragraph)) >= count
 
 
 def _questioned_paragraphs(title: str, document: str) -> list[dict[str, Any]]:
-    """Contexts of one document with their questions, in the SQuAD structure; those without questions are left out."""
+    """Return the contexts of one document that have questions, in the SQuAD structure."""
     paragraphs = []
     for index, context in enumerate(_contexts(document)):
         qas = [
@@ -141,7 +141,7 @@ def _questioned_paragraphs(title: str, document: str) -> list[dict[str, Any]]:
 
 
 def _contexts(document: str) -> Iterator[str]:
-    """Runs of whole paragraphs of at most ``CONTEXT_WORDS`` words; a longer paragraph is a context of its own."""
+    """Yield runs of paragraphs of at most ``CONTEXT_WORDS`` words; a longer paragraph is a context of its own."""
     run: list[str] = []
     for paragraph in filter(_is_prose, document.split("\n\n")):
         if run and sum(len(part.split()) for part in [*run, paragraph]) > CONTEXT_WORDS:
@@ -153,7 +153,7 @@ def _contexts(document: str) -> Iterator[str]:
 
 
 def _questions(context: str) -> Iterator[tuple[str, int, int]]:
-    """Question, start and end of its answer in ``context``, for every sentence that fits a template."""
+    """Yield question, start and end of its answer in ``context``, for every sentence that fits a template."""
     position = 0
     for sentence in _SENTENCE_END.split(context):
         position = context.index(sentence, position)
@@ -164,7 +164,7 @@ def _questions(context: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _sentence_questions(sentence: str) -> Iterator[tuple[str, int, int]]:
-    """Questions of one sentence: what it says as a whole, then its quoted terms one by one."""
+    """Yield questions of one sentence: of what it says, then of its quoted terms one by one."""
     if match := _VERSION_NOTE.match(sentence):
         yield f"In which version: {match.group(2)}?", *match.span(1)
     elif match := _CONDITIONAL.match(sentence):
@@ -182,7 +182,7 @@ def _sentence_questions(sentence: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _kind(term: str) -> str:
-    """What the language calls a quoted term."""
+    """Return what the language calls a quoted term."""
     value = getattr(builtins, term, None)
     if isinstance(value, type) and issubclass(value, BaseException):
         return "exception"

@@ -19,7 +19,7 @@ PHASES_HELP = (
 
 @dataclass(frozen=True)
 class Phase:
-    """One part of the training, with sequences of its own length; ``None`` is what the training arguments say.
+    """Part of a training with sequences of its own length; ``None`` is what the training arguments say.
 
     Attributes:
         text: As it was given.
@@ -105,7 +105,7 @@ class Phase:
         return self.batch // at_once
 
 
-def describe(args: FLAMBeTrainingArguments, phase: Phase) -> str:
+def describe_phase(args: FLAMBeTrainingArguments, phase: Phase) -> str:
     """Say what an update of a phase consists of, from its own training arguments."""
     at_once, accumulated = args.train_batch_size * args.world_size, args.gradient_accumulation_steps
     devices = at_once // args.per_device_train_batch_size

@@ -33,6 +33,6 @@ def topk_hits(logits: Any, labels: Tensor) -> Tensor:
 
 
 def image_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """``accuracy`` and, with more than 10 classes, ``top5_accuracy``, from the hits of all images."""
+    """Return ``accuracy`` and, with more than 10 classes, ``top5_accuracy``, from the hits of all images."""
     means = np.asarray(prediction.predictions, dtype=np.float64).mean(0)
     return dict(zip(("accuracy", f"top{TOP}_accuracy"), map(float, means), strict=False))

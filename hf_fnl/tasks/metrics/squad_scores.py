@@ -31,7 +31,7 @@ def f1_score(prediction: str, answer: str, *, version_2: bool = False) -> float:
     Args:
         prediction: Text to judge.
         answer: Text to compare with.
-        version_2: What two texts without words score against each other: 1 in version 2.0, 0 in version 1.1.
+        version_2: Let two texts without words score 1 against each other, as in version 2.0, instead of 0.
     """
     predicted, wanted = normalize_answer(prediction).split(), normalize_answer(answer).split()
     if version_2 and not (predicted and wanted):
@@ -88,7 +88,7 @@ def score_squad(
 def _best_scores(
     predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], *, version_2: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Exact match and F1 of every predicted question, each the best over its gold answers.
+    """Return exact match and F1 of every predicted question, each the best over its gold answers.
 
     Version 2.0 sets aside gold answers that are empty once normalised; the empty text stands for none at all.
     """
@@ -109,7 +109,7 @@ def _score_version_2(
     no_answer_scores: Mapping[str, float] | None,
     threshold: float,
 ) -> dict[str, float]:
-    """Version 2.0: overall, over questions with and without answers, and at the best thresholds."""
+    """Score by version 2.0: overall, over questions with and without answers, and at the best thresholds."""
     nullness = dict.fromkeys(references, 0.0) if no_answer_scores is None else no_answer_scores
     missing = [id_ for id_ in references if id_ in predictions and id_ not in nullness]
     if missing:
@@ -144,7 +144,7 @@ def _best_threshold(
     references: Mapping[str, Sequence[str]],
     no_answer_scores: Mapping[str, float],
 ) -> tuple[float, float]:
-    """Best percentage that a threshold on the no-answer scores could reach, and the lowest such threshold.
+    """Return the best percentage that a threshold on the no-answer scores could reach, and the lowest such threshold.
 
     Walks up the questions in the order of their no-answer score. At first none is answered, so each without an answer
     counts 1; answering the next adds its score, or takes 1 away where it has no answer and a text was predicted.
