@@ -85,18 +85,6 @@ def test_a_trained_network_multiplies_back_into_a_stock_one(tmp_path):
     torch.testing.assert_close(loaded(pixels).logits, outputs)
 
 
-def test_decay_alone_pulls_the_kernel_back_to_that_of_one_factor(tmp_path):
-    conv, kernel = parametrized({"in_channels": 2, "out_channels": 5, "kernel_size": 3})
-    W, D = conv.parametrizations.weight.original0, conv.parametrizations.weight.original1
-    torch.nn.init.normal_(D)
-    optimizer = torch.optim.SGD([D], lr=0.5, weight_decay=1.0)
-    D.grad = torch.zeros_like(D)
-    for _ in range(40):
-        optimizer.step()
-    torch.testing.assert_close(conv.weight, kernel)
-    assert torch.equal(W.view_as(kernel), kernel)
-
-
 def test_going_on_from_a_checkpoint_equals_never_having_stopped(tmp_path):
     first, again = tiny_resnet(), tiny_resnet(seed=5)
     over_parametrize_(first)

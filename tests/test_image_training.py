@@ -137,8 +137,3 @@ def test_what_follows_from_other_options_is_not_written(tmp_path):
         "factor_decay",
         "dense_steps",
     } & set(written)
-
-
-@pytest.mark.parametrize(("optim", "mode"), [("sgd", "coupled"), ("adamw_torch", "decoupled"), ("flambe", "decoupled")])
-def test_frobenius_decay_is_applied_as_the_optimizer_does_with_ordinary_decay(tmp_path, optim, mode):
-    assert arguments(tmp_path, optim=optim).frobenius_mode == mode

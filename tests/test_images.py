@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hf_fnl.vision.image_batches import ImageOptions
-from hf_fnl.vision.images import embedded_digits, load_images, resize_and_crop, to_array
+from hf_fnl.vision.images import embedded_digits, load_images, resize_and_crop
 
 CLASSES = ["ant", "bee", "cow"]
 LABELS = [2, 0, 1, 1, 0, 2, 2]
@@ -138,19 +138,6 @@ def test_held_out_classes_get_the_numbers_of_training(training, held_out, labels
     assert (records.labels.tolist(), records.class_names) == (labels, training)
 
 
-@pytest.mark.parametrize(
-    ("mode", "num_channels", "expected"),
-    [
-        pytest.param("L", None, (1, 7, 5), id="gray"),
-        pytest.param("RGB", None, (3, 7, 5), id="color"),
-        pytest.param("L", 3, (3, 7, 5), id="gray-to-color"),
-        pytest.param("RGB", 1, (1, 7, 5), id="color-to-gray"),
-    ],
-)
-def test_to_array(mode, num_channels, expected):
-    assert to_array(picture(0, mode=mode), num_channels=num_channels).shape == expected
-
-
 @pytest.mark.parametrize(("mode", "decoded"), [("1", "L"), ("LA", "L"), ("P", "RGB"), ("RGBA", "RGB"), ("CMYK", "RGB")])
 def test_all_modes_become_gray_or_color(mode, decoded, tmp_path):
     path = tmp_path / "train" / "ant" / ("0.tiff" if mode == "CMYK" else "0.png")
@@ -265,11 +252,6 @@ def test_files_that_cannot_be_read(name, content, message, tmp_path):
         load_images(tmp_path / name)
 
 
-def test_a_path_that_does_not_exist():
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder: absent/cifar\.parquet"):
-        load_images("absent/cifar.parquet")
-
-
 def test_an_absent_split(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the test split of .*train"):
         load_images(write_folder(tmp_path), split="test")
@@ -286,20 +268,6 @@ def test_options_load_both_parts(tmp_path):
     assert (len(training), len(held_out)) == (9, 1)
     assert held_out.labels.tolist() in ([0], [1])
     assert (options.crop_padding, options.horizontal_flip) == (4, True)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        pytest.param({"resized_crops": True}, "resized_crops needs image_size", id="no-size"),
-        pytest.param(
-            {"resized_crops": True, "image_size": 9, "crop_padding": 2}, "two ways of cropping", id="two-crops"
-        ),
-    ],
-)
-def test_options_that_contradict_each_other(options, message):
-    with pytest.raises(ValueError, match=message):
-        ImageOptions(**options)
 
 
 def test_one_file_is_not_evaluated_on_by_default(tmp_path):

@@ -50,7 +50,7 @@ def pair() -> tuple[Network, Network]:
     return networks[0], networks[1]
 
 
-@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("t", [0.3, 0.5])
 def test_a_point_of_the_line_is_the_weighted_mean(pair, t):
     first, second = (network.state_dict() for network in pair)
     for name, value in interpolate(first, second, t).items():

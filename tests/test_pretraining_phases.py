@@ -99,12 +99,6 @@ def test_nvidias_recipe_on_so_many_processes(tmp_path, processes, per_device, ac
     assert (args.max_steps, args.gradient_accumulation_steps, args.warmup_steps) == (-1, 1, 0)  # left as they were
 
 
-def test_what_a_phase_leaves_out_is_that_of_the_other_options(tmp_path):
-    args = arguments(tmp_path, max_steps=50, warmup_steps=5, learning_rate=0.1, gradient_accumulation_steps=3)
-    ((_, own),) = plan_phases(["16"], args)
-    assert (own.max_steps, own.warmup_steps, own.learning_rate, own.gradient_accumulation_steps) == (50, 5, 0.1, 3)
-
-
 @pytest.mark.parametrize(
     ("phases", "options", "message"),
     [

@@ -26,7 +26,6 @@ from hf_fnl.vision.pruning import (
     finalize_,
     grasp_scores,
     magnitude_scores,
-    model_loss,
     prune_,
     smart_counts,
     snip_scores,
@@ -126,33 +125,6 @@ def test_grasp_is_weight_times_hessian_times_gradient(count):
     torch.testing.assert_close(torch.cat([score.flatten() for score in scores.values()]), expected)
 
 
-def test_grasp_removes_first_what_raises_the_gradient_flow_most():
-    torch.manual_seed(0)
-    net, (data,) = Parabola().double(), parabolas(1)
-    data = {name: value.double() for name, value in data.items()}
-    masks = choose_masks(net, 10, method="grasp", batches=data, loss=lambda net, part: net.loss(part))
-    w = net.weights().detach()
-
-    def flow(weights: torch.Tensor) -> torch.Tensor:
-        return (data["A"] @ weights + data["b"]).square().sum()
-
-    share = 1e-6  # of a weight, so that the change is one to first order
-    changes = torch.stack([flow(w - share * w * torch.eye(11)[i]) - flow(w) for i in range(11)])
-    removed = torch.cat([mask.flatten() for mask in masks.values()]).logical_not().nonzero()
-    assert removed.tolist() == [[int(changes.argmax())]]
-
-
-def test_the_temperature_of_grasp_divides_the_logits():
-    net, cooled = tiny_net(), tiny_net()
-    for parameter in cooled.head.parameters():
-        parameter.data /= 200
-    below = [grasp_scores(net, batch(), layers=[net.stem, net.middle])]
-    below += [grasp_scores(cooled, batch(), layers=[cooled.stem, cooled.middle], loss=model_loss)]
-    for name in ("stem", "middle"):  # of the weights below the logits it does not matter where the factor stands
-        torch.testing.assert_close(below[0][name], below[1][name], rtol=1e-3, atol=1e-12)
-        assert below[0][name].abs().max() > 1e-9
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("scores", [snip_scores, grasp_scores])
 def test_scoring_leaves_the_model_as_it_was(scores, training):
@@ -168,14 +140,6 @@ def test_scoring_leaves_the_model_as_it_was(scores, training):
     assert torch.equal(torch.get_rng_state(), random_state)
     net.norm.running_mean.normal_()
     assert_same(scores(net, batch()), first)  # neither statistics nor dropout matter
-
-
-def test_random_tickets_follow_their_generator():
-    draws = [
-        choose_masks(tiny_net(), 99, method="random", generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)
-    ]
-    assert_same(draws[0], draws[1])
-    assert not torch.equal(draws[0]["middle"], draws[2]["middle"])
 
 
 def layers_of(sizes: list[int], *, classifier: bool) -> dict[str, nn.Module]:

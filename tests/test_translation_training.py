@@ -114,12 +114,6 @@ def test_epochs_differ(tmp_path):
     assert list(first) != pytest.approx(list(second))
 
 
-def test_the_reported_batch_size_is_in_sentences(tmp_path):
-    trainer = tiny_trainer(tmp_path, gradient_accumulation_steps=2)
-    batches = len(trainer.get_train_dataloader())
-    assert trainer.get_total_train_batch_size(trainer.args) == round(2 * 61 / batches)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

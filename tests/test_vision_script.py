@@ -275,19 +275,6 @@ def test_a_configuration_file_equals_flags(runs, tmp_path, source):
     assert {**written, "output_dir": str(folder)} == read(folder, "run_config.json")
 
 
-def test_real_images(shared_data, tmp_path):
-    if not (shared_data / "cifar10").is_dir():
-        pytest.skip(f"CIFAR-10 not found in {shared_data}")
-    data = {"dataset": shared_data / "cifar10", "max_train_images": 256, "max_eval_images": 101}
-    options = {**FORMS["snip"], **data, "num_train_epochs": 1, "save_strategy": "no"}
-    metrics = train(tmp_path, **options, per_device_train_batch_size=128)
-    assert metrics["train_loss"] > 0
-    assert metrics["eval_accuracy"] * 101 == pytest.approx(round(metrics["eval_accuracy"] * 101))
-    model = load(tmp_path)
-    assert (model.config.num_channels, model.config.image_size, model.config.num_labels) == (3, 32, 10)
-    assert model.config.id2label[9] == "truck"
-
-
 def test_a_classifier_for_other_classes_is_drawn_anew(tmp_path):
     source = stock(tmp_path / "stock", num_labels=7)
     train(tmp_path / "run", init_from=source, learning_rate=1e-9, num_train_epochs=1)
@@ -301,24 +288,10 @@ def test_a_classifier_for_other_classes_is_drawn_anew(tmp_path):
     assert load(tmp_path / "run").config.id2label == {number: str(number) for number in range(10)}
 
 
-def test_what_is_factorized_is_not_factorized_again(runs, tmp_path):
-    folder, _ = runs("rank-scale")
-    with pytest.raises(ValueError, match="is factorized already: leave rank_scale"):
-        train(tmp_path / "run", init_from=folder, rank_scale=0.2)
-
-
-@pytest.mark.parametrize("scheme", ["spatial", "tt"])
+@pytest.mark.parametrize("scheme", ["spatial"])
 def test_the_closest_ratio_that_is_named_can_be_met(tmp_path, scheme):
     with pytest.raises(ValueError, match="the closest ratio is") as caught:
         train(tmp_path / "run", ratio=0.01, conv_scheme=scheme)
     closest = float(str(caught.value).split()[-1])
     metrics = train(tmp_path / "run", ratio=closest, conv_scheme=scheme, max_steps=1)
     assert metrics["parameters"]["ratio"] == pytest.approx(closest, rel=0.01)
-
-
-@pytest.mark.parametrize("other", [{"ratio": 0.5}, {"pruning": "magnitude"}], ids=["ratio", "method"])
-def test_phases_of_another_run_are_not_gone_on_with(runs, tmp_path, other):
-    folder, _ = runs("lottery")
-    run = Path(shutil.copytree(folder, tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"phase-2 holds a phase of a run with pruning .*: choose another output_dir"):
-        train(run, **{**FORMS["lottery"], **other}, resume_from_checkpoint=True)

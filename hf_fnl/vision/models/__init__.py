@@ -4,7 +4,7 @@ They are plain models; :func:`~hf_fnl.surgery.factorize_` makes them low-rank, t
 """
 
 from hf_fnl.vision.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification, CifarResNetModel
-from hf_fnl.vision.models.presets import PRESETS, Preset, inner_convolutions, vision_model
+from hf_fnl.vision.models.presets import PRESETS, inner_convolutions, vision_model
 from hf_fnl.vision.models.vgg import VGGConfig, VGGForImageClassification, VGGModel
 from hf_fnl.vision.models.wide_resnet import WideResNetConfig, WideResNetForImageClassification, WideResNetModel
 
@@ -13,7 +13,6 @@ __all__ = [
     "CifarResNetConfig",
     "CifarResNetForImageClassification",
     "CifarResNetModel",
-    "Preset",
     "VGGConfig",
     "VGGForImageClassification",
     "VGGModel",
