@@ -33,7 +33,6 @@ from hf_fnl.utils.hub import check_source
 from hf_fnl.vision.do_conv import merge_do_conv_, over_parametrize_
 from hf_fnl.vision.image_batches import (
     BatchTransform,
-    ImageFiles,
     ImageOptions,
     ImageTensors,
     keep_on_device,
@@ -56,8 +55,6 @@ OVERCOMPLETE: dict[str, dict[str, Any]] = {
 }
 AT_INITIALIZATION = ("random", "snip", "grasp")
 AFTER_TRAINING = ("magnitude", "lottery")
-
-Images = ImageTensors | ImageFiles
 
 
 @dataclass
@@ -186,8 +183,8 @@ class Session:
             channels_last=options.channels_last,
         ).to(args.device)
 
-    def _placed(self, images: Images) -> Images:
-        """Images on the device, if they are to be there."""
+    def _placed(self, images: ImageData) -> ImageData:
+        """Return images on the device, if they are to be there."""
         if isinstance(images, ImageTensors):
             images = keep_on_device(images, self.args.device, keep=self.options.keep_on_device)
             self.args.dataloader_pin_memory &= not images.pixel_values.is_cuda
