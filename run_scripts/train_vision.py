@@ -33,6 +33,7 @@ from hf_fnl.utils.hub import check_source
 from hf_fnl.vision.do_conv import merge_do_conv_, over_parametrize_
 from hf_fnl.vision.image_batches import (
     BatchTransform,
+    ImageData,
     ImageOptions,
     ImageTensors,
     keep_on_device,
