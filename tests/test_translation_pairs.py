@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import datasets
 import pytest
 from translation_cases import PAIRS
 
+from hf_fnl.tasks import phrases as phrases_module
 from hf_fnl.tasks.phrases import SIZES, embedded_phrases
 from hf_fnl.tasks.translation import load_pairs
 
@@ -187,6 +189,14 @@ def test_embedded_splits_are_repeatable_disjoint_and_aligned():
     assert splits["test"] == embedded_phrases("test")
     swapped = embedded_phrases("test", languages=("en", "de"))
     assert (swapped["source"], swapped["target"]) == (splits["test"]["target"], splits["test"]["source"])
+
+
+def test_the_extra_that_the_phrases_need_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "num2words", None)
+    monkeypatch.setattr(phrases_module, "_phrases", phrases_module._phrases.__wrapped__)
+    monkeypatch.setattr(phrases_module, "_number", phrases_module._number.__wrapped__)
+    with pytest.raises(ImportError, match=r'made by num2words: pip install "hf_fnl\[tasks\]"'):
+        embedded_phrases("test")
 
 
 CLOCK = [
