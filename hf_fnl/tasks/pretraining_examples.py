@@ -53,7 +53,7 @@ class PretrainingOptions:
 
 
 class Vocabulary(NamedTuple):
-    """The ids of a tokenizer that pairing and masking need; arrays are indexed by token id."""
+    """Ids of a tokenizer's vocabulary that pairing and masking need; arrays are indexed by token id."""
 
     cls_id: int
     sep_id: int

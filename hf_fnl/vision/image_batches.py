@@ -28,7 +28,7 @@ RESIZED_TO_CROPPED = 256 / 224  # Krizhevsky et al. 2012, Sec. 2 and 4.1
 
 @dataclass
 class ImageOptions:
-    """The images to train and to evaluate on."""
+    """Options for the images to train and to evaluate on."""
 
     dataset: str = field(default="digits", metadata={"help": "Hub id, parquet file, folder, or digits."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -256,7 +256,7 @@ def keep_on_device(images: ImageTensors, device: torch.device, *, keep: str = "a
 
 
 def single_batch(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collator for data sets whose ``__getitems__`` returns a list of one batch."""
+    """Return the one batch of a list, a collator for data sets whose ``__getitems__`` makes such lists."""
     (batch,) = batches
     return batch
 

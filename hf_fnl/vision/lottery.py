@@ -27,14 +27,14 @@ def train_in_rounds(
     rewind: bool = True,
     layers: Collection[nn.Module] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Train a network, prune the weights that ended smallest, and train what is left, ``rounds`` times over.
+    """Train a network, prune the weights that ended smallest, and train the others, ``rounds`` times over.
 
-    Each round leaves the same share ``(keep / weights)^(1 / rounds)`` of the weights that the one before it left.
-    ``rewind`` makes it iterative magnitude pruning (Frankle & Carbin 2019): all that is left goes back to its initial
+    Each round keeps the same share ``(keep / weights)^(1 / rounds)`` of the weights that the one before it kept.
+    ``rewind`` makes it iterative magnitude pruning (Frankle & Carbin 2019): what is kept goes back to its initial
     value before it is trained, so that the last training is that of the ticket. Without it training goes on from where
     it was: pruning with fine-tuning (Renda et al. 2020).
 
-    The trainings, one more than rounds, are the phases of the run. In the output folder of its trainer each leaves the
+    The trainings, one more than rounds, are the phases of the run. In the output folder of its trainer each writes the
     model, with plain weights and exact zeros, its ``trainer_state.json`` and ``metrics.json``. A phase that has these
     is not run again, and one that was broken off goes on from its newest checkpoint: call this with a model of the same
     initial weights, and ``resume_from_checkpoint="true"`` in the arguments.
@@ -66,8 +66,8 @@ def train_in_rounds(
     setting = {"keep": keep, "rounds": rounds, "rewind": rewind}
     metrics = {"phase-1": _run_phase(make_trainer(model, 1), None)}
     for number in range(1, rounds + 1):
-        left = round(total * (keep / total) ** (number / rounds))
-        masks = choose_masks(model, left, method="magnitude", layers=layers)
+        remaining = round(total * (keep / total) ** (number / rounds))
+        masks = choose_masks(model, remaining, method="magnitude", layers=layers)
         if rewind:
             model.load_state_dict(initial)
         apply_masks_(model, masks)
