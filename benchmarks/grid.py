@@ -17,6 +17,8 @@ A plan is ``benchmarks/plans/PLAN.yaml``::
     later                   cells that begin only after all seeds of the others
     slots                   how many of the workers one run takes (1 unless given)
     together                how many runs one process trains at once on a GPU, for a program that can (1 unless given)
+    curves                  quantities of the history that benchmarks.results_page draws
+    remark                  what is to be said of the results, on that page
 
 A program is called with its options and ``--seed S --out FOLDER --device D --data DIR``, and ``--deadline UNIXTIME``
 where time is limited. At its end it writes ``result.json`` with ``measures``. At the deadline, or at SIGTERM, it may
@@ -69,6 +71,8 @@ FIELDS = {
     "slots",
     "later",
     "together",
+    "curves",
+    "remark",
 }
 RESULT, CHECKPOINT, STATE = "result.json", "checkpoint.pt", "run.json"
 SEVERAL = "several.json"
@@ -104,6 +108,8 @@ class Plan:
     slots: int = 1
     later: Sequence[str] = ()
     together: int = 1
+    curves: Sequence[str] = ()
+    remark: str = ""
 
 
 def read_plan(name: str, changes: Mapping[str, Any] | None = None) -> Plan:
