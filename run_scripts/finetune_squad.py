@@ -23,7 +23,6 @@ from hf_fnl.tasks.squad_evaluation import answer_questions
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
-from hf_fnl.training.packing import PACKED_LENGTH_HELP, PACKING_HELP, check_packing, packing_collator
 from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
 
 
@@ -39,8 +38,6 @@ class DataOptions:
     max_train_questions: int | None = field(default=None, metadata={"help": "Take the first so many."})
     max_eval_questions: int | None = field(default=None, metadata={"help": "Take the first so many."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    packing: bool = field(default=False, metadata={"help": PACKING_HELP})
-    packed_length: int | None = field(default=None, metadata={"help": PACKED_LENGTH_HELP})
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "max_train_questions", "max_eval_questions", "num_proc")
@@ -64,14 +61,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = load_pretrained("model", data.model, AutoModelForQuestionAnswering, is_trained=False)
     check_length("max_seq_length", options.max_seq_length, model, tokenizer)
     train, examples = data.questions("train"), data.questions("eval")
-    packed = packing_collator(tokenizer, options.max_seq_length, packing=data.packing, packed_length=data.packed_length)
-    collator = packed or DataCollatorWithPadding(tokenizer)
-    check_packing(collator, model, args)
     trainer = FLAMBeTrainer(
         model,
         args,
         train_dataset=build_squad_features(train, tokenizer, options, train=True, num_proc=data.num_proc),
-        data_collator=collator,
+        data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
     announce(trainer)

@@ -28,13 +28,6 @@ from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
 from hf_fnl.training.engines import let_go
-from hf_fnl.training.packing import (
-    PACKED_LENGTH_HELP,
-    PACKING_HELP,
-    PackingCollator,
-    check_packing,
-    packing_collator,
-)
 from hf_fnl.training.runs import (
     FACTOR_INIT_HELP,
     announce,
@@ -75,8 +68,6 @@ class DataOptions(DocumentOptions):
     next_sentence: bool = field(default=True, metadata={"help": "False: masked language modelling only (RoBERTa)."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
     whole_word_mask: bool = field(default=False, metadata={"help": "Mask all pieces of a word together."})
-    packing: bool = field(default=False, metadata={"help": PACKING_HELP})
-    packed_length: int | None = field(default=None, metadata={"help": PACKED_LENGTH_HELP})
 
 
 def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> PreTrainedModel:
@@ -112,12 +103,6 @@ def check_lengths(phases: list[tuple[Phase, FLAMBeTrainingArguments]], longest: 
         raise UsageError(f"phases: the model's max_position_embeddings is {longest}, got a length of {too_long[0]}")
 
 
-def build_collator(phase: Phase, data: DataOptions, tokenizer: Any) -> PretrainingCollator | PackingCollator:
-    """What makes batches of a phase, padded or packed."""
-    packed = packing_collator(tokenizer, phase.length, packing=data.packing, packed_length=data.packed_length)
-    return packed or PretrainingCollator(tokenizer)
-
-
 def train_phase(
     phase: Phase, model: PreTrainedModel, tokenizer: Any, data: DataOptions, args: FLAMBeTrainingArguments, folder: str
 ) -> tuple[dict[str, Any], FLAMBeTrainer]:
@@ -140,7 +125,7 @@ def train_phase(
         args,
         train_dataset=build_pretraining_dataset(documents, tokenizer, options, num_proc=data.num_proc),
         eval_dataset=validation,
-        data_collator=build_collator(phase, data, tokenizer),
+        data_collator=PretrainingCollator(tokenizer),
         compute_metrics=masked_metrics,
         preprocess_logits_for_metrics=masked_sums,
     )
@@ -175,8 +160,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             tokenizer = train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
     model = build_model(options, data.next_sentence, tokenizer)
     check_lengths(phases, model.config.max_position_embeddings)
-    for phase, _ in phases:
-        check_packing(build_collator(phase, data, tokenizer), model, args)
     metrics: dict[str, Any] = {"parameters": parameter_count(model)}
     saved = dataclasses.replace(options, init_from=args.output_dir)
     for number, (phase, own) in enumerate(phases, start=1):

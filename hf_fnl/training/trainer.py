@@ -27,7 +27,6 @@ from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.finite import FiniteSteps
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
-from hf_fnl.training.packing import check_packing
 from hf_fnl.training.profiling import StepProfiler
 from hf_fnl.training.schedules import schedule_of
 from hf_fnl.training.stream_trainer import StreamingTrainer
@@ -134,8 +133,8 @@ class FLAMBeTrainer(StreamingTrainer):
     Raises:
         ValueError: If the model has no product of a kind in ``args.frobenius_decay``; an optimizer is given whose
             parameters surgery has replaced, now or when the training begins; only one of ``dense_steps`` and
-            ``factorize`` is given; ``dense_steps`` meets what cannot follow it: an optimizer that was built before,
-            ``model_init``, DeepSpeed or FSDP; or batches are packed that the model would not keep apart.
+            ``factorize`` is given; or ``dense_steps`` meets what cannot follow it: an optimizer that was built before,
+            ``model_init``, DeepSpeed or FSDP.
     """
 
     lr_scheduler: LRScheduler | None
@@ -156,7 +155,6 @@ class FLAMBeTrainer(StreamingTrainer):
         unwrapped = self.accelerator.unwrap_model(self.model)
         if self.optimizer is not None:
             check_current(self.optimizer, unwrapped)
-        check_packing(self.data_collator, unwrapped, args)
         if _averages_over_its_own_batch(unwrapped):
             self.model_accepts_loss_kwargs = False
         self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters

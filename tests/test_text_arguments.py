@@ -1,0 +1,24 @@
+"""How many processes prepare data beside a training."""
+
+import pytest
+
+from hf_fnl.tasks.arguments import TextTrainingArguments, default_workers
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cores", "processes", "workers"),
+    [(False, 16, 1, 0), (True, 16, 1, 2), (True, 16, 8, 1), (True, 8, 8, 0)],
+    ids=["cpu", "gpu", "few cores", "no core to spare"],
+)
+def test_data_is_prepared_beside_the_training_where_a_gpu_would_wait(monkeypatch, gpu, cores, processes, workers):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert default_workers(use_cpu=False) == workers
+    assert default_workers(use_cpu=True) == 0
+
+
+@pytest.mark.parametrize(("given", "workers"), [({}, 0), ({"dataloader_num_workers": 7}, 7)], ids=["default", "given"])
+def test_the_number_of_workers_that_is_given_stays(tmp_path, given, workers):
+    args = TextTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given)
+    assert args.dataloader_num_workers == workers
