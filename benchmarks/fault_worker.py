@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 from transformers import trainer as transformers_trainer
 
-from benchmarks.two_processes import free_port
+from benchmarks.ports import free_port
 
 ROOT = Path(__file__).parents[1]
 # What accelerate calls the engines; where it cannot have one it takes another without a word.

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.two_processes import free_port
+from benchmarks.ports import free_port
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["datasets", "torch.distributed", "hf_fnl.training.trainer"])

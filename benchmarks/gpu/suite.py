@@ -44,7 +44,6 @@ SECONDS = {
     "vision": 40,
     "loading": 25,
     "data": 20,
-    "sharded": 20,
 }
 ATTEMPTS: tuple[tuple[str, bool], ...] = (("full", True), ("quick", True), ("quick", False))  # size, sweeps
 OUT_OF_TIME = "out of time"

@@ -6,18 +6,24 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.house.timing import interleave
-from hf_fnl.planning import flops  # which also lets torch count the products that are added in place
+from hf_fnl.planning import flop_counter
 
+_WIDTHS = {"cpu": (512, 1024), "cuda": (4096, 8192)}  # of square matrices
 _COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes: far more than any cache holds
 _ROUNDS = 7
 
 
+@lru_cache
 def matrix_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
     """Operations a second of the fastest product of two square matrices, a multiplication and an addition each."""
-    return flops.matrix_rate(torch.device(device), dtype)
+    rates = []
+    for width in _WIDTHS[torch.device(device).type]:
+        a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+        seconds = interleave({"product": lambda a=a, b=b: a @ b}, device, rounds=_ROUNDS)["product"]
+        rates.append(2 * width**3 / min(seconds))
+    return max(rates)
 
 
 @lru_cache
@@ -35,6 +41,6 @@ def count_flops(step: Callable[[], object]) -> int:
     Fused attention is counted only as far as torch knows its kernel: on a CPU let a model run with
     ``model.set_attn_implementation("eager")``.
     """
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         step()
     return counter.get_total_flops()

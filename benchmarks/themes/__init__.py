@@ -12,5 +12,4 @@ NAMES = (
     "loading",
     "data",
     "memory",
-    "sharded",
 )

@@ -14,7 +14,6 @@ import typer
 from typer.core import TyperGroup
 
 from hf_fnl.cli.plan import plan
-from hf_fnl.cli.profile import profile
 from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, share_left, size_change, sort_rows
 from hf_fnl.cli.terminal import session, usage
 from hf_fnl.utils.suggest import did_you_mean
@@ -319,13 +318,9 @@ def report(
 
 
 app.command(
-    short_help="Say what training a model costs on N GPUs.",
-    epilog="Example: hf-fnl plan bert-large --gpus 64 --engine fsdp2 --memory 24",
+    short_help="Say what training a model costs.",
+    epilog="Example: hf-fnl plan bert-large --ffn-rank 256 --ov-rank 32 --gpus 64 --memory 24",
 )(plan)
-app.command(
-    short_help="Say where the time of training goes.",
-    epilog="Example: hf-fnl profile bert-base --ffn-rank 192 --bf16 --compile --json profile.json",
-)(profile)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

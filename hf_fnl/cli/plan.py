@@ -1,19 +1,18 @@
-"""``hf-fnl plan``: its options, and a plan as a person reads it."""
+"""``hf-fnl plan``: its options, and what they print."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_fnl.cli.tables import share_left
 from hf_fnl.cli.terminal import option, session, usage
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hf_fnl.planning import Plan
-
-GIB, MIB = 2**30, 2**20
 _RANKS = "Ranks"
 
 
@@ -26,101 +25,91 @@ def plan(
             "config.json.",
         ),
     ],
-    gpus: Annotated[int, option("gpus", "All GPUs of the run.", min=1)] = 1,
-    engine: Annotated[str, option("engine", "ddp, zero1, zero2, hsdp, fsdp2 or zero3.")] = "ddp",
-    gpus_per_node: Annotated[int, option("gpus-per-node", "GPUs of a machine.", min=1)] = 8,
-    nodes: Annotated[
-        int | None, option("nodes", "Machines; then --gpus is their number times --gpus-per-node.", min=1)
-    ] = None,
-    batch_size: Annotated[int, option("batch-size", "Sequences of a GPU in a forward pass.", min=1)] = 8,
+    processes: Annotated[int, option("processes", "One for each GPU.", also="gpus", min=1)] = 1,
+    batch_size: Annotated[int, option("batch-size", "Sequences of a process in a forward pass.", min=1)] = 8,
     sequence_length: Annotated[int, option("sequence-length", "Tokens of a sequence.", min=1)] = 128,
-    accumulation: Annotated[int, option("accumulation", "Forward passes of a step.", min=1)] = 1,
     dtype: Annotated[str, option("dtype", "fp32, or bf16 for mixed precision.")] = "bf16",
-    optimizer: Annotated[str, option("optimizer", "flambe, lamb or adamw_torch.")] = "flambe",
-    frobenius_decay: Annotated[
-        str, option("frobenius-decay", "Kinds of products that flambe decays, with commas between.")
-    ] = "ov",
-    offload: Annotated[bool, option("offload", "State of the optimizer in the memory of the host.")] = False,
     checkpointing: Annotated[bool, option("checkpointing", "Compute activations twice to keep fewer.")] = False,
-    memory: Annotated[float | None, option("memory", "GiB of a GPU: does it fit, and which engine does?")] = None,
+    memory: Annotated[float | None, option("memory", "GiB of a GPU: which engines fit, with a tenth to spare?")] = None,
+    ratio: Annotated[
+        float | None,
+        option("ratio", "Share of all parameters that stay; linear layers are factorized.", _RANKS, min=0.0, max=1.0),
+    ] = None,
     qk_rank: Annotated[int | None, option("qk-rank", "Of each head's query-key product.", _RANKS, min=1)] = None,
     ov_rank: Annotated[int | None, option("ov-rank", "Of each head's output-value product.", _RANKS, min=1)] = None,
     ffn_rank: Annotated[int | None, option("ffn-rank", "Of the feed-forward matrices.", _RANKS, min=1)] = None,
+    qkv_rank: Annotated[int | None, option("qkv-rank", "Of GPT-2's queries, keys and values.", _RANKS, min=1)] = None,
     embedding_rank: Annotated[int | None, option("embedding-rank", "Of the word embedding.", _RANKS, min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """What training a model costs on N GPUs: memory, bytes sent and operations of a step, for one GPU.
+    """What training a model costs: parameters, operations of a step, and memory of a process under every engine.
 
-    The model is built without weights; nothing is downloaded and no GPU is needed. What PyTorch itself and its
-    allocator take comes on top: --memory reserves a tenth.
+    A factorized model stands beside the dense one. The model is built without weights; nothing is downloaded and no
+    GPU is needed. The formulas are in hf_fnl/planning.py.
     """
-    if nodes is not None and gpus not in (1, nodes * gpus_per_node):
-        raise typer.BadParameter(f"{nodes} nodes of {gpus_per_node} GPUs are not --gpus {gpus}; leave one of them out")
+    ranks: dict[str, Any] = {
+        "qk_rank": qk_rank,
+        "ov_rank": ov_rank,
+        "ffn_rank": ffn_rank,
+        "qkv_rank": qkv_rank,
+        "embedding_rank": embedding_rank,
+    }
     with session(as_json=as_json, debug=debug) as terminal:
-        import hf_fnl.planning as planning
+        from hf_fnl import planning
 
         with usage():
             setup = planning.Setup(
-                engine=engine,
-                gpus=gpus if nodes is None else nodes * gpus_per_node,
-                gpus_per_node=gpus_per_node,
+                processes=processes,
                 batch_size=batch_size,
                 sequence_length=sequence_length,
-                accumulation=accumulation,
                 dtype=dtype,
-                optimizer=optimizer,
-                frobenius_decay=tuple(filter(None, frobenius_decay.replace(" ", "").split(","))),
-                offload=offload,
                 checkpointing=checkpointing,
             )
-        ranks = {"qk_rank": qk_rank, "ov_rank": ov_rank, "ffn_rank": ffn_rank, "embedding_rank": embedding_rank}
-        found = planning.plan(
-            lambda: planning.meta_model(model, **ranks), setup, limit=None if memory is None else memory * GIB
+        asked = planning.meta_model(model, ratio=ratio, **ranks)
+        dense = planning.meta_model(model, dense=True)
+        models = {"dense": dense}
+        if sum(p.numel() for p in asked.parameters()) != sum(p.numel() for p in dense.parameters()):
+            models["factorized"] = asked
+        found = {}
+        for name, each in models.items():
+            cost = planning.cost_of(each, setup)
+            held = {engine: planning.memory_of(cost, setup, engine) for engine in planning.ENGINES}
+            found[name] = {
+                **asdict(cost),
+                "memory": {engine: asdict(parts) | {"total": parts.total} for engine, parts in held.items()},
+            }
+        options = {name: rank for name, rank in (ranks | {"ratio": ratio}).items() if rank is not None}
+        terminal.show(
+            {"model": model, "ranks": options, "setup": asdict(setup), **found},
+            f"{model}: {processes} processes, {batch_size} x {sequence_length} tokens in each, {dtype}\n",
+            _step(found),
+            "",
+            _memory(found, planning.GIB, memory),
         )
-        terminal.show({"model": model, "ranks": ranks, **found.as_dict()}, *_views(model, found))
 
 
-def _views(model: str, found: Plan) -> list[Any]:
-    setup = found.setup
-    title = f"{model}: {found.facts.parameters:,} parameters, {setup.engine} on {setup.gpus} GPUs, {setup.dtype}"
-    views: list[Any] = [title, "", _memory(found), "", _traffic(found), "", _flops(found)]
-    return views if found.limit is None else [*views, "", _verdict(found)]
-
-
-def _memory(found: Plan) -> Table:
-    table = _table("memory of a GPU", "GiB")
-    held = found.memory
-    for name in ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace"):
-        table.add_row(name, f"{getattr(held, name) / GIB:.2f}")
-    table.add_row("at the peak", f"{held.total / GIB:.2f}", style="bold")
-    if held.host:
-        table.add_row("in the host's memory", f"{held.host / GIB:.2f}")
+def _step(found: dict[str, Any]) -> Table:
+    table = _table("a step of a process", *found)
+    dense = found["dense"]["parameters"]
+    table.add_row("parameters", *(f"{each['parameters']:,}" for each in found.values()))
+    table.add_row("share left", *(share_left(each["parameters"] / dense) for each in found.values()))
+    for name in ("forward", "backward"):
+        table.add_row(f"{name}, GFLOPs", *(f"{each[name] / 1e9:,.1f}" for each in found.values()))
     return table
 
 
-def _traffic(found: Plan) -> Table:
-    table = _table("sent by a GPU in a step", "how", "tensors, MiB", "sent, MiB")
-    for message in found.messages:
-        how = f"{message.collective} of {message.group}"
-        table.add_row(message.purpose, how, f"{message.payload / MIB:,.3f}", f"{message.sent / MIB:,.3f}")
-    table.add_row("all", "", "", f"{sum(m.sent for m in found.messages) / MIB:,.3f}", style="bold")
+def _memory(found: dict[str, Any], gib: int, limit: float | None) -> Table:
+    """A row for each engine and model: what a process holds, in GiB."""
+    names = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
+    table = _table("memory of a process, GiB", "", *names, *([] if limit is None else [f"fits {limit:g}"]))
+    for engine in next(iter(found.values()))["memory"]:
+        for number, (form, each) in enumerate(found.items()):
+            parts = each["memory"][engine]
+            fits = [] if limit is None else ["yes" if parts["total"] <= 0.9 * limit * gib else "no"]
+            shown = (f"{parts[name] / gib:.2f}" for name in names)
+            table.add_row("" if number else engine, form, *shown, *fits)
     return table
-
-
-def _flops(found: Plan) -> Table:
-    table = _table("operations of a step", "GFLOPs, all GPUs", "GFLOPs, each")
-    for name, count in (*found.flops.items(), ("all", sum(found.flops.values()))):
-        table.add_row(name, f"{count / 1e9:,.1f}", f"{count / 1e9 / found.setup.gpus:,.1f}")
-    return table
-
-
-def _verdict(found: Plan) -> str:
-    assert found.limit is not None
-    fits = "fits" if found.fits else "does not fit"
-    smallest = f"{found.smallest} is the first that does" if found.smallest else "no engine does; take fewer sequences"
-    engines = "" if found.fits and found.smallest == found.setup.engine else f"; from ddp to zero3, {smallest}"
-    return f"{found.setup.engine} {fits} into {found.limit / GIB:g} GiB, a tenth of which is reserved{engines}"
 
 
 def _table(*columns: str) -> Table:
@@ -128,5 +117,5 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number and column != "how" else "left")
+        table.add_column(column, justify="right" if number and column else "left")
     return table

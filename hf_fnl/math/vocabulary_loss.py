@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class _SummedLoss(torch.autograd.Function):
         ignore_index: int,
     ) -> tuple[Tensor, ...]:
         device = rows.device.type
-        is_autocast = torch.is_autocast_enabled(device)
+        is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_autocast else torch.promote_types(rows.dtype, weight.dtype)
         # A graph of torch.compile that held the loop would have been made for one number of chunks.
         compute = _summed_loss_op if torch.compiler.is_compiling() else _summed_loss
@@ -167,7 +168,8 @@ def _summed_loss(
     for sums in (total, d_weight, d_bias):
         sums.zero_()
     x, w, b = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(rows.device.type, enabled=False):
+    can_cast = torch.amp.is_autocast_available(rows.device.type)
+    with torch.autocast(rows.device.type, enabled=False) if can_cast else nullcontext():
         for start in range(0, len(rows), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = F.linear(x[chunk], w, b)

@@ -15,6 +15,7 @@ from hf_fnl.attention.selectors import KINDS, PARTS, Selector
 from hf_fnl.layers import keep_narrow
 from hf_fnl.optim.frobenius_decay import MODES
 from hf_fnl.optim.groups import FACTOR_DECAYS
+from hf_fnl.training.profiling import parse_steps
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
 NONFINITE_ACTIONS = ("stop", "skip")
@@ -92,12 +93,12 @@ class FLAMBeTrainingArguments(TrainingArguments):
         default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
     )
 
-    profile_steps: int = field(
-        default=0, metadata={"help": "Say where the time of so many steps goes (profile.json, and a table); 0: none."}
-    )
-    profile_after: int = field(default=3, metadata={"help": "Steps before those that are profiled."})
-    profile_trace: str | None = field(
-        default=None, metadata={"help": "File of a Chrome trace of two further steps, by torch.profiler."}
+    profile_steps: str | None = field(
+        default=None,
+        metadata={
+            "help": "Profile N steps, or those of the numbers FROM:TO: a table and a Chrome trace, profile.txt and "
+            "profile_trace.json in output_dir."
+        },
     )
 
     dense_steps: int = field(default=0, metadata={"help": "Steps before the model is factorized; 0: none."})
@@ -210,16 +211,11 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"warmup_start={self.warmup_start} needs warmup_steps, after which the rate goes down")
 
     def _check_profile(self) -> None:
-        for name in ("profile_steps", "profile_after"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.profile_steps and 0 < self.max_steps <= self.profile_after:
-            raise ValueError(
-                f"profile_steps={self.profile_steps}: no step is left to profile, because profile_after="
-                f"{self.profile_after} is not below max_steps={self.max_steps}"
-            )
-        if self.profile_trace is not None and not self.profile_steps:
-            raise ValueError(f"profile_trace={self.profile_trace} needs profile_steps, after which it is taken")
+        if self.profile_steps is None:
+            return
+        first, _, _ = parse_steps(self.profile_steps)
+        if 0 < self.max_steps < first:
+            raise ValueError(f"profile_steps={self.profile_steps} begins at step {first} of {self.max_steps}")
 
     def _check_dense_steps(self) -> None:
         if self.dense_steps < 0:

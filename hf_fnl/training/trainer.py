@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.profiler import record_function
 from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -27,7 +28,7 @@ from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.finite import FiniteSteps
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
-from hf_fnl.training.profiling import StepProfiler
+from hf_fnl.training.profiling import DECAY, FORWARD, PASSES, ProfilerCallback
 from hf_fnl.training.schedules import schedule_of
 from hf_fnl.training.stream_trainer import StreamingTrainer
 from hf_fnl.utils.suggest import listed
@@ -168,20 +169,13 @@ class FLAMBeTrainer(StreamingTrainer):
         if args.diagnostics_steps:
             self.add_callback(self._diagnostics)
         self._watch_products()
-        self.profiler: StepProfiler | None = None
-        if args.profile_steps:
-            steps, after, trace = args.profile_steps, args.profile_after, args.profile_trace
-            self.profiler = StepProfiler(self, steps=steps, after=after, trace=trace)
-            self.add_callback(self.profiler)
+        if args.profile_steps is not None:
+            self.add_callback(ProfilerCallback(args.profile_steps))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers."""
-        try:
-            with tied_are_not_missing(self.accelerator.unwrap_model(self.model)):
-                return super().train(*args, **kwargs)
-        finally:
-            if self.profiler is not None:
-                self.profiler.remove()
+        with tied_are_not_missing(self.accelerator.unwrap_model(self.model)):
+            return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Transformers, beside a loss with the number of steps that were skipped, if any."""
@@ -212,11 +206,13 @@ class FLAMBeTrainer(StreamingTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As in Transformers; coupled Frobenius decay is added to the gradients of an update, before any clipping."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with record_function(PASSES):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._finite.note(loss)
         if self._coupled is not None and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler
-            self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
+            with record_function(DECAY):
+                self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
         return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -325,7 +321,8 @@ class FLAMBeTrainer(StreamingTrainer):
 
         Under DeepSpeed its gradient alone is added where the mode is ``coupled``.
         """
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with record_function(FORWARD):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self._penalized and model.training):
             return result
         penalty = self._penalty(model)
@@ -337,7 +334,8 @@ class FLAMBeTrainer(StreamingTrainer):
         return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
 
     def _penalty(self, model: nn.Module) -> Tensor:
-        return frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
+        with record_function(DECAY):
+            return frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
 
 
 def _averages_over_its_own_batch(model: nn.Module) -> bool:
