@@ -56,7 +56,7 @@ def plan(
         "embedding_rank": embedding_rank,
     }
     with session(as_json=as_json, debug=debug) as terminal:
-        from hf_fnl import planning
+        import hf_fnl.planning as planning
 
         with usage():
             setup = planning.Setup(
