@@ -18,10 +18,11 @@ zero3     ``w P / n`` ``w P / n``  ``12 P / n``     ``w (R + 2 L)``
 ========= =========== ============ ================ ================================
 
 beside ``A``. Weights that are not trained count among the weights only; under bf16 DDP has ``2 P`` more, the copies of
-autocast, which also keeps norms in fp32, not counted here. The optimizer is LAMB, FLAMBe or AdamW: two moments in fp32, and DeepSpeed's own fp32 weights. FSDP2 gathers a
-layer, the next one and what lies in none, and has as much of gradients until they are divided. With activation
-checkpointing ``A`` is the inputs of the layers, what is kept outside of them, and one layer, and the backward pass
-repeats the forward pass of the layers. What PyTorch itself takes and fragments of its allocator come on top.
+autocast, which also keeps norms in fp32, not counted here. The optimizer is LAMB, FLAMBe or AdamW: two moments in fp32,
+and DeepSpeed's own fp32 weights. FSDP2 gathers a layer, the next one and what lies in none, and has as much of
+gradients until they are divided. With activation checkpointing ``A`` is the inputs of the layers, what is kept outside
+of them, and one layer, and the backward pass repeats the forward pass of the layers. What PyTorch itself takes and
+fragments of its allocator come on top.
 """
 
 from __future__ import annotations
