@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model,
         args,
         factorize=factorize,
-        train_dataset=build_blocks(documents, tokenizer, block_size=block_size, num_proc=data.num_proc, seed=args.seed),
+        train_dataset=build_blocks(documents, tokenizer, block_size=block_size, num_proc=data.num_proc),
         eval_dataset=held_out,
         data_collator=default_data_collator,
         compute_metrics=functools.partial(causal_metrics, num_words=held_out.num_words) if held_out else None,

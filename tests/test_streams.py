@@ -1,149 +1,206 @@
-"""Streams: whoever reads them, and however often the readers change, no record is used twice or never."""
+"""Streams: whoever reads them, no example is used twice or never in a pass, and a run goes on where it stopped."""
 
 from __future__ import annotations
 
-import random
-from itertools import product
+import gzip
+import json
+from itertools import chain, islice
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
-from stream_cases import Processes, Records, flat, stack
+import torch
+from launching import launch
+from stream_cases import COUNT, TRAINED, Recorder, stream
+from training_cases import losses, tiny_model
 
-from hf_fnl.training import stream_loader
-from hf_fnl.training.stream_loader import StreamLoader
-from hf_fnl.training.streaming import Reader
+from hf_fnl import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.tasks.documents import load_documents
+from hf_fnl.training import streaming
+from hf_fnl.training.streaming import stream_loader
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:.*worker processes:UserWarning")
-SIZES = {
-    "even": [5] * 8,
-    "odd": [7, 1, 4, 13, 2, 3, 11],
-    "some empty": [0, 6, 0, 1, 9, 0, 4, 2, 0, 5, 3],
-    "one": [17],
+TEXTS = [f"Number {number} begins here. It goes on to its end." for number in range(23)]
+
+
+def lines(texts) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+WRITERS = {
+    "a.txt": lambda path, texts: path.write_text("\n\n".join(texts)),
+    "a.jsonl": lambda path, texts: path.write_text(lines(texts)),
+    "a.json.gz": lambda path, texts: path.write_bytes(gzip.compress(lines(texts).encode())),
+    "a.parquet": lambda path, texts: pyarrow.parquet.write_table(pa.table({"text": texts}), path, row_group_size=5),
 }
 
 
-def everything(sizes, epoch: int = 0) -> list[tuple[int, int, int]]:
-    return [(shard, epoch, index) for shard, size in enumerate(sizes) for index in range(size)]
+# Documents
 
 
-def records(placed) -> list[tuple[int, int, int]]:
-    return [tuple(each.example["record"].tolist()) for each in placed]
+@pytest.mark.parametrize("shards", [1, 4, 7])
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_document_is_in_one_shard(tmp_path, name, files, shards):
+    for number in range(files):
+        WRITERS[name](tmp_path / f"{number}-{name}", TEXTS[number::files])
+    documents = load_documents(tmp_path, streaming=True, shards=shards)
+    assert documents.num_shards >= shards
+    parts = [documents.shard(documents.num_shards, number) for number in range(documents.num_shards)]
+    texts = [[row["text"] for row in part] for part in parts]
+    assert sorted(chain.from_iterable(texts)) == sorted(TEXTS)
+    assert sum(map(bool, texts)) >= shards
+    first = load_documents(tmp_path, streaming=True, shards=shards, limit=11)
+    assert len([*first]) == 11
+    assert {row["text"] for row in first} == {row["text"] for row in load_documents(tmp_path, limit=11)}
 
 
-# Readers
+def test_a_file_that_vanishes_is_named(tmp_path):
+    for number in range(3):
+        WRITERS["a.jsonl"](tmp_path / f"{number}.jsonl", TEXTS[number::3])
+    documents = iter(load_documents(tmp_path, streaming=True, shards=6))
+    next(documents)
+    (tmp_path / "2.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2\.jsonl"):
+        list(documents)
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_a_pass_has_every_record_once_whoever_shares_it_out(sizes):
-    for world, workers in product((1, 2, 3, 5), (1, 2, 3)):
-        readers = [
-            Reader(Records(sizes), rank=rank, world=world, worker=worker, workers=workers, only_epoch=4)
-            for rank, worker in product(range(world), range(workers))
-        ]
-        assert sorted(record for reader in readers for record in records(reader)) == everything(sizes, epoch=4)
+# Loaders
 
 
-def test_processes_have_shards_before_workers_have():
-    counts = [len(Reader(Records([1] * 3), rank=rank, world=3, worker=0, workers=4).shards) for rank in range(3)]
-    assert counts == [1, 1, 1]
+def loader_of(rank: int, world: int, workers: int = 0, batch_size: int = 1, dataset=None):
+    """The loader of a process, whose batches are lists of numbers."""
+    args = SimpleNamespace(
+        process_index=rank, world_size=world, train_batch_size=batch_size, dataloader_num_workers=workers,
+        dataloader_prefetch_factor=None, dataloader_multiprocessing_context=None, dataloader_pin_memory=False,
+    )  # fmt: skip
+    return stream_loader(dataset or stream(), numbers, args)
 
 
-def test_the_order_of_shards_is_drawn_from_seed_and_epoch():
-    def order(seed: int, epoch: int) -> list[int]:
-        return [shard for shard, _, _ in records(Reader(Records([1] * 20, seed), only_epoch=epoch))]
-
-    assert order(1, 0) == order(1, 0)
-    assert len({tuple(order(seed, epoch)) for seed, epoch in product(range(3), range(3))}) == 9
+def numbers(examples: list[dict]) -> list[int]:
+    return [int(example["input_ids"][0]) - 5 for example in examples]
 
 
-def test_a_reader_of_empty_shards_says_so():
-    with pytest.raises(ValueError, match=r"no example in the shards \[1, 3\] of 4: lower stream_shards"):
-        next(iter(Reader(Records([2, 0, 2, 0]), rank=1, world=2)))
+def one_pass(loader) -> list[int]:
+    seen: list[int] = []
+    for (number,) in loader:
+        if number in seen:
+            return seen
+        seen.append(number)
+    return seen
 
 
-# Processes that stop and go on
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_processes_with_shards_of_their_own_share_every_example(world):
+    passes = [one_pass(loader_of(rank, world)) for rank in range(world)]
+    assert sorted(chain.from_iterable(passes)) == [*range(COUNT)]
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_readers_may_change_at_every_stop(seed):
-    chosen = random.Random(seed)
-    sizes = [chosen.choice([1, 2, 5, 9, 14]) for _ in range(chosen.randint(5, 12))]
-    seen, state = [], None
-    while not {*everything(sizes)} <= {*seen}:
-        processes = Processes(Records(sizes), world=chosen.randint(1, 5), state=state)
-        seen += flat(processes.draw(chosen.randint(1, 4)))
-        state = processes.state()
-    assert len(seen) == len({*seen})
-    for shard, size in enumerate(sizes):
-        in_order = [(epoch, index) for number, epoch, index in seen if number == shard]
-        assert in_order == sorted(in_order)
-        assert in_order == [divmod(number, size) for number in range(len(in_order))]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("sizes", [SIZES["odd"], [2, 3, 1]], ids=["odd", "small"])
-def test_the_same_processes_go_on_with_the_same_batches(world, sizes):
-    whole = Processes(Records(sizes), world).draw(15)
-    for stop in range(15):
-        broken_off = Processes(Records(sizes), world)
-        broken_off.draw(stop)
-        resumed = Processes(Records(sizes), world, state=broken_off.state())
-        assert resumed.draw(15 - stop) == [batches[stop:] for batches in whole]
-        assert all(loader.batches == 15 for loader in resumed.loaders)
+def test_more_processes_than_shards_take_turns():
+    in_turn = zip(*(loader_of(rank, 7) for rank in range(7)), strict=True)
+    drawn = list(chain.from_iterable(chain.from_iterable(islice(in_turn, 7))))
+    assert sorted(drawn[:COUNT]) == sorted(drawn[COUNT : 2 * COUNT]) == [*range(COUNT)]
 
 
 @FORKS
-@pytest.mark.parametrize("stop", [1, 2, 4, 5])
-def test_the_same_workers_go_on_with_the_same_batches_in_their_turn(stop):
-    whole = Processes(Records(SIZES["odd"]), 1, workers=3).draw(9)
-    broken_off = Processes(Records(SIZES["odd"]), 1, workers=3)
-    broken_off.draw(stop)
-    resumed = Processes(Records(SIZES["odd"]), 1, workers=3, state=broken_off.state())
-    assert resumed.draw(9 - stop) == [batches[stop:] for batches in whole]
+def test_workers_share_the_shards_of_a_process():
+    loaders = [loader_of(rank, 2, workers=4) for rank in range(2)]
+    assert [loader.num_workers for loader in loaders] == [3, 2]
+    drawn = [set(chain.from_iterable(islice(loader, 30))) for loader in loaders]
+    assert not drawn[0] & drawn[1]
+    assert drawn[0] | drawn[1] == {*range(COUNT)}
 
 
 @FORKS
-def test_what_workers_read_ahead_is_not_lost_when_their_number_changes():
-    sizes, seen, state = SIZES["odd"], [], None
-    for workers in (3, 0, 2, 1, 2, 0):
-        processes = Processes(Records(sizes), 1, workers=workers, state=state)
-        seen += flat(processes.draw(3))
-        state = processes.state()
-    assert {*everything(sizes)} <= {*seen}
-    assert len(seen) == len({*seen})
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 1), (7, 0)])
+def test_a_loader_goes_on_with_the_next_batch(world, workers):
+    pytest.importorskip("torchdata")
+    for rank in range(world):
+        whole = list(islice(loader_of(rank, world, workers, 2), 9))
+        for stop in (1, 4, 8):
+            first = loader_of(rank, world, workers, 2)
+            batches = iter(first)
+            assert [next(batches) for _ in range(stop)] == whole[:stop]
+            resumed = loader_of(rank, world, workers, 2)
+            resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+            assert list(islice(resumed, 9 - stop)) == whole[stop:]
 
 
-def test_more_workers_than_shards_are_not_started(caplog):
-    loader = StreamLoader(Records([2] * 5), stack, batch_size=2, world=2, num_workers=4)
-    assert loader.num_workers == 2
-    assert "2 data loader workers instead of 4" in caplog.text
+def test_a_process_without_an_example_is_refused():
+    with pytest.raises(ValueError, match="no example in the stream for process 2: give more data, or lower stream_sh"):
+        loader_of(2, 3, dataset=stream(2, shards=1))
 
 
-# What bad input gets
+# A Trainer
 
 
-def test_fewer_shards_than_processes_are_refused():
-    with pytest.raises(ValueError, match="2 shards is too little for 3 processes: set stream_shards to 3 or more"):
-        StreamLoader(Records([4, 4]), stack, batch_size=2, world=3)
+def train(folder, resume: bool = False, **options) -> tuple[FLAMBeTrainer, Recorder]:
+    args = FLAMBeTrainingArguments(output_dir=str(folder), **{**TRAINED, "max_steps": 6, **options})
+    recorder = Recorder()
+    trainer = FLAMBeTrainer(tiny_model(dropout=0.1), args, train_dataset=stream(), data_collator=recorder)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, recorder
 
 
-def test_the_state_of_another_stream_is_refused():
-    state = Processes(Records([4] * 3, seed=1)).state()
-    with pytest.raises(ValueError, match="another stream: num_shards=3 there and 4 here, seed=1 there and 2 here"):
-        Processes(Records([4] * 4, seed=2), state=state)
+def same_weights(one: FLAMBeTrainer, two: FLAMBeTrainer) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("there", "message"),
-    [
-        ({"a": 3, "b": 5}, "data file b: 4 bytes in process 0, 5 bytes in process 1"),
-        ({"a": 3}, "data file b: 4 bytes in process 0, not there in process 1"),
-        ({"a": 3, "b": 4, "c": 1}, "data file c: not there in process 0, 1 bytes in process 1"),
-    ],
-    ids=["other size", "fewer", "more"],
-)
-def test_processes_that_see_other_files_are_refused(monkeypatch, there, message):
-    stream = Records([4] * 3)
-    stream.files = lambda: {"a": 3, "b": 4}
-    monkeypatch.setattr(stream_loader, "gather", lambda item: [item, (item[0], there)])
-    with pytest.raises(ValueError, match=message):
-        StreamLoader(stream, stack, batch_size=2)
+@pytest.fixture(params=[True, False], ids=["torchdata", "skipping"])
+def knows_its_place(request, monkeypatch) -> bool:
+    if request.param:
+        pytest.importorskip("torchdata")
+    else:
+        monkeypatch.setattr(streaming, "is_torchdata_stateful_dataloader_available", lambda: False)
+    return request.param
+
+
+@FORKS
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"dataloader_num_workers": 2}], ids=str)
+def test_resuming_equals_never_having_stopped(tmp_path, knows_its_place, options):
+    whole, read = train(tmp_path / "whole", **options)
+    train(tmp_path / "parts", max_steps=3, **options)
+    assert (tmp_path / "parts" / "checkpoint-3" / "stream-0.json").exists() == knows_its_place
+    resumed, read_again = train(tmp_path / "parts", resume=True, **options)
+    assert losses(resumed) == losses(whole)
+    assert [entry["epoch"] for entry in resumed.state.log_history[3:6]] == pytest.approx([4 / 6, 5 / 6, 1])
+    assert same_weights(whole, resumed)
+    assert not resumed.args.ignore_data_skip
+    if not options:
+        per_run = 3 if knows_its_place else 6
+        assert read_again.batches[:per_run] == read.batches[6 - per_run : 6]
+
+
+def test_without_a_skip_the_stream_begins_at_its_beginning(tmp_path, knows_its_place):
+    _, read = train(tmp_path, max_steps=3)
+    _, read_again = train(tmp_path, resume=True, ignore_data_skip=True)
+    assert read_again.batches[:3] == read.batches[:3]
+
+
+def test_other_readers_read_up_to_the_step(tmp_path, caplog):
+    pytest.importorskip("torchdata")
+    train(tmp_path, max_steps=3)
+    path = tmp_path / "checkpoint-3" / "stream-0.json"
+    path.write_text(path.read_text().replace("1 processes", "2 processes"))
+    _, read_again = train(tmp_path, resume=True)
+    assert "was written by 2 processes with 0 workers and this run has 1 processes" in caplog.text
+    assert len(read_again.batches) >= 6
+
+
+def test_two_processes_share_a_stream_and_go_on(tmp_path):
+    (tmp_path / "here.jsonl").write_text(lines(TEXTS))
+    codes, output = launch("tests/workers/stream_runs.py", str(tmp_path))
+    assert codes == [0, 0], output
+    facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(2)]
+    for shards in (5, 1):
+        whole, resumed = ([each[f"{name} {shards}"] for each in facts] for name in ("whole", "resumed"))
+        seen = [set(chain.from_iterable(each["batches"][:3])) for each in whole]
+        assert not seen[0] & seen[1]
+        for run, again in zip(whole, resumed, strict=True):
+            assert again["losses"] == run["losses"]
+            assert again["weights"] == run["weights"] == whole[0]["weights"]
+            assert again["batches"][-3:] == run["batches"][-3:]
+    assert facts[1]["missing"].startswith("FileNotFoundError")
+    assert "gone.jsonl" in facts[0]["missing"]
+    assert facts[0]["missing"].startswith("RuntimeError: process 1")

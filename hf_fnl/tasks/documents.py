@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from hf_fnl.tasks.document_shards import DocumentShards
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.training.command_line import check_at_least, named
 from hf_fnl.utils.hub import check_source
@@ -34,6 +33,8 @@ SPLIT_WORDS = {
 _STOP = r"""(?:(?<=[.!?])|(?<=[.!?]["')\]\u201d\u2019]))(?<!\b[A-Z]\.)\s+(?![a-zß-öø-ÿ])"""
 _CHINESE_STOP = r"(?<=[\u3002\uff01\uff1f])"
 _SENTENCE_END = re.compile(rf"\s*\n\s*|{_STOP}|{_CHINESE_STOP}")
+# Over a stream; a finite number, so that a stream in which nothing is found ends.
+PASSES = 1000
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
@@ -94,6 +95,7 @@ def load_documents(
     text_column: str = "text",
     streaming: bool = False,
     limit: int | None = None,
+    shards: int = 1,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load raw documents, one a row, from wherever they lie.
 
@@ -109,6 +111,8 @@ def load_documents(
         text_column: Column that holds the text.
         streaming: Read while training instead of beforehand; memory and disk use do not grow with the corpus.
         limit: Take this many documents at most, the first ones.
+        shards: When ``streaming``: in how many shards at least, for processes and data loader workers to share. Where
+            there are fewer files, or row groups of parquet files, each is divided by the numbers of its documents.
 
     Returns:
         A data set with the single column ``text``; an iterable one when ``streaming``.
@@ -116,51 +120,12 @@ def load_documents(
     Raises:
         FileNotFoundError: If a path does not exist.
         ValueError: If a file cannot be read, the files are of several kinds or of none that is known, the data set is
-            empty, ``text_column`` is not in it or holds no text, or ``limit`` is below 1.
+            empty, ``text_column`` is not in it or holds no text, or ``limit`` or ``shards`` is below 1.
     """
-    documents, _ = _load(source, split, name, text_column, streaming, limit)
-    return documents
-
-
-def load_document_shards(
-    source: str | Path | Sequence[str | Path],
-    *,
-    shards: int = 1,
-    split: str = "train",
-    name: str | None = None,
-    text_column: str = "text",
-    limit: int | None = None,
-) -> DocumentShards:
-    """Open raw documents for readers who share them out, each reading its own shards.
-
-    Args:
-        source: As for :func:`load_documents`.
-        shards: Number of shards at least; see :class:`~hf_fnl.tasks.document_shards.DocumentShards`.
-        split: As for :func:`load_documents`.
-        name: As for :func:`load_documents`.
-        text_column: As for :func:`load_documents`.
-        limit: As for :func:`load_documents`.
-
-    Raises:
-        FileNotFoundError: If a path does not exist.
-        ValueError: As for :func:`load_documents`, or if ``shards`` is below 1.
-    """
-    documents, files = _load(source, split, name, text_column, True, limit)
-    return DocumentShards(documents, shards=shards, files=files, is_one=limit is not None)
-
-
-def _load(
-    source: str | Path | Sequence[str | Path],
-    split: str,
-    name: str | None,
-    text_column: str,
-    streaming: bool,
-    limit: int | None,
-) -> tuple[Any, list[Path]]:
-    """Documents with the one column ``text``, and the local files in which they lie."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 document or None for all, got {limit}")
-    files: list[Path] = []
+    if shards < 1:
+        raise ValueError(f"stream_shards must be at least 1, got {shards}")
     if source == "embedded":
         documents, first = _embedded(streaming)
     elif isinstance(source, str) and not looks_like_path(source):
@@ -169,15 +134,42 @@ def _load(
         first = next(iter(documents), None)
     else:
         paths = [source] if isinstance(source, str | Path) else source
-        files = data_files([Path(path).expanduser() for path in paths], split)
-        documents, first = _read_files(files, split, streaming)
+        documents, first = _read_files(data_files([Path(path).expanduser() for path in paths], split), split, streaming)
     _check_first(first, text_column, source)
     documents = documents.select_columns([text_column])
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
     if limit is not None:
         documents = documents.take(limit if streaming else min(limit, len(documents)))
-    return documents, files
+    return _in_shards(documents, shards, is_one=limit is not None) if streaming else documents
+
+
+def _in_shards(documents: datasets.IterableDataset, shards: int, *, is_one: bool) -> datasets.IterableDataset:
+    """Documents in so many shards at least; ``take`` would take some of each shard, so its documents are one source."""
+    if documents.num_shards < shards and not is_one:
+        documents = documents.reshard()
+    sources = 1 if is_one else documents.num_shards
+    parts = -(-shards // sources)
+    if parts == 1 and not is_one:
+        return documents
+    numbers = [(source, part) for source in range(sources) for part in range(parts)]
+    rest = {"documents": documents, "sources": sources, "parts": parts}
+    return datasets.IterableDataset.from_generator(
+        _read_parts,
+        gen_kwargs={"numbers": numbers, **rest},
+        features=datasets.Features({"text": datasets.Value("string")}),
+    )
+
+
+def _read_parts(
+    numbers: list[tuple[int, int]], documents: datasets.IterableDataset, sources: int, parts: int
+) -> Iterator[dict[str, Any]]:
+    """Read the documents ``part``, ``part + parts``, ... of a source, for each pair of a source and a part."""
+    for source, part in numbers:
+        rows = documents if sources == 1 else documents.shard(sources, source)
+        # Other than iter(rows), this does not divide the documents among the workers of torch's data loader.
+        for row in islice(rows.iter(batch_size=1), part, None, parts):
+            yield {"text": row["text"][0]}
 
 
 @dataclass
@@ -206,8 +198,11 @@ class DocumentOptions:
     def __post_init__(self) -> None:
         check_at_least(1, self, "max_documents", "max_validation_documents", "stream_shards", "num_proc")
 
-    def training(self, *, streaming: bool = False) -> datasets.Dataset | DocumentShards:
-        """The documents to train on; all of them at once unless ``streaming``. All processes call this together."""
+    def training(self, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
+        """The documents to train on; all of them at once unless ``streaming``, and then over and over again.
+
+        All processes call this together.
+        """
         source: dict[str, Any] = {
             "source": self.dataset,
             "split": self.split,
@@ -216,9 +211,10 @@ class DocumentOptions:
             "limit": self.max_documents,
         }
         with named("dataset", self.dataset):
-            if streaming:
-                return together(lambda: load_document_shards(shards=self.stream_shards, **source))
-            return together(lambda: load_documents(**source))
+            if not streaming:
+                return together(lambda: load_documents(**source))
+            documents = together(lambda: load_documents(streaming=True, shards=self.stream_shards, **source))
+            return documents.repeat(PASSES)
 
     def validation(self) -> datasets.Dataset | None:
         """The documents to evaluate on, if any."""

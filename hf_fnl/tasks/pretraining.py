@@ -6,29 +6,27 @@ what an uninterrupted one would, two processes see what one would, and no prefet
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+from zlib import crc32
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
-from hf_fnl.tasks.document_shards import DocumentShards
 from hf_fnl.tasks.documents import Document, tokenize_documents
 from hf_fnl.tasks.masking import make_example
 from hf_fnl.tasks.pretraining_examples import Instance, PretrainingOptions, Vocabulary, make_instances
-from hf_fnl.training.streaming import Epoch, Example, ShardedStream
 
-# Random next sentences are drawn within such a group, and a stream keeps one of them in memory.
+# Random next sentences are drawn within such a group, and a stream has one of them in memory.
 DOCUMENTS_PER_GROUP = 256
 # First word of every generator's seed, so that no two uses share a stream.
-_PAIRING, _MASKING, _STREAMING, _STREAM_MASKING = 1, 2, 3, 4
+_PAIRING, _MASKING, _STREAMING = 1, 2, 3
 
 _GROUPED = {"batched": True, "batch_size": DOCUMENTS_PER_GROUP}
 _IDS, _LENGTH = datasets.List(datasets.Value("int32")), datasets.Value("int32")
@@ -37,7 +35,7 @@ _PACKED = datasets.Features({"input_ids": _IDS})
 _PAIRS = datasets.Features({"input_ids": _IDS, "first_length": _LENGTH, "next_sentence_label": _LENGTH})
 
 
-class PretrainingDataset(Epoch, torch.utils.data.Dataset[dict[str, Tensor]]):
+class PretrainingDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Masked examples over instances that lie in an Arrow file; equal (seed, epoch, index) give equal examples.
 
     A Trainer other than :class:`~hf_fnl.training.FLAMBeTrainer` needs the callback
@@ -51,10 +49,14 @@ class PretrainingDataset(Epoch, torch.utils.data.Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, instances: datasets.Dataset, vocabulary: Vocabulary, options: PretrainingOptions) -> None:
-        super().__init__()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self.instances = instances.with_format("numpy")
         self.vocabulary = vocabulary
         self.options = options
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass; a data loader of accelerate calls this."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.instances)
@@ -75,75 +77,19 @@ class PretrainingDataset(Epoch, torch.utils.data.Dataset[dict[str, Tensor]]):
         return make_example(instance, self.options, self.vocabulary, rng)
 
 
-class StreamingPretrainingDataset(ShardedStream):
-    """Masked examples made while the documents are read.
-
-    A group of documents of one shard is in memory at a time; its examples are shuffled. Equal (seed, epoch, shard,
-    group, index) give equal examples; a place is a group and the index of an example in it.
-
-    Args:
-        documents: Their shards are those of the stream.
-        tokenizer: As for :func:`build_pretraining_dataset`.
-        options: What the examples are like.
-    """
-
-    start = (0, 0)
-
-    def __init__(
-        self, documents: DocumentShards, tokenizer: PreTrainedTokenizerBase, options: PretrainingOptions
-    ) -> None:
-        super().__init__()
-        self.documents, self.tokenizer, self.options = documents, tokenizer, options
-        self.num_shards, self.seed = documents.num_shards, options.seed
-        self.vocabulary = Vocabulary.from_tokenizer(tokenizer)
-
-    def identity(self) -> dict[str, Any]:
-        """What gives places their meaning; the masks may change."""
-        names = ("seed", "max_seq_length", "next_sentence", "short_sequence_probability")
-        options = {name: getattr(self.options, name) for name in names}
-        return {**self.documents.identity(), **options, "vocab_size": len(self.tokenizer)}
-
-    def files(self) -> dict[str, int]:
-        """The local files that are read, with their sizes in bytes."""
-        return self.documents.files()
-
-    def read(self, shard: int, epoch: int, place: Sequence[int]) -> Iterator[tuple[Example, tuple[int, ...]]]:
-        """Make the examples of a shard from a place on."""
-        first, first_index = place
-        rows = self.documents.texts(shard, epoch=epoch, start=first * DOCUMENTS_PER_GROUP)
-        groups = iter(lambda: list(islice(rows, DOCUMENTS_PER_GROUP)), [])
-        for group, texts in enumerate(groups, start=first):
-            key = [self.options.seed, epoch, shard, group]
-            rng = np.random.default_rng([_STREAMING, *key])
-            documents = tokenize_documents(texts, self.tokenizer)
-            instances = make_instances(documents, self.options, self.vocabulary, rng)
-            order = rng.permutation(len(instances))
-            for index in range(first_index, len(instances)):
-                rng = np.random.default_rng([_STREAM_MASKING, *key, index])
-                example = make_example(instances[order[index]], self.options, self.vocabulary, rng)
-                yield example, (group, index + 1)
-            first_index = 0
-
-    def __iter__(self) -> Iterator[Example]:
-        example = None
-        for example in super().__iter__():
-            yield example
-        if example is None and get_worker_info() is None:
-            _check_count(0, self.options)
-
-
 def build_pretraining_dataset(
-    documents: datasets.Dataset | datasets.IterableDataset | DocumentShards,
+    documents: datasets.Dataset | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     options: PretrainingOptions,
     *,
     num_proc: int | None = None,
-) -> PretrainingDataset | StreamingPretrainingDataset:
+) -> PretrainingDataset | datasets.IterableDataset:
     """Turn documents into masked examples for a data loader or a Trainer, with :class:`PretrainingCollator`.
 
     Args:
         documents: Column ``text``, one document a row. A map-style data set is tokenized and paired once, into Arrow
-            files that ``datasets`` caches; an iterable one, or one in shards, as it is read.
+            files that ``datasets`` caches; an iterable one as it is read, a group of documents at a time, whose
+            examples and masks are a function of the seed, the group and its place in the stream.
         tokenizer: Tokenizer with ``[CLS]``, ``[SEP]``, ``[MASK]`` and ``[PAD]``.
         options: What the examples are like.
         num_proc: Processes that tokenize a map-style data set; the examples do not depend on it.
@@ -161,15 +107,15 @@ def build_pretraining_dataset(
         raise ValueError(f"max_seq_length is {options.max_seq_length}, above the tokenizer's limit of {limit}")
     if options.whole_word_mask and not vocabulary.continues_word.any():
         raise ValueError("whole_word_mask=True needs a WordPiece tokenizer; this one has no ## pieces")
-    if isinstance(documents, datasets.IterableDataset):
-        documents = DocumentShards(documents)
-    rows = list(islice(documents.documents if isinstance(documents, DocumentShards) else documents, 2))
+    rows = list(islice(documents, 2))
     if rows and "text" not in rows[0]:
         raise ValueError(f"the documents need a column 'text', they have {sorted(rows[0])}")
     _check_count(len(rows), options)
-    if isinstance(documents, DocumentShards):
-        _check_parts(documents, options)
-        return StreamingPretrainingDataset(documents, tokenizer, options)
+    if isinstance(documents, datasets.IterableDataset):
+        made_with = {"tokenizer": tokenizer, "options": options, "vocabulary": vocabulary}
+        return documents.map(
+            _stream_examples, with_indices=True, fn_kwargs=made_with, remove_columns=[*rows[0]], **_GROUPED
+        )
     tokenized = documents.map(
         _tokenize_batch,
         fn_kwargs={"tokenizer": tokenizer},
@@ -207,16 +153,22 @@ def _make_batch(
     return {name: [getattr(instance, name) for instance in instances] for name in names}
 
 
-def _check_parts(documents: DocumentShards, options: PretrainingOptions) -> None:
-    """Random next sentences come from the same shard, so one that was made by division needs two documents."""
-    if not options.next_sentence or documents.parts == 1:
-        return
-    needed = 2 * documents.num_shards
-    if (found := sum(1 for _ in islice(documents.documents, needed))) < needed:
-        raise ValueError(
-            f"next_sentence=True needs two documents in each shard, and {documents.num_shards} shards have {found}: "
-            f"set stream_shards to {max(1, found // 2)} or less"
-        )
+def _stream_examples(
+    batch: dict[str, list[str | None]],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    options: PretrainingOptions,
+    vocabulary: Vocabulary,
+) -> dict[str, list[Tensor]]:
+    """Make the masked examples of a group of documents, in random order."""
+    # The places of the groups of several processes and workers are the same; their texts are not.
+    texts = crc32("\0".join(text or "" for text in batch["text"]).encode())
+    rng = np.random.default_rng([_STREAMING, options.seed, indices[0], texts])
+    instances = make_instances(tokenize_documents(batch["text"], tokenizer), options, vocabulary, rng)
+    order = rng.permutation(len(instances))
+    examples = [make_example(instances[number], options, vocabulary, rng) for number in order]
+    names = ("input_ids", "token_type_ids", "labels", *(["next_sentence_label"] if options.next_sentence else []))
+    return {name: [example[name] for example in examples] for name in names}
 
 
 def _check_count(found: int, options: PretrainingOptions) -> None:

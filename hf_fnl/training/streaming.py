@@ -1,152 +1,137 @@
-"""Streams of examples that every process reads for itself, and that go on at the record where a run stopped.
-
-A stream lies in a fixed number of shards, whoever reads it, and each example is a pure function of its shard, the epoch
-of this shard and its place there. The readers, one for every data loader worker of every process, share out the shards
-and never need each other. A reader that has read all its shards begins their next epoch, so none runs dry before the
-others. How far a shard has been trained on is the list ``[epoch, *place]``; these lists are all that a checkpoint
-needs, and any number of readers can go on from them.
-"""
+"""Streams: iterable data sets of ``datasets`` whose shards the processes share, and that go on where a run stopped."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from accelerate.utils import is_torchdata_stateful_dataloader_available
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-Example = Mapping[str, Tensor]
+from hf_fnl.utils.processes import together
 
-_ORDER = 5  # first word of the seed of the shards' order; those of examples begin with other words
+logger = logging.getLogger(__name__)
 
-
-class Epoch:
-    """An epoch number in shared memory, so that persistent data loader workers see it change."""
-
-    def __init__(self) -> None:
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass; a data loader of accelerate calls this."""
-        self._epoch.fill_(epoch)
+EXTRA = "pip install 'hf_fnl[streaming]'"
 
 
-class ShardedStream(Epoch, IterableDataset, ABC):
-    """Examples in shards. Iterating over it is one pass in the epoch set, shared out to a data loader's workers.
+def is_stream(dataset: object) -> bool:
+    """Whether a data set is an iterable one of ``datasets``."""
+    import datasets  # which importing this package does not wait for
 
-    Attributes:
-        num_shards: Number of shards, which does not depend on who reads them.
-        seed: Seed of the order in which a reader takes its shards.
-        start: The place where every shard begins.
-    """
-
-    num_shards: int
-    seed: int
-    start: tuple[int, ...]
-
-    @abstractmethod
-    def read(self, shard: int, epoch: int, place: Sequence[int]) -> Iterator[tuple[Example, tuple[int, ...]]]:
-        """Read a shard from a place on.
-
-        Args:
-            shard: Its number.
-            epoch: Which pass over this shard it is.
-            place: ``start``, or a place that came with an example of the same shard and epoch.
-
-        Yields:
-            An example, and the place behind it.
-        """
-
-    def identity(self) -> dict[str, Any]:
-        """What gives places their meaning, fit for JSON: a run goes on only where it is as it was."""
-        return {"num_shards": self.num_shards, "seed": self.seed}
-
-    def files(self) -> dict[str, int]:
-        """The local files that are read, with their sizes in bytes.
-
-        Raises:
-            OSError: If one cannot be opened.
-        """
-        return {}
-
-    def __iter__(self) -> Iterator[Example]:
-        worker, workers = this_worker()
-        for placed in Reader(self, worker=worker, workers=workers, only_epoch=int(self._epoch)):
-            yield placed.example
+    return isinstance(dataset, datasets.IterableDataset)
 
 
-def this_worker() -> tuple[int, int]:
-    """Number of this data loader worker, and how many this process has; one where it reads without any."""
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info else (0, 1)
+def stream_loader(dataset: Any, collate: Any, args: TrainingArguments) -> DataLoader:
+    """Return the batches of this process, without end; all processes call this together.
 
-
-class Placed(NamedTuple):
-    """An example, its shard, and how far this shard has been read with it: ``[epoch, *place]``."""
-
-    example: Example
-    shard: int
-    reached: list[int]
-
-
-class Reader:
-    """One of the readers among whom the shards of a stream are shared out.
-
-    It takes the shards of the lowest epoch first; of these, those that are begun; the others in an order drawn from the
-    seed and the epoch.
+    Each process reads shards of its own, where there are as many, or passes over the examples of the others. It begins
+    again when it has read them all, so that none waits for another. torchdata's loader knows where it is; where that is
+    not installed, a run that is resumed reads up to there.
 
     Args:
-        stream: The stream.
-        rank: Number of the process.
-        world: Number of processes.
-        worker: Number of the data loader's worker in its process.
-        workers: Workers of each process.
-        progress: How far shards have been read, those of other readers too; the others are at their beginning.
-        only_epoch: Make one pass, this one, instead of one after another for ever.
+        dataset: The stream of all processes.
+        collate: Makes a batch of examples.
+        args: Batch size, processes and workers.
+
+    Raises:
+        ValueError: If there is no example for a process.
     """
+    from datasets.distributed import split_dataset_by_node
 
-    def __init__(
-        self,
-        stream: ShardedStream,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        worker: int = 0,
-        workers: int = 1,
-        progress: Mapping[int, Sequence[int]] | None = None,
-        only_epoch: int | None = None,
+    rank, world = args.process_index, args.world_size
+    has_shards = dataset.num_shards >= world
+    own = dataset.shard(world, rank) if has_shards else split_dataset_by_node(dataset, rank, world)
+    together(lambda: _check_not_empty(own, rank))
+    options: dict[str, Any] = {"num_workers": min(args.dataloader_num_workers, own.num_shards)}
+    if options["num_workers"]:
+        options["prefetch_factor"] = args.dataloader_prefetch_factor
+        options["multiprocessing_context"] = args.dataloader_multiprocessing_context
+    make: type[DataLoader] = DataLoader
+    if is_torchdata_stateful_dataloader_available():
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        make = StatefulDataLoader
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it, torch 2.13 warns
+        return make(
+            own.repeat(None),
+            batch_size=args.train_batch_size,
+            collate_fn=collate,
+            pin_memory=args.dataloader_pin_memory,
+            # Of its own, or a loader would draw from torch's generator, and a resumed run's dropout would differ.
+            generator=torch.Generator(),
+            **options,
+        )
+
+
+def _check_not_empty(own: Any, rank: int) -> None:
+    if next(iter(own), None) is None:
+        raise ValueError(
+            f"there is no example in the stream for process {rank}: give more data, or lower stream_shards"
+        )
+
+
+class StreamPosition(TrainerCallback):
+    """Writes into each checkpoint where the streams of the processes stood, and lets them go on from there."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Any] | None = None
+
+    def take(self, checkpoint: str | Path, args: TrainingArguments) -> None:
+        """Read where this process stood, before the Trainer looks at how many batches it is to skip.
+
+        Where that is not known, or the processes or workers are others, the Trainer passes over as many batches as were
+        trained on; with ``ignore_data_skip`` the stream begins at its beginning.
+        """
+        path = _file(checkpoint, args)
+        if args.ignore_data_skip or not path.is_file():
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not is_torchdata_stateful_dataloader_available():
+            logger.warning("without torchdata the stream is read up to where %s stood: %s", checkpoint, EXTRA)
+        elif found["readers"] != _readers(args):
+            logger.warning(
+                "%s was written by %s and this run has %s: its stream is read up to this step, so that some documents "
+                "may be read twice and others not",
+                checkpoint,
+                found["readers"],
+                _readers(args),
+            )
+        else:
+            self._found, args.ignore_data_skip = found["state"], True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Processes come first, so that few shards leave workers idle rather than a process.
-        self.shards = range(worker * world + rank, stream.num_shards, world * workers)
-        self.stream, self.only_epoch = stream, only_epoch
-        self.progress = progress or {}
+        """Bring the loader to where it stood."""
+        if self._found is not None:
+            kwargs["train_dataloader"].load_state_dict(self._found)
+            self._found, args.ignore_data_skip = None, False
 
-    def __iter__(self) -> Iterator[Placed]:
-        begin = [self.only_epoch or 0, *self.stream.start]
-        reached = {shard: list(self.progress.get(shard, begin)) for shard in self.shards}
-        in_vain = 0
-        while reached:
-            shard = self._next(reached)
-            epoch, *place = reached[shard]
-            if self.only_epoch is not None and epoch > self.only_epoch:
-                return
-            in_vain += 1
-            for example, after in self.stream.read(shard, epoch, place):
-                reached[shard], in_vain = [epoch, *after], 0
-                yield Placed(example, shard, reached[shard])
-            reached[shard] = [epoch + 1, *self.stream.start]
-            # Shards that a checkpoint left at their ends give nothing once; then each must have been empty throughout.
-            if in_vain == 2 * len(reached) and self.only_epoch is None:
-                raise ValueError(
-                    f"no example in the shards {[*self.shards]} of {self.stream.num_shards}: lower stream_shards"
-                )
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count epochs over the whole run; a Trainer counts them from where a stream was resumed."""
+        if is_stream(getattr(kwargs["train_dataloader"], "dataset", None)):
+            state.epoch = state.global_step / state.max_steps
 
-    def _next(self, reached: Mapping[int, Sequence[int]]) -> int:
-        epoch = min(each[0] for each in reached.values())
-        order = np.random.default_rng([_ORDER, self.stream.seed, epoch]).permutation(self.stream.num_shards)
-        begin = [epoch, *self.stream.start]
-        current = (shard for shard, each in reached.items() if each[0] == epoch)
-        return min(current, key=lambda shard: (reached[shard] == begin, order[shard]))
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write where this process stands."""
+        loader = kwargs["train_dataloader"]
+        if is_stream(getattr(loader, "dataset", None)) and hasattr(loader, "state_dict"):
+            found = {"readers": _readers(args), "state": loader.state_dict()}
+            path = _file(Path(args.output_dir) / f"checkpoint-{state.global_step}", args)
+            # All have written before the next callback lists the files of the checkpoint.
+            together(lambda: path.parent.is_dir() and path.write_text(json.dumps(found), encoding="utf-8"))
+
+
+def _file(checkpoint: str | Path, args: TrainingArguments) -> Path:
+    return Path(checkpoint) / f"stream-{args.process_index}.json"
+
+
+def _readers(args: TrainingArguments) -> str:
+    return f"{args.world_size} processes with {args.dataloader_num_workers} workers"

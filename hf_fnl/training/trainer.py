@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.profiler import record_function
+from torch.utils.data import DataLoader
 from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -24,13 +25,14 @@ from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
 from hf_fnl.training.checkpoints.resume import tied_are_not_missing
+from hf_fnl.training.checkpoints.trainer import CheckpointingTrainer
 from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.finite import FiniteSteps
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.profiling import DECAY, FORWARD, PASSES, ProfilerCallback
 from hf_fnl.training.schedules import schedule_of
-from hf_fnl.training.stream_trainer import StreamingTrainer
+from hf_fnl.training.streaming import StreamPosition, is_stream, stream_loader
 from hf_fnl.utils.suggest import listed
 
 
@@ -118,7 +120,7 @@ def _lamb_arguments(args: FLAMBeTrainingArguments) -> dict[str, Any]:
     return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
 
 
-class FLAMBeTrainer(StreamingTrainer):
+class FLAMBeTrainer(CheckpointingTrainer):
     """Transformers' Trainer with the optimizers and the decay of :class:`FLAMBeTrainingArguments`.
 
     Works with every model that has the products asked for, stock models included. Everything else, from callbacks to
@@ -153,6 +155,8 @@ class FLAMBeTrainer(StreamingTrainer):
             # The one way to hand over an optimizer that no engine drops: called without arguments, then with the model.
             kwargs["optimizer_cls_and_kwargs"] = (lambda: self._build_optimizer, {})
         super().__init__(model, args, **kwargs)
+        self._stream = StreamPosition()
+        self.add_callback(self._stream)  # before what lists the files of a checkpoint
         unwrapped = self.accelerator.unwrap_model(self.model)
         if self.optimizer is not None:
             check_current(self.optimizer, unwrapped)
@@ -176,6 +180,12 @@ class FLAMBeTrainer(StreamingTrainer):
         """As in Transformers."""
         with tied_are_not_missing(self.accelerator.unwrap_model(self.model)):
             return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in Transformers; of an iterable data set of ``datasets`` every process reads shards of its own."""
+        if not is_stream(self.train_dataset):
+            return super().get_train_dataloader()
+        return stream_loader(self.train_dataset, self.data_collator, self.args)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Transformers, beside a loss with the number of steps that were skipped, if any."""
@@ -284,7 +294,9 @@ class FLAMBeTrainer(StreamingTrainer):
         self.optimizer = None
 
     def _before_resuming(self, checkpoint: str) -> None:
-        """With ``dense_steps`` the model takes the form that it has in the checkpoint."""
+        """A stream goes on where it stood; with ``dense_steps`` the model takes the form that the checkpoint has."""
+        if is_stream(self.train_dataset):
+            self._stream.take(checkpoint, self.args)
         if self.args.dense_steps:
             self._take_form(checkpoint)
 
