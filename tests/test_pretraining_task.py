@@ -256,7 +256,7 @@ def test_a_stream_masks_and_pairs_as_a_stored_data_set_does(documents, tokenizer
     masked = torch.cat([example["input_ids"] for example in streamed])[labels != -100] == tokenizer.mask_token_id
     assert all(counts)
     assert masked.float().mean() == pytest.approx(0.8, abs=0.03)
-    assert torch.stack([e["next_sentence_label"] for e in streamed]).float().mean() == pytest.approx(0.55, abs=0.1)
+    assert torch.stack([e["next_sentence_label"] for e in streamed]).float().mean() == pytest.approx(0.55, abs=0.15)
 
 
 def test_a_stream_is_read_one_group_ahead_at_most(tokenizer):
