@@ -11,8 +11,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoImageProcessor,
     EvalPrediction,
-    ResNetConfig,
-    ResNetForImageClassification,
 )
 
 from hf_fnl.tasks.metrics.accuracy import image_accuracy, topk_hits
@@ -27,7 +25,6 @@ from hf_fnl.vision.image_batches import (
     single_batch,
     write_image_processor,
 )
-from hf_fnl.vision.image_training import ImageTrainer, ImageTrainingArguments
 from hf_fnl.vision.images import ImageRecords, resize_and_crop, to_array
 
 CPU = torch.device("cpu")
@@ -256,52 +253,6 @@ def test_an_image_processor_does_what_evaluation_does(made, new, tmp_path):
     raw = torch.from_numpy(to_array(image).copy())[None]
     expected = BatchTransform(*images.statistics())(raw, training=False)
     torch.testing.assert_close(processor(new, return_tensors="pt")["pixel_values"], expected, rtol=1e-5, atol=1e-5)
-
-
-def tiny_resnet(images) -> ResNetForImageClassification:
-    torch.manual_seed(0)
-    config = ResNetConfig(
-        num_channels=images.num_channels,
-        embedding_size=4,
-        hidden_sizes=[4, 6],
-        depths=[1, 1],
-        layer_type="basic",
-        num_labels=len(images.class_names),
-        id2label=dict(enumerate(images.class_names)),
-    )
-    return ResNetForImageClassification(config)
-
-
-def digits_trainer(folder, **options) -> ImageTrainer:
-    train, held_out = load_image_sets(ImageOptions(max_train_images=100))
-    defaults = {
-        "max_steps": 8,
-        "per_device_train_batch_size": 32,
-        "dataloader_pin_memory": False,
-        "save_strategy": "no",
-    }
-    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    return ImageTrainer(
-        tiny_resnet(train),
-        ImageTrainingArguments(str(folder), **{**defaults, **quiet, **options}),
-        transform=BatchTransform(*train.statistics(), crop_padding=1),
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=single_batch,
-        compute_metrics=image_accuracy,
-        preprocess_logits_for_metrics=topk_hits,
-    )
-
-
-def test_a_resumed_run_augments_as_if_it_had_not_stopped(tmp_path):
-    whole, resumed = (
-        digits_trainer(tmp_path, save_strategy="steps", save_steps=3, save_total_limit=3),
-        digits_trainer(tmp_path / "resumed"),
-    )
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    for name, parameter in resumed.model.named_parameters():
-        assert parameter.equal(whole.model.get_parameter(name)), name
 
 
 @pytest.mark.parametrize(("classes", "names"), [(10, ["accuracy"]), (11, ["accuracy", "top5_accuracy"])])

@@ -17,7 +17,6 @@ from pruning_cases import (
     tiny_resnet,
 )
 from torch import nn
-from transformers import ResNetForImageClassification
 
 from hf_fnl import parameter_groups
 from hf_fnl.vision.pruning import (
@@ -206,28 +205,6 @@ def test_training_leaves_pruned_weights_at_zero(tmp_path, optim):
         name: group["weight_decay"] for group in parameter_groups(net, weight_decay=0.1) for name, _ in group["params"]
     }
     assert [groups[f"{name}.weight_orig"] for name in result] == [0.1, 0.1, 0.1]
-
-
-def test_going_on_from_a_checkpoint_equals_never_having_stopped(tmp_path):
-    first, again = tiny_resnet(), tiny_resnet(seed=5)
-    prune_(first, 150, method="snip", batches=batch())
-    image_trainer(tmp_path / "first", first, save_strategy="steps", save_steps=3).train()
-    prune_(again, 77, method="random")
-    image_trainer(tmp_path / "again", again).train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
-    assert_same(state(again), state(first))
-
-
-def test_a_finished_model_is_a_stock_one(tmp_path):
-    net, plain = tiny_resnet(), tiny_resnet()
-    prune_(net, 150, method="magnitude")
-    image_trainer(tmp_path, net).train()
-    net.eval()
-    outputs = net(batch()["pixel_values"]).logits
-    assert finalize_(net) == list(magnitude_scores(net))
-    net.save_pretrained(tmp_path / "stock")
-    loaded = ResNetForImageClassification.from_pretrained(tmp_path / "stock").eval()
-    assert loaded.state_dict().keys() == plain.state_dict().keys()
-    torch.testing.assert_close(loaded(batch()["pixel_values"]).logits, outputs)
 
 
 class Tied(nn.Module):

@@ -38,7 +38,6 @@ def prune_(
     layers: Collection[nn.Module] | None = None,
     batches: Batch | Sequence[Batch] = (),
     loss: Loss | None = None,
-    generator: torch.Generator | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Set weights of a model to zero, in place, and hold them there.
 
@@ -57,7 +56,6 @@ def prune_(
         layers: Modules of the model; all linear layers and two-dimensional convolutions by default.
         batches: Data for ``"snip"`` and ``"grasp"``, one batch or several.
         loss: How the loss of a batch is computed, for these two.
-        generator: Draws the random masks; torch's own by default.
 
     Returns:
         By the name of each pruned layer how many of its weights stay, and how many there are.
@@ -66,8 +64,7 @@ def prune_(
         ValueError: If ``keep`` or ``method`` is not allowed, there is no layer to prune or no batch where one is
             needed, a layer is pruned already, or a score or loss is not finite.
     """
-    chosen = choose_masks(model, keep, method=method, layers=layers, batches=batches, loss=loss, generator=generator)
-    return apply_masks_(model, chosen)
+    return apply_masks_(model, choose_masks(model, keep, method=method, layers=layers, batches=batches, loss=loss))
 
 
 def choose_masks(
@@ -78,7 +75,6 @@ def choose_masks(
     layers: Collection[nn.Module] | None = None,
     batches: Batch | Sequence[Batch] = (),
     loss: Loss | None = None,
-    generator: torch.Generator | None = None,
 ) -> Masks:
     """Return the masks that :func:`prune_` would apply, true where a weight stays, by the name of the layer."""
     chosen = prunable_layers(model, layers)
@@ -86,7 +82,7 @@ def choose_masks(
     if not 1 <= keep <= total:
         raise ValueError(f"keep must be in [1, {total}], the number of weights of the chosen layers, got {keep}")
     if method == "random":
-        return _random_masks(chosen, keep, generator)
+        return _random_masks(chosen, keep)
     if method == "magnitude":
         return _highest(magnitude_scores(model, layers=layers), keep)
     if method not in METHODS:
@@ -311,11 +307,11 @@ def _highest(scores: Mapping[str, Tensor], keep: int) -> Masks:
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
-def _random_masks(layers: Mapping[str, nn.Module], keep: int, generator: torch.Generator | None) -> Masks:
+def _random_masks(layers: Mapping[str, nn.Module], keep: int) -> Masks:
     masks: Masks = {}
     for name, count in smart_counts(layers, keep).items():
         weight = layers[name].get_parameter("weight")
-        chosen = torch.randperm(weight.numel(), generator=generator)[:count]
+        chosen = torch.randperm(weight.numel())[:count]
         mask = torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
         masks[name] = mask.view(weight.shape).to(weight.device)
     return masks
