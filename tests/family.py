@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_fnl
-from hf_fnl.layers import Factorized
+from hf_fnl.attention.adapters import projections_of
+from hf_fnl.layers import Factorized, HeadProjection
+from hf_fnl.surgery.targets import Attention
 
 Ranks = dict[str, Any]
 
@@ -144,6 +146,21 @@ def random_vectors_(model: PreTrainedModel) -> PreTrainedModel:
 def factorized_layers(model: torch.nn.Module) -> dict[str, Factorized]:
     """The layers that hold a product of their own, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
+
+
+def attentions(model: torch.nn.Module) -> dict[str, Attention]:
+    """The attentions of a model, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if (projections := projections_of(module)) is not None:
+            found[name] = Attention.of(name, module, projections, "ov")
+    return {name: attention for name, attention in found.items() if attention is not None}
+
+
+def ranks_of(attention: Attention) -> dict[str, int | None]:
+    """The ranks of its products; ``None`` where its heads are those of the dense layers."""
+    cut = {kind: isinstance(attention.spans[side].layer, HeadProjection) for kind, side in (("qk", 0), ("ov", 3))}
+    return {kind: attention.rank(side) if cut[kind] else None for kind, side in (("qk", 0), ("ov", 3))}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from family import Family, Head
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,7 +38,9 @@ class PreNormHead(Head):
 
     @property
     def stock(self) -> type[PreTrainedModel]:
-        return self.ours.pre_norm_class
+        return getattr(
+            transformers, {"MTModel": "PegasusForConditionalGeneration"}.get(self.name, f"Pegasus{self.name}")
+        )
 
     def build_stock(self, *, attention: str = "sdpa", **fields: Any) -> PreTrainedModel:
         config = self.family.config(**{**self.family.sizes, **self.config, **fields}).to_dense()

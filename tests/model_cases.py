@@ -2,12 +2,13 @@
 
 import bert_cases
 import gpt2_cases
+import llama_cases
 import pytest
 from family import Head
 
 HEADS: dict[str, Head] = {
     f"{family}-{name}": head
-    for family, heads in {"bert": bert_cases.HEADS, "gpt2": gpt2_cases.HEADS}.items()
+    for family, heads in {"bert": bert_cases.HEADS, "gpt2": gpt2_cases.HEADS, "llama": llama_cases.HEADS}.items()
     for name, head in heads.items()
 }
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)

@@ -15,12 +15,11 @@ from bert_cases import (
     SIZES,
     tokens,
 )
-from family import Head, needs_flex_attention, run
-from torch import Tensor
+from family import Head, attentions, needs_flex_attention, run
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_fnl import find_products
-from hf_fnl.models.bert import FactorizedBertAttention
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # two layers of float32, whose weights went through a decomposition
 
@@ -48,10 +47,10 @@ def test_default_draws_every_factor_as_a_weight() -> None:
             assert factor.std().item() == pytest.approx(SIZES["initializer_range"], rel=0.25)
 
 
-def reference_attention(block: FactorizedBertAttention, x: Tensor, mask: Tensor) -> Tensor:
+def reference_attention(block: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     """An attention block of BERT, head by head, as the paper writes it."""
-    query, key, value, output = block.projections(block)
-    heads = block.num_heads
+    query, key, value, output = attentions(block)[""].spans
+    heads = block.self.num_attention_heads
     scale = 1 / math.sqrt(x.shape[-1] // heads)
     result = output.bias.expand_as(x)
     for h in range(heads):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conv_cases import SCHEMES, factorized
+from family import attentions
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
@@ -29,7 +30,6 @@ from hf_fnl import (
 )
 from hf_fnl.layers import Factorized
 from hf_fnl.layers.linear import dense_weight
-from hf_fnl.models.attention import FactorizedAttention
 
 HEADS = 3
 FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
@@ -92,12 +92,7 @@ def assert_drawn_by_he(weight: Tensor, fan_in: int) -> None:
 
 def heads_of(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Query, key, value and output of every attention, each ``(heads, hidden, r)``."""
-    found = []
-    for module in model.modules():
-        if isinstance(module, FactorizedAttention):
-            *inner, output = module.projections(module)
-            sides = [span.weight.unflatten(0, (HEADS, -1)).mT for span in inner]
-            found.append((*sides, output.weight.unflatten(1, (HEADS, -1)).transpose(0, 1)))
+    found = [tuple(each.projection(side).weight for side in range(4)) for each in attentions(model).values()]
     assert found
     return found
 

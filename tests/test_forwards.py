@@ -1,4 +1,4 @@
-"""Forwards take what the stock ones take, by name and by position, and refuse what they do not know."""
+"""Forwards take what the stock ones take, by name and by position."""
 
 import inspect
 
@@ -9,12 +9,10 @@ import pytest
 import torch
 from family import Head
 from torch.testing import assert_close
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.generic import find_labels
-
-from hf_fnl.models.forwards import CACHE
 
 HEADS = {
     f"{family}-{name}": head
@@ -23,17 +21,7 @@ HEADS = {
 }
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 DECODERS = {"bert": bert_cases.DECODER, "gpt2": gpt2_cases.LM, "marian": marian_cases.DECODER}
-NO_DROPOUT = {"Bert": bert_cases.NO_DROPOUT, "GPT2": gpt2_cases.NO_DROPOUT}
 each_decoder = pytest.mark.parametrize("head", DECODERS.values(), ids=DECODERS)
-
-
-@each_head
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("unknown", ["atention_mask", "cache_position", "logits"])
-def test_an_argument_that_is_not_known_is_named(head: Head, training: bool, unknown: str) -> None:
-    model = head.build(head.family.low["all"]).train(training)
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{unknown}'"):
-        model(**head.batch(), **{unknown: torch.ones(1)})
 
 
 @each_head
@@ -59,34 +47,6 @@ def test_arguments_may_be_given_by_position(head: Head) -> None:
 
 
 @each_decoder
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_cache_is_taken_by_the_name_of_every_release(head: Head, name: str) -> None:
-    model, words = head.build(head.family.low["all"]), head.batch()["input_ids"]
-    expected = model(words, use_cache=False).logits
-    first = model(words[:, :3], use_cache=True)
-    second = model(words[:, 3:], use_cache=True, **{name: first[CACHE]})
-    assert second[CACHE].get_seq_length() == words.shape[1]
-    assert_close(torch.cat([first.logits, second.logits], dim=1), expected)
-
-
-@each_decoder
-def test_a_cache_is_given_once(head: Head) -> None:
-    model, words = head.build(head.family.low["all"]), head.batch()["input_ids"]
-    with pytest.raises(TypeError, match="cache once"):
-        model(words, cache=DynamicCache(), past_key_values=DynamicCache())
-    assert model(words, cache=None, past_key_values=None).logits is not None
-
-
-@pytest.mark.parametrize("head", [bert_cases.CROSS_DECODER, marian_cases.MT], ids=["bert", "marian"])
-def test_a_cache_without_a_place_for_an_encoder_is_refused(head: Head) -> None:
-    batch = {name: value for name, value in head.batch().items() if name != "labels"}
-    if "decoder_input_ids" not in batch and head is marian_cases.MT:
-        batch["decoder_input_ids"] = batch["input_ids"]
-    with pytest.raises(TypeError, match="EncoderDecoderCache, got a DynamicCache"):
-        head.build(head.family.low["all"])(**batch, **{CACHE: DynamicCache()})
-
-
-@each_decoder
 def test_what_the_attention_kernel_names_is_handed_to_it(head: Head) -> None:
     given = []
 
@@ -100,27 +60,14 @@ def test_what_the_attention_kernel_names_is_handed_to_it(head: Head) -> None:
         model, words = head.build(head.family.low["all"], attention="warm"), head.batch()["input_ids"]
         model(words, temperature=2.0)
         assert given == [2.0] * model.config.num_hidden_layers
-        with pytest.raises(TypeError, match="'coolness'"):
-            model(words, coolness=2.0)
     finally:
         for interface in (AttentionInterface, AttentionMaskInterface):
             del interface._global_mapping["warm"]
 
 
-def test_attention_modules_take_no_cache_by_position() -> None:
-    attention = gpt2_cases.LM.build(gpt2_cases.LOW).transformer.h[0].attn
-    with pytest.raises(TypeError, match="positional"):
-        attention(torch.ones(1, 2, attention.embed_dim), DynamicCache())
-
-
-@each_decoder
-def test_labels_that_are_shifted_already_are_used(head: Head) -> None:
-    words = head.batch()["input_ids"]
-    model = head.build(head.family.low["all"], **NO_DROPOUT.get(head.family.name, {}))
-    if head is marian_cases.DECODER:  # which shifts nothing
-        with pytest.raises(TypeError, match="'shift_labels'"):
-            model(words, labels=words, shift_labels=words)
-        return
+def test_labels_that_are_shifted_already_are_used() -> None:
+    head = gpt2_cases.LM
+    words, model = head.batch()["input_ids"], head.build(head.family.low["all"], **gpt2_cases.NO_DROPOUT)
     shifted = torch.nn.functional.pad(words, (0, 1), value=-100)[:, 1:]  # strided, as a part of longer ones
     for training in (False, True):
         model.train(training)

@@ -9,11 +9,11 @@ from family import Head, Ranks, factorized_layers, run, run_double
 from gpt2_cases import BACKBONE, CROSS_LM, DOUBLE, FULL, FULL_QKV, GPT2, LM, LOW, LOW_QKV, SEQUENCE, SIZES, memory
 from torch import Tensor
 from torch.testing import assert_close
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl import Product, find_products
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.models.gpt2 import FactorizedGPT2Attention
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 EXACT = {"rtol": 0, "atol": 0}
@@ -25,10 +25,11 @@ each_kernel = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 # Attention
 
 
-def reference_attention(block: FactorizedGPT2Attention, x: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+def reference_attention(block: GPT2Attention, x: Tensor, states: Tensor, mask: Tensor) -> Tensor:
     """An attention of GPT-2, head by head, with queries from ``x`` and keys and values from ``states``."""
     heads, cross = block.num_heads, block.is_cross_attention
-    qk, ov = (heads * (rank or 7) for rank in (block.ranks.qk, block.ranks.ov))
+    ov = len(block.c_proj.weight)
+    qk = block.c_attn.weight.shape[1] - ov if cross else (block.c_attn.weight.shape[1] - ov) // 2
     W, b = block.c_attn.weight, block.c_attn.bias
     (W_q, b_q), W, b = (
         ((block.q_attn.weight, block.q_attn.bias), W, b) if cross else ((W[:, :qk], b[:qk]), W[:, qk:], b[qk:])

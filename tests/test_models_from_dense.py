@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from family import Head, Ranks, factorized_layers, random_vectors_, run, run_double
+from family import Head, Ranks, attentions, factorized_layers, random_vectors_, ranks_of, run, run_double
 from model_cases import HEADS, each_head, each_head_with_ranks, some
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -15,9 +15,8 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_fnl import RankRule
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.layers.linear import dense_weight
-from hf_fnl.layers.span import Span
-from hf_fnl.models.attention import FactorizedAttention
 from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.surgery.targets import Attention
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 EXACT = {"rtol": 0, "atol": 0}
@@ -47,13 +46,12 @@ def matrix_of(layer: nn.Module) -> Tensor:
     return layer.weight if isinstance(layer, nn.Embedding) else dense_weight(layer)
 
 
-def head_products(projections: tuple[Span, Span, Span, Span]) -> dict[str, Tensor]:
-    """``[Q; b_q] K^T`` and ``V O^T`` of every head."""
-    query, key, value, output = projections
-    Q_h, K_h, V_h = (span.weight.unflatten(0, (HEADS_OF, -1)).mT for span in (query, key, value))
-    O_h = output.weight.unflatten(1, (HEADS_OF, -1)).transpose(0, 1)
-    augmented = torch.cat([Q_h, query.bias.unflatten(0, (HEADS_OF, 1, -1))], 1)
-    return {"qk": augmented @ K_h.mT, "ov": V_h @ O_h.mT}
+def head_products(attention: Attention) -> dict[str, Tensor]:
+    """``[Q; b_q] K^T`` and ``V O^T`` of every head; those that share a key or value below one another."""
+    query, key, value, output = (attention.projection(side) for side in range(4))
+    Q_h = query.weight if query.bias is None else torch.cat([query.weight, query.bias.unsqueeze(1)], 1)
+    stacked = (x.unflatten(0, (attention.num_kv_heads, -1)).flatten(1, 2) for x in (Q_h, output.weight))
+    return {"qk": next(stacked) @ key.weight.mT, "ov": next(stacked) @ value.weight.mT}
 
 
 # At full rank, and below it
@@ -77,25 +75,28 @@ def test_every_product_is_the_best_approximation(head: Head, ranks: Ranks) -> No
     for name, layer in factorized_layers(model).items():
         theirs = matrix_of(stock.get_submodule(name))
         assert_close(lost(layer.composed(), theirs), tail(theirs, layer.rank), rtol=1e-4, atol=1e-6)
-    for name, ours in model.named_modules():
-        if isinstance(ours, FactorizedAttention):
-            cut = head_products(ours.projections(ours))
-            whole = head_products(ours.projections(stock.get_submodule(name)))
-            for kind, rank in {"qk": ours.ranks.qk or WIDTH, "ov": ours.ranks.ov or WIDTH}.items():
-                assert_close(lost(cut[kind], whole[kind]), tail(whole[kind], rank), rtol=1e-4, atol=1e-6)
-            check_biases(ours.projections(ours), ours.projections(stock.get_submodule(name)), ours)
+    dense = attentions(stock)
+    for name, ours in attentions(model).items():
+        cut, whole = head_products(ours), head_products(dense[name])
+        for kind, rank in ranks_of(ours).items():
+            assert_close(lost(cut[kind], whole[kind]), tail(whole[kind], rank or 99), rtol=1e-4, atol=1e-6)
+        check_biases(ours, dense[name])
 
 
-def check_biases(ours: tuple[Span, ...], theirs: tuple[Span, ...], attention: FactorizedAttention) -> None:
+def check_biases(ours: Attention, theirs: Attention) -> None:
     """A key's bias changes no weight; a value's moves, as it is, into the output's."""
-    (_, key, value, output), (_, their_key, their_value, their_output) = ours, theirs
-    if attention.ranks.qk is None:
+    (_, key, value, output), (_, their_key, their_value, their_output) = ours.spans, theirs.spans
+    if key.bias is None:
+        return
+    ranks, group = ranks_of(ours), ours.num_heads // ours.num_kv_heads
+    if ranks["qk"] is None:
         assert torch.equal(key.bias, their_key.bias)
     else:
         assert not key.bias.any()
-    if attention.ranks.ov is not None:
+    if ranks["ov"] is not None:
         assert not value.bias.any()
-        assert_close(output.bias, their_output.bias + their_output.weight @ their_value.bias, rtol=1e-5, atol=1e-5)
+        moved = their_value.bias.unflatten(0, (ours.num_kv_heads, -1)).repeat_interleave(group, 0).flatten()
+        assert_close(output.bias, their_output.bias + their_output.weight @ moved, rtol=1e-5, atol=1e-5)
 
 
 @each_head_with_ranks("low")
@@ -135,8 +136,7 @@ def attended(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Queries, keys and contexts of an attention ``(heads, tokens, width)``, and its output matrices."""
     attention, seen = model.get_submodule(layer), {}
-    cls = next(type(m) for m in head.build({"qk_rank": 1}).modules() if isinstance(m, FactorizedAttention))
-    query, key, _, output = cls.projections(attention)
+    query, key, _, output = attentions(attention)[""].spans
     hooks = [
         query.layer.register_forward_hook(lambda module, args, result: seen.update(query=query.of(result))),
         key.layer.register_forward_hook(lambda module, args, result: seen.update(key=key.of(result))),
@@ -298,12 +298,12 @@ def test_every_layer_may_have_its_own_ranks(name: str, ranks: Ranks, calibrated:
     found: dict[str, list[int | None]] = {option: [] for option in ranks}
     for number in range(2):
         layer = model.base_model.get_submodule(head.family.one_layer.format(number))
-        attention = next((m for m in layer.modules() if isinstance(m, FactorizedAttention)), None)
+        attention = ranks_of(next(iter(attentions(layer).values())))
         fused = {m.rank for n, m in factorized_layers(layer).items() if n.endswith("_attn")}
         others = {m.rank for n, m in factorized_layers(layer).items() if not n.endswith("_attn")}
         for option, value in {
-            "qk_rank": attention and attention.ranks.qk,
-            "ov_rank": attention and attention.ranks.ov,
+            "qk_rank": attention["qk"],
+            "ov_rank": attention["ov"],
             "qkv_rank": fused.pop() if fused else None,
             "ffn_rank": others.pop() if others else None,
         }.items():

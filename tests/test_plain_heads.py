@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.models.vocabulary import is_plain
+from hf_fnl.models.losses import is_plain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
@@ -212,12 +212,12 @@ PLAIN = {
 @pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN)
 def test_what_is_plain(make: Callable[[], nn.Module]) -> None:
     layer = make()
-    assert is_plain(layer, nn.Linear, FactorizedLinear)
-    assert not is_plain(layer, nn.Embedding)
+    assert is_plain(layer)
+    assert not is_plain(nn.Embedding(3, 4))
     with nn.modules.module.register_module_forward_hook(lambda *_: None):
-        assert not is_plain(layer, type(layer))
+        assert not is_plain(layer)
     parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
     seen = []
-    layer.register_forward_pre_hook(lambda module, args: seen.append(is_plain(module, type(module))))
+    layer.register_forward_pre_hook(lambda module, args: seen.append(is_plain(module)))
     torch.func.functional_call(layer, parameters, torch.ones(1, 3))
     assert seen == [False]

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "hf_fnl"
 # From the lowest to the highest; a file imports from its own room and lower ones.
 ROOMS = (
     "utils",
+    "workarounds",
     "math",
     "layers",
     "attention",

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers import TensorizedConv2d
-from hf_fnl.surgery.swap import share_factors_
+from hf_fnl.surgery.targets import share_factors_
 
 DOUBLE = {"dtype": torch.float64}
 LAYERS = {

@@ -143,7 +143,7 @@ class KnownAttention:
 
 
 def attention_of(module: nn.Module) -> KnownAttention | None:
-    """What is known of a module as an attention, ``None`` if no adapter knows it."""
+    """Return what is known of a module as an attention, ``None`` if no adapter knows it."""
     for registered in reversed(_REGISTERED.values()):
         if (projections := registered(module)) is not None:
             return KnownAttention(projections, frozenset({"qk", "ov"}))
@@ -151,6 +151,11 @@ def attention_of(module: nn.Module) -> KnownAttention | None:
         if (projections := adapter(module)) is not None:
             return KnownAttention(projections, invariant_kinds(module, adapter))
     return None
+
+
+def projections_of(module: nn.Module) -> AttentionProjections | None:
+    """Return the projections of an attention of a known layout, whatever it computes; ``None`` of other modules."""
+    return next((found for adapter in _BUILT_IN if (found := adapter(module)) is not None), None)
 
 
 def _fitted(owner: Any, projections: Sequence[Projection]) -> AttentionProjections | None:

@@ -15,9 +15,13 @@ from hf_fnl.models.checkpoint import load
 
 
 def factorized_classes() -> dict[type[PreTrainedModel], type[FactorizedPreTrainedModel]]:
-    """Our classes, by the stock classes that they are made from."""
+    """Return our classes, by the stock classes that they are made from, which hold all products of their heads.
+
+    Where queries and keys are none, as in Llama, surgery on each layer reaches more.
+    """
     found = [cls for cls in vars(hf_fnl.models).values() if isinstance(cls, type)]
-    return {cls.dense_class: cls for cls in found if issubclass(cls, FactorizedPreTrainedModel)}
+    ours = (cls for cls in found if issubclass(cls, FactorizedPreTrainedModel))
+    return {cls.dense_class: cls for cls in ours if "qk_rank" in cls.config_class.rank_options()}
 
 
 def load_model(source: str, terminal: Terminal) -> PreTrainedModel:

@@ -89,9 +89,15 @@ class HeadProjection(nn.Module):
         if isinstance(dense, Conv1D):
             layer.nx, layer.nf = shape
         else:
-            layer.out_features, layer.in_features = shape[0], shape[1]
-            setattr(layer, "in_features" if is_output else "out_features", count * width)
+            layer.out_features, layer.in_features = shape
+            layer.set_width_(width)
         return layer.train(dense.training)
+
+    def set_width_(self, width: int) -> None:
+        """Say how wide a head is in the attention from now on; no value changes."""
+        self.width = width
+        if not isinstance(self, Conv1D):
+            setattr(self, "in_features" if self.is_output else "out_features", sum(n for n, _ in self.heads) * width)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Module:
@@ -122,3 +128,26 @@ class HeadLinear(HeadProjection, nn.Linear):  # type: ignore[misc]
 
 class HeadConv1D(HeadProjection, Conv1D):
     """GPT-2's layer to or from narrow heads."""
+
+
+_WIDTHS = ("head_dim", "attention_head_size")  # attributes by which attentions shape their heads
+_WIDTHS_OF_ALL = ("split_size", "all_head_size")
+
+
+def narrow_(attention: nn.Module) -> None:
+    """Let an attention shape its heads as wide as the highest of their ranks, if all of its projections are narrow.
+
+    Only for an attention in which nothing but these attributes depends on the width; its softmax scale stays.
+    """
+    layers = [layer for layer in attention.modules() if isinstance(layer, HeadProjection)]
+    heads = [head for layer in layers for head in layer.heads]
+    if len(heads) < 4:  # query, key, value and output
+        return
+    count, width = heads[0][0], max(rank for _, rank in heads)
+    for layer in layers:
+        layer.set_width_(width)
+    for module in attention.modules():
+        for names, value in ((_WIDTHS, width), (_WIDTHS_OF_ALL, count * width)):
+            for name in names:
+                if name in vars(module):
+                    setattr(module, name, value)

@@ -1,7 +1,7 @@
 """Factorized model families, registered with Transformers' Auto classes when imported."""
 
-from hf_fnl.models.bert import FactorizedBertConfig, FactorizedBertModel
-from hf_fnl.models.bert_heads import (
+from hf_fnl.models.bert import (
+    FactorizedBertConfig,
     FactorizedBertForMaskedLM,
     FactorizedBertForMultipleChoice,
     FactorizedBertForNextSentencePrediction,
@@ -10,17 +10,24 @@ from hf_fnl.models.bert_heads import (
     FactorizedBertForSequenceClassification,
     FactorizedBertForTokenClassification,
     FactorizedBertLMHeadModel,
+    FactorizedBertModel,
 )
-from hf_fnl.models.gpt2 import FactorizedGPT2Config, FactorizedGPT2Model
-from hf_fnl.models.gpt2_heads import (
+from hf_fnl.models.gpt2 import (
+    FactorizedGPT2Config,
     FactorizedGPT2DoubleHeadsModel,
     FactorizedGPT2ForQuestionAnswering,
     FactorizedGPT2ForSequenceClassification,
     FactorizedGPT2ForTokenClassification,
     FactorizedGPT2LMHeadModel,
+    FactorizedGPT2Model,
 )
-from hf_fnl.models.marian import FactorizedMarianConfig, FactorizedMarianModel
-from hf_fnl.models.marian_heads import FactorizedMarianForCausalLM, FactorizedMarianMTModel
+from hf_fnl.models.llama import FactorizedLlamaConfig, FactorizedLlamaForCausalLM, FactorizedLlamaModel
+from hf_fnl.models.marian import (
+    FactorizedMarianConfig,
+    FactorizedMarianForCausalLM,
+    FactorizedMarianModel,
+    FactorizedMarianMTModel,
+)
 
 __all__ = [
     "FactorizedBertConfig",
@@ -40,6 +47,9 @@ __all__ = [
     "FactorizedGPT2ForTokenClassification",
     "FactorizedGPT2LMHeadModel",
     "FactorizedGPT2Model",
+    "FactorizedLlamaConfig",
+    "FactorizedLlamaForCausalLM",
+    "FactorizedLlamaModel",
     "FactorizedMarianConfig",
     "FactorizedMarianForCausalLM",
     "FactorizedMarianMTModel",

@@ -1,130 +1,148 @@
-"""What the factorized model families share: initialization, checked loading, and the way back to a stock model."""
+"""What the factorized families share: a stock model whose layers and heads are cut as its configuration says."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers import Factorized, FactorizedLinear
+from hf_fnl.attention.adapters import projections_of
+from hf_fnl.attention.parts import parts_of
+from hf_fnl.layers import Factorized, FactorizedLinear, HeadProjection
+from hf_fnl.layers.heads import narrow_
 from hf_fnl.layers.whole import is_partitioned
-from hf_fnl.models.attention import (
-    FactorizedAttention,
-    HeadConv1D,
-    HeadProjection,
-    dense_heads,
-    draw_normal_,
-    is_loaded,
-)
+from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.models.cards import UploadsCard
-from hf_fnl.models.conversion import Shared, fill_, ranks_by_rule
-from hf_fnl.models.division import partition_
-from hf_fnl.models.loading import check_files, load_checked
-from hf_fnl.models.recording import meta_parameters
-from hf_fnl.models.sharded_init import make_partitioned
-from hf_fnl.models.splitting import split_later, splitting_together
+from hf_fnl.models.configuration import FactorizedConfig
+from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery.calibration import Calibration
 from hf_fnl.surgery.config import LayerRank, RankRule
-from hf_fnl.surgery.ranks import UnreachableShare
-from hf_fnl.surgery.swap import check_present
-from hf_fnl.utils.suggest import did_you_mean
+from hf_fnl.surgery.cut import candidate, check_values, cut, parameters_beside, spectra_of
+from hf_fnl.surgery.ranks import UnreachableShare, choose_ranks
+from hf_fnl.surgery.record import models_in
+from hf_fnl.surgery.select import first_names, weights
+from hf_fnl.surgery.swap import check_present, swap_
+from hf_fnl.surgery.targets import Attention, Cut, HeadTarget, LayerTarget, Target
+from hf_fnl.utils.suggest import did_you_mean, listed
+from hf_fnl.workarounds import whole_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
-    """Mixin before a stock ``PreTrainedModel``: draws factors as the stock model draws the weights they stand for.
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """The names that a family's matrices have in its backbone, with ``*`` for the number of a layer.
 
-    With the same seed, a model of full rank starts with exactly the products of the stock model.
+    Args:
+        attention: Attentions.
+        ffn: Layers of a feed-forward block.
+        embedding: Word embeddings; the output embedding goes with them.
+        qkv: Layers that give queries, keys and values at once.
+        end_of_branch: Layers that the stock model draws with the smaller standard deviation ``branch_std``.
     """
 
-    dense_class: ClassVar[type[PreTrainedModel]]
-    attention_class: ClassVar[type[FactorizedAttention]]
+    attention: tuple[str, ...]
+    ffn: tuple[str, ...]
+    embedding: tuple[str, ...]
+    qkv: tuple[str, ...] = ()
+    end_of_branch: tuple[str, ...] = ()
 
-    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # Transformers skips modules without parameters of their own in classes that are not its own, to protect loaded
-        # weights from unguarded writes. An attention is such a module and draws its heads; all writes here are guarded.
-        super()._initialize_weights(module, is_custom_code=False)
+
+def _number(patterns: Sequence[str], name: str) -> int | None:
+    """The number of the layer in a name that one of some patterns matches, 0 without one; ``None`` if none does."""
+    for pattern in patterns:
+        if found := re.fullmatch(pattern.replace(".", r"\.").replace("*", r"(\d+)"), name):
+            return int(found[1]) if found.groups() else 0
+    return None
+
+
+class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
+    """Mixin before a stock ``PreTrainedModel``: what the stock model draws is cut as the configuration says.
+
+    With the same seed, a model of full rank starts with exactly the weight matrices of the stock model.
+
+    Attributes:
+        dense_class: The stock class.
+        names: Where the family's matrices lie.
+        backbone_class: The family's class without a head.
+        shapes_heads: Whether its attentions may shape heads as wide as their rank; see
+            :func:`~hf_fnl.layers.heads.narrow_`.
+    """
+
+    config: Any
+    config_class: ClassVar[type[FactorizedConfig]]
+    dense_class: ClassVar[type[PreTrainedModel]]
+    names: ClassVar[Names]
+    backbone_class: ClassVar[type[PreTrainedModel]]
+    shapes_heads: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        stock = [base for base in cls.__bases__ if not issubclass(base, FactorizedPreTrainedModel)]
+        if stock and issubclass(stock[0], PreTrainedModel):
+            cls.dense_class = stock[0]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return ``False``: all that initializes weights is stock code, in which every write is guarded.
+
+        In others Transformers skips modules without parameters of their own, such as GPT-2's feed-forward blocks, which
+        scale a layer.
+        """
+        return False
+
+    def post_init(self) -> None:
+        """Initialize the stock model; then, the first time, cut it as the configuration says."""
+        is_first = not hasattr(self, "all_tied_weights_keys")  # a class that adds a layer of its own calls this again
+        if is_first and type(self.base_model) is self.backbone_class.dense_class:
+            # The stock constructor made the stock backbone, of which ours is a subclass with the same attributes.
+            self.base_model.__class__ = self.backbone_class
+        super().post_init()
+        if is_first and any(map(is_partitioned, self.parameters())):
+            name = type(self).__name__
+            raise ValueError(f"a {name} is made whole: call {name}(config), and DeepSpeed divides it when it starts")
+        if is_first:
+            self._cut_(self._cuts(self.config))
 
     def initialize_weights(self) -> None:
-        """As in Transformers; what is drawn on a GPU is decomposed together where shapes are equal."""
-        with splitting_together():
-            super().initialize_weights()
+        """As in Transformers; factors that a checkpoint lacks are drawn."""
+        for module in self.modules():
+            if isinstance(module, Factorized):
+                init_factors(module, self._std)
+        super().initialize_weights()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, Factorized):
-            init_factors(module, std)
-        elif isinstance(module, FactorizedAttention):
-            module.init_heads_(std)
-        elif isinstance(module, HeadProjection | HeadConv1D):
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
+    @property
+    def _std(self) -> float:
+        return getattr(self.config, "initializer_range", None) or self.config.init_std
 
-    @classmethod
-    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        # Under ZeRO-3, Transformers divides each layer as soon as it is made. But a factorized layer needs the sizes of
-        # the one that it replaces, and an attention draws its query, key, value and output together.
-        if not is_deepspeed_zero3_enabled() or modeling_utils._is_ds_init_called:
-            return super()._from_config(config, **kwargs)
-
-        def make() -> Any:
-            with modeling_utils.set_zero3_state():
-                return cls._from_config(config, **kwargs)
-
-        return make_partitioned(make)
-
-    @classmethod
-    def get_init_context(cls, dtype: torch.dtype, is_quantized: bool, is_ds_init_called: bool, *args: Any) -> list[Any]:
-        """As in Transformers, but layers draw nothing for the meta device, where torch is slow to draw nothing.
-
-        For ZeRO-3 the model is made on the meta device, too, and divided before weights are loaded.
-        """
-        if not is_deepspeed_zero3_enabled():
-            return [*super().get_init_context(dtype, is_quantized, is_ds_init_called, *args), init.no_init_weights()]
-        if is_quantized or is_ds_init_called:
-            return super().get_init_context(dtype, is_quantized, is_ds_init_called, *args)
-        contexts = super().get_init_context(dtype, is_quantized, True, *args)
-        return [*contexts, init.no_init_weights(), meta_parameters(), modeling_utils.set_zero3_state()]
-
-    @staticmethod
-    def _load_pretrained_model(model: Any, *args: Any, **kwargs: Any) -> Any:
-        # Of a model or, into one that has its weights, of an adapter.
-        load = PreTrainedModel._load_pretrained_model
-        if is_deepspeed_zero3_enabled() and not any(map(is_partitioned, model.parameters())):
-            given = inspect.signature(load).bind(model, *args, **kwargs).arguments
-            config = given["load_config"]
-            if not config.is_quantized:
-                # Only the first process reads the weights, so all look whether they fit, or one would raise alone.
-                check_files(model, config.pretrained_model_name_or_path, given["checkpoint_files"] or ())
-                partition_(model)
-        return load(model, *args, **kwargs)
+    @property
+    def branch_std(self) -> float:
+        """Standard deviation with which the stock model draws the layers at the end of a residual branch."""
+        return self._std
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, which however draws a product anew, with a log entry only, if its form has changed.
+        """As in Transformers, which however draws a matrix anew, with a log entry only, if its form has changed.
 
         Raises:
             OSError: If a weight file is truncated or corrupt.
-            CheckpointMismatchError: If the checkpoint holds a parameter in another shape, or a product in another form,
+            CheckpointMismatchError: If the checkpoint holds a parameter in another shape, or a matrix in another form,
                 than the configuration says, unless ``ignore_mismatched_sizes``. It is a ``ValueError``, and a
                 ``RuntimeError`` as in Transformers.
         """
-        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        with whole_parameters():
+            return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def get_submodule(self, target: str) -> nn.Module:
         """As in torch; the name of a factor, too, gives the layer that holds it.
@@ -136,46 +154,28 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             return holder
         return super().get_submodule(target)
 
-    def _get_resized_embeddings(self, old_embeddings: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        # Here all ways to resize an embedding meet.
-        if isinstance(old_embeddings, Factorized):
-            raise ValueError("only a dense embedding is resized; merge() the model first or set embedding_rank=None")
-        return super()._get_resized_embeddings(old_embeddings, *args, **kwargs)
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, which keeps keys and values in pages of one width.
+
+        Raises:
+            ValueError: If heads of different layers have different widths.
+        """
+        if not hasattr(self.config, "head_dim"):
+            raise ValueError(
+                "continuous batching needs keys and values of one width, got "
+                f"qk_rank={self.config.qk_rank} and ov_rank={self.config.ov_rank}: give both one number, call "
+                "generate(), or merge() the model first"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     @classmethod
-    def _shared_ranks(cls, dense: PreTrainedModel) -> Shared:
-        """For each rank of the configuration and each layer, the modules of ``dense`` that have it."""
-        raise NotImplementedError
-
-    @classmethod
-    @torch.no_grad()
-    def from_dense(
-        cls,
-        dense: PreTrainedModel | str | os.PathLike,
-        *,
-        rule: RankRule | None = None,
-        kinds: Sequence[str] = ("qk", "ov", "ffn"),
-        calibration: Calibration | None = None,
-        factor_init: str | Mapping[str, str] | None = None,
-        **ranks: LayerRank,
-    ) -> Self:
-        r"""Truncate a trained stock model.
-
-        Every product becomes its best approximation of the given rank in the Frobenius norm; with ``calibration``, the
-        one whose outputs are nearest, in mean square, for what these data are in front of it. Biases of heads are cut
-        with them. At full rank the outputs are those of the stock model.
+    def from_dense(cls, dense: PreTrainedModel | str | os.PathLike, **options: Any) -> Self:
+        """Truncate a trained stock model.
 
         Args:
             dense: A model of ``dense_class``, or its Hub id or folder; or a model of this class that holds no factors.
                 It is left as it is.
-            rule: Chooses the ranks.
-            kinds: What ``rule`` is applied to: any of ``"qk"``, ``"ov"``, ``"ffn"``, ``"embedding"`` and, where the
-                configuration has it, ``"qkv"``.
-            calibration: Inputs of the model, one batch or several, with an ``attention_mask`` where they are padded.
-                All of it runs through the model at once. Some ten thousand tokens are enough.
-            factor_init: As in the configuration, but only what cuts weights: ``"spectral"`` or ``"spectral_ones"``.
-                ``None`` takes that of ``dense``, where this is a model of this class, and else ``"spectral"``.
-            **ranks: In place of a rule, the fields of the configuration that are ranks, such as ``qk_rank=32``.
+            **options: Those of :meth:`factorize_`.
 
         Returns:
             A model of this class on the same device, in the same dtype and mode.
@@ -183,79 +183,211 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         Raises:
             OSError: If a weight file is truncated or corrupt.
             TypeError: If ``dense`` is of another class, or a rank is no field of the configuration.
-            ValueError: If no rank is given, or both ranks and a rule, a rank does not fit, a rule cannot be met, a
-                weight is not finite, or a tensor of ``dense`` has no place in a model of this class.
+            ValueError: As :meth:`factorize_`, or if a tensor of ``dense`` has no place in a model of this class.
         """
         if not isinstance(dense, PreTrainedModel):
             dense = load_checked(cls.dense_class.from_pretrained, dense)
         check_present(dense, f"{cls.__name__}.from_dense")
-        cls._check_source(dense)
-        if unknown := sorted(set(ranks) - set(cls.config_class.rank_options())):
-            options = ", ".join(cls.config_class.rank_options())
-            hint = did_you_mean(unknown[0], cls.config_class.rank_options())
-            raise TypeError(f"{cls.__name__} has the ranks {options}, got {', '.join(unknown)}{hint}")
-        given = [name for name, rank in ranks.items() if rank is not None]
-        if (rule is None) == (not given):
-            raise ValueError(f"give ranks or a rule, one of them; got {', '.join(given) or 'neither'}")
-        if rule is not None:
-            ranks |= cls._ranks_by_rule(dense, rule, kinds, calibration)
-        config = cls.config_class.from_dense(
-            dense.config, **ranks, **({} if factor_init is None else {"factor_init": factor_init})
-        )
-        with init.no_init_weights(), modeling_utils.set_zero3_state():
+        if type(dense) is not cls and type(dense) is not cls._dense_class_of(dense.config):
+            raise TypeError(f"{cls.__name__} is made from a {cls.dense_class.__name__}, got a {type(dense).__name__}")
+        if type(dense) is cls:
+            dense._check_dense()
+        config = cls.config_class.from_dense(dense.config)
+        with init.no_init_weights(), whole_parameters():
             model = cls._from_config(config, dtype=dense.dtype, attn_implementation=dense.config._attn_implementation)
-        model.to(dense.device).eval()
-        fill_(model, dense, calibration)
+        model.to(dense.device)
+        _fill_(model, dense)
+        model.factorize_(**options)
         if model.can_generate():
             model.generation_config = copy.deepcopy(dense.generation_config)
         return model.train(dense.training)
 
     @classmethod
-    def _check_source(cls, dense: PreTrainedModel) -> None:
-        if type(dense) is cls:
-            given = [option for option in dense.config.rank_options() if getattr(dense.config, option) is not None]
-            if given:
-                raise ValueError(f"the {cls.__name__} is factorized already, with {', '.join(given)}; merge() it first")
-        elif type(dense) is not cls.dense_class:
-            raise TypeError(f"{cls.__name__} is made from a {cls.dense_class.__name__}, got a {type(dense).__name__}")
+    def _dense_class_of(cls, config: Any) -> type[PreTrainedModel]:
+        """The stock class of a stock configuration."""
+        return cls.dense_class
 
-    def factorize_(self, **options: Any) -> None:
-        """Truncate this model, which holds no factors yet, in place; the options are those of :meth:`from_dense`.
+    def _check_dense(self) -> None:
+        if given := [option for option in self.config.rank_options() if getattr(self.config, option) is not None]:
+            name = type(self).__name__
+            raise ValueError(f"the {name} is factorized already, with {', '.join(given)}; merge() it first")
 
-        Modules are replaced and parameters are new: an optimizer that holds the old ones has to be told. See
-        :class:`~hf_fnl.training.DenseThenLowRank`.
+    @torch.no_grad()
+    def factorize_(
+        self,
+        *,
+        rule: RankRule | None = None,
+        kinds: Sequence[str] | None = None,
+        calibration: Calibration | None = None,
+        factor_init: str | Mapping[str, str] | None = None,
+        **ranks: LayerRank,
+    ) -> None:
+        r"""Truncate this model, which holds no factors yet, in place.
+
+        Every matrix becomes its best approximation of the given rank in the Frobenius norm; with ``calibration``, the
+        one whose outputs are nearest, in mean square, for what these data are in front of it. Biases of heads are cut
+        with them. At full rank the outputs are those of the dense model. Parameters are new: an optimizer that holds
+        the old ones has to be told. See :class:`~hf_fnl.training.DenseThenLowRank`.
+
+        Args:
+            rule: Chooses the ranks.
+            kinds: What ``rule`` is applied to: any of ``"qk"``, ``"ov"``, ``"ffn"``, ``"embedding"`` and ``"qkv"`` that
+                the configuration has. Heads and feed-forward matrices unless given.
+            calibration: Inputs of the model, one batch or several, with an ``attention_mask`` where they are padded.
+                All of it runs through the model at once. Some ten thousand tokens are enough.
+            factor_init: As in the configuration, whose it is unless given, but only what cuts weights: ``"spectral"``
+                or ``"spectral_ones"``.
+            **ranks: In place of a rule, the fields of the configuration that are ranks, such as ``ov_rank=32``.
+
+        Raises:
+            TypeError: If a rank is no field of the configuration.
+            ValueError: If the model holds factors, no rank is given, or both ranks and a rule, a rank does not fit, a
+                rule cannot be met, or a weight is not finite. The model is then as it was.
         """
-        take_over_(self, type(self).from_dense(self, **options))
+        check_present(self, f"{type(self).__name__}.factorize_")
+        self._check_dense()
+        options = self.config.rank_options()
+        if unknown := sorted(set(ranks) - set(options)):
+            hint = did_you_mean(unknown[0], options)
+            raise TypeError(f"{type(self).__name__} has the ranks {', '.join(options)}, got {listed(unknown)}{hint}")
+        given = [name for name, rank in ranks.items() if rank is not None]
+        if (rule is None) == (not given):
+            raise ValueError(f"give ranks or a rule, one of them; got {', '.join(given) or 'neither'}")
+        if rule is not None:
+            ranks |= self._ranks_by_rule(rule, kinds, calibration)
+        config = copy.deepcopy(self.config)
+        for option, value in {**ranks, **({} if factor_init is None else {"factor_init": factor_init})}.items():
+            setattr(config, option, value)
+        config = type(config).from_dense(config)  # which checks what was set
+        cuts = self._cuts(config)
+        _check_methods(cuts, config.factor_init, calibrated=calibration is not None)
+        check_values((each.target for each in cuts), calibrated=calibration is not None)
+        self._cut_(cuts, calibration)
+        self._hold_config_(config)
 
-    @classmethod
+    def _hold_config_(self, config: Any) -> None:
+        """Give this model, and what is inside of it, another configuration in the place of its own."""
+        old = self.config
+        for name in ("_attn_implementation", "_name_or_path", "architectures"):
+            if hasattr(old, name):
+                setattr(config, name, getattr(old, name))
+        for module in self.modules():
+            if getattr(module, "config", None) is old:
+                module.config = config
+
+    def _cut_(self, cuts: Sequence[Cut], calibration: Calibration | None = None) -> None:
+        stds = {module: self.branch_std for name, module in self._inner() if _is_any(self.names.end_of_branch, name)}
+        replacements = cut(self, cuts, calibration, stds)
+        for dense, layer in replacements.items():
+            if calibration is not None and isinstance(layer, Factorized) and getattr(dense, "bias", None) is not None:
+                dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
+        swap_(self, replacements, models_in(self))
+        for target in (each.target for each in cuts) if self.shapes_heads else ():
+            if isinstance(target, HeadTarget):
+                narrow_(self.get_submodule(target.module_name))
+
+    def _inner(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules by the names that they have in the backbone."""
+        prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
+        for name, module in self.named_modules():
+            yield name.removeprefix(prefix), module
+
+    def _places(self) -> dict[str, dict[int, list[str]]]:
+        """For each rank of the configuration, by the number of the layer, the names of what has it."""
+        by_option = {
+            "qk_rank": self.names.attention,
+            "ov_rank": self.names.attention,
+            "qkv_rank": self.names.qkv,
+            "ffn_rank": self.names.ffn,
+            "embedding_rank": self.names.embedding,
+        }
+        names = {module: name for name, module in self.named_modules()}
+        output = self.get_output_embeddings()
+        found: dict[str, dict[int, list[str]]] = {option: {} for option in self.config.rank_options()}
+        for option, layers in found.items():
+            for name, module in self._inner():
+                number = _number(by_option[option], name)
+                if number is None and option == "embedding_rank" and module is output:
+                    number = 0
+                if number is not None:
+                    layers.setdefault(self._layer_number(name, number), []).append(names[module])
+        return {option: dict(sorted(layers.items())) for option, layers in found.items()}
+
+    def _layer_number(self, name: str, number: int) -> int:
+        """The place of a layer in a list of ranks."""
+        return number
+
+    def _targets(self, option: str, names: Sequence[str]) -> list[Target]:
+        """What some names of modules mean."""
+        held = weights(self, self.all_tied_weights_keys)
+        of_layers = {name: holders for holders in held.values() for name in holders}
+        targets: list[Target] = []
+        for name in names:
+            if option in ("qk_rank", "ov_rank"):
+                module, kind = self.get_submodule(name), option.removesuffix("_rank")
+                projections = projections_of(module)
+                attention = None if projections is None else Attention.of(name, module, projections, kind)
+                if attention is None:
+                    raise ValueError(f"{name} is no attention whose heads can be cut")
+                targets.append(HeadTarget(attention, kind, ()))
+            elif name in of_layers and not any(name in t.layers for t in targets if isinstance(t, LayerTarget)):
+                targets.append(LayerTarget(first_names(of_layers[name])))
+        return targets
+
+    def _cuts(self, config: FactorizedConfig) -> list[Cut]:
+        """What a configuration says is cut."""
+        parts, ranks = parts_of(self), config.ranks
+        cuts = []
+        for option, layers in self._places().items():
+            for number, names in layers.items():
+                rank = getattr(config, option)
+                rank = rank[number] if isinstance(rank, list) else rank
+                for target in [] if rank is None else self._targets(option, names):
+                    shared = {parts[name] for name in getattr(target, "layers", (target.module_name,))} - {None}
+                    part = shared.pop() if len(shared) == 1 else None
+                    kind = "embedding" if option == "embedding_rank" else target.kind
+                    cuts.append(Cut(target, rank, ranks.method(kind, part)))
+        return cuts
+
     def _ranks_by_rule(
-        cls, dense: PreTrainedModel, rule: RankRule, kinds: Sequence[str], calibration: Calibration | None
+        self, rule: RankRule, kinds: Sequence[str] | None, calibration: Calibration | None
     ) -> dict[str, LayerRank]:
+        places = self._places()
+        known = [option.removesuffix("_rank") for option in places]
+        if kinds is None:
+            kinds = [kind for kind in ("qk", "ov", "ffn") if kind in known]
         kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-        shared = {option.removesuffix("_rank"): layers for option, layers in cls._shared_ranks(dense).items()}
-        unknown = sorted(set(kinds) - set(shared))
+        unknown = sorted(set(kinds) - set(known))
         if unknown or not kinds:
-            hint = did_you_mean(unknown[0], shared) if unknown else ""
-            raise ValueError(f"kinds must be any of {', '.join(shared)}, got {', '.join(unknown) or 'none'}{hint}")
+            hint = did_you_mean(unknown[0], known) if unknown else ""
+            raise ValueError(f"kinds must be any of {', '.join(known)}, got {', '.join(unknown) or 'none'}{hint}")
+        groups: dict[tuple[str, int], list[Target]] = {}
+        for option in (f"{kind}_rank" for kind in kinds):
+            groups |= {(option, number): self._targets(option, names) for number, names in places[option].items()}
+        targets = [target for group in groups.values() for target in group]
+        spectra = spectra_of(self, targets, calibration)
+        titles = {
+            (option, number): option.removesuffix("_rank") + (f" in layer {number}" if len(places[option]) > 1 else "")
+            for option, number in groups
+        }
+        candidates = [candidate(titles[key], group, spectra) for key, group in groups.items()]
         try:
-            return ranks_by_rule(
-                dense,
-                {f"{kind}_rank": shared[kind] for kind in kinds},
-                rule,
-                projections=cls.attention_class.projections,
-                num_heads=dense.config.num_attention_heads,
-                calibration=calibration,
-            )
+            chosen = choose_ranks(candidates, rule, others=parameters_beside(self, targets))
         except UnreachableShare as error:
             more = f". The word embedding stays dense: try kinds={','.join(kinds)},embedding"
             wanted = "embedding" not in kinds and "stay dense" in str(error)
             raise UnreachableShare(f"{error}{more if wanted else ''}") from error
+        ranks: dict[str, LayerRank] = {}
+        for option in (f"{kind}_rank" for kind in kinds):
+            values = [chosen[titles[option, number]] for number in places[option]]
+            ranks[option] = values[0] if len(set(values)) == 1 else values
+        return ranks
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
-        """The stock model that computes the same, with every product multiplied out.
+        """Return the stock model that computes the same, with factors multiplied out.
 
-        Heads narrower than ``hidden / heads`` are padded with zeros. This model is left as it is.
+        Heads narrower than those of the stock model are filled up with zeros. This model is left as it is.
 
         Returns:
             A model of ``dense_class`` on the same device, in the same dtype and mode. It can be saved, loaded and
@@ -266,44 +398,98 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
                 adapter or of a layer that a subclass adds.
         """
         check_present(self, "merge")
+        config = self.config.to_dense()
         with init.no_init_weights():
-            dense = self.dense_class(self.config.to_dense())
+            dense = self._dense_class_of(config)(config)
         dense.to(device=self.device, dtype=self.dtype)
-        places = dense.state_dict().keys()
-        # A factor stands for the weight of its layer.
-        foreign = [n for n in self.state_dict() if not {n, n.rpartition(".")[0] + ".weight"} & places]
-        if foreign:
+        state = dict(self.state_dict())
+        for name, module in self.named_modules():
+            if isinstance(module, Factorized | HeadProjection):
+                for parameter, _ in module.named_parameters(recurse=False):
+                    state.pop(f"{name}.{parameter}", None)
+                state |= {f"{name}.{key}": value for key, value in module.to_dense().state_dict().items()}
+        if foreign := [name for name in state if name not in dense.state_dict()]:
             raise ValueError(
                 f"merge: a {type(dense).__name__} has no place for {foreign[0]} (of {len(foreign)}): merge an adapter "
                 "of PEFT first (merge_and_unload), and take a layer of your own out"
             )
-        dense.load_state_dict(self._dense_state_dict())
+        dense.load_state_dict(state)
         dense.tie_weights()
         if self.can_generate():
             dense.generation_config = copy.deepcopy(self.generation_config)
         return dense.train(self.training)
 
-    def _dense_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names and in the shapes of the stock model."""
-        state = dict(self.state_dict())
-        names = {module: name for name, module in self.named_modules()}
-        for module, name in names.items():
-            if isinstance(module, Factorized):
-                for factor in ("U", "M", "V"):
-                    state.pop(f"{name}.{factor}", None)
-                state[f"{name}.weight"] = module.dense_weight()
-            elif isinstance(module, FactorizedAttention):
-                head_dim = self.config.hidden_size // module.num_heads
-                for layer, (weight, bias) in dense_heads(module, head_dim).items():
-                    state[f"{names[layer]}.weight"] = weight
-                    if bias is not None:
-                        state[f"{names[layer]}.bias"] = bias
-        return state
+
+def _is_any(patterns: Sequence[str], name: str) -> bool:
+    return _number(patterns, name) is not None
 
 
-def is_initialized(model: PreTrainedModel) -> bool:
-    """Whether ``post_init`` has run: a class that adds a layer of its own calls it again."""
-    return hasattr(model, "all_tied_weights_keys")
+@torch.no_grad()
+def _fill_(ours: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Give a model of ours without factors the weights of a stock model; all tensors of both are accounted for."""
+    ours.tie_weights()  # which a construction that initializes nothing leaves out
+    theirs, state = dense.state_dict(), ours.state_dict()
+    name_of_dense, name_of_ours = type(dense).__name__, type(ours).__name__
+    if lost := [name for name, value in theirs.items() if name not in state or state[name].shape != value.shape]:
+        but = f": its own has shape {tuple(state[lost[0]].shape)}" if lost[0] in state else ""
+        raise ValueError(f"a {name_of_ours} has no place for {listed(lost)} of the {name_of_dense}{but}")
+    layers = {name for name, _ in dense.named_modules() if name}  # what dense lacks is a subclass's own, and drawn
+    if missing := [name for name in state if name not in theirs and name.rpartition(".")[0] in layers]:
+        raise ValueError(f"the {name_of_dense} lacks {listed(missing)}, which a {name_of_ours} has")
+    ours.load_state_dict(theirs, strict=False)
+    held = ours.state_dict()
+    for target, source in ours.all_tied_weights_keys.items():
+        if target in theirs and not torch.equal(held[target], theirs[target]):
+            raise ValueError(
+                f"a {name_of_ours} holds {source} and {target} as one, which differ in the {name_of_dense}: set "
+                "tie_word_embeddings=False in its configuration"
+            )
+    trained = {name: p.requires_grad for name, p in dense.named_parameters(remove_duplicate=False)}
+    for name, parameter in ours.named_parameters():
+        if name in trained:
+            parameter.requires_grad_(trained[name])
+            parameter._is_hf_initialized = True  # as of what is loaded: never drawn anew
+    if any(name not in trained for name, _ in ours.named_parameters()):
+        ours.initialize_weights()
+
+
+def _check_methods(cuts: Sequence[Cut], given: str | Mapping[str, str], *, calibrated: bool) -> None:
+    """Raise a ``ValueError`` that names the kind unless trained weights can be cut as ``factor_init`` says."""
+    for kind, method in ((each.target.kind, each.init) for each in cuts):
+        if method in DRAWN_METHODS:
+            is_named = isinstance(given, str) or kind in {selector.partition(":")[0] for selector in given}
+            because = "" if is_named else f" ({given} leaves {kind} out, and what it leaves out is 'default')"
+            raise ValueError(
+                f"factor_init={method!r} of {kind} draws factors in the place of trained weights{because}: set "
+                f"factor_init of {kind} to 'spectral' or 'spectral_ones' to cut these"
+            )
+        if calibrated and method != "spectral":
+            raise ValueError(
+                f"calibration cuts trained weights and needs factor_init='spectral', got {method!r} of {kind}"
+            )
+
+
+def is_loaded(parameter: Tensor) -> bool:
+    """Return whether ``from_pretrained`` has set a parameter, by the mark that Transformers leaves on it."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def init_factors(module: Factorized, std: float) -> None:
+    """Draw the factors of a layer, and zero its bias, unless a checkpoint set all of them."""
+    if not all(is_loaded(factor) for factor in module.factors()):
+        draw = functools.partial(_draw_as_stock_, module, std=std)
+        for factor, value in zip(module.factors(), module.fresh_factors(draw), strict=True):
+            init.copy_(factor, value)
+    if getattr(module, "bias", None) is not None:
+        init.zeros_(module.bias)
+
+
+def _draw_as_stock_(module: Factorized, weight: Tensor, std: float) -> None:
+    """Fill ``weight (out, in)`` with what the stock model draws, which ``Conv1D`` holds transposed."""
+    if isinstance(module, FactorizedLinear) and module.dense_class is Conv1D:
+        weight.copy_(weight.new_empty(weight.shape[::-1]).normal_(0.0, std).mT)
+    else:
+        weight.normal_(0.0, std)
 
 
 def take_over_(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -318,36 +504,3 @@ def take_over_(model: PreTrainedModel, other: PreTrainedModel) -> None:
                 setattr(module, attribute, getattr(before[name], attribute))
     for name in ("_modules", "config", "_tied_weights_keys", "all_tied_weights_keys"):
         setattr(model, name, getattr(other, name))
-
-
-class FactorizedBackbone(FactorizedPreTrainedModel):
-    """Mixin before a stock backbone in which some modules give way to factorized ones."""
-
-    def post_init(self) -> None:
-        """Put factorized modules in the place of the stock ones, the first time, then initialize the model."""
-        if not is_initialized(self):
-            with init.no_init_weights():
-                self._replace_modules()
-        super().post_init()
-
-    def _replace_modules(self) -> None:
-        raise NotImplementedError
-
-
-def init_factors(module: Factorized, std: float) -> None:
-    """Guarded initialization of a factorized layer: nothing is drawn or decomposed if a checkpoint set all of it."""
-    if not all(is_loaded(factor) for factor in module.factors()):
-        draw = functools.partial(draw_as_stock_, module, std=std)
-        if not split_later(module, draw):
-            for factor, value in zip(module.factors(), module.fresh_factors(draw), strict=True):
-                init.copy_(factor, value)
-    if getattr(module, "bias", None) is not None:
-        init.zeros_(module.bias)
-
-
-def draw_as_stock_(module: Factorized, weight: Tensor, std: float) -> None:
-    """Fill ``weight (out, in)`` with what the stock model draws, which ``Conv1D`` holds transposed."""
-    if isinstance(module, FactorizedLinear) and module.dense_class is Conv1D:
-        weight.copy_(draw_normal_(weight.new_empty(weight.shape[::-1]), std).mT)
-    else:
-        draw_normal_(weight, std)

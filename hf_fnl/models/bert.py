@@ -1,30 +1,27 @@
-"""Factorized BERT: configuration, backbone and every head that Transformers has for BERT."""
+"""Factorized BERT: its configuration, backbone and every head that Transformers has for BERT."""
 
 # No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
 
-from collections.abc import Mapping
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import BertConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers import BertConfig, BertTokenizer
+from transformers import initialization as init
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert as stock
 
-from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
-from hf_fnl.layers.span import Span
-from hf_fnl.models.attention import FactorizedAttention, HeadProjection, Spans, attend, cached_heads, split_heads
-from hf_fnl.models.base import FactorizedBackbone, FactorizedPreTrainedModel
-from hf_fnl.models.configuration import FactorizedConfig
-from hf_fnl.models.conversion import Shared
-from hf_fnl.models.forwards import CACHE, extends
-from hf_fnl.models.packing import Packing, packed_attention, unpack
-from hf_fnl.surgery.config import LayerRanks
+from hf_fnl.models.base import FactorizedPreTrainedModel, Names, is_loaded
+from hf_fnl.models.configuration import NarrowHeadsConfig
+from hf_fnl.models.forwards import extends
+from hf_fnl.models.losses import at_labels, masked_lm_loss, next_sentence_loss
+from hf_fnl.models.register import register
 
 
 @strict
-class FactorizedBertConfig(FactorizedConfig, BertConfig):
-    """Configuration of a BERT whose matrices are held as products.
+class FactorizedBertConfig(NarrowHeadsConfig, BertConfig):
+    """Configuration of a BERT whose matrices are held as factors.
 
     The ranks and ``factor_init`` are those of :class:`~hf_fnl.models.configuration.FactorizedConfig`, every other field
     is :class:`BertConfig`'s.
@@ -41,154 +38,159 @@ class FactorizedBertConfig(FactorizedConfig, BertConfig):
 
     sparse_prediction: bool = True
 
-    def _sizes(self) -> Mapping[str, int]:
-        return {
-            "hidden_size": self.hidden_size,
-            "num_heads": self.num_attention_heads,
-            "intermediate_size": self.intermediate_size,
-            "vocab_size": self.vocab_size,
-            "num_layers": self.num_hidden_layers,
-        }
 
-
-class _Heads(nn.Module):
-    """Projections whose heads are ``qk_rank`` and ``ov_rank`` wide in place of ``hidden_size / heads``."""
-
-    num_attention_heads: int
-    attention_head_size: int
-    layer_idx: int
-    dropout: nn.Dropout
-
-    def __init__(self, config: FactorizedBertConfig, ranks: LayerRanks, dense: Any) -> None:
-        nn.Module.__init__(self)
-        # Of the stock module all but its projections: to make others of their size would only cost time.
-        vars(self).update({name: value for name, value in vars(dense).items() if not name.startswith("_")})
-        self.dropout = dense.dropout
-        heads, head_dim = config.num_attention_heads, self.attention_head_size
-        self.query = HeadProjection(config.hidden_size, heads * (ranks.qk or head_dim))
-        self.key = HeadProjection(config.hidden_size, heads * (ranks.qk or head_dim))
-        self.value = HeadProjection(config.hidden_size, heads * (ranks.ov or head_dim))
-
-    def _attend(
-        self, hidden_states: Tensor, states: Tensor, attention_mask: Tensor | None, *, crossing: bool, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Queries of ``hidden_states`` against keys of ``states``; returns the heads side by side, and the weights."""
-        count, cache = self.num_attention_heads, options.pop(CACHE, None)
-        key, value = cached_heads(
-            lambda: (split_heads(self.key(states), count), split_heads(self.value(states), count)),
-            cache,
-            self.layer_idx,
-            crossing=crossing,
-            options=options,
-        )
-        heads = split_heads(self.query(hidden_states), count), key, value
-        return attend(self, stock.eager_attention_forward, heads, attention_mask, dropout=self.dropout.p, **options)
-
-
-class FactorizedBertSelfAttention(_Heads, stock.BertSelfAttention):
-    """Self-attention whose query-key and output-value products may have different ranks."""
-
-    def forward(
-        self, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the stock layer; returns the concatenated heads ``(batch, length, heads * ov_rank)`` and the weights."""
-        return self._attend(hidden_states, hidden_states, attention_mask, crossing=False, **options)
-
-
-class FactorizedBertCrossAttention(_Heads, stock.BertCrossAttention):
-    """Cross-attention whose query-key and output-value products may have different ranks."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the stock layer: keys and values of the encoder are computed once and then taken from the cache."""
-        return self._attend(hidden_states, encoder_hidden_states, attention_mask, crossing=True, **options)
-
-
-class FactorizedBertAttention(FactorizedAttention, stock.BertAttention):
-    """An attention block of BERT with factorized heads, in the place of a stock one whose other parts it keeps."""
-
-    def __init__(self, config: FactorizedBertConfig, ranks: LayerRanks, dense: stock.BertAttention) -> None:
-        nn.Module.__init__(self)
-        self.is_cross_attention = dense.is_cross_attention
-        inner = FactorizedBertCrossAttention if self.is_cross_attention else FactorizedBertSelfAttention
-        self.self: Any = inner(config, ranks, dense.self)
-        self.output: Any = dense.output
-        self.output.dense = HeadProjection(self.self.value.out_features, config.hidden_size)
-        self.num_heads, self.ranks = config.num_attention_heads, ranks
-
-    @staticmethod
-    def projections(attention: Any) -> Spans:
-        """Query, key, value and output."""
-        inner = attention.self
-        return Span(inner.query), Span(inner.key), Span(inner.value), Span(attention.output.dense)
-
-
-class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel, stock.BertPreTrainedModel):
+class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel):
     """What the backbone and the heads share."""
 
-    config: FactorizedBertConfig
     config_class = FactorizedBertConfig
-    attention_class = FactorizedBertAttention
-    takes_packing = True  # see hf_fnl.models.packing
     # Most stock heads return the mean over their own batch, whatever the number of items that the Trainer passes.
     accepts_loss_kwargs = False
-
-    @classmethod
-    def _shared_ranks(cls, dense: PreTrainedModel) -> Shared:
-        prefix = "" if isinstance(dense, stock.BertModel) else "bert."
-        layers = [f"{prefix}encoder.layer.{number}" for number in range(dense.config.num_hidden_layers)]
-        attentions = ("attention", "crossattention") if dense.config.add_cross_attention else ("attention",)
-        heads = [[f"{layer}.{attention}" for attention in attentions] for layer in layers]
-        return {
-            "qk_rank": heads,
-            "ov_rank": heads,
-            "ffn_rank": [[f"{layer}.intermediate.dense", f"{layer}.output.dense"] for layer in layers],
-            "embedding_rank": [[f"{prefix}embeddings.word_embeddings"]],
-        }
+    names = Names(
+        attention=("encoder.layer.*.attention", "encoder.layer.*.crossattention"),
+        ffn=("encoder.layer.*.intermediate.dense", "encoder.layer.*.output.dense"),
+        embedding=("embeddings.word_embeddings",),
+    )
 
 
-class FactorizedBertModel(FactorizedBackbone, FactorizedBertPreTrainedModel, stock.BertModel):
-    """The backbone of BERT with its matrices held as products, as its configuration says."""
+class FactorizedBertModel(FactorizedBertPreTrainedModel, stock.BertModel):
+    """The backbone of BERT with its matrices held as factors, as its configuration says."""
 
-    dense_class = stock.BertModel
 
-    @extends(stock.BertModel.forward)
-    def forward(self, *, packing: Packing | None = None, **inputs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """As the stock model; of a packed batch the outputs are those of a padded one, a sequence a row.
+FactorizedBertPreTrainedModel.backbone_class = FactorizedBertModel
+
+
+class _WithLMHead(FactorizedBertPreTrainedModel):
+    """A head with vocabulary logits."""
+
+    cls: Any
+    accepts_loss_kwargs = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        bias = self.cls.predictions.bias
+        if module is self.cls.predictions and is_loaded(bias):
+            init.copy_(module.decoder.bias, bias)  # untied, in a checkpoint of version 0.1: it has this bias only
+
+    @property
+    def _is_sparse(self) -> bool:
+        return self.training and self.config.sparse_prediction
+
+
+class FactorizedBertForPreTraining(_WithLMHead, stock.BertForPreTraining):
+    """Masked language modelling and next-sentence prediction."""
+
+    @extends(stock.BertForPreTraining.forward)
+    def forward(
+        self,
+        *,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        num_sequences_in_batch: Tensor | int | None = None,
+        **inputs: Any,
+    ) -> stock.BertForPreTrainingOutput:
+        """As the stock model, with a loss that adds up over parts of a batch.
 
         Args:
-            packing: How the sequences lie in the rows; see :mod:`hf_fnl.models.packing`. Takes the place of
-                ``attention_mask``. ``hidden_states`` and ``attentions``, where asked for, stay in rows.
-        """
-        if packing is None:
-            return super().forward(**inputs)
-        if any(inputs.get(name) is not None for name in ("attention_mask", CACHE)) or self.config.is_decoder:
-            raise ValueError("packing is for encoders and takes the place of attention_mask: leave one of them out")
-        outputs = super().forward(**(inputs | packed_attention(packing, self.config, self.dtype)))
-        outputs.last_hidden_state = unpack(outputs.last_hidden_state, packing)
-        if self.pooler is not None:
-            outputs.pooler_output = self.pooler(outputs.last_hidden_state)
-        return outputs
+            labels: ``(batch, length)``, -100 where nothing is to be predicted.
+            next_sentence_label: ``(batch,)``, 0 where B follows A and 1 where it is random.
+            num_items_in_batch: Labelled positions in the whole batch, as the Trainer passes it.
+            num_sequences_in_batch: Sequences in the whole batch. Without it each part's next-sentence loss weighs as
+                much as its labelled positions.
 
-    def _replace_modules(self) -> None:
-        config, all_ranks = self.config, self.config.ranks
-        for number, layer in enumerate(self.encoder.layer):
-            ranks = all_ranks.of_layer(number)
-            if ranks.qk is not None or ranks.ov is not None:
-                layer.attention = FactorizedBertAttention(config, ranks, layer.attention)
-                if config.add_cross_attention:
-                    cross = all_ranks.of_layer(number, "cross")
-                    layer.crossattention = FactorizedBertAttention(config, cross, layer.crossattention)
-            if ranks.ffn is not None:
-                for block in (layer.intermediate, layer.output):
-                    block.dense = FactorizedLinear.empty_like(block.dense, ranks.ffn, init=ranks.init["linear"])
-        if config.embedding_rank is not None:
-            self.embeddings.word_embeddings = FactorizedEmbedding.empty_like(
-                self.embeddings.word_embeddings, config.embedding_rank, init=all_ranks.method("embedding")
-            )
+        Returns:
+            The stock output. ``prediction_logits`` are ``(labelled positions, vocab_size)`` in training with
+            ``sparse_prediction``, else ``(batch, length, vocab_size)``.
+        """
+        outputs = self.bert(**inputs)
+        states = outputs.last_hidden_state
+        if labels is not None and self._is_sparse:
+            labels, states = at_labels(labels, states)
+        logits, relationship = self.cls(states, outputs.pooler_output)
+        loss = None
+        if labels is not None and next_sentence_label is not None:
+            share = 1.0 if num_items_in_batch is None else (labels >= 0).sum() / num_items_in_batch
+            loss = masked_lm_loss(logits, labels, num_items_in_batch)
+            loss = loss + next_sentence_loss(relationship, next_sentence_label, num_sequences_in_batch, share)
+        return stock.BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=logits,
+            seq_relationship_logits=relationship,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class FactorizedBertForMaskedLM(_WithLMHead, stock.BertForMaskedLM):
+    """Masked language modelling."""
+
+    @extends(stock.BertForMaskedLM.forward)
+    def forward(
+        self, *, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
+    ) -> MaskedLMOutput:
+        """As the stock model, with a loss that adds up over parts of a batch.
+
+        Args:
+            labels: ``(batch, length)``, -100 where nothing is to be predicted.
+            num_items_in_batch: Labelled positions in the whole batch, as the Trainer passes it.
+
+        Returns:
+            The stock output. ``logits`` are ``(labelled positions, vocab_size)`` in training with
+            ``sparse_prediction``, else ``(batch, length, vocab_size)``.
+        """
+        outputs = self.bert(**inputs)
+        states = outputs.last_hidden_state
+        if labels is not None and self._is_sparse:
+            labels, states = at_labels(labels, states)
+        logits = self.cls(states)
+        return MaskedLMOutput(
+            loss=None if labels is None else masked_lm_loss(logits, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class FactorizedBertLMHeadModel(_WithLMHead, stock.BertLMHeadModel):
+    """Left-to-right language modelling, for a configuration with ``is_decoder=True``."""
+
+    def post_init(self) -> None:
+        """As every model does."""
+        self.loss_type = "ForCausalLM"  # Transformers looks for it in the class's name and warns, which breaks a graph
+        super().post_init()
+
+
+class FactorizedBertForNextSentencePrediction(FactorizedBertPreTrainedModel, stock.BertForNextSentencePrediction):
+    """Next-sentence prediction alone."""
+
+
+class FactorizedBertForSequenceClassification(FactorizedBertPreTrainedModel, stock.BertForSequenceClassification):
+    """Classification or regression of a sequence or a pair, as for GLUE."""
+
+
+class FactorizedBertForMultipleChoice(FactorizedBertPreTrainedModel, stock.BertForMultipleChoice):
+    """Choice among several sequences, as for SWAG."""
+
+
+class FactorizedBertForTokenClassification(FactorizedBertPreTrainedModel, stock.BertForTokenClassification):
+    """Classification of every token, as for named entities."""
+
+
+class FactorizedBertForQuestionAnswering(FactorizedBertPreTrainedModel, stock.BertForQuestionAnswering):
+    """Extractive question answering, as for SQuAD."""
+
+
+register(
+    FactorizedBertConfig,
+    BertTokenizer,
+    AutoModel=FactorizedBertModel,
+    AutoModelForPreTraining=FactorizedBertForPreTraining,
+    AutoModelForMaskedLM=FactorizedBertForMaskedLM,
+    AutoModelForCausalLM=FactorizedBertLMHeadModel,
+    AutoModelForNextSentencePrediction=FactorizedBertForNextSentencePrediction,
+    AutoModelForSequenceClassification=FactorizedBertForSequenceClassification,
+    AutoModelForMultipleChoice=FactorizedBertForMultipleChoice,
+    AutoModelForTokenClassification=FactorizedBertForTokenClassification,
+    AutoModelForQuestionAnswering=FactorizedBertForQuestionAnswering,
+)

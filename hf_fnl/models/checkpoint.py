@@ -18,7 +18,6 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -29,7 +28,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import init_factors
-from hf_fnl.models.division import partition_
 from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery.record import QUANT_METHOD, Layers, SurgeryConfig, models_in, update_records_
 from hf_fnl.surgery.restore import empty_layers
@@ -58,8 +56,6 @@ class SurgeryLoader(HfQuantizer):
                 init_factors(layer, getattr(model.config, "initializer_range", 0.02))
         self.remove_quantization_config(model)
         update_records_([model])
-        if is_deepspeed_zero3_enabled():
-            partition_(model)
 
     def is_serializable(self) -> bool:
         """Whether the model can be saved."""

@@ -243,16 +243,12 @@ class TransformerRanks:
         return LayerRanks(qk, ov, ffn, qkv, {kind: self.method(kind, part) for kind in ("qk", "ov", "linear")})
 
     def check(
-        self, *, hidden_size: int, num_heads: int, intermediate_size: int, vocab_size: int, num_layers: int
+        self, *, head_dim: int, hidden_size: int, intermediate_size: int, vocab_size: int, num_layers: int
     ) -> None:
         """Raise a ``ValueError`` that names the option if a rank does not fit a model of these sizes."""
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, got {hidden_size} and {num_heads} heads"
-            )
         limits = {
-            "qk_rank": hidden_size // num_heads,
-            "ov_rank": hidden_size // num_heads,
+            "qk_rank": head_dim,
+            "ov_rank": head_dim,
             "ffn_rank": min(hidden_size, intermediate_size),
             "qkv_rank": hidden_size,
             "embedding_rank": min(hidden_size, vocab_size),

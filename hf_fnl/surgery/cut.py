@@ -71,7 +71,12 @@ def check_values(targets: Iterable[Target], *, calibrated: bool) -> None:
 
 
 @torch.no_grad()
-def cut(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration | None = None) -> Replacements:
+def cut(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    calibration: Calibration | None = None,
+    stds: Mapping[nn.Module, float] | None = None,
+) -> Replacements:
     """Return new layers by those in whose places they belong; the model stays as it is.
 
     Args:
@@ -79,7 +84,9 @@ def cut(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration | None =
             torch does.
         cuts: What is cut.
         calibration: Data in whose metric linear layers and heads are truncated when these reach them.
+        stds: Standard deviations of what is drawn for layers that the model draws otherwise than their class says.
     """
+    stds = stds or {}
     by_module: dict[str, list[Cut]] = {}
     for each in cuts:
         by_module.setdefault(each.target.module_name, []).append(each)
@@ -90,9 +97,9 @@ def cut(model: nn.Module, cuts: Sequence[Cut], calibration: Calibration | None =
         new: Replacements = {}
         for each in by_module[module_name]:
             if isinstance(each.target, LayerTarget):
-                new |= each.target.cut(each, moments, _draw_as(model, each.target.first, each.std))
+                new |= each.target.cut(each, moments, _draw_as(model, each.target.first, stds))
         if heads := [each for each in by_module[module_name] if isinstance(each.target, HeadTarget)]:
-            new |= cut_heads(heads, moments, lambda layer: _draw_as(model, layer, heads[0].std))
+            new |= cut_heads(heads, moments, lambda layer: _draw_as(model, layer, stds))
         replacements.update(new)
         if not heads:
             return new
@@ -133,10 +140,10 @@ def _with(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
     return twin
 
 
-def _draw_as(model: nn.Module, dense: nn.Module, std: float | None) -> Draw:
+def _draw_as(model: nn.Module, dense: nn.Module, stds: Mapping[nn.Module, float]) -> Draw:
     """Fills a weight as a Transformers model would that of ``dense``, or at a standard deviation."""
-    if std is not None:
-        return lambda weight: weight.normal_(0.0, std)
+    if dense in stds:
+        return lambda weight: weight.normal_(0.0, stds[dense])
     if not isinstance(model, PreTrainedModel):
         return None
 

@@ -110,7 +110,6 @@ class Cut:
         init: One of ``hf_fnl.math.spectral.INIT_METHODS``.
         deep: Holds ``U M V^T``.
         overcomplete: Allows ranks above that of the matrix.
-        std: Standard deviation of what ``init="default"`` draws; as the model draws its weights unless given.
     """
 
     target: Target
@@ -118,7 +117,6 @@ class Cut:
     init: str = "spectral"
     deep: bool = False
     overcomplete: bool = False
-    std: float | None = None
 
 
 @dataclass(frozen=True)
