@@ -157,10 +157,14 @@ def attentions(model: torch.nn.Module) -> dict[str, Attention]:
     return {name: attention for name, attention in found.items() if attention is not None}
 
 
-def ranks_of(attention: Attention) -> dict[str, int | None]:
+def ranks_of(attention: Attention | None) -> dict[str, int | None]:
     """The ranks of its products; ``None`` where its heads are those of the dense layers."""
-    cut = {kind: isinstance(attention.spans[side].layer, HeadProjection) for kind, side in (("qk", 0), ("ov", 3))}
-    return {kind: attention.rank(side) if cut[kind] else None for kind, side in (("qk", 0), ("ov", 3))}
+    ranks: dict[str, int | None] = {"qk": None, "ov": None}
+    for kind, side in (("qk", 0), ("ov", 3)):
+        if attention is not None and isinstance(layer := attention.spans[side].layer, HeadProjection):
+            rank = attention.rank(side)
+            ranks[kind] = rank if rank < layer.dense_width else None
+    return ranks
 
 
 @contextmanager

@@ -7,10 +7,11 @@ from gpt2_cases import CROSS_LM, LM, LOW, LOW_QKV
 from reference.flambe import ReferenceFLAMBe
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from hf_fnl import FLAMBe, FrobeniusDecay, Product, find_products, parameter_groups
 from hf_fnl.layers import Factorized
-from hf_fnl.models.gpt2 import FactorizedGPT2Attention
+from hf_fnl.layers.heads import HeadConv1D
 
 WEIGHT_DECAY = 0.3
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -29,9 +30,10 @@ def penalty_by_hand(model: nn.Module) -> Tensor:
     products = {module.U: module.U @ module.V.mT for module in model.modules() if isinstance(module, Factorized)}
     matrices = list(products.values())  # tied ones count once
     for attention in model.modules():
-        if isinstance(attention, FactorizedGPT2Attention):
+        if isinstance(attention, GPT2Attention) and isinstance(attention.c_attn, HeadConv1D):
             fused, output = attention.c_attn.weight, attention.c_proj.weight
-            qk, ov = (3 * (rank or 7) for rank in (attention.ranks.qk, attention.ranks.ov))
+            ov = len(output)
+            qk = (fused.shape[1] - ov) // (1 if attention.is_cross_attention else 2)
             queries = [attention.q_attn.weight] if attention.is_cross_attention else []
             query, key, value = (*queries, *fused.split([qk] * (2 - len(queries)) + [ov], dim=1))
             for Q_h, K_h in zip(query.chunk(3, dim=1), key.chunk(3, dim=1), strict=True):
@@ -52,7 +54,7 @@ def build(head: Head, ranks: Ranks) -> tuple[nn.Module, list[Product]]:
 def is_dense(product: Product, model: nn.Module) -> bool:
     """Whether it is a product of heads in an attention that is as in the stock model."""
     owner = model.get_submodule(product.name.rpartition(".")[0])
-    return product.kind in ("qk", "ov") and not isinstance(owner, FactorizedGPT2Attention)
+    return product.kind in ("qk", "ov") and not isinstance(owner.c_attn, HeadConv1D)
 
 
 @each_case

@@ -195,6 +195,7 @@ def test_layers_and_heads_are_cut_in_one_go_and_after_each_other():
 def test_data_reach_the_heads_that_are_cut_first():
     """With data the loss of outputs is smaller than without, on the data themselves."""
 
+    @torch.no_grad()
     def lost(calibration: Any) -> float:
         model = build("llama")
         data = batch(model, 40)

@@ -228,10 +228,10 @@ def test_what_the_stock_model_ties_is_tied_factor_by_factor(head: Head) -> None:
                 assert (a is b) == tied, (first, second)
     expected = {  # by which savers and loaders know what to leave out
         name.replace("weight", factor): source.replace("weight", factor)
-        for name, source in stock._tied_weights_keys.items()
+        for name, source in stock.all_tied_weights_keys.items()
         for factor in ("U", "V")
     }
-    assert expected.items() <= ours._tied_weights_keys.items()
+    assert expected.items() <= ours.all_tied_weights_keys.items()
 
 
 # Losses and inputs

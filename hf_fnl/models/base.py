@@ -106,8 +106,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         """Initialize the stock model; then, the first time, cut it as the configuration says."""
         is_first = not hasattr(self, "all_tied_weights_keys")  # a class that adds a layer of its own calls this again
         if is_first and type(self.base_model) is self.backbone_class.dense_class:
-            # The stock constructor made the stock backbone, of which ours is a subclass with the same attributes.
-            self.base_model.__class__ = self.backbone_class
+            setattr(self, self.base_model_prefix, as_class(self.base_model, self.backbone_class))
         super().post_init()
         if is_first and any(map(is_partitioned, self.parameters())):
             name = type(self).__name__
@@ -118,7 +117,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
     def initialize_weights(self) -> None:
         """As in Transformers; factors that a checkpoint lacks are drawn."""
         for module in self.modules():
-            if isinstance(module, Factorized):
+            if isinstance(module, Factorized) and not is_loaded(module):
                 init_factors(module, self._std)
         super().initialize_weights()
 
@@ -154,6 +153,16 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             return holder
         return super().get_submodule(target)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers.
+
+        Raises:
+            ValueError: If the embedding is held as factors.
+        """
+        if isinstance(self.get_input_embeddings(), Factorized):
+            raise ValueError("only a dense embedding is resized; merge() the model first or set embedding_rank=None")
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, which keeps keys and values in pages of one width.
 
@@ -188,7 +197,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         if not isinstance(dense, PreTrainedModel):
             dense = load_checked(cls.dense_class.from_pretrained, dense)
         check_present(dense, f"{cls.__name__}.from_dense")
-        if type(dense) is not cls and type(dense) is not cls._dense_class_of(dense.config):
+        if type(dense) not in (cls, cls.dense_class):
             raise TypeError(f"{cls.__name__} is made from a {cls.dense_class.__name__}, got a {type(dense).__name__}")
         if type(dense) is cls:
             dense._check_dense()
@@ -201,11 +210,6 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         if model.can_generate():
             model.generation_config = copy.deepcopy(dense.generation_config)
         return model.train(dense.training)
-
-    @classmethod
-    def _dense_class_of(cls, config: Any) -> type[PreTrainedModel]:
-        """The stock class of a stock configuration."""
-        return cls.dense_class
 
     def _check_dense(self) -> None:
         if given := [option for option in self.config.rank_options() if getattr(self.config, option) is not None]:
@@ -400,7 +404,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         check_present(self, "merge")
         config = self.config.to_dense()
         with init.no_init_weights():
-            dense = self._dense_class_of(config)(config)
+            dense = self.dense_class(config)
         dense.to(device=self.device, dtype=self.dtype)
         state = dict(self.state_dict())
         for name, module in self.named_modules():
@@ -418,6 +422,14 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         if self.can_generate():
             dense.generation_config = copy.deepcopy(self.generation_config)
         return dense.train(self.training)
+
+
+def as_class(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """Return a model of another class that has the modules and attributes of one; its constructor is not run."""
+    other: PreTrainedModel = model_class.__new__(model_class)  # type: ignore[call-overload]
+    PreTrainedModel.__init__(other, model.config)  # tells Transformers which outputs the class can record
+    vars(other).update(vars(model))
+    return other
 
 
 def _is_any(patterns: Sequence[str], name: str) -> bool:
@@ -439,7 +451,10 @@ def _fill_(ours: PreTrainedModel, dense: PreTrainedModel) -> None:
     ours.load_state_dict(theirs, strict=False)
     held = ours.state_dict()
     for target, source in ours.all_tied_weights_keys.items():
-        if target in theirs and not torch.equal(held[target], theirs[target]):
+        same = (
+            torch.allclose(held[n], theirs[n], rtol=0, atol=0, equal_nan=True) for n in (target, source) if n in theirs
+        )
+        if not all(same):
             raise ValueError(
                 f"a {name_of_ours} holds {source} and {target} as one, which differ in the {name_of_dense}: set "
                 "tie_word_embeddings=False in its configuration"
@@ -469,9 +484,9 @@ def _check_methods(cuts: Sequence[Cut], given: str | Mapping[str, str], *, calib
             )
 
 
-def is_loaded(parameter: Tensor) -> bool:
-    """Return whether ``from_pretrained`` has set a parameter, by the mark that Transformers leaves on it."""
-    return getattr(parameter, "_is_hf_initialized", False)
+def is_loaded(held: Tensor | nn.Module) -> bool:
+    """Return whether a parameter, or a module, is loaded or drawn, by the mark that Transformers leaves on it."""
+    return getattr(held, "_is_hf_initialized", False)
 
 
 def init_factors(module: Factorized, std: float) -> None:

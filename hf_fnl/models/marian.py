@@ -12,14 +12,14 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Seq
 from transformers.models.marian import modeling_marian as stock
 from transformers.models.pegasus import modeling_pegasus as pre_norm
 
-from hf_fnl.models.base import FactorizedPreTrainedModel, Names
+from hf_fnl.models.base import FactorizedPreTrainedModel, Names, as_class
 from hf_fnl.models.configuration import NarrowHeadsConfig
 from hf_fnl.models.forwards import extends
 from hf_fnl.models.losses import masked_lm_loss
 from hf_fnl.models.register import register
 
 # Transformers has a Marian with LayerNorm before its blocks under another name; modules have the same parameters.
-_PRE_NORM: dict[type[nn.Module], type[nn.Module]] = {
+_PRE_NORM: dict[Any, Any] = {
     stock.MarianEncoder: pre_norm.PegasusEncoder,
     stock.MarianDecoder: pre_norm.PegasusDecoder,
     stock.MarianEncoderLayer: pre_norm.PegasusEncoderLayer,
@@ -124,9 +124,12 @@ class FactorizedMarianPreTrainedModel(FactorizedPreTrainedModel):
         if self.config.normalize_before:
             self.dense_class = _PRE_NORM_MODELS.get(self.dense_class, self.dense_class)  # type: ignore[misc]
             for module in list(self.modules()):
-                if type(module) in (stock.MarianEncoder, stock.MarianDecoder):
-                    module.layer_norm = nn.LayerNorm(self.config.d_model)
-                module.__class__ = _PRE_NORM.get(type(module), type(module))
+                for name, child in module.named_children():
+                    if type(child) in (stock.MarianEncoder, stock.MarianDecoder):
+                        child.layer_norm = nn.LayerNorm(self.config.d_model)
+                        setattr(module, name, as_class(child, _PRE_NORM[type(child)]))
+                    else:
+                        child.__class__ = _PRE_NORM.get(type(child), type(child))
         super().post_init()
 
     def initialize_weights(self) -> None:
@@ -140,11 +143,6 @@ class FactorizedMarianPreTrainedModel(FactorizedPreTrainedModel):
 
     def _layer_number(self, name: str, number: int) -> int:
         return number + self.config.first_decoder_layer * name.startswith("decoder.layers.")
-
-    @classmethod
-    def _dense_class_of(cls, config: Any) -> type[PreTrainedModel]:
-        is_pre_norm = isinstance(config, PegasusConfig)
-        return _PRE_NORM_MODELS.get(cls.dense_class, cls.dense_class) if is_pre_norm else cls.dense_class
 
 
 class FactorizedMarianModel(FactorizedMarianPreTrainedModel, stock.MarianModel):

@@ -157,6 +157,8 @@ def _carry_over_(layer: nn.Module, new: nn.Module) -> None:
     """Give a new layer the hooks and the attributes of the one in whose place it is; its weights get those of one."""
     for weight in held_weights(new):
         vars(weight).update(vars(held_weights(layer)[0]))
+    if isinstance(new, HeadProjection) and new.bias is not None:
+        vars(new.bias).update(vars(layer.get_parameter("bias")))
     for name in _CARRIED_HOOKS:
         new.__dict__[name] = layer.__dict__[name]  # the same, so that the handles that remove hooks still do
     hook = getattr(layer, "_hf_hook", None)
