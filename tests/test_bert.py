@@ -67,7 +67,7 @@ def reference_attention(block: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"qk_rank": 1, "ov_rank": 6}, {"ov_rank": 3}], ids=str)
 def test_heads_of_unequal_ranks_against_a_reference(ranks: dict[str, int], attention: str) -> None:
     model = BACKBONE.build(ranks, attention=attention)
-    for projection in model.encoder.layer[0].attention.projections(model.encoder.layer[0].attention):
+    for projection in attentions(model.encoder.layer[0].attention)[""].spans:
         torch.nn.init.normal_(projection.bias)
     batch = tokens_of_seed_one()
     states = run(model, batch, output_hidden_states=True)["hidden_states"]
