@@ -16,6 +16,7 @@ from stream_cases import COUNT, TRAINED, Recorder, stream
 from training_cases import losses, tiny_model
 
 from hf_fnl import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.tasks import documents
 from hf_fnl.tasks.documents import load_documents
 from hf_fnl.training import streaming
 from hf_fnl.training.streaming import stream_loader
@@ -45,9 +46,9 @@ WRITERS = {
 def test_every_document_is_in_one_shard(tmp_path, name, files, shards):
     for number in range(files):
         WRITERS[name](tmp_path / f"{number}-{name}", TEXTS[number::files])
-    documents = load_documents(tmp_path, streaming=True, shards=shards)
-    assert documents.num_shards >= shards
-    parts = [documents.shard(documents.num_shards, number) for number in range(documents.num_shards)]
+    found = load_documents(tmp_path, streaming=True, shards=shards)
+    assert found.num_shards >= shards
+    parts = [found.shard(found.num_shards, number) for number in range(found.num_shards)]
     texts = [[row["text"] for row in part] for part in parts]
     assert sorted(chain.from_iterable(texts)) == sorted(TEXTS)
     assert sum(map(bool, texts)) >= shards
@@ -59,11 +60,26 @@ def test_every_document_is_in_one_shard(tmp_path, name, files, shards):
 def test_a_file_that_vanishes_is_named(tmp_path):
     for number in range(3):
         WRITERS["a.jsonl"](tmp_path / f"{number}.jsonl", TEXTS[number::3])
-    documents = iter(load_documents(tmp_path, streaming=True, shards=6))
-    next(documents)
+    rows = iter(load_documents(tmp_path, streaming=True, shards=6))
+    next(rows)
     (tmp_path / "2.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"2\.jsonl"):
-        list(documents)
+        list(rows)
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ({"a": 3, "b": 5}, "data file b: 4 bytes in process 0, 5 bytes in process 1"),
+        ({"a": 3}, "data file b: 4 bytes in process 0, not there in process 1"),
+        ({"a": 3, "b": 4, "c": 1}, "data file c: not there in process 0, 1 bytes in process 1"),
+    ],
+    ids=["other size", "fewer", "more"],
+)
+def test_processes_that_see_other_files_are_refused(monkeypatch, there, message):
+    monkeypatch.setattr(documents, "gather", lambda here: [{"a": 3, "b": 4}, there])
+    with pytest.raises(ValueError, match=message):
+        documents.check_same_files([])
 
 
 # Loaders

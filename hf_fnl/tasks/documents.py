@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.training.command_line import check_at_least, named
 from hf_fnl.utils.hub import check_source
-from hf_fnl.utils.processes import together
+from hf_fnl.utils.processes import gather, together
 
 SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
@@ -211,6 +211,8 @@ class DocumentOptions:
             "limit": self.max_documents,
         }
         with named("dataset", self.dataset):
+            if looks_like_path(self.dataset):
+                check_same_files(together(lambda: data_files([Path(self.dataset).expanduser()], self.split)))
             if not streaming:
                 return together(lambda: load_documents(**source))
             documents = together(lambda: load_documents(streaming=True, shards=self.stream_shards, **source))
@@ -277,6 +279,16 @@ def data_files(paths: Sequence[Path], split: str) -> list[Path]:
     if empty:
         raise ValueError(f"empty data file: {', '.join(empty)}")
     return files
+
+
+def check_same_files(files: Sequence[Path]) -> None:
+    """Raise a ``ValueError`` that names a file which is not the same on all processes, who call this together."""
+    first, *others = gather({str(file): file.stat().st_size for file in files})
+    for rank, here in enumerate(others, start=1):
+        for name in sorted({**first, **here}):
+            sizes = [f"{seen[name]} bytes" if name in seen else "not there" for seen in (first, here)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"data file {name}: {sizes[0]} in process 0, {sizes[1]} in process {rank}")
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
