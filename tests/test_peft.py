@@ -285,7 +285,7 @@ def test_a_saved_head_that_was_tied_is_so_no_longer(tmp_path):
 
 # Adapters of our classes, from files
 
-LOW = {"qk_rank": 2, "ffn_rank": 5, "embedding_rank": 6}
+LOW = {"qk_rank": 2, "ov_rank": 2, "ffn_rank": 5, "embedding_rank": 6}  # heads of one width, which adapters share
 BASES = {
     "bert": (BERT_HEADS["masked-lm"], AutoModelForMaskedLM, "query"),
     "bert-backbone": (BERT_HEADS["backbone"], AutoModel, "value"),
