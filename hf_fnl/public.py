@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_fnl.attention import AttentionProjections, Product, Section, find_products, register_attention
 from hf_fnl.layers import (
-    ComposedWeights,
     Factorized,
     FactorizedConv2d,
     FactorizedEmbedding,
     FactorizedLinear,
     TensorizedConv2d,
-    compose_,
     keep_narrow,
 )
 from hf_fnl.math.spectral import spectral_init
@@ -82,7 +80,6 @@ __all__ = [
     "CifarResNetConfig",
     "CifarResNetForImageClassification",
     "CifarResNetModel",
-    "ComposedWeights",
     "DenseThenLowRank",
     "FLAMBe",
     "FLAMBeTrainer",
@@ -129,7 +126,6 @@ __all__ = [
     "WideResNetConfig",
     "WideResNetForImageClassification",
     "WideResNetModel",
-    "compose_",
     "diagnose",
     "factorize_",
     "find_products",

@@ -94,23 +94,6 @@ def test_attention_weights_and_hidden_states_of_narrow_heads(head: Head) -> None
         assert [a.shape[-1] for a in ours["cross_attentions"]] == [6, 6]
 
 
-def test_padding_changes_nothing() -> None:
-    model, batch = BACKBONE.build(LOW), tokens_of_seed_one()
-    short = {name: value[:1, :7] for name, value in batch.items()}  # the first sequence is 7 long and then masked
-    assert_close(run(model, batch)["last_hidden_state"][:1, :7], run(model, short)["last_hidden_state"], **CLOSE)
-
-
-def test_embeddings_and_positions_can_be_passed() -> None:
-    model, batch = BACKBONE.build(LOW), tokens_of_seed_one()
-    expected = run(model, batch)
-    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
-    assert_close(run(model, batch), expected)
-    batch["position_ids"] = torch.arange(batch["attention_mask"].shape[1])[None]
-    assert_close(run(model, batch), expected)
-    batch["position_ids"] = batch["position_ids"] + 1
-    assert not torch.equal(run(model, batch)["last_hidden_state"], expected["last_hidden_state"])
-
-
 @pytest.mark.parametrize("head", [DECODER, CROSS_DECODER], ids=["decoder", "cross-decoder"])
 def test_a_cache_of_unequal_widths_changes_nothing(head: Head) -> None:
     model, batch = head.build(LOW), head.batch()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from family import Head, Ranks, factorized_layers, run, run_double
-from gpt2_cases import BACKBONE, CROSS_LM, DOUBLE, FULL, FULL_QKV, GPT2, LM, LOW, LOW_QKV, SEQUENCE, SIZES, memory
+from gpt2_cases import BACKBONE, CROSS_LM, DOUBLE, FULL, FULL_QKV, GPT2, LM, LOW, LOW_QKV, SEQUENCE, SIZES
 from torch import Tensor
 from torch.testing import assert_close
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
@@ -92,42 +92,12 @@ def test_the_variants_of_attention_are_those_of_the_stock_model(
         assert not torch.allclose(actual["logits"], usual["logits"], atol=1e-2)
 
 
-def test_scores_are_computed_in_float32_where_they_are_to_be() -> None:
-    batch, fields = LM.batch(), {"attention": "eager", "reorder_and_upcast_attn": True}
-    weights = run(LM.build(LOW, **fields).to(torch.bfloat16), batch, output_attentions=True)["attentions"]
-    expected = run(LM.build(LOW, attention="eager").to(torch.bfloat16), batch, output_attentions=True)["attentions"]
-    assert weights[0].dtype == torch.bfloat16
-    assert_close(weights, expected, rtol=0.05, atol=0.05)
-
-
 @pytest.mark.parametrize("head", [LM, CROSS_LM], ids=["lm", "cross-lm"])
 def test_attention_weights_of_narrow_heads(head: Head) -> None:
     ours = run(head.build(LOW, attention="eager"), head.batch(), output_attentions=True)
     assert [a.shape for a in ours["attentions"]] == [(4, 3, 11, 11)] * 2
     assert_close(ours["attentions"][1].sum(-1), torch.ones(4, 3, 11))
     assert [a.shape for a in ours.get("cross_attentions", ())] == ([(4, 3, 11, 6)] * 2 if head is CROSS_LM else [])
-
-
-def test_padding_and_what_follows_change_nothing() -> None:
-    model, batch = BACKBONE.build(LOW), BACKBONE.batch()
-    short = {name: value[:1, :7] for name, value in batch.items()}  # the first sequence is 7 long and then masked
-    whole = run(model, batch)["last_hidden_state"]
-    assert_close(whole[:1, :7], run(model, short)["last_hidden_state"], **CLOSE)
-    assert_close(whole[1:, :5], run(model, {"input_ids": batch["input_ids"][1:, :5]})["last_hidden_state"], **CLOSE)
-
-
-def test_embeddings_types_and_positions_can_be_passed() -> None:
-    for ranks in (LOW, LOW_QKV):
-        model, batch = BACKBONE.build(ranks), BACKBONE.batch()
-        expected = run(model, batch)
-        types = {**batch, "token_type_ids": batch["input_ids"]}
-        assert not torch.equal(run(model, types)["last_hidden_state"], expected["last_hidden_state"])
-        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
-        assert_close(run(model, batch), expected)
-        batch["position_ids"] = torch.arange(11)[None]
-        assert_close(run(model, batch), expected)
-        batch["position_ids"] = batch["position_ids"] + 1
-        assert not torch.equal(run(model, batch)["last_hidden_state"], expected["last_hidden_state"])
 
 
 # One product for queries, keys and values
@@ -236,29 +206,6 @@ def test_word_by_word_with_a_cache_is_all_at_once(head: Head, ranks: Ranks, atte
             cache = output.past_key_values
             steps.append(output.logits)
     assert_close(torch.cat(steps, dim=1), expected, **CLOSE)
-
-
-def test_an_encoder_is_read_once() -> None:
-    for ranks in (LOW, LOW_QKV):
-        model, batch = CROSS_LM.build(ranks), CROSS_LM.batch()
-        layer, calls = model.transformer.h[1].crossattention.c_attn, []
-        layer.register_forward_hook(lambda module, args, result, calls=calls: calls.append(args[0]))
-        words = batch["input_ids"]
-        with torch.no_grad():
-            first = model(words[:, :3], **memory(), use_cache=True)
-            model(words[:, 3:4], **memory(), past_key_values=first.past_key_values, use_cache=True)
-        assert len(calls) == 1
-
-
-def test_an_encoder_may_be_absent_from_a_model_that_can_read_one() -> None:
-    stock, model = CROSS_LM.build_stock(), CROSS_LM.build(FULL)
-    batch = LM.batch()
-    assert_close(run(model, batch), run(stock, batch), **CLOSE)
-
-
-def test_states_of_an_encoder_need_cross_attention() -> None:
-    with pytest.raises(ValueError, match="add_cross_attention=True"):
-        run(LM.build(LOW), CROSS_LM.batch())
 
 
 # What does not fit

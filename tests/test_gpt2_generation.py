@@ -70,20 +70,6 @@ def test_the_merged_model_generates_the_same(ranks: Ranks, strategy: dict[str, A
 
 
 @each_form
-@pytest.mark.parametrize("strategy", [STRATEGIES["greedy"], STRATEGIES["beams"]], ids=["greedy", "beams"])
-@pytest.mark.parametrize("cache", [pytest.param({}, id="dynamic"), *CACHES])
-def test_left_padding_and_company_change_no_row(ranks: Ranks, strategy: dict[str, Any], cache: dict[str, Any]) -> None:
-    model, inputs, lengths = LM.build(ranks), prompt(), (5, 3, 1)
-    for row, length in enumerate(lengths):
-        inputs["input_ids"][row, : 5 - length] = SIZES["pad_token_id"]
-        inputs["attention_mask"][row, : 5 - length] = 0
-    together = generate(model, inputs, **strategy, **cache)
-    for row, length in enumerate(lengths):
-        alone = {name: value[row : row + 1, 5 - length :] for name, value in inputs.items()}
-        assert torch.equal(together[row, 5 - length :], generate(model, alone, **strategy, **cache)[0])
-
-
-@each_form
 @each_strategy
 def test_words_depend_on_an_encoder_that_every_cache_remembers(ranks: Ranks, strategy: dict[str, Any]) -> None:
     model, batch = CROSS_LM.build(ranks), CROSS_LM.batch()
@@ -93,16 +79,6 @@ def test_words_depend_on_an_encoder_that_every_cache_remembers(ranks: Ranks, str
     assert not torch.equal(generate(model, prompt(4, 3), **strategy), expected)
     full, stock = CROSS_LM.build(FULL), CROSS_LM.build_stock()
     assert torch.equal(generate(full, inputs, **strategy), generate(stock, inputs, **strategy))
-
-
-def test_generation_ends_where_a_row_does() -> None:
-    model = LM.build(LOW)
-    free = generate(model, prompt())
-    end = int(free[0, 8])
-    ended = generate(model, prompt(), eos_token_id=end)
-    stop = int((free[0, 5:] == end).nonzero()[0]) + 5
-    assert torch.equal(ended[0, : stop + 1], free[0, : stop + 1])
-    assert (ended[0, stop + 1 :] == SIZES["pad_token_id"]).all()
 
 
 def test_a_model_in_training_mode_generates_with_its_logits() -> None:

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from family import (
     factorized_layers,
     gradients,
     loss_and_gradients,
-    needs_flex_attention,
     random_vectors_,
     run,
 )
@@ -56,17 +54,6 @@ def test_full_rank_with_dropout_trains_as_the_stock_model(head: Head, attention:
         loss.backward()
         results.append((loss.detach(), model.model.decoder.layers[0].encoder_attn_layer_norm.weight.grad))
     assert_close(*results, **CLOSE)
-
-
-@pytest.mark.slow  # compiles a kernel
-@needs_flex_attention
-def test_flex_attention_equals_sdpa_at_unequal_ranks() -> None:
-    fields = {"qk_rank": 4, "ov_rank": 2, "d_model": 24}  # its kernel takes no odd widths
-    expected = run(BACKBONE.build(fields), BACKBONE.batch())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.compile and of the block mask, none of them ours
-        actual = run(BACKBONE.build(fields, attention="flex_attention"), BACKBONE.batch())
-    assert_close(actual, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -166,21 +153,6 @@ def test_attention_weights_and_hidden_states_of_narrow_heads(head: Head) -> None
         "cross_attentions": [(3, 7, 9)] * 3,
     }
     assert (len(found["encoder_hidden_states"]), len(found["decoder_hidden_states"])) == (3, 4)
-
-
-def test_padding_of_the_source_changes_nothing() -> None:
-    model, batch = MT.build(LOW), MT.batch()
-    short = {
-        name: value[:1, :6] if name in ("input_ids", "attention_mask") else value[:1] for name, value in batch.items()
-    }
-    assert_close(run(model, batch)["logits"][:1], run(model, short)["logits"], **CLOSE)
-
-
-def test_embeddings_can_be_passed() -> None:
-    model, batch = MT.build(LOW), MT.batch()
-    expected = run(model, batch)
-    embedded = model.get_input_embeddings()(batch.pop("input_ids")) * math.sqrt(SIZES["d_model"])
-    assert_close(run(model, {**batch, "inputs_embeds": embedded}), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("head", [MT, PRE_NORM, DECODER], ids=["post-norm", "pre-norm", "decoder"])

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl import FactorizedBertForMaskedLM, compose_, diagnose, find_products
+from hf_fnl import FactorizedBertForMaskedLM, diagnose, find_products
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.surgery import factorize_, merge_
 from hf_fnl.surgery.config import FactorizationConfig
@@ -347,8 +347,6 @@ def test_what_reads_values_refuses_offloaded_models():
     accelerate.cpu_offload(model, execution_device=CPU)
     with pytest.raises(ValueError, match="0 is on the meta device or offloaded by accelerate"):
         diagnose(model, products)
-    with pytest.raises(ValueError, match="compose_ needs values"):
-        compose_(model)
 
 
 def test_a_model_without_values_on_purpose_changes_its_shapes():

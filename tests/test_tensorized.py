@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_fnl import tensors
 from hf_fnl.layers import TensorizedConv2d
+from hf_fnl.math import tensors
 from hf_fnl.surgery.config import TENSOR_SCHEMES
 
 SHAPES = [(7, 3, 2, 5), (3, 11, 1, 1), (41, 2, 3, 1), (2, 37, 1, 3)]  # (out, in, height, width)

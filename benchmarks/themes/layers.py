@@ -21,7 +21,7 @@ from benchmarks.house.sweeps import Sweep, time_sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Case, Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_
-from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear, compose_
+from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
 
 DENSE, OURS, CHOSEN = "dense", "hf_fnl", "chosen"
@@ -108,7 +108,6 @@ def measure(options: Options) -> Iterator[Row]:
     rounds = options.pick(full=15, quick=7, tiny=2)
     for shape in shapes(options):
         yield from measure_linear(shape, options.device, rounds)
-    yield from measure_high_rank(options, rounds)
     yield from measure_embedding(options, rounds)
     layouts = options.pick(full=tuple(LAYOUTS), quick=("channels last",), tiny=("contiguous",))
     for (channels, side), layout in itertools.product(_images(options), layouts):
@@ -139,23 +138,6 @@ def measure_linear(shape: Shape, device: str, rounds: int) -> Iterator[Row]:
         cases = {name: inference(layer, x.detach()[:tokens]) for name, layer in layers.items()}
         workload = f"linear {shape}, inference of {tokens}"
         yield from Comparison(workload, cases, DENSE, limits={OURS: fewer}).measure(device, rounds=rounds)
-
-
-def measure_high_rank(options: Options, rounds: int) -> Iterator[Row]:
-    """Rows of an overcomplete layer at inference, where its weight is to be multiplied out."""
-    width = options.pick(full=768, quick=768, tiny=24)
-    layer = FactorizedLinear(width, width, 3 * width, overcomplete=True, device=options.device).eval()
-    composed = copy.deepcopy(layer)
-    compose_(composed)
-    for tokens in (1, options.pick(full=1024, quick=256, tiny=8)):
-        x = torch.randn(tokens, width, device=options.device)
-        cases = {name: torch.no_grad()(lambda each=each, x=x: each(x)) for name, each in
-                 {"factors": layer, "compose_": composed, DENSE: layer.to_dense()}.items()}  # fmt: skip
-        goals = {"compose_": Goal(DENSE, slower=CHOICE_GOAL)}
-        workload = f"linear {width} -> {width}, rank {3 * width}, inference of {tokens}"
-        yield from Comparison(workload, cases, "factors", {"compose_": 6.0}, goals).measure(
-            options.device, rounds=rounds
-        )
 
 
 def measure_embedding(options: Options, rounds: int) -> Iterable[Row]:

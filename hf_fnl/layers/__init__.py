@@ -2,7 +2,6 @@
 
 from hf_fnl.layers.base import Factorized, FactorizedMatrix, factorized_layers
 from hf_fnl.layers.checkpointing import keep_narrow
-from hf_fnl.layers.composing import ComposedWeights, compose_
 from hf_fnl.layers.conv import FactorizedConv2d
 from hf_fnl.layers.embedding import FactorizedEmbedding
 from hf_fnl.layers.heads import HeadProjection
@@ -10,7 +9,6 @@ from hf_fnl.layers.linear import FactorizedLinear
 from hf_fnl.layers.tensorized import TensorizedConv2d
 
 __all__ = [
-    "ComposedWeights",
     "Factorized",
     "FactorizedConv2d",
     "FactorizedEmbedding",
@@ -18,7 +16,6 @@ __all__ = [
     "FactorizedMatrix",
     "HeadProjection",
     "TensorizedConv2d",
-    "compose_",
     "factorized_layers",
     "keep_narrow",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,6 @@ class Factorized(nn.Module):
         super().__init__()
         check_method(init)
         self.rank, self.init = rank, init
-        self._held: Tensor | None = None
 
     def factors(self) -> tuple[Tensor, ...]:
         """The factors in the order in which they are multiplied."""
@@ -90,32 +89,6 @@ class Factorized(nn.Module):
     def compression_rate(self) -> float:
         """Parameters of the factors by parameters of the dense layer's weight."""
         return sum(factor.numel() for factor in self.factors()) / math.prod(self.dense_shape)
-
-    def factored_cost(self) -> int:
-        """Multiplications of an input, or of each of its positions, with the factors."""
-        return sum(factor.numel() for factor in self.factors())
-
-    def hold_weight_(self, weight: Tensor | None) -> None:
-        """Keep the dense weight for forward passes without gradients, or keep none; see :func:`compose_`."""
-        self._held = weight
-
-    def held_weight(self) -> Tensor | None:
-        """The dense weight that is kept, where it may be used: in evaluation, without gradients."""
-        return None if self._held is None or self.training or torch.is_grad_enabled() else self._held
-
-    def train(self, mode: bool = True) -> Self:
-        """As in torch; training lets go of a weight that is kept, for it will not be that of the factors."""
-        if mode:
-            self._held = None
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._held = None  # on another device or in another dtype it would have to be multiplied out again
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._held = None
-        super()._load_from_state_dict(*args, **kwargs)
 
     def draw_(self, weight: Tensor) -> None:
         """Fill a weight as the dense layer's own initialization would, :class:`torch.nn.Linear`'s unless overridden."""
@@ -177,7 +150,6 @@ class Factorized(nn.Module):
     @torch.no_grad()
     def set_factors_(self, values: tuple[Tensor, ...]) -> None:
         """Copy ``values`` into the factors, in the order of :meth:`factors`."""
-        self._held = None
         for parameter, value in zip(self.factors(), values, strict=True):
             parameter.copy_(value)
 

@@ -88,10 +88,6 @@ class Convolution(Factorized):
         """Multiplications that it takes to multiply the factors out."""
         raise NotImplementedError
 
-    def factored_cost(self) -> int:
-        """Multiplications of the chain at each position of an input."""
-        return sum(kernel.numel() for kernel in self.kernels(*self.operands()))
-
     def forward(self, x: Tensor) -> Tensor:
         """Map ``([batch,] in_channels, height, width)`` to ``([batch,] out_channels, new height, new width)``."""
         if x.ndim == 3:
@@ -100,8 +96,6 @@ class Convolution(Factorized):
         if _memory_format(x) is torch.channels_last:
             x = _laid_out(x, channels_last=True)
         channels_last = torch.channels_last in (self.memory_format, _memory_format(x))
-        if (held := self.held_weight()) is not None:
-            return F.conv2d(x, _laid_out(held, channels_last), self.bias, *self._options("hw", padding))
         operands = self.operands()
         chain = self._chain_on(x, padding, self.kernels(*operands))
         composes = self._composing_is_cheaper(chain, x, padding) if self.compose is None else self.compose

@@ -76,8 +76,6 @@ class FactorizedLinear(FactorizedMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)`` through the ``rank``-wide middle."""
-        if (held := self.held_weight()) is not None:
-            return F.linear(x, held.mT if self.dense_class is Conv1D else held, self.bias)
         x = x @ self.V
         if self.M is not None:
             x = F.linear(x, self.M)
