@@ -1,4 +1,4 @@
-"""A training by a few processes that can be watched and struck: forked, so that a run costs a second and no imports."""
+"""A training by a few processes that can be struck: forked, so that a start costs a second and no imports."""
 
 from __future__ import annotations
 
@@ -9,106 +9,115 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
+from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import TrainerCallback
-from transformers import trainer as transformers_trainer
 
-from benchmarks.ports import free_port
+from benchmarks.two_processes import free_port
+from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training.command_line import run_script
+from hf_fnl.training.runs import checkpoint_to_resume
 
-ROOT = Path(__file__).parents[1]
+STEPS, FILES = 12, 24
 # What accelerate calls the engines; where it cannot have one it takes another without a word.
 ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
 _FORK = multiprocessing.get_context("fork")
-ZERO2: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-    "zero_optimization": {"stage": 2},
+_ZERO2: dict[str, Any] = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
+_FSDP2: dict[str, Any] = {
+    "version": 2,
+    "transformer_layer_cls_to_wrap": ["BertLayer"],
+    "state_dict_type": "SHARDED_STATE_DICT",
 }
-FSDP2: dict[str, Any] = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": _FSDP2},
+    "zero2": {"deepspeed": _ZERO2},
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One start of a script.
+    """One start of a training.
 
     Args:
-        folder: Where its processes write what they do; a new one for every start.
-        flags: Command line of ``run_scripts/pretrain_bert.py``.
+        log: Folder where its processes write what they do; a new one for every start.
+        run: Its ``output_dir``, beside which ``data`` lies.
         engine: One of ``ENGINES``.
-        hosts: The working folder of every process.
+        seed: Decides upon its curve.
+        save_steps: Steps between checkpoints.
+        save_total_limit: Checkpoints that stay.
+        resume: What ``resume_from_checkpoint`` is.
     """
 
-    folder: Path
-    flags: Sequence[str]
+    log: Path
+    run: Path
     engine: str
-    hosts: Sequence[Path]
+    seed: int
+    save_steps: int
+    save_total_limit: int | None
+    resume: str | None = "true"
+
+
+class Sentences(Dataset[dict[str, Tensor]]):
+    """Examples that lie in a file each, which is opened when it is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return FILES
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = torch.tensor(json.loads((self._folder / f"{index:02}.json").read_text()))
+        return {"input_ids": tokens, "labels": tokens}
 
 
 class Recorder(TrainerCallback):
-    """Writes a line for the beginning of a training, every loss and every checkpoint, at once."""
+    """Writes a line for the beginning of a training and for every loss, at once."""
 
-    def __init__(self) -> None:
-        self._path = Path(os.environ["FAULTS_FOLDER"]) / f"events-{os.environ.get('RANK', 0)}.jsonl"
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
     def _write(self, **event: Any) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(event) + "\n")
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write from which step the training goes on."""
         self._write(begin=state.global_step, engine=AcceleratorState().distributed_type.value)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the loss of a step."""
         if "loss" in (logs or {}):
             self._write(step=state.global_step, loss=logs["loss"])
 
-    def on_save(self, args, state, control, **kwargs):
-        """Write that a checkpoint was asked for, and no error came back."""
-        self._write(saved=state.global_step)
+
+def write_data(folder: Path) -> None:
+    """Write the examples."""
+    generator = torch.Generator().manual_seed(1)
+    folder.mkdir(parents=True)
+    for index in range(FILES):
+        tokens = torch.randint(60, (12,), generator=generator).tolist()
+        (folder / f"{index:02}.json").write_text(json.dumps(tokens))
 
 
-def import_engines() -> None:
-    """Import beforehand what the scripts and the engines need."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401
-
-    _import_script("pretrain_bert")
-
-
-def _import_script(name: str) -> Any:
-    if (scripts := str(ROOT / "run_scripts")) not in sys.path:
-        sys.path.insert(0, scripts)
-    return __import__(name)
-
-
-def start(job: Job) -> list[BaseProcess]:
+def start(job: Job, count: int = 2) -> list[BaseProcess]:
     """Fork the processes of a job."""
-    job.folder.mkdir(parents=True)
+    job.log.mkdir(parents=True)
+    (job.log / "job.json").write_text(json.dumps(asdict(job), default=str))
     port = free_port()
-    processes = [_FORK.Process(target=_run, args=(job, rank, port)) for rank in range(len(job.hosts))]
+    processes = [_FORK.Process(target=_run, args=(job, rank, count, port)) for rank in range(count)]
     for process in processes:
         process.start()
     return processes
-
-
-def call(function: Callable[..., None], *arguments: Any) -> None:
-    """Run a function in a process of its own, so that this one stays free of threads and can be forked."""
-    process = _FORK.Process(target=function, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise RuntimeError(f"{function.__name__} failed with exit code {process.exitcode}")
 
 
 def wait(processes: Sequence[BaseProcess], seconds: float) -> list[int | None]:
@@ -123,29 +132,43 @@ def wait(processes: Sequence[BaseProcess], seconds: float) -> list[int | None]:
     return codes
 
 
-def _run(job: Job, rank: int, port: int) -> None:
-    log = os.open(job.folder / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _run(job: Job, rank: int, count: int, port: int) -> None:
+    log = os.open(job.log / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     logging.basicConfig(level=logging.INFO)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(job.hosts), "LOCAL_WORLD_SIZE": len(job.hosts)}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "FAULTS_FOLDER": job.folder}
-    os.environ.update({name: str(value) for name, value in {**places, **address}.items()})
-    os.chdir(job.hosts[rank])
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    transformers_trainer.DEFAULT_CALLBACKS.append(Recorder)
     if job.engine == "fsdp2":
         import tests.workers.cpu_fsdp  # noqa: F401
-    try:
-        _import_script("pretrain_bert").main([*job.flags, *_engine_flags(job)])
-    except Exception as error:
-        traceback.print_exc()
-        (job.folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-        raise SystemExit(1) from None
+    sys.argv = ["training"]
+
+    def main(arguments: list[str]) -> None:
+        try:
+            _train(job, rank)
+        except Exception as error:
+            traceback.print_exc()
+            (job.log / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+            raise
+
+    run_script(main, resumes=True)
 
 
-def _engine_flags(job: Job) -> list[str]:
-    config = job.folder / f"engine-{os.environ['RANK']}.json"
-    config.write_text(json.dumps(ZERO2 if job.engine == "zero2" else FSDP2))
-    flags = {"ddp": [], "fsdp2": ["--fsdp", "--fsdp_config", str(config)], "zero2": ["--deepspeed", str(config)]}
-    return flags[job.engine]
+def _train(job: Job, rank: int) -> None:
+    torch.manual_seed(job.seed)
+    config = FactorizedBertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=16, qk_rank=5, ov_rank=6, ffn_rank=7,
+    )  # fmt: skip
+    args = FLAMBeTrainingArguments(
+        str(job.run), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=0.01, logging_steps=1,
+        save_steps=job.save_steps, save_total_limit=job.save_total_limit, seed=job.seed, use_cpu=True, report_to="none",
+        disable_tqdm=True, resume_from_checkpoint=job.resume, **_OPTIONS[job.engine],
+    )  # fmt: skip
+    data = Sentences(job.run.parent / "data")
+    recorder = Recorder(job.log / f"events-{rank}.jsonl")
+    trainer = FLAMBeTrainer(FactorizedBertForMaskedLM(config), args, train_dataset=data, callbacks=[recorder])
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.save_model()

@@ -27,7 +27,7 @@ from hf_fnl.tasks.tokenization import load_tokenizer, train_wordpiece
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
-from hf_fnl.training.engines import let_go
+from hf_fnl.training.engines import free_engine
 from hf_fnl.training.runs import (
     FACTOR_INIT_HELP,
     announce,
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     saved = dataclasses.replace(options, init_from=args.output_dir)
     for number, (phase, own) in enumerate(phases, start=1):
         metrics[f"phase-{number}"], trainer = train_phase(phase, model, tokenizer, data, own, args.output_dir)
-        if number < len(phases) and let_go(trainer):
+        if number < len(phases) and free_engine(trainer):
             del model, trainer  # what an engine took over cannot be trained by the next one
             model = build_model(saved, data.next_sentence, tokenizer)
     if args.should_save:

@@ -241,9 +241,7 @@ def encode(
 
 
 def check_averaging(count: int, args: TranslationArguments) -> None:
-    """Refuse to average more checkpoints than the run will keep, or such as cannot be averaged."""
-    if count and args.checkpoint_format == "sharded":
-        raise UsageError(f"average_checkpoints={count} needs whole weights in checkpoints: set checkpoint_format=full")
+    """Refuse to average more checkpoints than the run will keep."""
     kept = 0 if args.save_strategy == SaveStrategy.NO else args.save_total_limit
     if count and kept is not None and kept < count:
         raise UsageError(

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from engine_cases import ENGINES
-from torch import Tensor
 from training_cases import tiny_model, tiny_trainer
 
 from hf_fnl import FLAMBeTrainer
-from hf_fnl.training.checkpoints.collecting import opened
 
 SAVED, STEPS = 3, 5
 BATCH = 8
@@ -27,18 +24,3 @@ def checkpoint_trainer(folder: Path, engine: str, world_size: int, **options: An
 
         options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=world_size // 2)
     return tiny_trainer(folder, tiny_model(), **options)
-
-
-def rewritten(folder: Path) -> Path:
-    """Where a run writes what it took up from a checkpoint."""
-    return folder / "taken-up"
-
-
-def contents(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole and flat, by head and name; its numbers of the optimizer's state too."""
-    with opened(checkpoint) as stored:
-        tensors = {key: stored.read(key) for key in stored}
-        for facts in stored.facts:
-            for name, numbers in facts["numbers"].items():
-                tensors |= {f"{head}/{name}": torch.tensor(value[1]) for head, value in numbers.items()}
-    return tensors

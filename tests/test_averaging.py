@@ -111,11 +111,6 @@ def test_unreadable_missing_and_foreign_weights(tmp_path, weights):
         load_average_(nn.Linear(2, 2), [write(tmp_path / "foreign", surplus=weights[0])])
 
 
-def test_weights_in_parts_are_to_be_consolidated_and_other_shapes_refused(tmp_path, weights):
-    parts = tmp_path / "checkpoint-1"
-    parts.mkdir()
-    save_file({"weight/weight": weights[0]}, parts / "shard-00000-of-00001.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"holds its weights in parts: .* hf-fnl consolidate"):
-        average_checkpoints([parts])
+def test_other_shapes_are_refused(tmp_path, weights):
     with pytest.raises(ValueError, match=r"weight has shape \(3, 5\) in the checkpoints and \(3, 2\) in the model"):
         load_average_(nn.Linear(2, 3), [write(tmp_path / "wide", weight=weights[0])])

@@ -1,388 +1,386 @@
-"""Checkpoints of a process: whole or not there, exact, checked when read, written while training goes on."""
+"""Checkpoints of a process: stock, exact, listed when complete, checked when read, and never lost to another run."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
+import os
 import random
 import shutil
-import threading
-import time
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import contents
 from training_cases import losses, tiny_examples, tiny_model, tiny_trainer
-from transformers import Trainer
-from typer.testing import CliRunner
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from hf_fnl import FactorizedBertForPreTraining, FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.cli.app import app
-from hf_fnl.training.checkpoints import collecting, folders, saving
-from hf_fnl.training.checkpoints import trainer as checkpointing
-from hf_fnl.training.checkpoints.contents import Held
-from hf_fnl.training.checkpoints.manifest import MANIFEST_FILE, fault
-from hf_fnl.training.checkpoints.pieces import Pieces, Range, write_pieces
-from hf_fnl.training.checkpoints.random_numbers import restore_random_numbers
-from hf_fnl.training.checkpoints.resume import newest_whole, tied_are_not_missing
-from hf_fnl.training.runs import checkpoint_to_resume
+from hf_fnl.training.checkpoints import MANIFEST_FILE, CompleteCheckpoints, checkpoints, fault, newest_complete
+from hf_fnl.training.run_lock import LOCK_FILE, locked
+from hf_fnl.training.runs import check_output_folder, checkpoint_to_resume
 
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+FILES = [
+    *("config.json", MANIFEST_FILE, "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"),
+    *("trainer_state.json", "training_args.bin"),
+]
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-def assert_same(first: dict, second: dict) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+def assert_same_run(first: Trainer, second: Trainer) -> None:
+    assert losses(first) == losses(second)
+    for name, weight in weights(first).items():
+        assert torch.equal(weight, weights(second)[name]), name
+
+
+def names(run: Path) -> list[str]:
+    return [path.name for path in checkpoints(run)]
+
+
+def go_on(folder: Path, resume: str | bool = True, model: torch.nn.Module | None = None, **options) -> Trainer:
+    """A run that goes on with a model of other weights."""
+    trainer = tiny_trainer(folder, model or tiny_model(seed=5), **{**SAVES, **options})
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """The folder of a run with two checkpoints; to be copied, not changed."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny_trainer(folder, **SAVES).train()
-    return folder
+def run(tmp_path_factory) -> Trainer:
+    """A run with two checkpoints, whose folder is to be copied, not changed."""
+    trainer = tiny_trainer(tmp_path_factory.mktemp("run"), **SAVES)
+    trainer.train()
+    return trainer
 
 
 @pytest.fixture
 def copy(run, tmp_path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "copy"))
+    return Path(shutil.copytree(run.args.output_dir, tmp_path / "copy"))
 
 
-def test_the_manifest_lists_every_file_and_nothing_is_left_over(run):
-    for step in (2, 4):
-        folder = run / f"checkpoint-{step}"
-        listed = json.loads((folder / MANIFEST_FILE).read_text())["files"]
-        assert {path.name for path in folder.iterdir()} == {*listed, MANIFEST_FILE}
-        assert {name: record["bytes"] for name, record in listed.items()} == {
-            name: (folder / name).stat().st_size for name in listed
+def test_a_checkpoint_is_the_stock_one_and_a_list_of_all_its_files(copy):
+    for checkpoint in checkpoints(copy):
+        assert sorted(path.name for path in checkpoint.iterdir()) == sorted(FILES)
+        manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
+        assert manifest["files"].keys() == {*FILES} - {MANIFEST_FILE}
+        assert {n: r["bytes"] for n, r in manifest["files"].items()} == {
+            name: (checkpoint / name).stat().st_size for name in manifest["files"]
         }
-    assert [path.name for path in run.glob(".*")] == []
+        assert (manifest["optimizer"], manifest["processes"]) == ("FLAMBe", 1)
+    assert names(copy) == ["checkpoint-2", "checkpoint-4"]
+    assert not list(copy.glob("[._]*"))
 
 
-FILES = [
-    *("config.json", MANIFEST_FILE, "model.safetensors", "optimizer.json", "rng_state.pth", "scheduler.pt"),
-    *("shard-00000-of-00001.safetensors", "trainer_state.json", "training_args.bin"),
-]
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: random.Random(path.name).randrange(len(content) - 2)])
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_anywhere_makes_the_one_before_the_newest(copy, caplog, name):
-    path = copy / "checkpoint-4" / name
-    whole = path.read_bytes()
-    cut = random.Random(name).randrange(len(whole) - 2)
-    path.write_bytes(whole[:cut])
-    with caplog.at_level(logging.WARNING):
-        assert newest_whole(copy) == copy / "checkpoint-2"
-    told = f"{name} is damaged" if name == MANIFEST_FILE else f"{name} has {cut:,} of {len(whole):,} bytes"
-    assert f"skipped checkpoint-4: {told}" in caplog.text
-    with pytest.raises(ValueError, match=rf"checkpoint-4 is not whole: {name}"):
-        tiny_trainer(copy, **SAVES).train(resume_from_checkpoint=str(copy / "checkpoint-4"))
-
-
-def test_one_changed_byte_and_a_missing_file_are_seen(copy):
-    path = copy / "checkpoint-4" / "shard-00000-of-00001.safetensors"
+def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[-7] ^= 1
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert fault(copy / "checkpoint-4") == f"{path.name} is not as it was written: its checksum differs"
-    path.unlink()
-    assert fault(copy / "checkpoint-4") == f"{path.name} is missing"
 
 
-def test_without_a_whole_checkpoint_nothing_starts_afresh_by_itself(copy):
-    for step in (2, 4):
-        (copy / f"checkpoint-{step}" / "scheduler.pt").unlink()
+HARMS = {"cut": cut, "flipped": flip, "missing": Path.unlink}
+TOLD = {"cut": r"{} has [\d,]+ of [\d,]+ bytes", "flipped": "{} is not as it was written", "missing": "{} is missing"}
+TOLD_OF_THE_LIST = {
+    "cut": "its manifest.json, .* is damaged",
+    "flipped": "is damaged",
+    "missing": "it has no manifest.json",
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_refused_by_name(copy, caplog, harm, name):
+    HARMS[harm](copy / "checkpoint-4" / name)
+    told = TOLD_OF_THE_LIST[harm] if name == MANIFEST_FILE else TOLD[harm].format(name)
+    with caplog.at_level(logging.WARNING):
+        assert newest_complete(copy) == copy / "checkpoint-2"
+    (message,) = caplog.messages
+    assert message.startswith(f"skipped {copy / 'checkpoint-4'}: ")
+    if (harm, name) == ("missing", MANIFEST_FILE):
+        return  # as another Trainer writes it: may be named
+    with pytest.raises(ValueError, match=rf"cannot go on from .*checkpoint-4: .*{told}.*=true takes the newest"):
+        go_on(copy, str(copy / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_going_on_from_the_one_before_equals_never_having_stopped(copy, run, harm):
+    """As where the list is damaged and the run was begun with fewer steps."""
+    HARMS[harm](copy / "checkpoint-4" / MANIFEST_FILE)
+    again = go_on(copy)
+    assert_same_run(again, run)
+    assert [fault(path) for path in checkpoints(copy)] == [None, None]
+
+
+def test_where_all_are_damaged_nothing_starts_afresh_by_itself(copy):
+    for checkpoint in checkpoints(copy):
+        (checkpoint / "scheduler.pt").unlink()
     args = FLAMBeTrainingArguments(output_dir=str(copy), resume_from_checkpoint="true", use_cpu=True)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole \(checkpoint-4: scheduler.pt is missing; ch"):
-        checkpoint_to_resume(args)
-    args.resume_from_checkpoint = str(copy / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"checkpoint-2 is not whole: scheduler.pt is missing"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* is complete \(checkpoint-4: scheduler.pt is missing; ch"
+    ):
         checkpoint_to_resume(args)
 
 
-@pytest.mark.parametrize("stage", ["small files", "weights", "optimizer", "receipt", "manifest", "name"])
+class Killed(BaseException):
+    """Passes all handlers of errors, and leaves behind what a killed process would."""
+
+
+class Kill(TrainerCallback):
+    """Ends a training at the second checkpoint, before its list is written."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise Killed
+
+
+@pytest.mark.parametrize("stage", ["begun", "weights", "files", "list", "removal"])
 def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch, run, stage):
-    class Killed(BaseException):
-        """Passes all handlers of errors, and leaves behind what a killed process would."""
-
+    trainer = tiny_trainer(tmp_path, **SAVES, save_total_limit=1)
     module, name = {
-        "small files": (checkpointing.CheckpointingTrainer, "_note_callbacks"),
-        "weights": (Trainer, "_save"),
-        "optimizer": (collecting, "write_pieces"),
-        "receipt": (saving, "give_receipt"),
-        "manifest": (saving, "seal"),
-        "name": (saving, "publish"),
+        "begun": (Trainer, "save_model"),
+        "weights": (torch, "save"),
+        "files": (CompleteCheckpoints, "on_save"),
+        "list": (json, "dumps"),
+        "removal": (shutil, "rmtree"),
     }[stage]
-    calls, honest = [], getattr(module, name)
+    honest = getattr(module, name)
 
     def killing(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
+        late = trainer.state.global_step == 4 and trainer._checkpoints.unfinished is not None
+        at_list = stage != "list" or "files" in args[0]
+        if at_list and (late or (stage == "removal" and trainer.state.global_step == 4)):
             raise Killed
         return honest(*args, **kwargs)
 
-    trainer = tiny_trainer(tmp_path, **SAVES, save_total_limit=1)
     monkeypatch.setattr(module, name, killing)
     with pytest.raises(Killed):
         trainer.train()
     monkeypatch.undo()
-    assert fault(tmp_path / "checkpoint-2") is None
-    assert (tmp_path / ".checkpoint-4.unfinished").is_dir()
-    # What only lacked its name is whole, and gets it.
-    assert newest_whole(tmp_path) == tmp_path / ("checkpoint-4" if stage == "name" else "checkpoint-2")
-    assert list(tmp_path.glob(".*")) == []
-    again = tiny_trainer(tmp_path, tiny_model(seed=5), **SAVES)
-    again.train(resume_from_checkpoint=True)
-    assert_same(contents(tmp_path / "checkpoint-4"), contents(run / "checkpoint-4"))
+    (tmp_path / LOCK_FILE).unlink(missing_ok=True)
+    assert newest_complete(tmp_path).name == ("checkpoint-4" if stage == "removal" else "checkpoint-2")
+    assert_same_run(go_on(tmp_path), run)
+    assert not list(tmp_path.glob("[._]*"))
 
 
-@pytest.mark.parametrize("form", ["full", "sharded"])
+def test_a_run_killed_in_its_first_save_starts_afresh(tmp_path, caplog):
+    trainer = tiny_trainer(tmp_path, **{**SAVES, "save_steps": 4})
+    trainer.callback_handler.callbacks.insert(0, Kill())
+    with pytest.raises(Killed):
+        trainer.train()
+    args = FLAMBeTrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="true", use_cpu=True)
+    assert checkpoint_to_resume(args) is None
+    assert "skipped" in caplog.text
+    assert "its saving was broken off" in caplog.text
+    tiny_trainer(tmp_path, **SAVES).train()  # no other run's
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"optim": "flambe", "frobenius_decay": ["ov", "linear"]},
-        {"optim": "adamw_torch"},
+        {"optim": "adamw_torch", "frobenius_decay": ["linear"]},
         {"optim": "sgd", "optim_args": "momentum=0.9"},
-        {"optim": "sgd"},
+        {"optim": "adafactor"},
     ],
-    ids=["flambe", "adamw", "sgd-momentum", "sgd"],
+    ids=["flambe", "adamw", "sgd", "adafactor"],
 )
-def test_a_resumed_run_is_the_same_bit_by_bit(tmp_path, form, options):
-    options = {**SAVES, **options, "checkpoint_format": form, "lr_scheduler_type": "cosine", "warmup_steps": 3}
+def test_a_resumed_run_is_the_same_bit_by_bit(tmp_path, options):
+    options = {**SAVES, **options, "lr_scheduler_type": "cosine", "warmup_steps": 3}
     straight = tiny_trainer(tmp_path / "straight", tiny_model(dropout=0.2), **options)
     straight.train()
     again = tiny_trainer(tmp_path / "again", tiny_model(dropout=0.2, seed=5), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
-    assert_same(weights(again), weights(straight))
-    assert losses(again) == losses(straight)
-    assert_same(contents(tmp_path / "again" / "checkpoint-4"), contents(tmp_path / "straight" / "checkpoint-4"))
+    assert_same_run(again, straight)
 
 
-def test_an_optimizer_with_other_state_is_saved_as_transformers_does_where_that_works(tmp_path):
-    options = {**SAVES, "optim": "adafactor", "frobenius_decay": ["none"]}
-    straight = tiny_trainer(tmp_path / "straight", **options)
-    straight.train()
-    assert fault(tmp_path / "straight" / "checkpoint-2") is None
-    again = tiny_trainer(tmp_path / "again", tiny_model(seed=5), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
-    assert_same(weights(again), weights(straight))
-    with pytest.raises(RuntimeError, match=r"could not write .*: Adafactor keeps exp_avg_sq_row .* another optim"):
-        tiny_trainer(tmp_path / "sharded", **options, checkpoint_format="sharded").train()
+def test_a_run_that_has_all_its_steps_is_not_trained_on(copy, run):
+    again = go_on(copy)
+    assert again.state.global_step == 4
+    assert_same_run(again, run)
 
 
-def test_another_optimizer_than_the_checkpoints_is_refused(run, tmp_path):
-    trainer = tiny_trainer(tmp_path, **SAVES, optim="adamw_torch")
-    with pytest.raises(ValueError, match=r"the optimizer of .*checkpoint-2 is FLAMBe and that of this run AdamW"):
-        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+def stock_trainer(folder: Path, *callbacks: TrainerCallback, seed: int = 0) -> Trainer:
+    args = TrainingArguments(
+        str(folder), learning_rate=0.02, per_device_train_batch_size=8, lr_scheduler_type="constant", logging_steps=1,
+        report_to="none", disable_tqdm=True, use_cpu=True, optim="adamw_torch", **SAVES,
+    )  # fmt: skip
+    return Trainer(tiny_model(seed=seed), args, train_dataset=tiny_examples(), callbacks=list(callbacks))
 
 
-def test_a_checkpoint_of_the_plain_trainer_is_taken_up_if_it_can_be_opened(tmp_path, monkeypatch):
-    straight = tiny_trainer(tmp_path / "straight", **SAVES)
-    for name in ("_save_checkpoint", "_prepare_for_training"):
-        monkeypatch.setattr(checkpointing.CheckpointingTrainer, name, getattr(Trainer, name))
-    straight.train()
-    monkeypatch.undo()
-    checkpoint = tmp_path / "straight" / "checkpoint-2"
-    assert not (checkpoint / MANIFEST_FILE).exists()
-    again = tiny_trainer(tmp_path / "again", tiny_model(seed=5), **SAVES)
-    again.train(resume_from_checkpoint=str(checkpoint))
-    assert_same(weights(again), weights(straight))
-    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
-        path = checkpoint / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        assert f"{name} cannot be read" in str(fault(checkpoint))
-        path.write_bytes(whole)
-    assert fault(checkpoint) is None
+def test_a_stock_trainer_goes_on_from_ours_and_we_from_its(tmp_path, caplog):
+    adamw = {"optim": "adamw_torch", "weight_decay": 0.0, "max_grad_norm": 1.0, "adam_epsilon": 1e-8}
+    ours = tiny_trainer(tmp_path / "ours", **SAVES, **adamw)
+    ours.train()
+    stock = stock_trainer(tmp_path / "stock", seed=5)
+    stock.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
+    assert_same_run(stock, ours)
+    theirs = str(tmp_path / "stock" / "checkpoint-4")
+    assert go_on(tmp_path / "again", theirs, **adamw).state.global_step == 4
+    assert "has no list of its files, and is taken as it is, unchecked" in caplog.text
+    with pytest.raises(ValueError, match=r"no checkpoint in .*: it has no manifest.json.*another Trainer wrote it"):
+        go_on(tmp_path / "stock")
+
+
+def test_any_trainer_may_list_its_files(tmp_path):
+    trainer = stock_trainer(tmp_path, CompleteCheckpoints())
+    trainer.train()
+    assert [fault(path) for path in checkpoints(tmp_path)] == [None, None]
+
+
+def test_options_that_come_from_the_checkpoint_are_said(copy, tmp_path, caplog):
+    options = {"weight_decay": 0.3, "learning_rate": 0.5, "max_steps": 3}
+    go_on(tmp_path / "again", str(copy / "checkpoint-2"), **options)
+    (message,) = [each for each in caplog.messages if "not from this run" in each]
+    assert message.endswith("learning_rate=0.02 (here 0.5), weight_decay=0.1 (here 0.3)")
+
+
+def test_a_checkpoint_of_another_optimizer_or_model_is_refused_by_name(copy, tmp_path):
+    checkpoint = str(copy / "checkpoint-2")
+    with pytest.raises(
+        ValueError, match=r"the optimizer of .*checkpoint-2 is FLAMBe and that of this run AdamW: set op"
+    ):
+        go_on(tmp_path / "adamw", checkpoint, optim="adamw_torch")
+    config = tiny_model().config
+    config.ffn_rank = 6
+    other = (
+        r"is not of the FactorizedBertForPreTraining of this run: .*\.U has shape \(40, 7\) there and \(40, 6\) here, "
+    )
+    with pytest.raises(ValueError, match=rf"{other}.*; there ffn_rank=7 \(here 6\)"):
+        go_on(tmp_path / "rank", checkpoint, FactorizedBertForPreTraining(config))
+    with pytest.raises(ValueError, match=r"not of the BertForPreTraining of this run: .*; there embedding_rank=11"):
+        go_on(tmp_path / "stock", checkpoint, tiny_model(stock=True))
 
 
 def test_a_checkpoint_of_the_model_only_starts_the_optimizer_anew(tmp_path, caplog):
-    tiny_trainer(tmp_path / "first", **SAVES, save_only_model=True, checkpoint_format="sharded").train()
-    again = tiny_trainer(tmp_path / "again", tiny_model(seed=5), **SAVES)
-    again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
-    assert "holds the model only: the optimizer and its schedule start anew" in caplog.text
+    options = {"lr_scheduler_type": "linear", "max_steps": 6}
+    tiny_trainer(tmp_path / "first", **{**SAVES, **options}, save_only_model=True).train()
+    again = go_on(tmp_path / "again", str(tmp_path / "first" / "checkpoint-4"), **options)
+    assert "holds no state of an optimizer, which starts anew" in caplog.text
+    rates = [entry["learning_rate"] for entry in again.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([0.02 * (1 - step / 6) for step in range(6)])
 
 
-def test_the_best_model_is_loaded_from_its_parts(tmp_path):
-    args = FLAMBeTrainingArguments(
-        output_dir=str(tmp_path), checkpoint_format="sharded", async_save=True, save_total_limit=1, save_steps=2,
-        eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="worse",
-        greater_is_better=False, max_steps=6, use_cpu=True, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    trainer = FLAMBeTrainer(tiny_model(), args, train_dataset=tiny_examples(), eval_dataset=tiny_examples(8))
-    evaluate = trainer.evaluate
-    trainer.evaluate = lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_worse": trainer.state.global_step}
-    trainer.train()
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
-    best = contents(tmp_path / "checkpoint-2")
-    for name, weight in weights(trainer).items():
-        assert torch.equal(weight.reshape(-1), best[f"weight/{name}"]), name
+def test_no_space_left_while_saving_leaves_the_earlier_checkpoint_complete(tmp_path, monkeypatch):
+    options = {**SAVES, "save_total_limit": 1}
+    trainer = tiny_trainer(tmp_path, **options)
+    save = torch.save
 
+    def full(*args, **kwargs):
+        if trainer.state.global_step > 2:
+            raise OSError(28, "No space left on device")
+        save(*args, **kwargs)
 
-@pytest.mark.parametrize("form", ["full", "sharded"])
-def test_saving_in_the_background_writes_the_same_while_training_goes_on(tmp_path, run, monkeypatch, form):
-    write, seen = collecting.Part.write, []
-
-    def slow(part, path):
-        seen.append((threading.current_thread() is threading.main_thread(), trainer.state.global_step))
-        time.sleep(0.5)
-        seen.append(trainer.state.global_step)
-        write(part, path)
-
-    monkeypatch.setattr(collecting.Part, "write", slow)
-    trainer = tiny_trainer(tmp_path, **SAVES, async_save=True, checkpoint_format=form)
-    trainer.train()
-    assert seen[0] == (False, 2)
-    assert seen[1] > 2
-    for step in (2, 4):
-        assert fault(tmp_path / f"checkpoint-{step}") is None
-        assert_same(contents(tmp_path / f"checkpoint-{step}"), contents(run / f"checkpoint-{step}"))
-
-
-def test_an_error_in_the_background_is_raised_at_the_next_step(tmp_path, monkeypatch):
-    def full(part, path):
-        raise OSError(28, "No space left on device")
-
-    trainer = tiny_trainer(tmp_path, **{**SAVES, "max_steps": 40, "save_steps": 2}, async_save=True)
-    honest, steps = collecting.Part.write, []
-    monkeypatch.setattr(collecting.Part, "write", lambda *a: (full if trainer.state.global_step > 2 else honest)(*a))
-    step = trainer.training_step
-    trainer.training_step = lambda *args, **kwargs: (time.sleep(0.1), steps.append(1), step(*args, **kwargs))[-1]
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RuntimeError, match=r"could not write .*checkpoint-4: .*No space left on device; earlier"):
         trainer.train()
-    assert 4 < len(steps) < 8
-    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
-    assert fault(tmp_path / "checkpoint-2") is None
-
-
-def test_rotation_spares_what_was_just_written_and_removes_at_once(copy, monkeypatch):
-    monkeypatch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)
-    folders.rotate(copy, 1, keep={copy / "checkpoint-2"})
-    assert sorted(path.name for path in copy.glob("*checkpoint*")) == [".checkpoint-4.removed", "checkpoint-2"]
     monkeypatch.undo()
-    folders.clean(copy)
-    assert [path.name for path in copy.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert go_on(tmp_path, **options).state.global_step == 4
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
-def test_parts_of_copies_make_up_the_whole(tmp_path, count):
-    sizes = {"a": (5, 7), "b": (3,), "c": (1,), "d": (4, 2, 3)}
-    tensors = {name: torch.randn(shape) for name, shape in sizes.items()}
-    held = [
-        Held(name, sizes[name], 0, t.numel(), None, {"weight": t, **({"exp_avg": -t} if name != "b" else {})})
-        for name, t in tensors.items()
-    ]
-    written = []
-    for index in range(count):
-        pieces = dict(collecting._cut(held, index, count))
-        written.append(sum(piece.numel() for _, piece in pieces.values()))
-        write_pieces(tmp_path / f"shard-{index}-of-{count}.safetensors", pieces, {})
-    assert sum(written) == sum(t.numel() * (2 if name != "b" else 1) for name, t in tensors.items())
-    assert max(written) - min(written) <= 3
-    with Pieces(sorted(tmp_path.iterdir())) as stored:
-        for name, tensor in tensors.items():
-            assert torch.equal(stored.read(f"weight/{name}"), tensor.reshape(-1))
-            for start, stop in ((0, 1), (1, tensor.numel()), (tensor.numel() // 2, tensor.numel()), (1, 1)):
-                assert torch.equal(stored.read(f"weight/{name}", start, stop), tensor.reshape(-1)[start:stop])
+class Best(TrainerCallback):
+    """Makes the second step the best one."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_worse"] = state.global_step
 
 
-def test_a_range_that_is_in_no_file_is_an_error(tmp_path):
-    for start, stop in ((0, 4), (6, 10)):
-        span, piece = Range((2, 5), start, stop), torch.arange(start, stop)
-        write_pieces(tmp_path / f"{start}.safetensors", {"weight/w": (span, piece)}, {})
-    with Pieces(sorted(tmp_path.iterdir())) as stored:
-        assert stored.read("weight/w", 7, 9).tolist() == [7, 8]
-        with pytest.raises(ValueError, match="elements 4 to 8 of weight/w are in none of the files"):
-            stored.read("weight/w", 3, 8)
-        with pytest.raises(KeyError, match="weight/v is in none of"):
-            stored.read("weight/v")
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_best_checkpoint_stays_and_comes_back(tmp_path, limit):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": False}
+    options |= {"metric_for_best_model": "worse", "save_total_limit": limit, "max_steps": 8}
+    args = tiny_trainer(tmp_path, **SAVES).args
+    for name, value in {**options, "eval_strategy": IntervalStrategy.STEPS}.items():
+        setattr(args, name, value)
+    trainer = FLAMBeTrainer(tiny_model(), args, train_dataset=tiny_examples(), eval_dataset=tiny_examples(8))
+    trainer.add_callback(Best())
+    trainer.train()
+    assert names(tmp_path) == ["checkpoint-2", *(["checkpoint-8"] if limit > 1 else [])]
+    there = type(trainer.model).from_pretrained(tmp_path / "checkpoint-2")
+    for name, weight in weights(trainer).items():
+        assert torch.equal(weight, there.get_parameter(name)), name
+    assert trainer.args.save_total_limit == limit
 
 
-def test_random_numbers_of_another_number_of_processes(run, tmp_path, caplog):
-    checkpoint = Path(shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2"))
-    args = FLAMBeTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    assert not restore_random_numbers(checkpoint, args)  # as many as before: Transformers does it
-    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
-    shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
-    assert restore_random_numbers(checkpoint, args)
-    expected = torch.load(checkpoint / "rng_state_0.pth", weights_only=False)
-    assert torch.equal(torch.get_rng_state(), expected["cpu"])
-    assert random.getstate() == expected["python"]
-    (checkpoint / "rng_state_0.pth").unlink()
-    (checkpoint / "rng_state_2.pth").write_bytes(b"")
-    assert restore_random_numbers(checkpoint, args)
-    assert "has the random numbers of 2 processes: process 0 of 1 starts its own from seed 44" in caplog.text
+def test_older_checkpoints_go_by_step_whatever_the_clock_says(tmp_path):
+    class Backwards(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            for number, path in enumerate(reversed(checkpoints(tmp_path))):
+                os.utime(path, (2e9 + 1000 * number,) * 2)
+
+    trainer = tiny_trainer(tmp_path, **{**SAVES, "max_steps": 8, "save_total_limit": 2})
+    trainer.add_callback(Backwards())
+    trainer.train()
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_what_an_earlier_attempt_left_ahead_goes_first(copy):
+    go_on(copy, str(copy / "checkpoint-2"), save_steps=1, max_steps=3, save_total_limit=2)
+    assert names(copy) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_fresh_run_into_the_folder_of_another_is_refused(copy, run):
+    with pytest.raises(
+        ValueError, match=r"holds checkpoint-4 of another run: set resume_from_checkpoint=true .* or an"
+    ):
+        tiny_trainer(copy, **SAVES).train()
+    assert [fault(path) for path in checkpoints(copy)] == [None, None]
+    tiny_trainer(copy, **{**SAVES, "save_strategy": "no"}).train()  # which writes no checkpoints
+
+
+HOLD = """
+import sys, pathlib
+from hf_fnl.training.run_lock import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    held = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        message = f"is in use by process {other.pid} on {socket.gethostname()}: choose another output_dir"
+        with pytest.raises(RuntimeError, match=message):
+            tiny_trainer(tmp_path).train()
+        with pytest.raises(RuntimeError, match=message):
+            check_output_folder(FLAMBeTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+        other.kill()
+    assert (tmp_path / LOCK_FILE).is_file()
+    tiny_trainer(tmp_path, max_steps=1).train()  # takes over the lock of the dead
+    assert not (tmp_path / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("content", "message"),
     [
-        ({"checkpoint_format": "whole"}, "checkpoint_format must be one of full, sharded, got 'whole'"),
-        ({"checkpoint_format": "sharded", "dense_steps": 3}, "dense_steps needs whole weights in checkpoints"),
         (
-            {"checkpoint_format": "sharded", "push_to_hub": True, "hub_strategy": "checkpoint"},
-            "checkpoint_format=sharded does not work with hub_strategy=checkpoint",
+            '{"host": "elsewhere", "process": 7, "started": "1"}',
+            "by process 7 on elsewhere: .* if that run is dead, remove",
         ),
-        ({"async_save": True, "push_to_hub": True}, "async_save=True does not work with hub_strategy=every_save"),
+        ("{", "locked by an unreadable .*_lock.json: remove it if no run goes on"),
     ],
-    ids=["format", "dense steps", "sharded to the Hub", "in the background to the Hub"],
+    ids=["another host", "unreadable"],
 )
-def test_bad_options_are_refused_at_once(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        FLAMBeTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+def test_a_lock_that_cannot_be_judged_is_refused_with_the_file_to_remove(tmp_path, content, message):
+    (tmp_path / LOCK_FILE).write_text(content)
+    with pytest.raises(RuntimeError, match=message), locked(tmp_path):
+        pass
+    assert (tmp_path / LOCK_FILE).read_text() == content
 
 
 def test_machines_with_folders_of_their_own_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
     with pytest.raises(ValueError, match="one output_dir that all machines share"):
         FLAMBeTrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_on_each_node=True)
-
-
-def test_the_command_consolidates_and_refuses_what_is_damaged(tmp_path):
-    trainer = tiny_trainer(tmp_path / "run", **SAVES, checkpoint_format="sharded")
-    trainer.train()
-    checkpoint = tmp_path / "run" / "checkpoint-4"
-    order = ["consolidate", str(checkpoint), "--out", str(tmp_path / "model"), "--json"]
-    done = CliRunner().invoke(app, order)
-    assert done.exit_code == 0, done.output
-    saved = weights(trainer)
-    assert json.loads(done.stdout)["bytes"] == 4 * sum(math.prod(weight.shape) for weight in saved.values())
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
-    loaded = FactorizedBertForPreTraining.from_pretrained(tmp_path / "model")
-    assert_same(dict(loaded.named_parameters()), saved)
-    (checkpoint / "shard-00000-of-00001.safetensors").write_bytes(b"")
-    refused = CliRunner().invoke(app, [*order, "--overwrite"])
-    assert refused.exit_code == 1
-    assert "is not whole: shard-00000-of-00001.safetensors has 0 of" in refused.stderr
-    assert (tmp_path / "model" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize(
-    ("missing", "told"),
-    [
-        (["head.weight"], False),
-        (["embedding.weight"], False),
-        (["embedding.weight", "head.weight"], True),
-        (["head.weight", "body.bias"], True),
-        (["elsewhere"], True),
-    ],
-)
-def test_the_trainer_warns_of_missing_keys_unless_they_are_tied_to_others(monkeypatch, missing, told):
-    model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(3, 2), "body": torch.nn.Linear(2, 2)})
-    model["head"] = torch.nn.Linear(2, 3, bias=False)
-    model["head"].weight = model["embedding"].weight
-    log, said = logging.getLogger("transformers.trainer"), []
-    monkeypatch.setattr(log, "handle", lambda record: log.filter(record) and said.append(record.getMessage()))
-    message = f"There were missing keys in the checkpoint model loaded: {missing}."
-    with tied_are_not_missing(model):
-        log.warning(message)
-        log.warning("another matter")
-    log.warning(message)
-    assert said == [*[message] * told, "another matter", message]

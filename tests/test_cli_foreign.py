@@ -68,7 +68,7 @@ OUTS = {
 
 
 @pytest.mark.parametrize("out", OUTS.values(), ids=OUTS)
-@pytest.mark.parametrize("command", ["factorize", "merge", "consolidate"])
+@pytest.mark.parametrize("command", ["factorize", "merge"])
 def test_overwrite_never_removes_the_source(model, command, out):
     kept = files(model)
     rule = ["--rank", 2] if command == "factorize" else []

@@ -227,31 +227,6 @@ def merge(
 
 
 @app.command(
-    short_help="Make a model's folder of a checkpoint in parts.",
-    epilog="Example: hf-fnl consolidate run/checkpoint-1000 --out bert-1000",
-)
-def consolidate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint of a training.")],
-    out: Out,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Make the folder of a model, for from_pretrained, of a checkpoint whose weights were saved in parts.
-
-    Trainings with --checkpoint_format sharded write such checkpoints. What only the training needs is left out.
-    """
-    with session(as_json=as_json, debug=debug) as terminal:
-        from hf_fnl.cli.folders import new_folder
-        from hf_fnl.training.checkpoints.consolidate import consolidate as work
-
-        with new_folder(out, source=str(checkpoint), overwrite=overwrite) as folder, terminal.step("consolidating"):
-            result = work(checkpoint, folder)
-        size = f"{result['tensors']:,} tensors, {result['bytes']:,} bytes"
-        terminal.show(result | {"checkpoint": str(checkpoint), "out": str(out)}, f"{size}\n{out}")
-
-
-@app.command(
     short_help="Show every matrix of a model.", epilog="Example: hf-fnl inspect bert-half --sort effective-rank"
 )
 def inspect(

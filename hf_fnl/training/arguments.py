@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 from transformers.training_args import OptimizerNames
 
 from hf_fnl.attention.selectors import KINDS, PARTS, Selector
@@ -19,7 +18,6 @@ from hf_fnl.training.profiling import parse_steps
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
 NONFINITE_ACTIONS = ("stop", "skip")
-CHECKPOINT_FORMATS = ("full", "sharded")
 CHECKPOINTING_OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the name now and before
 
 
@@ -113,15 +111,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
             "(tokens, rank) middle of factorized layers, and compute only the rest again."
         },
     )
-
-    checkpoint_format: str = field(
-        default="full",
-        metadata={
-            "help": "Weights in checkpoints: full, in files for from_pretrained; or sharded, each process its part, so "
-            "that none gathers the whole model (hf-fnl consolidate makes full weights of them)."
-        },
-    )
-    async_save: bool = field(default=False, metadata={"help": "Write checkpoints while training goes on."})
 
     def __post_init__(self) -> None:
         for name in ("frobenius_decay", "label_names", "include_for_metrics"):  # lists, which one name may stand for
@@ -228,19 +217,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"low_rank_lr_scale={self.low_rank_lr_scale} needs dense_steps, after which it begins")
 
     def _check_checkpoints(self) -> None:
-        if self.checkpoint_format not in CHECKPOINT_FORMATS:
-            raise ValueError(
-                f"checkpoint_format must be one of {', '.join(CHECKPOINT_FORMATS)}, got {self.checkpoint_format!r}"
-            )
-        if self.checkpoint_format == "sharded" and self.has_dense_phase:
-            raise ValueError("dense_steps needs whole weights in checkpoints: set checkpoint_format=full")
-        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
-            for option, given in (("async_save", self.async_save), ("checkpoint_format", self.checkpoint_format)):
-                if given in (True, "sharded"):
-                    raise ValueError(
-                        f"{option}={given} does not work with hub_strategy={self.hub_strategy.value}, which pushes "
-                        "whole weights at each save: set hub_strategy=end"
-                    )
         if self.save_on_each_node and int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size) < self.world_size:
             raise ValueError(
                 "save_on_each_node=true would leave each machine with the parts of its own processes: write to one "

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_fnl.attention import Product
 from hf_fnl.optim.diagnostics import Figures, diagnose, summarize
-from hf_fnl.training.engines import whole_parameters
+from hf_fnl.training.engines import full_parameters
 
 DIAGNOSTICS_FILE = "diagnostics.jsonl"
 
@@ -59,7 +59,7 @@ class DiagnosticsCallback(TrainerCallback):
             return
         figures: dict[str, Figures] = {}
         for product in self.products:
-            with whole_parameters(model, product.parameter_names) as parameters:
+            with full_parameters(model, product.parameter_names) as parameters:
                 if state.is_world_process_zero:
                     figures |= diagnose(parameters, [product], learning_rate=lr_scheduler.get_last_lr()[0])
         if not state.is_world_process_zero:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_fnl.layers.whole import is_partitioned
 from hf_fnl.optim.layouts import zero3_range
-from hf_fnl.training.engines.checks import is_sharded
+from hf_fnl.training.engines import is_sharded
 
 logger = logging.get_logger(__name__)
 

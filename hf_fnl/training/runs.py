@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fnl.optim.diagnostics import parameter_count
-from hf_fnl.training.checkpoints.folders import checkpoints
-from hf_fnl.training.checkpoints.resume import check_whole, newest_whole
+from hf_fnl.training.checkpoints import check_complete, checkpoints, is_unfinished, newest_complete
 from hf_fnl.training.command_line import UsageError, duration
+from hf_fnl.training.run_lock import check_unlocked
 from hf_fnl.utils.files import check_writable, write_json
 from hf_fnl.utils.processes import first_decides
 from hf_fnl.utils.run_files import CONFIG_FILE, METRICS_FILE, flatten
@@ -56,10 +55,12 @@ def check_output_folder(args: TrainingArguments) -> None:
     Raises:
         PermissionError: If the folder cannot be written to.
         NotADirectoryError: If it, or what it would lie in, is a file.
+        RuntimeError: If another run is at work in it.
         UsageError: If it holds a run and ``resume_from_checkpoint`` is not given.
     """
     folder = Path(args.output_dir)
     first_decides(lambda: check_writable("output_dir", folder))
+    first_decides(lambda: check_unlocked(folder))
     if args.resume_from_checkpoint is None and first_decides((folder / METRICS_FILE).exists):
         raise UsageError(
             f"output_dir {folder} holds a run that is done: take another, or set resume_from_checkpoint=true to train "
@@ -70,8 +71,8 @@ def check_output_folder(args: TrainingArguments) -> None:
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint from which a run goes on, or ``None`` to start afresh.
 
-    ``resume_from_checkpoint`` may name a checkpoint, or be ``true`` for the newest whole one in ``output_dir``, if any.
-    All processes of a run must call this.
+    ``resume_from_checkpoint`` may name a checkpoint, or be ``true`` for the newest complete one in ``output_dir``, if
+    any. All processes of a run must call this.
 
     Raises:
         FileNotFoundError: If the checkpoint that is named is not there.
@@ -80,18 +81,16 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """
     run, asked = Path(args.output_dir), args.resume_from_checkpoint
     if asked is None:
-        if found := first_decides(lambda: checkpoints(run)):
+        if found := first_decides(lambda: [each for each in checkpoints(run) if not is_unfinished(each)]):
             raise UsageError(
                 f"output_dir {run} holds {found[-1].name} of an earlier run: set resume_from_checkpoint=true to go on "
                 "from it, or another output_dir"
             )
         return None
     if str(asked).lower() == "true":
-        newest = newest_whole(run)
+        newest = newest_complete(run)
         return None if newest is None else str(newest)
-    if not os.path.isdir(asked):
-        raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {asked}")
-    check_whole(Path(asked))
+    check_complete(Path(asked))
     return str(asked)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.profiler import record_function
@@ -16,115 +21,46 @@ from torch.utils.data import DataLoader
 from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_fnl.attention import Product, find_products
-from hf_fnl.attention.selectors import ATTENTION_KINDS, Selector
-from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
+from hf_fnl.attention import find_products
+from hf_fnl.models.checkpoint import load
 from hf_fnl.optim.frobenius_decay import FrobeniusDecay, frobenius_penalty
 from hf_fnl.optim.transfer import transfer_
-from hf_fnl.training.arguments import OUR_OPTIMIZERS, FLAMBeTrainingArguments
+from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
-from hf_fnl.training.checkpoints.resume import tied_are_not_missing
-from hf_fnl.training.checkpoints.trainer import CheckpointingTrainer
-from hf_fnl.training.engines import is_sharded
-from hf_fnl.training.finite import FiniteSteps
+from hf_fnl.training.checkpoints import (
+    CompleteCheckpoints,
+    check_complete,
+    checkpoints,
+    clean,
+    is_unfinished,
+    newest_complete,
+    remove,
+)
+from hf_fnl.training.engines import check_engine, innermost, is_sharded, set_state_dict_type
+from hf_fnl.training.finite import FiniteSteps, check_finite
 from hf_fnl.training.form import rewrap_, take_form_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
+from hf_fnl.training.optimizers import build_optimizer, check_current, decayed_products, optimizer_and_decay
 from hf_fnl.training.profiling import DECAY, FORWARD, PASSES, ProfilerCallback
+from hf_fnl.training.resuming import Resumption
+from hf_fnl.training.run_lock import locked
 from hf_fnl.training.schedules import schedule_of
 from hf_fnl.training.streaming import StreamPosition, is_stream, stream_loader
-from hf_fnl.utils.suggest import listed
+from hf_fnl.utils.processes import first_decides
+from hf_fnl.workarounds import forget_evaluation, forget_old_names_, ties_in_one_unit
+
+# Bytes that may be left on a disk that is full.
+_FULL = 1 << 16
 
 
-def build_optimizer(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool = False) -> torch.optim.Optimizer:
-    """The optimizer that ``args`` describe, over named groups of the trainable parameters of ``model``.
-
-    Args:
-        model: Unwrapped.
-        args: The optimizer and the decay.
-        dense: Whether the model is in its dense phase; see :func:`decayed_products`. FLAMBe without a product is LAMB.
-
-    Raises:
-        ValueError: If ``args.frobenius_decay`` names a kind of product that the model does not have.
-    """
-    return _optimizer_and_decay(model, args, dense=dense)[0]
-
-
-def _optimizer_and_decay(
-    model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool
-) -> tuple[torch.optim.Optimizer, FrobeniusDecay | None]:
-    """:func:`build_optimizer`, and what decays products in its steps, if that is not the optimizer itself."""
-    products = decayed_products(model, args, dense=dense)
-    flambe = args.optim == "flambe" and bool(products)
-    groups = parameter_groups(
-        model,
-        weight_decay=args.weight_decay,
-        products=products,
-        frobenius_decay=args.product_decay if flambe else 0.0,
-        factor_decay="weight" if dense else args.factor_decay,
-        decay_vectors=args.decay_vectors,
-    )
-    if flambe:
-        return FLAMBe(groups, products=products, **_lamb_arguments(args)), None
-    if args.optim in OUR_OPTIMIZERS:
-        optimizer: torch.optim.Optimizer = Lamb(groups, **_lamb_arguments(args))
-    else:
-        optimizer_class, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        optimizer = optimizer_class(groups, **arguments)
-    if not products or args.frobenius_mode == "penalty":
-        return optimizer, None
-    return optimizer, FrobeniusDecay(optimizer, products, args.product_decay, mode=args.frobenius_mode)
-
-
-def check_current(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise a ``ValueError`` if an optimizer holds parameters in the place of others that a model trains.
-
-    That is so if the model went through surgery after the optimizer was built. An optimizer may hold fewer parameters
-    than the model has, or those of another module, too, but not both.
-
-    Args:
-        optimizer: Built before.
-        model: Unwrapped.
-    """
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    named = dict(model.named_parameters(remove_duplicate=False))
-    stale = held - set(named.values())
-    new = [name for name, parameter in named.items() if parameter.requires_grad and parameter not in held]
-    if stale and new:
-        names: dict[Tensor, str] = {}
-        for group in optimizer.param_groups:
-            names.update(zip(group["params"], group.get("param_names", ()), strict=False))
-        old = sorted(names.get(parameter, f"one of shape {tuple(parameter.shape)}") for parameter in stale)
-        raise ValueError(
-            f"the optimizer holds {len(stale)} parameters that the {type(model).__name__} no longer has "
-            f"({listed(old)}), and not its {listed(new)}: build the optimizer after the model was changed, or let the "
-            "trainer build it"
-        )
-
-
-def decayed_products(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool = False) -> list[Product]:
-    """The products of ``model`` under Frobenius decay; none if ``args`` name no kind.
-
-    Args:
-        model: Unwrapped.
-        args: The kinds of products.
-        dense: Whether the layers of the model are still to become products; then only those of attentions are listed.
-    """
-    kinds = args.frobenius_decay or []
-    if dense:
-        kinds = [kind for kind in kinds if Selector.parse(kind).kind in ATTENTION_KINDS]
-    return find_products(model, kinds) if kinds else []
-
-
-def _lamb_arguments(args: FLAMBeTrainingArguments) -> dict[str, Any]:
-    return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-
-
-class FLAMBeTrainer(CheckpointingTrainer):
+class FLAMBeTrainer(Trainer):
     """Transformers' Trainer with the optimizers and the decay of :class:`FLAMBeTrainingArguments`.
 
-    Works with every model that has the products asked for, stock models included. Everything else, from callbacks to
-    checkpoints, is the Trainer's.
+    Works with every model that has the products asked for, stock models included. Everything else is the Trainer's,
+    also the checkpoints, which any Trainer goes on from. Each gets a list of its files when all of it is written, and
+    ``train(resume_from_checkpoint=True)`` takes the newest that is complete. The folder of a run is locked while it
+    trains.
 
     Args:
         model: The model to train.
@@ -140,6 +76,8 @@ class FLAMBeTrainer(CheckpointingTrainer):
             ``model_init``, DeepSpeed or FSDP.
     """
 
+    args: FLAMBeTrainingArguments
+    model: nn.Module
     lr_scheduler: LRScheduler | None
 
     def __init__(
@@ -155,9 +93,14 @@ class FLAMBeTrainer(CheckpointingTrainer):
             # The one way to hand over an optimizer that no engine drops: called without arguments, then with the model.
             kwargs["optimizer_cls_and_kwargs"] = (lambda: self._build_optimizer, {})
         super().__init__(model, args, **kwargs)
-        self._stream = StreamPosition()
-        self.add_callback(self._stream)  # before what lists the files of a checkpoint
         unwrapped = self.accelerator.unwrap_model(self.model)
+        check_engine(self.accelerator, unwrapped, args)
+        forget_old_names_(unwrapped)
+        self._ties = contextlib.ExitStack()
+        self._resumption, self._checkpoints = Resumption(self), CompleteCheckpoints()
+        self._stream = StreamPosition()
+        for callback in (self._resumption, self._stream, self._checkpoints):  # the last lists the files of the others
+            self.add_callback(callback)
         if self.optimizer is not None:
             check_current(self.optimizer, unwrapped)
         if _averages_over_its_own_batch(unwrapped):
@@ -176,10 +119,105 @@ class FLAMBeTrainer(CheckpointingTrainer):
         if args.profile_steps is not None:
             self.add_callback(ProfilerCallback(args.profile_steps))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers."""
-        with tied_are_not_missing(self.accelerator.unwrap_model(self.model)):
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in Transformers; from the newest complete checkpoint if told ``True``.
+
+        Raises:
+            RuntimeError: If another run is at work in ``output_dir``, or a checkpoint could not be written.
+            ValueError: If there is no complete checkpoint, the one that is named is damaged or of another run, or
+                ``output_dir`` holds checkpoints of another run and nothing was said about them.
+        """
+        with locked(Path(self.args.output_dir)):
+            checkpoint = self._checkpoint_to_take(resume_from_checkpoint)
+            if checkpoint is not None and is_stream(self.train_dataset):
+                self._stream.take(checkpoint, self.args)
+            if checkpoint is not None and self.args.dense_steps:
+                self._take_form(str(checkpoint))
+            with self._resumption.of(checkpoint) as folder, self._own_rotation(), self._best_in_its_form():
+                return self._train(folder, *args, **kwargs)
+
+    def _train(self, *args: Any, **kwargs: Any) -> Any:
+        self._checkpoints.unfinished = None
+        try:
             return super().train(*args, **kwargs)
+        except (Exception, CheckpointException) as error:  # the latter is of torch's shards, and no Exception
+            if (unfinished := self._checkpoints.unfinished) is None:
+                raise
+            reason = _reason(error, unfinished.parent)
+            with contextlib.suppress(OSError):
+                remove(unfinished)
+            raise RuntimeError(
+                f"could not write {unfinished}: {reason}; earlier checkpoints are as they were"
+            ) from error
+
+    def _checkpoint_to_take(self, given: str | os.PathLike[str] | bool | None) -> Path | None:
+        run = Path(self.args.output_dir)
+        first_decides(lambda: clean(run))
+        if given is True:
+            if (newest := newest_complete(run)) is None:
+                raise ValueError(f"there is no checkpoint in output_dir {run} to go on from")
+            return newest
+        if given:
+            check_complete(Path(given))
+            return Path(given)
+        if self.args.save_strategy != "no" and (found := first_decides(lambda: self._of_others(run))):
+            raise ValueError(
+                f"output_dir {run} holds {found[-1].name} of another run: set resume_from_checkpoint=true to go on "
+                "from it, or another output_dir"
+            )
+        return None
+
+    def _of_others(self, run: Path) -> list[Path]:
+        """Checkpoints in a folder that this Trainer has not written, but such as were never finished."""
+        return [p for p in checkpoints(run) if p not in self._checkpoints.written and not is_unfinished(p)]
+
+    @contextlib.contextmanager
+    def _own_rotation(self) -> Iterator[None]:
+        """Leave the removal of older checkpoints to the callback that knows when a new one is complete."""
+        limit = self._checkpoints.limit = self.args.save_total_limit
+        self.args.save_total_limit = None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    @contextlib.contextmanager
+    def _best_in_its_form(self) -> Iterator[None]:
+        """Let the best model of a run with a dense phase come back in the form that it has, dense or low-rank."""
+        wanted = self.args.load_best_model_at_end
+        if not (wanted and self.args.dense_steps):
+            yield
+            return
+        self.args.load_best_model_at_end = False
+        try:
+            yield
+        finally:
+            self.args.load_best_model_at_end = wanted
+        if (best := self.state.best_model_checkpoint) is not None:
+            self._take_form(best)
+            self.model.load_state_dict(load(best, type(self.model)).state_dict())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Transformers, on every engine in full, and never weights that are not finite."""
+        when = f"at step {self.state.global_step}" if _internal_call else "and are to be saved"
+        check_finite(self.accelerator.unwrap_model(self.model), self.accelerator, when)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if _internal_call and output_dir is not None:
+            self._checkpoints.begin(Path(output_dir))
+            config: Any = getattr(self.model, "config", None)
+            if plugin is not None and config is not None and self.args.should_save:
+                config.save_pretrained(output_dir)
+        if plugin is None or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        kind = plugin.state_dict_type
+        set_state_dict_type(plugin, "FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir)
+        finally:
+            set_state_dict_type(plugin, kind)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Transformers; of an iterable data set of ``datasets`` every process reads shards of its own."""
@@ -193,14 +231,26 @@ class FLAMBeTrainer(CheckpointingTrainer):
             logs["skipped_steps"] = self._finite.skipped
         super().log(logs, *args, **kwargs)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As in Transformers; one that was built before must hold the parameters that the model has now."""
         if self.optimizer is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_current(self.optimizer, self.accelerator.unwrap_model(self.model))
-        return super().create_optimizer(model)
+        if self.model_wrapped is self.model and self.accelerator.distributed_type.value.startswith("MULTI_"):
+            forget_evaluation(self.accelerator, self.model)
+        if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):
+            # The Trainer hands both to accelerate next, and then creates the schedule.
+            self._ties.enter_context(ties_in_one_unit(self.model, self.accelerator.state.fsdp_plugin))
+        optimizer = super().create_optimizer(model)
+        self._resumption.note(optimizer)
+        return optimizer
+
+    def running_optimizer(self) -> Optimizer:
+        """Return the optimizer that runs, without the wrappers of accelerate and DeepSpeed."""
+        optimizer: Optimizer = innermost(self.optimizer)
+        return optimizer
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        optimizer, decay = _optimizer_and_decay(model, self.args, dense=self._is_dense)
+        optimizer, decay = optimizer_and_decay(model, self.args, dense=self._is_dense)
         self._coupled = None
         if decay is not None and decay.mode == "coupled" and not self._is_divided_by_deepspeed:
             decay.remove()  # from the steps, before which gradients are clipped
@@ -227,6 +277,7 @@ class FLAMBeTrainer(CheckpointingTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """As in Transformers, or the schedule of ``args.lr_power`` or ``args.warmup_start``."""
+        self._ties.close()
         schedule = schedule_of(self.args, num_training_steps)
         if self.lr_scheduler is None and schedule is not None:
             self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), schedule)
@@ -293,29 +344,45 @@ class FLAMBeTrainer(CheckpointingTrainer):
         self._take_up(is_dense=is_dense)
         self.optimizer = None
 
-    def _before_resuming(self, checkpoint: str) -> None:
-        """A stream goes on where it stood; with ``dense_steps`` the model takes the form that the checkpoint has."""
-        if is_stream(self.train_dataset):
-            self._stream.take(checkpoint, self.args)
-        if self.args.dense_steps:
-            self._take_form(checkpoint)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
+        """As in Transformers, and none when all steps are done, where it would train one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if num_items_in_batch is not None:
+            self._count_sequences(batches)
+        return batches, num_items_in_batch
 
-    def _load_best_model(self) -> None:
-        """As in Transformers; the best model may be that of the other phase."""
-        if self.args.dense_steps:
-            self._take_form(self.state.best_model_checkpoint)
-        super()._load_best_model()
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers."""
+        self._count_sequences([inputs])
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def _get_num_items_in_batch(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor | int | None:
-        """As in Transformers; also tells models with a next-sentence loss over how many sequences it is averaged."""
-        num_items_in_batch = super()._get_num_items_in_batch(batches, device)
-        if self._counts_sequences and num_items_in_batch is not None and "next_sentence_label" in batches[0]:
-            count = torch.tensor(sum(len(batch["next_sentence_label"]) for batch in batches), device=device)
-            if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                count = self.accelerator.gather(count).sum()
-            for batch in batches:
-                batch["num_sequences_in_batch"] = count
-        return num_items_in_batch
+    def _count_sequences(self, batches: list[dict[str, Any]]) -> None:
+        """Tell a model with a next-sentence loss over how many sequences of all processes it is averaged."""
+        if not (self._counts_sequences and self.model_accepts_loss_kwargs and "next_sentence_label" in batches[0]):
+            return
+        labels = sum(len(batch["next_sentence_label"]) for batch in batches)
+        count = torch.tensor(labels, device=self.args.device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        for batch in batches:
+            batch["num_sequences_in_batch"] = count
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; under FSDP2 also before any training, and nothing stays gathered afterwards."""
+        if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):
+            with ties_in_one_unit(self.model, self.accelerator.state.fsdp_plugin):
+                # accelerate wants an optimizer beside the model; this one is dropped.
+                unused = torch.optim.SGD(self.model.parameters(), lr=0.0)
+                self.model, _ = self.accelerator.prepare(self.model, unused)
+            self.model_wrapped = self.model
+        output = super().evaluation_loop(*args, **kwargs)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return output
 
     def create_model_card(self, **stated: Any) -> None:
         """Write the card of the run, with what :func:`~hf_fnl.training.card.write_trainer_card` lets you state."""
@@ -357,3 +424,13 @@ def _averages_over_its_own_batch(model: nn.Module) -> bool:
     """
     stock = isinstance(model, BertPreTrainedModel) and not hasattr(model, "accepts_loss_kwargs")
     return stock and not isinstance(model, BertLMHeadModel)
+
+
+def _reason(error: BaseException, run: Path) -> str:
+    """Why a checkpoint could not be written; torch's writer of archives does not say that the disk is full."""
+    told = str(error)
+    if isinstance(error, CheckpointException):
+        told = "; ".join(f"process {number}: {raised}" for number, (raised, _) in error.failures.items())
+    if "No space left" in told or shutil.disk_usage(run).free > _FULL:
+        return told
+    return f"No space left on device ({told})"

@@ -1,7 +1,7 @@
 #!/bin/bash
 # NODES=1:4 ADDRESS=host0:29400 run_scripts/launch/elastic.sh run_scripts/pretrain_bert.py --output_dir runs/bert ...
 # On each machine. When a worker dies, or machines come or go between the two numbers of NODES, all workers start again
-# from the newest whole checkpoint, up to RESTARTS times: at most the steps since then are lost. On one machine neither
+# from the newest complete checkpoint, up to RESTARTS times: at most the steps since then are lost. On one machine neither
 # NODES nor ADDRESS is needed. WORKERS is the number of processes of a machine, by default its GPUs.
 set -euo pipefail
 

@@ -22,7 +22,7 @@ def train(folder: Path, engine: str, name: str) -> None:
     """Do one run and write its facts and weights into a folder."""
     trainer = engine_trainer(folder, engine, name, torch.distributed.get_world_size())
     facts = train_and_measure(trainer, name, evaluates_before=not engine.startswith("zero"))
-    weights = {key: whole(value) for key, value in trainer.model.named_parameters()}
+    weights = {key: full(value) for key, value in trainer.model.named_parameters()}
     if trainer.is_world_process_zero():
         torch.save(weights, folder / "weights.pt")
         facts["distributed_type"] = str(trainer.accelerator.distributed_type)
@@ -33,7 +33,7 @@ def train(folder: Path, engine: str, name: str) -> None:
         (folder / "facts.json").write_text(json.dumps(facts))
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
+def full(parameter: torch.Tensor) -> torch.Tensor:
     """All of a parameter; every process must ask for it."""
     if hasattr(parameter, "full_tensor"):
         return parameter.full_tensor().detach().cpu()

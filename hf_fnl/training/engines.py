@@ -1,17 +1,21 @@
-"""What is asked of an engine that it cannot do, or would do otherwise: said before anything is trained."""
+"""The engines that share a training among processes: what they cannot do or would do otherwise is said at once."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.utils import strtobool
 
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
+from hf_fnl.workarounds import forget_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +94,7 @@ def _warn_of_restarts() -> None:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether processes hold parts of parameters between steps: under FSDP and ZeRO stage 3."""
+    """Return whether processes hold parts of parameters between steps: under FSDP and ZeRO stage 3."""
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     return fsdp is not None or (deepspeed is not None and deepspeed.zero_stage == 3)
@@ -135,6 +139,8 @@ def _complete_deepspeed(config: dict[str, Any], args: FLAMBeTrainingArguments) -
             raise ValueError(
                 f"{option} of the DeepSpeed config must be {str(value).lower()} for optim={args.optim}: remove it"
             )
+    if zero.get("stage") == 3:  # or a Trainer saves no weights that from_pretrained reads
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
     if "train_batch_size" not in config:
         config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
     config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
@@ -146,18 +152,56 @@ def _complete_deepspeed(config: dict[str, Any], args: FLAMBeTrainingArguments) -
         )
 
 
-def innermost(optimizer: Any) -> Optimizer:
-    """The optimizer inside the wrappers of accelerate and DeepSpeed."""
+def innermost(optimizer: Any) -> Any:
+    """Return the optimizer inside the wrappers of accelerate and DeepSpeed."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def check_optimizer(running: Any, built: Optimizer) -> None:
-    """Raise a ``RuntimeError`` unless the optimizer that an engine runs, wrapped or not, is the one that was built."""
+    """Fail with a ``RuntimeError`` unless the optimizer that an engine runs, wrapped or not, is the built one."""
     if innermost(running) is not built:
         raise RuntimeError(
             f"the engine runs {type(innermost(running)).__name__} in the place of {type(built).__name__}; remove "
             '"optimizer" and "zero_force_ds_cpu_optimizer" from the DeepSpeed config, and optimizer settings from the '
             "accelerate config"
         )
+
+
+def free_engine(trainer: Any) -> bool:
+    """End what FSDP2 or DeepSpeed does for a Trainer, when it has saved its model.
+
+    Returns:
+        Whether one of them held the model, which can then not be trained by another Trainer: load the saved one.
+    """
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return False
+    trainer.accelerator.wait_for_everyone()  # until the first process has written
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.destroy()
+        forget_deepspeed()
+    trainer.accelerator.free_memory()
+    return True
+
+
+def set_state_dict_type(plugin: Any, kind: Any) -> None:
+    """Have accelerate's FSDP plugin save and load in full or in shards, whatever it did before."""
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type(kind)
+
+
+@contextmanager
+def full_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[Mapping[str, Tensor]]:
+    """Give parameters of a model by name, for reading, in full also where they are sharded.
+
+    All processes must ask for the same ones, a few at a time: they are in memory until the end of the block.
+    """
+    parameters: dict[str, Any] = {name: model.get_parameter(name) for name in names}
+    if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        from deepspeed import zero
+
+        with torch.no_grad(), zero.GatheredParameters(list(parameters.values())):
+            yield parameters
+        return
+    yield {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in parameters.items()}
