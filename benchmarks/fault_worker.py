@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from benchmarks.two_processes import free_port
+from benchmarks.ports import free_port
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.command_line import run_script
 from hf_fnl.training.runs import checkpoint_to_resume
