@@ -19,6 +19,7 @@ from hf_fnl import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.tasks import documents
 from hf_fnl.tasks.documents import load_documents
 from hf_fnl.training import streaming
+from hf_fnl.training.checkpoints import write_manifest
 from hf_fnl.training.streaming import stream_loader
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:.*worker processes:UserWarning")
@@ -199,6 +200,7 @@ def test_other_readers_read_up_to_the_step(tmp_path, caplog):
     train(tmp_path, max_steps=3)
     path = tmp_path / "checkpoint-3" / "stream-0.json"
     path.write_text(path.read_text().replace("1 processes", "2 processes"))
+    write_manifest(tmp_path / "checkpoint-3")
     _, read_again = train(tmp_path, resume=True)
     assert "was written by 2 processes with 0 workers and this run has 1 processes" in caplog.text
     assert len(read_again.batches) >= 6
