@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_fnl.math.spectral import initial_factors, spectral_init, spectral_init_heads, truncated_svd
+from hf_fnl.math.spectral import initial_factors, spectral_init, truncated_svd
 
 SHAPES = {
     "wide": (5, 7, 3),
@@ -126,65 +126,6 @@ def test_a_parameter_is_left_as_it_is_and_out_of_the_graph():
     assert V.is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("rank", [1, 2, 3], ids="rank-{}".format)
-def test_heads_are_cut_as_the_svd_of_each_formed_product_cuts_them(rank, dtype):
-    left, right = torch.randn(2, 5, 3, dtype=dtype), torch.randn(2, 7, 3, dtype=dtype)
-    U, V = spectral_init_heads(left, right, rank)
-    assert (U.shape, V.shape) == ((2, 5, rank), (2, 7, rank))
-    torch.testing.assert_close(U @ V.mT, best_approximation(left @ right.mT, rank), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(U.mT @ U, V.mT @ V, rtol=1e-4, atol=1e-5)
-
-
-def test_heads_of_rank_one_and_zero_heads_are_finite():
-    left, right = torch.randn(2, 5, 3), torch.randn(2, 7, 3)
-    left[0], left[1, :, 1:] = 0, 0
-    U, V = spectral_init_heads(left, right, 2)
-    torch.testing.assert_close(U @ V.mT, left @ right.mT)
-
-
-def test_heads_whose_columns_repeat_are_cut_to_what_they_hold():
-    left, right = torch.randn(2, 701, 1).expand(2, 701, 24), torch.randn(2, 7, 24)
-    U, V = spectral_init_heads(left, right, 5)
-    torch.testing.assert_close(U @ V.mT, left @ right.mT, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("rank", [2, 3], ids="rank-{}".format)
-def test_heads_with_columns_of_very_different_size_keep_the_best_approximation(rank):
-    sizes = torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)
-    left, right = (torch.randn(2, n, 3, dtype=torch.float64) * sizes for n in (5, 7))
-    U, V = (factor.double() for factor in spectral_init_heads(left.float(), right.float(), rank))
-    product = left @ right.mT
-    best_error = (product - best_approximation(product, rank)).norm()
-    assert (U @ V.mT - product).norm() - best_error <= 1e-6 * product.norm()
-    torch.testing.assert_close(U.mT @ U, V.mT @ V, rtol=1e-4, atol=1e-7)
-
-
-def test_spectral_ones_of_heads():
-    left, right = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 7, 3, dtype=torch.float64)
-    P, _, Qt = torch.linalg.svd(left @ right.mT, full_matrices=False)
-    U, V = spectral_init_heads(left, right, 2, "spectral_ones")
-    torch.testing.assert_close(U @ V.mT, P[..., :2] @ Qt[..., :2, :])
-
-
-@pytest.mark.parametrize("rank", [2, 3], ids=["cut", "full"])
-def test_biased_projections_are_cut_as_augmented_factors(rank):
-    """``(x Q + b_q)(x K + b_k)^T`` is a product, best approximated through ``[Q; b_q]``, ``[K; b_k]``."""
-    x = torch.randn(11, 5, dtype=torch.float64)
-    Q, K = torch.randn(2, 2, 5, 3, dtype=torch.float64).unbind()
-    b_q, b_k = torch.randn(2, 2, 1, 3, dtype=torch.float64).unbind()
-    scores = (x @ Q + b_q) @ (x @ K + b_k).mT
-
-    left, right = spectral_init_heads(torch.cat([Q, b_q], 1), torch.cat([K, b_k], 1), rank)
-    cut = (x @ left[:, :-1] + left[:, -1:]) @ (x @ right[:, :-1] + right[:, -1:]).mT
-
-    augmented = torch.cat([x, torch.ones(11, 1, dtype=torch.float64)], 1)
-    form = best_approximation(torch.cat([Q, b_q], 1) @ torch.cat([K, b_k], 1).mT, rank)
-    torch.testing.assert_close(cut, augmented @ form @ augmented.mT)
-    if rank == 3:
-        torch.testing.assert_close(cut, scores)
-
-
 def test_initial_factors_split_the_weight_that_is_drawn():
     draw = torch.nn.init.normal_
     torch.manual_seed(0)
@@ -226,16 +167,3 @@ def not_finite(value: float) -> torch.Tensor:
 def test_errors_name_what_is_wrong(weight, rank, method, message):
     with pytest.raises(ValueError, match=message):
         spectral_init(weight, rank, method)
-
-
-@pytest.mark.parametrize(
-    ("change", "rank", "message"),
-    [
-        pytest.param(1.0, 0, r"rank must be in \[1, 3\], got 0", id="rank-0"),
-        pytest.param(1.0, 4, r"rank must be in \[1, 3\], got 4", id="rank-above"),
-        pytest.param(torch.nan, 2, "projections of an attention .* NaN or Inf", id="nan"),
-    ],
-)
-def test_errors_of_heads(change, rank, message):
-    with pytest.raises(ValueError, match=message):
-        spectral_init_heads(torch.ones(2, 5, 3), torch.ones(2, 7, 3) * change, rank)

@@ -22,7 +22,8 @@ from benchmarks.house.sweeps import Sweep, time_sweep
 from benchmarks.house.theme import Options, Theme
 from benchmarks.house.timing import Case, Comparison, Goal, Row, interleave
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining
-from hf_fnl.math.spectral import spectral_init, spectral_init_heads, spectral_init_stack
+from hf_fnl.math.spectral import spectral_init
+from hf_fnl.math.truncation import Projection, truncate_ov
 
 INITIALIZER_RANGE = 0.02  # of BERT's normal initialization
 EXCESS_TOLERANCE = 1e-5  # relative to the norm of the weight; float32 holds 7 digits
@@ -90,23 +91,16 @@ def excess_error(weight: Tensor, rank: int, method: Method) -> float:
     return float(((weight64 - U @ V.mT).norm() - best) / weight64.norm())
 
 
-def stacked(weights: list[Tensor], rank: int) -> object:
-    """All weights the way that a model takes on their device."""
-    if weights[0].is_cuda:
-        return spectral_init_stack(weights, rank)
-    return [spectral_init(weight, rank) for weight in weights]
-
-
 def check(options: Options) -> None:
     """Raise a ``RuntimeError`` if a method that claims to be exact is not."""
     for workload in workloads(options):
         weight = workload.weights(options.device)[0]
-        for name, method in ((OURS, spectral_init), (OURS, _only_of_stack), (EXACT, svd_init)):
+        for name, method in ((OURS, spectral_init), (EXACT, svd_init)):
             if not (error := excess_error(weight, workload.rank, method)) < EXCESS_TOLERANCE:
                 raise RuntimeError(f"{name} misses the best approximation by {error:.1e} on {workload.name}")
     left, right = _heads(options)
     rank = left.shape[-1] // 2
-    U, V = spectral_init_heads(left, right, rank)
+    U, V = _cut_heads(left, right, rank)
     for head in range(len(left)):
         found = (U[head], V[head])
         if not (error := excess_error(left[head] @ right[head].mT, rank, lambda *_: found)) < EXCESS_TOLERANCE:  # noqa: B023
@@ -117,9 +111,9 @@ def _size(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _only_of_stack(weight: Tensor, rank: int) -> Factors:
-    U, V = spectral_init_stack([weight], rank)
-    return U[0], V[0]
+def _cut_heads(left: Tensor, right: Tensor, rank: int) -> Factors:
+    cut = truncate_ov(Projection(left, None), Projection(right, None), rank)
+    return cut[0].weight, cut[1].weight
 
 
 def _heads(options: Options) -> Factors:
@@ -147,7 +141,7 @@ def _matrices(workload: Workload, options: Options, rounds: int) -> list[Row]:
         return lambda: [method(weight, rank) for weight in weights]
 
     cases: dict[str, Case] = {
-        OURS: partial(stacked, weights, rank),
+        OURS: one_by_one(spectral_init),
         EXACT: one_by_one(svd_init),
         SKETCH: one_by_one(lowrank_init),
     }
@@ -184,7 +178,7 @@ def _heads_of_a_layer(options: Options, rounds: int) -> list[Row]:
     left, right = _heads(options)
     rank = left.shape[-1] // 2
     cases: dict[str, Case] = {
-        OURS: lambda: spectral_init_heads(left, right, rank),
+        OURS: lambda: _cut_heads(left, right, rank),
         "QR and SVD of a core": lambda: _heads_by_qr(left, right, rank),
     }
     name = f"query and key of {len(left)} heads, {_size(left.shape[1:])}, rank {rank}"
@@ -280,7 +274,7 @@ def _matrix_sweep(
     def cases(size: int) -> dict[str, Case]:
         shape, rank = task(size)
         weight = torch.randn(*shape, device=options.device) * INITIALIZER_RANGE
-        return {OURS: partial(stacked, [weight], rank)}
+        return {OURS: partial(spectral_init, weight, rank)}
 
     def limit(size: int) -> dict[str, float]:
         return {"operations": least_seconds(*task(size), options.device)}

@@ -2,7 +2,7 @@ r"""Truncated singular value decompositions and the initializations built on the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _finite_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Truncated SVDs of a matrix or of each of a stack ``(..., m, n)``, unless one is not finite."""
+    """The truncated SVD of a matrix, unless it is not finite."""
     if not torch.stack(weight.aminmax()).isfinite().all():
         raise ValueError(f"a weight of shape {tuple(weight.shape[-2:])} to be decomposed holds NaN or Inf")
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -68,7 +68,7 @@ def _wide_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gram_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Truncated SVDs of wide matrices from ``W W^T``, or ``None`` where the rounding error of one would show."""
+    """The truncated SVD of a wide matrix from ``W W^T``, or ``None`` where its rounding error would show."""
     gram = _lower_gram(weight)
     if not gram.diagonal(dim1=-2, dim2=-1).isfinite().all():  # squares overflow; ``eigh`` may raise on what they leave
         return None
@@ -81,12 +81,7 @@ def _gram_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None
 
 
 def _lower_gram(weight: Tensor) -> Tensor:
-    """``W W^T`` of a matrix with zeros above its block diagonal, of a stack in full: ``eigh`` reads the lower triangle.
-
-    One product is quickest for a stack, which is on a GPU.
-    """
-    if weight.ndim > 2:
-        return weight @ weight.mT
+    """``W W^T`` with zeros above its block diagonal: ``eigh`` reads the lower triangle."""
     gram = weight.new_zeros(len(weight), len(weight))
     for columns in weight.split(_GRAM_COLUMNS, 1):
         _add_lower_gram_(gram, columns)
@@ -124,78 +119,10 @@ def spectral_init(weight: Tensor, rank: int, method: str = "spectral") -> tuple[
     return _balanced(truncated_svd(weight, rank), method, weight.dtype)
 
 
-def spectral_init_stack(weights: Sequence[Tensor], rank: int, method: str = "spectral") -> tuple[Tensor, Tensor]:
-    r"""What :func:`spectral_init` makes of matrices of one shape, decomposed together.
-
-    On a GPU the host waits for the device once for all of them. On a CPU it is no quicker than one after the other.
-
-    Args:
-        weights: Dense matrices, each of shape ``(m, n)``, on one device.
-        rank: Singular triples kept, ``1 <= rank <= min(m, n)``.
-        method: ``"spectral"`` or ``"spectral_ones"``.
-
-    Returns:
-        ``U`` of shape ``(len(weights), m, rank)`` and ``V`` of shape ``(len(weights), n, rank)``.
-
-    Raises:
-        ValueError: If ``rank`` or ``method`` is not allowed, or a weight is not finite.
-    """
-    check_rank(rank, min(weights[0].shape))
-    return _balanced(_finite_svd(torch.stack(list(weights)), rank), method, weights[0].dtype)
-
-
 def _balanced(triples: tuple[Tensor, Tensor, Tensor], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     P, S, Q = triples
     root = _root(S, method).unsqueeze(-2)
     return (P * root).to(dtype).contiguous(), (Q * root).to(dtype).contiguous()
-
-
-def spectral_init_heads(left: Tensor, right: Tensor, rank: int, method: str = "spectral") -> tuple[Tensor, Tensor]:
-    r"""Spectral initialization of every ``left_h right_h^T`` without forming these ``(m, n)`` matrices.
-
-    With ``left^T left = L L^T`` the eigenvectors ``Z`` of ``L^T (right^T right) L`` are the left singular vectors in
-    the orthonormal basis ``left L^{-T}``; the roots of its eigenvalues are the singular values. Cutting biased
-    projections is the same call on the *augmented* factors ``[Q; b_q]`` and ``[K; b_k]``, for
-    ``(x Q + b_q)(x K + b_k)^T`` is their product.
-
-    Args:
-        left: Left factors, shape ``(heads, m, d)``.
-        right: Right factors, shape ``(heads, n, d)``.
-        rank: Singular triples kept per head, ``1 <= rank <= d``.
-        method: ``"spectral"`` or ``"spectral_ones"``.
-
-    Returns:
-        Balanced factors of shapes ``(heads, m, rank)`` and ``(heads, n, rank)``, in the dtypes given. On the meta
-        device only the shapes. What a head has no singular value for is zero.
-
-    Raises:
-        ValueError: If ``rank`` or ``method`` is not allowed, or a factor is not finite.
-    """
-    check_rank(rank, min(*left.shape[-2:], right.shape[-2]))
-    if left.is_meta:
-        return left[..., :rank].clone(), right[..., :rank].clone()
-    # Small ones, which torch gives to a GPU one by one, each for longer than a CPU takes (pytorch/pytorch#174674).
-    factors = left.double(), right.double()
-    grams = torch.stack([factor.mT @ factor for factor in factors]).cpu()
-    if not grams.isfinite().all():
-        raise ValueError("the projections of an attention to be decomposed hold NaN or Inf")
-    maps = torch.stack(_head_maps(grams[0], grams[1], rank, method)).to(left.device)
-    return (factors[0] @ maps[0]).to(left.dtype), (factors[1] @ maps[1]).to(right.dtype)
-
-
-def _head_maps(left_gram: Tensor, right_gram: Tensor, rank: int, method: str) -> tuple[Tensor, Tensor]:
-    """Maps ``(heads, d, rank)`` from the factors of each head to its balanced ones, from the Gram matrices of those."""
-    size, eps = left_gram.shape[-1], torch.finfo(left_gram.dtype).eps
-    # More than rounding may have taken from the smallest eigenvalue: a singular matrix has a Cholesky factor, too.
-    ridge = (size**2 * eps * left_gram.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=eps**2)
-    identity = torch.eye(size, dtype=left_gram.dtype, device=left_gram.device)
-    L = torch.linalg.cholesky(left_gram + ridge[:, None, None] * identity)
-    squares, Z = torch.linalg.eigh(L.mT @ right_gram @ L)
-    S = squares[..., -rank:].flip(-1).clamp(min=0).sqrt().unsqueeze(-2)
-    Z = Z[..., -rank:].flip(-1)
-    root = _root(S, method)
-    in_right = L @ Z * torch.where(size * eps * S[..., :1] < S, root / S, 0)
-    return torch.linalg.solve_triangular(L.mT, Z * root, upper=True), in_right
 
 
 def initial_factors(
