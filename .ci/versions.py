@@ -31,6 +31,7 @@ TESTS = (
     "tests/test_marian_generation.py",
     "tests/test_trainer.py",
     "tests/test_surgery.py",
+    "tests/test_heads.py",
 )
 # Flex attention compiles for minutes. Transformers 5.17 compiles no training step of Marian, has no beams where its
 # vocabularies differ, and has another name for checkpointing of activations.
