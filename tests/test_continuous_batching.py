@@ -19,7 +19,9 @@ def model(**ranks):
 
 
 @pytest.mark.parametrize(
-    "ranks", [{"qk_rank": 5, "ov_rank": 5}, {"ffn_rank": 7, "qkv_rank": 7}], ids=["heads", "layers"]
+    "ranks",
+    [{"qk_rank": 5, "ov_rank": 5}, {"qk_rank": 5, "ov_rank": 3}, {"ov_rank": 5}, {"ffn_rank": 7, "qkv_rank": 7}],
+    ids=["heads", "unequal", "one of both", "layers"],
 )
 def test_batches_get_the_words_of_single_prompts(ranks):
     ours = model(**ranks)
@@ -33,15 +35,13 @@ def test_batches_get_the_words_of_single_prompts(ranks):
     }
 
 
-@pytest.mark.parametrize(
-    "ranks",
-    [{"qk_rank": 5, "ov_rank": 3}, {"ov_rank": 5}, {"qk_rank": [5, 3], "ov_rank": [5, 3]}],
-    ids=["unequal", "one of both", "by layer"],
-)
-def test_heads_of_several_widths_are_refused_before_anything_runs(ranks):
+def test_layers_of_several_widths_are_refused_before_anything_runs():
+    ranks = {"qk_rank": [5, 3], "ov_rank": [5, 3]}
     with pytest.raises(ValueError, match=r"keys and values of one width.*generate\(\), or merge\(\)"):
         model(**ranks).generate_batch(PROMPTS, generation_config=GenerationConfig(**OPTIONS))
 
 
 def test_a_configuration_says_how_wide_its_heads_are():
-    assert [model(**ranks).config.head_dim for ranks in ({}, {"qk_rank": 5, "ov_rank": 5}, {"qk_rank": 8})] == [8, 5, 8]
+    cases = ({}, {"qk_rank": 5, "ov_rank": 5}, {"qk_rank": 8}, {"qk_rank": 3, "ov_rank": 5}, {"ov_rank": 5})
+    assert [model(**ranks).config.head_dim for ranks in cases] == [8, 5, 8, 5, 8]
+    assert [model(**ranks).transformer.h[0].attn.head_dim for ranks in cases] == [8, 5, 8, 5, 8]
