@@ -26,7 +26,7 @@ def way(request, monkeypatch) -> None:
     """Both ways through the parameters: small ones together, and one after the other in pieces."""
     if request.param == "in-pieces":
         monkeypatch.setattr(lamb, "_SMALL", 0)
-        monkeypatch.setattr(lamb, "_PIECE", 4)
+        monkeypatch.setattr(lamb, "_CHUNK", 4)
 
 
 def train(optimizer: torch.optim.Optimizer, model: nn.Module, seeds: range) -> None:

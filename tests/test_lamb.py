@@ -29,7 +29,7 @@ def path(request, monkeypatch) -> None:
     """Every test runs both ways: tensors small enough to be updated together, and cut in pieces."""
     if request.param == "in-pieces":
         monkeypatch.setattr(lamb, "_SMALL", 0)
-        monkeypatch.setattr(lamb, "_PIECE", 4)
+        monkeypatch.setattr(lamb, "_CHUNK", 4)
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:

@@ -13,14 +13,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_fnl import FactorizedLinear, FLAMBe, FrobeniusDecay, Lamb, find_products, parameter_groups
-from hf_fnl.optim import fused
-
-WAYS = {"torch": False, "kernel": True}
-KERNEL = pytest.mark.skipif(not fused.is_available(), reason="needs a C++ compiler")
-each_way = pytest.mark.parametrize(
-    "compiled", [pytest.param(False, id="torch"), pytest.param(True, id="kernel", marks=KERNEL)]
-)
-
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
@@ -144,12 +136,11 @@ HARMS: dict[str, tuple[Callable[[nn.Parameter, dict[str, Any]], None], str]] = {
 }
 
 
-@each_way
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize(("harm", "message"), HARMS.values(), ids=HARMS)
-def test_what_does_not_fit_is_named_and_nothing_moves(harm, message, optimizer, compiled):
+def test_what_does_not_fit_is_named_and_nothing_moves(harm, message, optimizer):
     model = network()
-    ours = optimizer(model, fused=compiled)
+    ours = optimizer(model)
     run_back(model)
     ours.step()
     before = snapshot(model, ours, but="2.weight")
@@ -167,12 +158,11 @@ CASTS = {
 }
 
 
-@each_way
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-def test_a_cast_model_is_refused_until_its_state_is_cast(cast, optimizer, compiled):
+def test_a_cast_model_is_refused_until_its_state_is_cast(cast, optimizer):
     model = network()
-    ours = optimizer(model, fused=compiled, lr=0.1)
+    ours = optimizer(model, lr=0.1)
     run_back(model)
     ours.step()
     cast(model)
@@ -184,7 +174,7 @@ def test_a_cast_model_is_refused_until_its_state_is_cast(cast, optimizer, compil
 
     ours.load_state_dict(ours.state_dict())
     again = copy.deepcopy(model)
-    expected = optimizer(again, fused=False, lr=0.1)
+    expected = optimizer(again, lr=0.1)
     expected.load_state_dict(copy.deepcopy(ours.state_dict()))
     for parameter, other in zip(model.parameters(), again.parameters(), strict=True):
         other.grad = parameter.grad.clone()
@@ -259,12 +249,11 @@ def test_a_foreign_state_is_refused_when_it_is_loaded(state, message, optimizer)
     ours.step()
 
 
-@each_way
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_a_copy_refuses_what_the_original_refuses(duplicate, optimizer, compiled):
+def test_a_copy_refuses_what_the_original_refuses(duplicate, optimizer):
     model = network()
-    ours = optimizer(model, fused=compiled)
+    ours = optimizer(model)
     run_back(model)
     ours.step()
     copied = duplicate(ours)
@@ -309,16 +298,15 @@ GRADIENTS = {
 }
 
 
-@each_way
 @pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
-def test_the_order_of_a_gradient_in_memory_does_not_matter(gradient, compiled):
+def test_the_order_of_a_gradient_in_memory_does_not_matter(gradient):
     start = torch.randn(5, 7)
     results = []
     strided = gradient((5, 7))
     for given in (strided, strided.clone(memory_format=torch.contiguous_format)):
         parameter = nn.Parameter(start.clone())
         parameter.grad = given
-        optimizer = Lamb([parameter], lr=0.1, fused=compiled)
+        optimizer = Lamb([parameter], lr=0.1)
         optimizer.step()
         optimizer.step()
         results.append(parameter.detach())

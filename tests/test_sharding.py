@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import random
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,9 +24,9 @@ from transformers import BertConfig, BertModel
 
 from hf_fnl.attention import find_products
 from hf_fnl.layers import FactorizedLinear, TensorizedConv2d
-from hf_fnl.optim import FLAMBe, Lamb, parameter_groups, sharding
+from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 from hf_fnl.optim.frobenius_decay import FrobeniusDecay
-from hf_fnl.optim.sharding import Fragment, Shards, shards_of
+from hf_fnl.optim.sharding import Shard, Shards
 
 Cuts = dict[str, list[int]]
 
@@ -67,66 +66,46 @@ class World:
             raise errors[0]
 
 
-class ThreadCollectives:
-    """:class:`hf_fnl.optim.sharding.Collectives` among threads."""
+class ThreadProcesses:
+    """:class:`hf_fnl.optim.sharding.Processes` among threads."""
 
     def __init__(self, world: World, rank: int) -> None:
-        self.world, self.rank = world, rank
-        self.sent: Counter[str] = Counter()
+        self.world, self.rank, self.size = world, rank, world.size
+        self.sent: list[int] = []  # bytes of each message
 
-    def sum_(self, message: Tensor, purpose: str) -> Tensor:
-        self.sent[purpose] += message.numel() * message.element_size()
+    def sum_(self, message: Tensor) -> Tensor:
+        self.sent.append(message.numel() * message.element_size())
         return message.copy_(torch.stack(self.world.exchange(self.rank, message.clone())).sum(0))
 
-    @property
-    def size(self) -> int:
-        return self.world.size
-
-    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[int], purpose: str) -> list[Tensor]:
-        self.sent[purpose] += sum(message.numel() * message.element_size() for message in outgoing)
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[int]) -> list[Tensor]:
+        self.sent.append(sum(message.numel() * message.element_size() for message in outgoing))
         received = [messages[self.rank] for messages in self.world.exchange(self.rank, outgoing)]
         assert [message.numel() for message in received] == list(incoming)
         return received
 
-    def gather(self, value: Any) -> list[Any]:
-        return self.world.exchange(self.rank, value)
 
-
-class CutShards(Shards):
+class CutSharding:
     """Parameters of which each rank holds the elements between two of the cuts; those without cuts are held by all."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, world: World, rank: int, cuts: Cuts) -> None:
-        super().__init__(optimizer)
-        self.cuts, self.rank = cuts, rank
-        self._talk = ThreadCollectives(world, rank)
+    def __init__(self, processes: ThreadProcesses, cuts: Cuts) -> None:
+        self.processes, self.cuts = processes, cuts
         self.parts: list[set[str]] | None = None  # of the names that are stepped one after the other, as ZeRO does
 
-    layout = "cut"
-    steps_in_parts = property(lambda self: self.parts is not None)
-    collectives = property(lambda self: self._talk)
-
-    def fragments(self) -> dict[str, Fragment]:
-        groups = self._optimizer().param_groups
-        return {
-            name: self._fragment(name, parameter)
+    def find(self, groups: list[dict[str, Any]]) -> Shards:
+        held = [
+            (group, [self._shard(*pair) for pair in zip(group["param_names"], group["params"], strict=True)])
             for group in groups
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        }
+        ]
+        by_name = {shard.name: shard for _, shards in held for shard in shards}
+        wanted = by_name.keys() if self.parts is None else self.parts[0]
+        due = [(group, [shard for shard in shards if shard.name in wanted]) for group, shards in held]
+        return Shards(by_name, due, self.processes, self.parts is not None)
 
-    def due(self) -> list[tuple[dict[str, Any], list[Fragment]]]:
-        fragments = self.fragments()
-        wanted = fragments.keys() if self.parts is None else self.parts[0]
-        groups = self._optimizer().param_groups
-        return [(group, [fragments[name] for name in group["param_names"] if name in wanted]) for group in groups]
-
-    def _fragment(self, name: str, parameter: Tensor) -> Fragment:
+    def _shard(self, name: str, parameter: Tensor) -> Shard:
         if name not in self.cuts:
-            return Fragment(
-                name, tuple(parameter.shape), 0, parameter.numel(), parameter.detach(), parameter, None, None
-            )
-        start, stop = self.cuts[name][self.rank : self.rank + 2]
-        local = parameter.detach().view(-1).narrow(0, start, stop - start)
-        return Fragment(name, tuple(parameter.shape), start, stop, local, parameter, start, self._talk.world)
+            return Shard(name, tuple(parameter.shape), (0, parameter.numel()), 0, parameter)
+        cuts, rank = self.cuts[name], self.processes.rank
+        return Shard(name, tuple(parameter.shape), cuts, rank, parameter, cuts[rank], self.processes.world)
 
 
 def random_cuts(model: nn.Module, world_size: int, draw: random.Random, share_of_whole: float = 0.1) -> Cuts:
@@ -144,10 +123,8 @@ class Ranks:
     def __init__(self, model: nn.Module, world_size: int, cuts: Cuts, build_optimizer: Callable) -> None:
         self.world, self.cuts, self.model = World(world_size), cuts, model
         self.models = [copy.deepcopy(model) for _ in range(world_size)]
-        self.optimizers = [build_optimizer(replica) for replica in self.models]
-        self.shards = [CutShards(optimizer, self.world, rank, cuts) for rank, optimizer in enumerate(self.optimizers)]
-        for optimizer, shards in zip(self.optimizers, self.shards, strict=True):
-            sharding._SHARDS[optimizer] = shards
+        self.shardings = [CutSharding(ThreadProcesses(self.world, rank), cuts) for rank in range(world_size)]
+        self.optimizers = [build_optimizer(*pair) for pair in zip(self.models, self.shardings, strict=True)]
 
     def step(self, seed: int, parts: list[set[str]] | None = None) -> dict[str, Tensor | None]:
         """One step of all ranks, in which ``parts`` of the names move one after the other; returns the gradients."""
@@ -155,7 +132,7 @@ class Ranks:
         def work(rank: int) -> None:
             set_gradients(self.models[rank], seed)
             for number in range(len(parts or [None])):
-                self.shards[rank].parts = parts and parts[number:]
+                self.shardings[rank].parts = parts and parts[number:]
                 self.optimizers[rank].step()
 
         gradients = set_gradients(self.model, seed)
@@ -181,53 +158,39 @@ def assert_equal_to(model: nn.Module, expected: dict[str, Tensor], tolerance: fl
         assert_close(parameter.detach(), expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 5, 6, 7])
-@pytest.mark.parametrize(("model", "kinds"), CASES)
-def test_flambe_at_random_cuts_equals_the_oracle(model, kinds, world_size):
-    module, products = build(model, kinds)
-    oracle = ReferenceFLAMBe(groups_of(module, products), products)
-    draw = random.Random(world_size)
-    ranks = Ranks(
-        module,
-        world_size,
-        random_cuts(module, world_size, draw),
-        lambda replica: FLAMBe(groups_of(replica, products), products=products),
-    )
-    for seed in range(3):
-        oracle.step(ranks.step(seed))
-        assert_equal_to(module, oracle.parameters)
+def sharded(optimizer: Any, sharding: CutSharding) -> Any:
+    optimizer._sharding = sharding
+    return optimizer
 
 
+@pytest.mark.parametrize(("world_size", "in_parts"), [(2, False), (4, False), (7, False), (3, True)])
 @pytest.mark.parametrize(("model", "kinds"), CASES)
-def test_flambe_that_is_stepped_in_parts_equals_the_oracle(model, kinds):
-    """As under ZeRO: the factors of a product move in different calls, in any order."""
+def test_flambe_at_random_cuts_equals_the_oracle(model, kinds, world_size, in_parts):
+    """In parts, as under ZeRO, the factors of a product move in different calls, in any order."""
     module, products = build(model, kinds)
     oracle = ReferenceFLAMBe(groups_of(module, products), products)
-    draw = random.Random(5)
+    draw, cuts = random.Random(world_size), random_cuts(module, world_size, random.Random(world_size))
     ranks = Ranks(
-        module,
-        3,
-        random_cuts(module, 3, draw),
-        lambda replica: FLAMBe(groups_of(replica, products), products=products),
+        module, world_size, cuts, lambda m, sharding: sharded(FLAMBe(groups_of(m, products), products=products), sharding)
     )
     names = [name for name, _ in module.named_parameters()]
     for seed in range(3):
         draw.shuffle(names)
         first, second = sorted(draw.choices(range(len(names)), k=2))
         parts = [set(names[:first]), set(names[first:second]), set(names[second:])]
-        oracle.step(ranks.step(seed, parts))
+        oracle.step(ranks.step(seed, parts if in_parts else None))
         assert_equal_to(module, oracle.parameters)
 
 
-@pytest.mark.parametrize("way", ["together", "in-pieces"])
+@pytest.mark.parametrize("way", ["together", "in-chunks"])
 def test_lamb_at_random_cuts_equals_the_oracle(way, monkeypatch):
-    if way == "in-pieces":
+    if way == "in-chunks":
         monkeypatch.setattr("hf_fnl.optim.lamb._SMALL", 2)
-        monkeypatch.setattr("hf_fnl.optim.lamb._PIECE", 3)
+        monkeypatch.setattr("hf_fnl.optim.lamb._CHUNK", 3)
     module, products = build("factorized", ["linear"])
     oracle = ReferenceLamb(groups_of(module, products))
     cuts = random_cuts(module, 3, random.Random(1))
-    ranks = Ranks(module, 3, cuts, lambda replica: Lamb(groups_of(replica, products)))
+    ranks = Ranks(module, 3, cuts, lambda m, sharding: sharded(Lamb(groups_of(m, products)), sharding))
     for seed in range(3):
         oracle.step(ranks.step(seed))
         assert_equal_to(module, oracle.parameters)
@@ -246,10 +209,10 @@ def test_frobenius_decay_at_random_cuts_equals_the_oracle(case, mode):
     module = convolutions() if case == "tensors" else build(case, ["ov"])[0]
     products = find_products(module) if case == "tensors" else find_products(module, ["ov"])
 
-    def build_optimizer(replica: nn.Module) -> torch.optim.Optimizer:
+    def build_optimizer(replica: nn.Module, sharding: CutSharding) -> torch.optim.Optimizer:
         groups = parameter_groups(replica, weight_decay=0.0, products=products, frobenius_decay=0.0)
         optimizer = torch.optim.SGD(groups, lr=0.1)
-        FrobeniusDecay(optimizer, products, 0.3, mode=mode)
+        sharded(FrobeniusDecay(optimizer, products, 0.3, mode=mode), sharding)
         return optimizer
 
     # SGD itself moves whole parameters: outside of a rank's range that is harmless, for nobody looks there.
@@ -261,8 +224,8 @@ def test_frobenius_decay_at_random_cuts_equals_the_oracle(case, mode):
     assert_equal_to(module, expected)
 
 
-def sent_in_a_step(hidden: int, intermediate: int, world_size: int) -> Counter[str]:
-    """Bytes that one rank sends in a step of FLAMBe over an attention and two factorized matrices."""
+def sent_in_a_step(hidden: int, intermediate: int, world_size: int) -> list[int]:
+    """Bytes of each message of one rank in a step of FLAMBe over an attention and two factorized matrices."""
     config = BertConfig(
         vocab_size=13,
         hidden_size=hidden,
@@ -280,41 +243,37 @@ def sent_in_a_step(hidden: int, intermediate: int, world_size: int) -> Counter[s
         name: [min(rank * rows[name], p.numel()) for rank in range(world_size)] + [p.numel()]
         for name, p in layer.named_parameters()
     }
-    ranks = Ranks(layer, world_size, cuts, lambda replica: FLAMBe(replica.named_parameters(), products=products))
+    ranks = Ranks(
+        layer, world_size, cuts, lambda m, sharding: sharded(FLAMBe(m.named_parameters(), products=products), sharding)
+    )
     ranks.step(0)
-    return ranks.shards[0].collectives.sent
+    return ranks.shardings[0].processes.sent
 
 
 def test_what_the_decay_sends_does_not_grow_with_the_matrices():
-    """Shards of whole rows and heads, as FSDP2 makes them: Gram matrices of the ranks are all that is sent."""
-    small, wide = sent_in_a_step(16, 24, 2), sent_in_a_step(16, 24 * 8, 2)
-    assert small["grams"] == wide["grams"] == 4 * (2 * 4 * 4 * 4 + 4 * 4 * 4)  # value and output heads, four factors
-    assert small["cuts"] == wide["cuts"] == 0
-    assert small["norms"] == wide["norms"]
-    assert sent_in_a_step(16 * 4, 24, 2)["grams"] == 4 * (2 * 16 * 4 * 4 + 4 * 4 * 4)  # more heads, of the same rank
+    """Shards of full rows and heads, as FSDP2 makes them: Gram matrices of the ranks, and norms, are all that is sent."""
+    small, wide, more_heads = (sent_in_a_step(*sizes) for sizes in ((16, 24, 2), (16, 24 * 8, 2), (16 * 4, 24, 2)))
+    grams, norms = small  # of value and output heads, and of four factors
+    assert small == wide == [4 * (2 * 4 * 4 * 4 + 4 * 4 * 4), norms]
+    assert more_heads == [4 * (2 * 16 * 4 * 4 + 4 * 4 * 4), norms]
 
 
 def test_cut_heads_are_exchanged_and_nothing_else():
     """Of 4 heads of 4 rows each that 3 ranks divide at rows 6 and 12, the one from row 4 on is cut in the middle."""
-    assert sent_in_a_step(16, 24, 3)["cuts"] == 4 * (2 * 16)
+    assert sent_in_a_step(16, 24, 3)[0] == 4 * (2 * 16)
 
 
-def test_a_copy_has_shards_of_its_own():
+def test_a_copy_finds_its_own_parameters():
+    """As ZeRO would mark them."""
     module, products = build("factorized", ["linear"])
-    optimizer = FLAMBe(groups_of(module, products), products=products)
-    duplicate = copy.deepcopy(optimizer)
-    assert shards_of(duplicate) is not shards_of(optimizer)
-    owners = [fragment.owner for fragment in shards_of(duplicate).fragments().values()]
-    assert all(owner is p for owner, p in zip(owners, duplicate.param_groups[0]["params"], strict=False))
+    duplicate = copy.deepcopy(FLAMBe(groups_of(module, products), products=products))
+    known = [origin.reference() for origins in duplicate._sharding._origins.values() for origin in origins]
+    assert all(p is q for p, q in zip(known, (p for g in duplicate.param_groups for p in g["params"]), strict=True))
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "cut"])
-def test_parts_of_state_are_views_of_it(whole):
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_the_range_of_a_state_is_a_view_of_it(is_cut):
     parameter = nn.Parameter(torch.arange(12.0).view(3, 4))
-    optimizer = torch.optim.SGD([("p", parameter)], lr=0.1)
-    shards = shards_of(optimizer) if whole else CutShards(optimizer, World(2), 1, {"p": [0, 5, 12]})
-    fragment = shards.fragments()["p"]
-    fragment.part(parameter.data).fill_(-1)
-    expected = [-1.0] * 12 if whole else [0.0, 1, 2, 3, 4] + [-1.0] * 7
-    assert parameter.flatten().tolist() == expected
-    assert fragment.data.data_ptr() == fragment.local.data_ptr()
+    place = ((0, 5, 12), 1, parameter, 5) if is_cut else ((0, 12), 0, parameter)
+    Shard("p", (3, 4), *place).of(parameter.data).fill_(-1)
+    assert parameter.flatten().tolist() == ([0.0, 1, 2, 3, 4] + [-1.0] * 7 if is_cut else [-1.0] * 12)

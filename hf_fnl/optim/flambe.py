@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hf_fnl.attention import Product
 from hf_fnl.optim.groups import by_name, check_factors
-from hf_fnl.optim.lamb import DecayTerm, Lamb
+from hf_fnl.optim.lamb import Lamb, Terms
 from hf_fnl.optim.product_decay import ProductDecay
-from hf_fnl.optim.sharding import Fragment, shards_of
+from hf_fnl.optim.sharding import Shards
 
 
 class FLAMBe(Lamb):
@@ -19,11 +19,11 @@ class FLAMBe(Lamb):
 
     In the update of a factor ``p`` of a product ``W``, ``weight_decay * p`` becomes ``weight_decay * F_p``, where
     ``F_p`` is the gradient of ``||W||_F^2 / 2``, summed over the heads that share ``p``; the trust ratio is that of the
-    whole parameter. The decay stands inside it, as that of LAMB does: a larger ``weight_decay`` turns a step and leaves
+    full parameter. The decay stands inside it, as that of LAMB does: a larger ``weight_decay`` turns a step and leaves
     it ``lr ||p||`` long, where the paper's text subtracts ``lr * weight_decay * F_p``. All other parameters, and what a
     parameter holds beside factors, are updated as by :class:`Lamb`.
-    All products are taken as they are before the step. Where parameters are divided among processes (FSDP2, ZeRO), the
-    processes add up one ``(heads, r, r)`` matrix per factor in each step, and exchange the rows and heads that are cut.
+    All products are taken as they are before the step. Where parameters are sharded (FSDP2, ZeRO), the processes add up
+    one ``(heads, r, r)`` matrix per factor in each step, and exchange the rows and heads that are cut.
 
     Args:
         params: Named parameters, ``model.named_parameters()``, or groups of them; see
@@ -35,7 +35,7 @@ class FLAMBe(Lamb):
         eps: Added to the root of the second moment.
         weight_decay: Coefficient of decay, of products and of all other parameters.
         max_grad_norm: As in :class:`Lamb`.
-        fused: As in :class:`Lamb`.
+        compiled: As in :class:`Lamb`.
 
     Raises:
         ValueError: If the parameters have no names, there is no product, a product is a tensor, a factor is missing,
@@ -53,31 +53,24 @@ class FLAMBe(Lamb):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         max_grad_norm: float | None = None,
-        fused: bool | None = None,
+        compiled: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm, fused=fused)
+        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm, compiled=compiled)
         self.products = tuple(products)
         _check_matrices(self.products)
         check_factors(self.products, self.param_groups)
         _check_decays(self.products, self.param_groups)
-        self._decay = ProductDecay(self.products)
+        self._decay = ProductDecay()
 
-    def _decay_term(self, due: Sequence[Fragment]) -> DecayTerm:
-        """``F_p`` for the factors of products, from what the products are now."""
-        decayed = {name for group in self.param_groups if group["weight_decay"] != 0 for name in group["param_names"]}
-        products = [product for product in self.products if not decayed.isdisjoint(product.parameter_names)]
-        self._decay.take(shards_of(self), due, products)
-        return self._decay.term
-
-    def _writes_term(self, fragment: Fragment) -> bool:
-        return self._decay.writes_term(fragment)
+    def _take_terms(self, shards: Shards | None) -> Terms:
+        """Return ``F_p`` of the factors of all products as they are now."""
+        named = by_name(self.param_groups) if shards is None else {}
+        decayed = {name for name, (_, group) in named.items() if group["weight_decay"] != 0}
+        chosen = [p for p in self.products if shards or not decayed.isdisjoint(p.parameter_names)]
+        return self._decay.take(chosen, {name: parameter for name, (parameter, _) in named.items()}, shards).write
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "products": self.products}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._decay = ProductDecay(self.products)
+        return {**super().__getstate__(), "products": self.products, "_decay": ProductDecay()}
 
 
 def _check_matrices(products: Sequence[Product]) -> None:

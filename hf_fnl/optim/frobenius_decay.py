@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from hf_fnl.attention import Product, beside_factors
 from hf_fnl.math.factors import squared_frobenius_norm
 from hf_fnl.optim.groups import by_name, check_factors
-from hf_fnl.optim.lamb import Lamb, is_large
-from hf_fnl.optim.product_decay import ProductDecay
-from hf_fnl.optim.sharding import Fragment, shards_of
+from hf_fnl.optim.lamb import Lamb
+from hf_fnl.optim.product_decay import ProductDecay, alike_products
+from hf_fnl.optim.sharding import Sharding
 
 MODES = ("penalty", "coupled", "decoupled")
 
@@ -39,20 +39,9 @@ def frobenius_penalty(
     """
     if not products:
         raise ValueError("a Frobenius penalty needs at least one product, got none")
-    squares = [_squares(alike, source).sum() for alike in _alike(products, source)]
+    squares = [_squares(alike, source).sum() for alike in alike_products(products, source)]
     squares += [rest.square().sum() for rest in beside_factors(products, source).values()]
     return weight_decay / 2 * torch.stack(squares).sum()
-
-
-def _alike(products: Sequence[Product], source: nn.Module | Mapping[str, Tensor]) -> list[list[Product]]:
-    """Products with factors of the same shapes, together; but for large ones, whose copies would cost more."""
-    together: dict[Hashable, list[Product]] = {}
-    for product in products:
-        factors = product.factors(source)
-        alone = product.is_tensor or any(is_large(factor) for factor in factors)
-        key = product.name if alone else tuple((factor.shape, factor.dtype, factor.device) for factor in factors)
-        together.setdefault(key, []).append(product)
-    return list(together.values())
 
 
 def _squares(alike: Sequence[Product], source: nn.Module | Mapping[str, Tensor]) -> Tensor:
@@ -99,9 +88,7 @@ class FrobeniusDecay:
         self.optimizer, self.products, self.weight_decay, self.mode = optimizer, tuple(products), weight_decay, mode
         check_factors(self.products, optimizer.param_groups)
         _check_no_ordinary_decay(self.products, optimizer.param_groups)
-        self._factors = {name for product in self.products for name in product.parameter_names}
-        self._decay = ProductDecay(self.products)
-        shards_of(optimizer)
+        self._decay, self._sharding = ProductDecay(), Sharding(optimizer.param_groups)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def penalty(self) -> Tensor:
@@ -119,9 +106,8 @@ class FrobeniusDecay:
         Args:
             scale: By which the gradients are scaled, as in fp16.
         """
-        for fragment, _ in self._due(self.optimizer):
-            gradient = self._decay.term(fragment)
-            fragment.part(fragment.owner.grad).add_(gradient, alpha=scale * self.weight_decay)  # type: ignore[arg-type]
+        for _, gradient, F, _ in self._due(self.optimizer):
+            gradient.add_(F, alpha=scale * self.weight_decay)
 
     def remove(self) -> None:
         """Leave the steps of the optimizer alone from now on."""
@@ -147,15 +133,28 @@ class FrobeniusDecay:
         if self.mode == "coupled":
             self.add_gradients_()
             return
-        for fragment, group in self._due(optimizer):
-            fragment.local.sub_(self._decay.term(fragment) * (group["lr"] * self.weight_decay))
+        for parameter, _, F, group in self._due(optimizer):
+            parameter.sub_(F * (group["lr"] * self.weight_decay))
 
-    def _due(self, optimizer: Optimizer) -> list[tuple[Fragment, dict[str, Any]]]:
-        """The factors that have a gradient, with their groups; all products are taken as they are now."""
-        shards = shards_of(optimizer)
-        due = [(fragment, group) for group, fragments in shards.due() for fragment in fragments]
-        self._decay.take(shards, [fragment for fragment, _ in due])
-        return [(f, group) for f, group in due if f.name in self._factors and f.owner.grad is not None]
+    def _due(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
+        """Factors that have a gradient, their gradients, ``F_p`` from all products as they are now, and groups."""
+        shards = self._sharding.find(optimizer.param_groups)
+        if shards is None:
+            named = by_name(optimizer.param_groups)
+            terms = self._decay.take(self.products, {name: p for name, (p, _) in named.items()}, None)
+            held = [(name, p, p.grad, group) for name, (p, group) in named.items()]
+        else:
+            terms = self._decay.take(self.products, {}, shards)
+            held = [
+                (shard.name, shard.of(shard.owner), None if shard.owner.grad is None else shard.of(shard.owner.grad), group)
+                for group, each in shards.due
+                for shard in each
+            ]
+        return [
+            (p, gradient, terms.write([name], [p], [torch.empty_like(p)])[0], group)
+            for name, p, gradient, group in held
+            if name in terms and gradient is not None
+        ]
 
 
 def _check_no_ordinary_decay(products: Sequence[Product], groups: list[dict[str, Any]]) -> None:

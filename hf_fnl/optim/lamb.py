@@ -1,37 +1,129 @@
-"""LAMB, compiled, or at the speed of torch's fused Adam kernel, which computes its direction."""
+"""LAMB: the direction of Adam, and a step for each tensor in proportion to its norm."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adam import adam
 
-from hf_fnl.optim import fused as kernels
-from hf_fnl.optim.sharding import Collectives, Fragment, shards_of
+from hf_fnl.optim.sharding import Sharding, Shards, names_of
 from hf_fnl.optim.state import check_parameter, check_state
 
-# What `weight_decay` multiplies, given a fragment and, where there is one, a tensor that may be overwritten with it.
-DecayTerm = Callable[[Fragment, Tensor | None], Tensor]
-
 # On a CPU, tensors of up to the first number of elements are updated together, because calls cost more than their
-# arithmetic. Larger ones go alone, in pieces of the second number of elements, so that the cache still holds what one
-# operation wrote when the next one reads it. The fastest of the powers of two on 2 cores with 32 MB of shared cache.
+# arithmetic. Larger ones go alone, in chunks of the second number of elements, so that the cache still holds what one
+# operation wrote when the next one reads it.
 _SMALL = 2**14
-_PIECE = 2**20
-# Elements on a CPU from which kernels are compiled without being asked to: a hundred steps earn what that takes.
-_COMPILED = 2**22
+_CHUNK = 2**18
+
+# Returns what is decayed, given names, parameters, and memory that may be overwritten with it.
+Terms = Callable[[list[str], list[Tensor], list[Tensor]], list[Tensor]]
 
 
-class _Slot(NamedTuple):
-    """A fragment of a parameter, and the same range of its gradient and state."""
+def lamb_update_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    terms: list[Tensor],
+    updates: list[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    r"""Update tensors ``p`` by ``u = m / (sqrt(v) + eps) + weight_decay * term``: ``p -= lr * (||p|| / ||u||) * u``.
 
-    fragment: Fragment
-    parameter: Tensor
+    Args:
+        params: The tensors, all of one dtype on one device.
+        grads: Their gradients.
+        exp_avgs: ``m`` before bias correction, contiguous like all that follow.
+        exp_avg_sqs: ``v`` before bias correction.
+        steps: How often each tensor was updated before, in float32.
+        terms: What is decayed: for LAMB the tensors themselves.
+        updates: Memory for ``u``, which may be that of ``terms``.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Coefficient of decay; if 0, the ratio of norms is 1, as it is where a norm is 0.
+    """
+    adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+    squares = lamb_directions_(params, grads, exp_avgs, exp_avg_sqs, steps, terms, updates, **adam)
+    lamb_move_(params, updates, squares, lr=lr, weight_decay=weight_decay)
+
+
+def lamb_directions_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    terms: list[Tensor],
+    updates: list[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> Tensor:
+    """Move the moments, write ``u``, and return the squares of ``||p||`` and ``||u||``, shape ``(tensors, 2)``.
+
+    A step of Adam with a rate of -1 adds ``m / (sqrt(v) + eps)`` to ``weight_decay * term``.
+    """
+    compiling = torch.compiler.is_compiling()
+    if len(params) == 1 and params[0].is_cpu and params[0].numel() > _CHUNK and not compiling:
+        columns = (params, grads, exp_avgs, exp_avg_sqs, terms, updates)
+        chunks = zip(*(tensors[0].reshape(-1).split(_CHUNK) for tensors in columns), strict=True)
+        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        each = [lamb_directions_([p], [g], [m], [v], steps, [t], [u], **options) for p, g, m, v, t, u in chunks]
+        return torch.stack(each).sum(0)
+    torch._foreach_copy_(updates, terms)
+    torch._foreach_mul_(updates, weight_decay)
+    adam(
+        updates,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        list(torch.stack(steps).unbind()),  # a copy, for Adam counts it
+        fused=not compiling,
+        foreach=compiling,
+        capturable=compiling,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=-1.0,
+        weight_decay=0.0,
+        eps=eps,
+        maximize=False,
+    )
+    wide = torch.promote_types(params[0].dtype, torch.float32)
+    norms = [torch.stack(torch._foreach_norm(tensors, 2, wide)) for tensors in (params, updates)]
+    return torch.stack(norms, dim=1).square()
+
+
+def lamb_move_(
+    params: list[Tensor], updates: list[Tensor], squares: Tensor, *, lr: float | Tensor, weight_decay: float
+) -> None:
+    """Subtract ``lr * (||p|| / ||u||) * u`` from each tensor."""
+    param_norms, update_norms = squares.sqrt().unbind(1)
+    ratios = torch.where(torch.minimum(param_norms, update_norms) > 0, param_norms / update_norms, 1.0)
+    rates = (ratios if weight_decay != 0 else torch.ones_like(ratios)) * -lr
+    torch._foreach_addcmul_(params, updates, list(rates.unbind()))
+
+
+class Row(NamedTuple):
+    """A parameter, or a shard of one, in a step."""
+
+    name: str
+    param: Tensor
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -47,11 +139,10 @@ class Lamb(Optimizer):
 
     where the ratio is 1 if ``weight_decay`` or one of the norms is 0. Half-precision parameters have half-precision
     moments and every result is rounded to their dtype, as in torch's own optimizers; norms are computed in float32.
-    Besides the moments, a CPU keeps memory of the size of the largest parameter.
+    On a CPU, memory of the size of the largest parameter is kept beside the moments.
 
-    The result does not depend on how parameters are divided among processes, by FSDP2 (also hybrid) or DeepSpeed's
-    ZeRO: norms are those of whole parameters, at the cost of one message of 8 bytes a parameter in each step. Until it
-    is there, the updates of this process's share of the parameters stay in memory.
+    The result does not depend on how parameters are sharded, by FSDP2 (also hybrid) or DeepSpeed's ZeRO: norms are
+    those of full parameters, at the cost of one message of 8 bytes a parameter in each step.
 
     Args:
         params: Parameters, named parameters (``model.named_parameters()``) or groups of either.
@@ -61,11 +152,8 @@ class Lamb(Optimizer):
         weight_decay: Coefficient of decay.
         max_grad_norm: Gradients are first clipped, in place, to this norm over all groups. ``None`` leaves them as
             they are, which is right wherever a Trainer or an engine clips.
-        fused: Whether kernels of our own update what they can, faster: on a CPU one that a C++ compiler on this
-            machine builds in a second or two, in each process, on a GPU three that Triton compiles. ``None``: on a
-            CPU, if the step moves 4 million elements or more and there is a compiler. What kernels do not take, and
-            everything with ``False``, is updated by operations of torch, as is what a CUDA graph captures. States are
-            the same; results differ by rounding, so that replicas want all the same: a compiler, or ``False``.
+        compiled: Compiles the update with ``torch.compile``, once for each group: worth it on a GPU. States are the
+            same, results differ by rounding.
 
     Raises:
         ValueError: If an option, here or in a group, is out of range.
@@ -80,19 +168,19 @@ class Lamb(Optimizer):
         weight_decay: float = 0.01,
         *,
         max_grad_norm: float | None = None,
-        fused: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
             raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm!r}")
-        self.max_grad_norm, self.fused = max_grad_norm, fused
-        self._scratch: dict[torch.dtype, Tensor] = {}
+        self.max_grad_norm, self.compiled = max_grad_norm, compiled
+        self._sharding, self._buffers = Sharding(), {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does, if its options are in range."""
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        shards_of(self).remember()
+        self._sharding.remember(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -105,140 +193,128 @@ class Lamb(Optimizer):
             What ``closure`` returned, or ``None``.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or ``fused`` is true and there is no compiler.
+            RuntimeError: If a gradient is sparse.
             ValueError: If a parameter cannot be updated, or its gradient or its state does not fit it, as after the
                 model was cast or a state of another model was loaded.
 
         Whatever is raised, nothing has moved.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        shards = shards_of(self)
-        due, collectives = shards.due(), shards.collectives
+        shards = self._sharding.find(self.param_groups)
         self.check()
-        fragments = [fragment for _, held in due for fragment in held]
-        decay_term = self._decay_term(fragments)
-        slots = [[self._slot(f, f.owner.grad) for f in held if f.owner.grad is not None] for _, held in due]
-        compiled = self._compiled_devices(slots)
+        terms = self._take_terms(shards)
         if self.max_grad_norm is not None:
-            self._clip(slots, shards.steps_in_parts)
-        steps = {id(slot.step): slot.step for slots_of_group in slots for slot in slots_of_group}
-        if steps:
-            _count(list(steps.values()))
-        updates: Iterable[_Update | _Compiled] = (
-            update
-            for (group, _), slots_of_group in zip(due, slots, strict=True)
-            for update in self._updates(slots_of_group, decay_term, group, compiled, keep=collectives is not None)
-        )
-        if collectives is not None:
-            kept = [update for update in updates if isinstance(update, _Update)]
-            updates = _with_whole_norms(kept, fragments, collectives)
-        for update in updates:
-            update.apply()
+            self._clip(shards)
+        if shards is not None:
+            self._step_shards(shards, terms)
+            return loss
+        for number, group in enumerate(self.param_groups):
+            rows = [
+                Row(name, p, p.grad.contiguous(), *self._state(p))
+                for name, p in zip(names_of(group, number), group["params"], strict=True)
+                if p.grad is not None
+            ]
+            for batch in self._batches(rows):
+                names, *columns = map(list, zip(*batch, strict=True))
+                updates = self._memory(columns[0])
+                options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
+                decayed = terms(names, columns[0], updates)
+                self._run(lamb_update_)(*columns, decayed, updates, lr=self._rate(group, columns[0]), **options)
+            if rows:
+                torch._foreach_add_([row.step for row in rows], 1)
         return loss
 
     def check(self) -> None:
         """Raise, as :meth:`step` does before it changes anything, if a parameter with a gradient cannot be updated."""
-        if torch.compiler.is_compiling():
+        for number, group in enumerate(self.param_groups):
+            for name, parameter in zip(names_of(group, number), group["params"], strict=False):  # ZeRO: one for all
+                if parameter.grad is not None:
+                    check_parameter(name, parameter, clips=self.max_grad_norm is not None)
+                    if state := self.state.get(parameter):
+                        check_state(name, parameter, state)
+
+    def _take_terms(self, shards: Shards | None) -> Terms:
+        """Return what ``weight_decay`` multiplies in this step; called before anything moves."""
+        return lambda names, params, outs: params
+
+    def _step_shards(self, shards: Shards, terms: Terms) -> None:
+        """The same where parameters are sharded: tensors move when the norms of all of each are known."""
+        held = [shard for _, held in shards.due for shard in held]
+        number, work = {shard.name: i for i, shard in enumerate(held)}, []
+        for group, group_shards in shards.due:
+            rows = []
+            for shard in group_shards:
+                if shard.owner.grad is not None:
+                    *moments, step = self._state(shard.owner)
+                    tensors = (shard.owner.detach(), shard.owner.grad, *moments)
+                    param, grad, *moments = map(shard.of, tensors)
+                    rows.append(Row(shard.name, param, grad.contiguous(), *moments, step))
+            for batch in self._batches(rows):
+                names, *columns = map(list, zip(*batch, strict=True))
+                updates = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in columns[0]]
+                options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
+                decayed = terms(names, columns[0], updates)
+                squares = self._run(lamb_directions_)(*columns, decayed, updates, **options)
+                work.append((group, [number[name] for name in names], columns[0], updates, squares))
+        if not held:
             return
-        for name, parameter in _named(self.param_groups):
-            if parameter.grad is not None:
-                check_parameter(name, parameter, clips=self.max_grad_norm is not None)
-                if state := self.state.get(parameter):
-                    check_state(name, parameter, state)
+        wide = torch.promote_types(held[0].owner.dtype, torch.float32)
+        message = torch.zeros(len(held), 2, dtype=wide, device=held[0].owner.device)
+        for _, places, _, _, squares in work:
+            message[places] = squares.to(message)
+        if shards.processes.rank > 0:  # of what every process holds, one norm counts
+            message[[i for i, shard in enumerate(held) if shard.group is None]] = 0
+        shards.processes.sum_(message)
+        for group, places, params, updates, _ in work:
+            options = {"lr": self._rate(group, params), "weight_decay": group["weight_decay"]}
+            self._run(lamb_move_)(params, updates, message[places], **options)
+        steps = {id(state["step"]): state["step"] for shard in held if (state := self.state.get(shard.owner))}
+        torch._foreach_add_(list(steps.values()), 1)
 
-    def _decay_term(self, due: Sequence[Fragment]) -> DecayTerm:
-        """What ``weight_decay`` multiplies in this call of ``step``, which moves ``due``; called before they move."""
-        return lambda fragment, buffer: fragment.local
-
-    def _writes_term(self, fragment: Fragment) -> bool:
-        """Whether the decay term of a fragment is written into the buffer that it is given."""
-        return False
-
-    def _compiled_devices(self, slots: Iterable[Sequence[_Slot]]) -> set[torch.device]:
-        """The devices on which kernels do this step."""
-        if self.fused is False or torch.compiler.is_compiling():
-            return set()
-        sizes: Counter[torch.device] = Counter()
-        for slots_of_group in slots:
-            for slot in slots_of_group:
-                if kernels.takes(slot.parameter, slot.grad):
-                    sizes[slot.parameter.device] += slot.parameter.numel()
-        asked = self.fused is True
-        return {at for at, size in sizes.items() if kernels.are_for(at, asked=asked, worth=size >= _COMPILED)}
-
-    def _slot(self, fragment: Fragment, grad: Tensor) -> _Slot:
-        owner, state = fragment.owner, self.state[fragment.owner]
+    def _state(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=owner.device)
-            state["exp_avg"] = torch.zeros_like(owner, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(owner, memory_format=torch.contiguous_format)
-        moments = fragment.part(state["exp_avg"]), fragment.part(state["exp_avg_sq"])
-        return _Slot(fragment, fragment.local, fragment.part(grad), *moments, state["step"])
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
-    def _clip(self, slots: Iterable[Sequence[_Slot]], steps_in_parts: bool) -> None:
-        if steps_in_parts:
+    def _batches(self, rows: Iterable[Row]) -> Iterable[list[Row]]:
+        """What is updated at once: all on one device and in one dtype, on a CPU but for large tensors."""
+        batches = defaultdict(list)
+        for row in rows:
+            alone = row.param.is_cpu and row.param.numel() > _SMALL and not self.compiled
+            batches[row.param.device, row.param.dtype, row.name if alone else None].append(row)
+        return batches.values()
+
+    def _memory(self, params: list[Tensor]) -> list[Tensor]:
+        """Memory for updates; for large tensors on a CPU one that is kept, for new memory costs as much as the step."""
+        p = params[0]
+        if len(params) > 1 or not p.is_cpu or p.numel() <= _SMALL:
+            return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
+        if p.dtype not in self._buffers or self._buffers[p.dtype].numel() < p.numel():
+            self._buffers[p.dtype] = p.new_empty(p.numel())
+        return [self._buffers[p.dtype][: p.numel()].view(p.shape)]
+
+    def _run(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return _compiled(function) if self.compiled else function
+
+    def _rate(self, group: dict[str, Any], params: list[Tensor]) -> float | Tensor:
+        """The learning rate; as a tensor where a schedule would otherwise mean to compile anew."""
+        lr: float | Tensor = group["lr"]
+        return torch.full((), lr, device=params[0].device) if self.compiled and not isinstance(lr, Tensor) else lr
+
+    def _clip(self, shards: Shards | None) -> None:
+        if shards is not None and shards.steps_in_parts:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm}: under ZeRO no step sees all gradients, so DeepSpeed has to clip; "
                 "set gradient_clipping in its configuration, and max_grad_norm=None here"
             )
-        owners = [slot.fragment.owner for slots_of_group in slots for slot in slots_of_group]
+        owners = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(owners, self.max_grad_norm)  # type: ignore[arg-type]
 
-    def _updates(
-        self,
-        slots: Sequence[_Slot],
-        decay_term: DecayTerm,
-        group: dict[str, Any],
-        compiled: set[torch.device],
-        *,
-        keep: bool,
-    ) -> Iterator[_Update | _Compiled]:
-        """The updates of a group; each of them, unless it is to be kept, only until the next one is asked for."""
-        others, alone, together = [], [], defaultdict(list)
-        for slot in slots:
-            if slot.parameter.device not in compiled or not kernels.takes(slot.parameter, slot.grad):
-                others.append(slot)
-            elif slot.parameter.is_cpu and not keep and self._writes_term(slot.fragment):
-                alone.append([slot])  # its term takes the memory that updates share
-            else:
-                together[slot.parameter.device, slot.parameter.dtype].append(slot)
-        for batch in (*alone, *together.values()):
-            yield self._compiled(batch, decay_term, group, keep=keep)
-        for batch in _batches(others):
-            yield self._update(batch, decay_term, group, keep=keep)
-
-    def _compiled(
-        self, batch: list[_Slot], decay_term: DecayTerm, group: dict[str, Any], *, keep: bool
-    ) -> _Update | _Compiled:
-        if batch[0].parameter.is_cpu and not keep:
-            largest = max((slot.parameter for slot in batch), key=Tensor.numel)
-            rows = _rows(batch, decay_term, [self._buffer(largest)] * len(batch))
-            return _Compiled(rows, group)
-        updates = _one_memory([slot.parameter for slot in batch])
-        rows = _rows(batch, decay_term, updates)
-        if batch[0].parameter.is_cpu:
-            return _Update(batch, group, updates, kernels.update_rows(rows, group, moves=False))
-        from hf_fnl.optim.fused_gpu import Launches  # needs Triton
-
-        launched = Launches([row[:-1] for row in rows])
-        return _Update(batch, group, updates, launched.directions([row.step for row in rows], group), launched.move)
-
-    def _update(self, batch: list[_Slot], decay_term: DecayTerm, group: dict[str, Any], *, keep: bool) -> _Update:
-        if is_large(batch[0].parameter):
-            (slot,) = batch
-            buffer = torch.empty_like(slot.parameter) if keep else self._buffer(slot.parameter)
-            return _in_pieces(slot, decay_term(slot.fragment, buffer), buffer, group)
-        return _together(batch, [decay_term(slot.fragment, None) for slot in batch], group)
-
-    def _buffer(self, parameter: Tensor) -> Tensor:
-        """Memory for the update of one tensor at a time, kept because a CPU is slow to hand out new memory."""
-        scratch = self._scratch.get(parameter.dtype)
-        if scratch is None or scratch.numel() < parameter.numel():
-            scratch = self._scratch[parameter.dtype] = parameter.new_empty(parameter.numel())
-        return scratch[: parameter.numel()].view(parameter.shape)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "fused": self.fused}
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "compiled": self.compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also called by ``load_state_dict``, which takes steps and the order in memory as they were saved.
@@ -250,26 +326,25 @@ class Lamb(Optimizer):
             pairs = zip(group.get("param_names", ()), loaded.get("param_names", ()), strict=False)
             if differ := next((pair for pair in pairs if pair[0] != pair[1]), None):
                 raise ValueError(f"the state to load has {differ[1]} in the place of {differ[0]}: its order is another")
-        for group in state["param_groups"]:
+        for number, group in enumerate(state["param_groups"]):
             _check_options(group)
-        for name, parameter in _named(state["param_groups"]):
-            if values := state["state"].get(parameter):
-                fitting = {key: _as_kept(key, value, parameter) for key, value in values.items()}
-                check_state(name, parameter, fitting)
-                values.update(fitting)
+            for name, parameter in zip(names_of(group, number), group["params"], strict=False):
+                if values := state["state"].get(parameter):
+                    fitting = {key: _as_kept(key, value, parameter) for key, value in values.items()}
+                    check_state(name, parameter, fitting)
+                    values.update(fitting)
         super().__setstate__(state)
-        self._scratch = {}
+        if not hasattr(self, "_sharding"):  # a copy
+            self._sharding, self._buffers = Sharding(self.param_groups), {}
 
 
-def _named(groups: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of groups with what errors call them."""
-    for number, group in enumerate(groups):
-        names = group.get("param_names") or [f"parameter {i} of group {number}" for i in range(len(group["params"]))]
-        yield from zip(names, group["params"], strict=False)  # of ZeRO's flat parameters the first stands for all
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def _as_kept(key: str, value: Any, parameter: Tensor) -> Any:
-    """What ``load_state_dict`` takes as it was saved, on the device and in the order in memory of a state."""
+    """Return a loaded state on the device, and in the order in memory, of one that is kept."""
     if not isinstance(value, Tensor):
         return value
     return value.to(parameter.device) if key == "step" else value.contiguous()
@@ -287,152 +362,3 @@ def _check_options(options: dict[str, Any]) -> None:
     are_two = isinstance(betas, Sequence) and len(betas) == 2
     if not are_two or not all(isinstance(beta, int | float | Tensor) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-
-
-def _count(steps: list[Tensor]) -> None:
-    if steps[0].is_cpu:  # where a number would be made a tensor for each of them
-        torch._foreach_add_(steps, torch.ones(()), alpha=1)
-    else:
-        torch._foreach_add_(steps, 1)
-
-
-def is_large(tensor: Tensor) -> bool:
-    """Whether its arithmetic costs more than its calls, so that it goes alone."""
-    return tensor.is_cpu and tensor.numel() > _SMALL
-
-
-def _batches(slots: Sequence[_Slot]) -> list[list[_Slot]]:
-    """What is updated at once: a large tensor, or all small ones on one device and in one dtype."""
-    alone, together = [], defaultdict(list)
-    for slot in slots:
-        if is_large(slot.parameter):
-            alone.append([slot])
-        else:
-            together[slot.parameter.device, slot.parameter.dtype].append(slot)
-    return alone + list(together.values())
-
-
-class _Update(NamedTuple):
-    """Updates of some tensors, and the squared norms of tensors and updates, ``(n, 2)``, over what is held here."""
-
-    slots: list[_Slot]
-    group: dict[str, Any]
-    directions: list[Tensor]
-    squares: Tensor
-    move: Callable[[Tensor], None] | None = None  # a kernel that takes the step sizes
-
-    def apply(self) -> None:
-        """Move the tensors."""
-        parameter_norms, update_norms = self.squares.sqrt().unbind(1)
-        step_sizes = _step_size(parameter_norms, update_norms, self.group)
-        if self.move is not None:
-            self.move(step_sizes)
-            return
-        parameters = [slot.parameter for slot in self.slots]
-        torch._foreach_addcmul_(parameters, self.directions, list(step_sizes.unbind()))
-
-
-class _Compiled(NamedTuple):
-    """Updates that are computed when they are applied, all in one call."""
-
-    rows: list[kernels.Row]
-    group: dict[str, Any]
-
-    def apply(self) -> None:
-        """Move the tensors, and their moments."""
-        kernels.update_rows(self.rows, self.group, moves=True)
-
-
-def _rows(batch: Sequence[_Slot], decay_term: DecayTerm, updates: Sequence[Tensor]) -> list[kernels.Row]:
-    terms = (decay_term(slot.fragment, update).contiguous() for slot, update in zip(batch, updates, strict=True))
-    return [
-        kernels.Row(slot.parameter, slot.grad.contiguous(), slot.exp_avg, slot.exp_avg_sq, term, update, slot.step)
-        for slot, term, update in zip(batch, terms, updates, strict=True)
-    ]
-
-
-def _one_memory(like: Sequence[Tensor]) -> list[Tensor]:
-    """Uninitialized tensors like those given, in one allocation."""
-    sizes = [tensor.numel() for tensor in like]
-    parts = like[0].new_empty(sum(sizes)).split(sizes)
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _with_whole_norms(updates: list[_Update], fragments: Sequence[Fragment], collectives: Collectives) -> list[_Update]:
-    """The updates with the norms of whole tensors, from one message about all ``fragments`` of this step."""
-    if not updates:
-        return []
-    squares = torch.zeros(len(fragments), 2, dtype=updates[0].squares.dtype, device=updates[0].squares.device)
-    number = {id(fragment): i for i, fragment in enumerate(fragments)}
-    rows = [[number[id(slot.fragment)] for slot in update.slots] for update in updates]
-    for update, where in zip(updates, rows, strict=True):
-        squares[where] = update.squares.to(squares.dtype)
-    if collectives.rank > 0:  # of what every process holds, one norm counts
-        squares[[i for i, fragment in enumerate(fragments) if fragment.group is None]] = 0
-    collectives.sum_(squares, "norms")
-    return [update._replace(squares=squares[where]) for update, where in zip(updates, rows, strict=True)]
-
-
-def _in_pieces(slot: _Slot, decay: Tensor, update: Tensor, group: dict[str, Any]) -> _Update:
-    """Compute the update of one large tensor, a piece at a time."""
-    rows = [
-        tensor.contiguous().view(-1)
-        for tensor in (slot.parameter, slot.grad, slot.exp_avg, slot.exp_avg_sq, decay, update)
-    ]
-    squares = []
-    for start in range(0, update.numel(), _PIECE):
-        p, grad, exp_avg, exp_avg_sq, term, u = (row[start : start + _PIECE] for row in rows)
-        torch.mul(term, group["weight_decay"], out=u)
-        _add_direction([u], [grad], [exp_avg], [exp_avg_sq], [slot.step], group)
-        squares += [_squared_norm(p), _squared_norm(u)]
-    return _Update([slot], group, [update], torch.stack(squares).view(-1, 2).sum(0, keepdim=True))
-
-
-def _together(batch: list[_Slot], decay: list[Tensor], group: dict[str, Any]) -> _Update:
-    """Compute the updates of many tensors, one operation on all of them at a time."""
-    _, parameters, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*batch, strict=True))
-    updates = list(torch._foreach_mul([term.contiguous() for term in decay], group["weight_decay"]))
-    _add_direction(updates, [grad.contiguous() for grad in grads], exp_avgs, exp_avg_sqs, steps, group)
-    dtype = torch.promote_types(updates[0].dtype, torch.float32)
-    norms = [torch.stack(torch._foreach_norm(tensors, 2, dtype)) for tensors in (parameters, updates)]
-    return _Update(batch, group, updates, torch.stack(norms, dim=1).square_())
-
-
-def _add_direction(
-    updates: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    group: dict[str, Any],
-) -> None:
-    """Move the moments and add ``m / (sqrt(v) + eps)`` to ``updates``, which is a step of Adam with a rate of -1."""
-    beta1, beta2 = group["betas"]
-    torch._fused_adam_(
-        updates,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        lr=-1.0,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=0.0,
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=False,
-    )
-
-
-def _squared_norm(vector: Tensor) -> Tensor:
-    wide = vector.to(torch.promote_types(vector.dtype, torch.float32))
-    return torch.dot(wide, wide)
-
-
-def _step_size(parameter_norm: Tensor, update_norm: Tensor, group: dict[str, Any]) -> Tensor:
-    """``-lr`` times the trust ratio."""
-    if group["weight_decay"] == 0:
-        return torch.ones_like(parameter_norm) * -group["lr"]
-    trusted = torch.minimum(parameter_norm, update_norm) > 0
-    return torch.where(trusted, parameter_norm / update_norm, 1.0) * -group["lr"]

@@ -1,284 +1,300 @@
-"""The gradients of ``||W||_F^2 / 2`` of products whose factors may be divided among processes.
+"""``F_p``, the gradients of ``||W||_F^2 / 2`` of products, taken before any of their factors moves.
 
-Only the Gram matrix ``(heads, r, r)`` of each factor is summed over processes, nothing that grows with the height of a
-factor. Beside that, the processes that hold parts of one row of a factor, or of one head, show each other these parts.
+Where parameters are sharded, the processes add up one Gram matrix ``(heads, r, r)`` for each factor, nothing that grows
+with its height, and complete the rows and heads that a boundary between them cuts.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_fnl.attention import Product
-from hf_fnl.math.factors import multipliers_from_grams
-from hf_fnl.optim.cuts import Piece, Ranges, cut_pieces, make_whole, ranges_of
-from hf_fnl.optim.lamb import is_large
-from hf_fnl.optim.sharding import Collectives, Fragment, Shards
-from hf_fnl.optim.units import Units
+from hf_fnl.attention import Factor, Product
+from hf_fnl.math.factors import decay_multipliers, multipliers_from_grams
+from hf_fnl.optim.sharding import Shards
 
 
-class _Term(NamedTuple):
-    """``F_p = p right`` of a factor, one matrix ``(r, r)`` for each head."""
+class Multiplier(NamedTuple):
+    """``F_p = left p right`` of a factor ``p``; ``left`` is ``None`` where it is the identity."""
 
-    units: Units
+    factor: Factor
+    left: Tensor | None
     right: Tensor
 
 
-class ProductDecay:
-    """``F_p``, the gradient of ``||W||_F^2 / 2``, for all that is held here of parameters with factors of products.
+@dataclass
+class DecayTerms:
+    """``F_p`` for the parameters that hold factors of products, as these were when it was made.
 
     In the place of what such a parameter holds beside factors is that itself, for it gets ordinary decay.
-
-    Args:
-        products: The products; no two of them share an element of a parameter.
     """
 
-    def __init__(self, products: Sequence[Product]) -> None:
-        self._products = products
-        self._ranges: Ranges = {}
-        self._terms: dict[str, list[_Term]] = {}  # by the name of the parameter
-        self._entire: dict[str, Tensor] = {}  # F_p of the factors that are taken whole
-        self._made_whole: dict[Piece, Tensor] = {}
-        self._due: set[str] = set()
-        self._later: dict[Product, set[str]] = {}  # factors that move in later steps than others of their product
+    multipliers: dict[str, list[Multiplier]] = field(default_factory=lambda: defaultdict(list))
+    known: dict[str, Tensor] = field(default_factory=dict)  # what was computed already, flat, of the local range
 
-    def take(self, shards: Shards, due: Sequence[Fragment], products: Iterable[Product] | None = None) -> None:
-        """Take the products of all parameters in ``due`` as they are, before one of their factors moves.
+    def __contains__(self, name: str) -> bool:
+        return name in self.multipliers or name in self.known
 
-        An engine may move the factors of a product in different steps. So what was taken for a factor is kept until
-        that factor is due, too.
-
-        Args:
-            shards: Of the optimizer.
-            due: What this step moves.
-            products: Those to take; all unless given.
-        """
-        for name in self._due:  # in the step before, and nobody asked for them
-            self._terms.pop(name, None)
-            self._entire.pop(name, None)
-        self._due = {fragment.name for fragment in due}
-        taken = self._not_yet_taken(self._products if products is None else products)
-        if not taken:
-            return
-        if shards.steps_in_parts:
-            fragments = shards.fragments()
-        else:
-            fragments = {fragment.name: fragment for fragment in due}
-            self._later.clear()
-            self._made_whole.clear()
-        units = {product: _units(product, fragments) for product in taken}
-        for product, units_of_product in units.items():
-            _check_factors(product, units_of_product, fragments)
-        each = [unit for units_of_product in units.values() for unit in units_of_product]
-        sums = self._sums(each, fragments, shards.collectives)
-        for product, units_of_product in units.items():
-            matrices = [sums[unit] for unit in units_of_product]
-            if product.is_tensor:
-                cores = {unit.factor.name: core for unit, core in zip(units_of_product, matrices, strict=True)}
-                self._entire |= dict(zip(cores, product.decay_gradients(cores), strict=True))
-            else:
-                self._take_factors(units_of_product, matrices)
-        if shards.collectives is None:
-            self._compute_alike(fragments)
-
-    def writes_term(self, fragment: Fragment) -> bool:
-        """Whether :meth:`term` will write into the buffer that it is given."""
-        return fragment.name in self._terms
-
-    def term(self, fragment: Fragment, buffer: Tensor | None = None) -> Tensor:
-        """``F_p`` of a fragment of which a product was taken; the fragment's own tensor otherwise.
-
-        Args:
-            fragment: What is about to move.
-            buffer: Contiguous, in the shape of ``fragment.local``; it may be overwritten with the result.
+    def write(self, names: Sequence[str], params: Sequence[Tensor], outs: Sequence[Tensor]) -> list[Tensor]:
+        """Write ``F_p`` of the parameters that hold factors into ``outs``, which have their shapes.
 
         Returns:
-            In the shape of ``fragment.local``.
+            For each parameter its term: what was written, or the parameter itself.
         """
-        if fragment.name in self._entire:
-            flat = self._entire.pop(fragment.name).reshape(-1)
-            return flat.narrow(0, fragment.start, fragment.stop - fragment.start).view(fragment.local.shape)
-        if fragment.name not in self._terms:
-            return fragment.local
-        terms, data = self._terms.pop(fragment.name), fragment.data
-        if sum(term.units.numel for term in terms) < math.prod(fragment.shape):
-            buffer = fragment.local.clone() if buffer is None else buffer.copy_(fragment.local)
-        elif buffer is None:
-            buffer = torch.empty_like(fragment.local)
-        buffer = buffer.contiguous()
-        for term in terms:
-            _fill_whole(buffer.view(-1), data, fragment, term)
-        if self._made_whole:
-            self._fill_cut(buffer.view(-1), fragment, terms)
-        return buffer
+        terms, alike, mixed = list(params), defaultdict(list), []
+        for i, (name, p, out) in enumerate(zip(names, params, outs, strict=True)):
+            if name in self.known:
+                terms[i] = self.known[name].view(p.shape)
+            elif name in self.multipliers:
+                terms[i], each = out, self.multipliers[name]
+                if sum(multiplier.factor.view(p).numel() for multiplier in each) < p.numel():
+                    mixed.append((out, p))
+                for factor, left, right in each:
+                    key = (p.shape, p.dtype, factor.heads, factor.dim, factor.section, left is None)
+                    alike[key].append((factor.view(p), left, right, factor.view(out)))
+        if mixed:
+            torch._foreach_copy_(*map(list, zip(*mixed, strict=True)))
+        for rows in alike.values():
+            _multiply(*zip(*rows, strict=True))
+        return terms
 
-    def _not_yet_taken(self, products: Iterable[Product]) -> list[Product]:
-        """Products with factors that are due, except those that were taken when another factor of theirs was."""
-        taken = []
-        for product in products:
-            due = self._due.intersection(product.parameter_names)
-            if due and not due <= self._later.get(product, set()):
-                taken.append(product)
-                self._later[product] = set(product.parameter_names)
-            if due:
-                self._later[product] -= due
-        return taken
 
-    def _sums(
-        self, units: Sequence[Units], fragments: Mapping[str, Fragment], collectives: Collectives | None
-    ) -> dict[Units, Tensor]:
-        """``p^T p`` of every factor, ``(*heads, r, r)``, or the factor itself if it is taken whole."""
-        if collectives is None:
-            return _sums_here(units, fragments)
-        pieces = self._make_whole(units, fragments, collectives)
-        sizes = [math.prod(unit.sum_shape) for unit in units]
-        example = fragments[units[0].factor.name].local
-        message = example.new_zeros(sum(sizes), dtype=torch.promote_types(example.dtype, torch.float32))
-        sums = dict(zip(units, message.split(sizes), strict=True))
-        for unit, total in sums.items():
-            fragment = fragments[unit.factor.name]
-            if fragment.group is not None or collectives.rank == 0:  # of what every process holds, one share counts
-                _add_whole(unit, total, fragment)
-                _add_cut(unit, total, {number: self._made_whole[piece] for number, piece in pieces[unit].items()})
-        collectives.sum_(message, "grams")
-        return {
-            unit: total.to(fragments[unit.factor.name].local.dtype).view(unit.sum_shape) for unit, total in sums.items()
-        }
+def _multiply(factors: Sequence[Tensor], lefts: Sequence, rights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """Write ``left p right`` into ``outs``, of several alike in one operation."""
+    if len(factors) == 1 and lefts[0] is None and rights[0].shape[:-2] == factors[0].shape[:-2]:
+        torch.matmul(factors[0], rights[0], out=outs[0])
+        return
+    p = torch.stack(factors)
+    p = p if lefts[0] is None else torch.stack(lefts) @ p
+    torch._foreach_copy_(outs, (p @ torch.stack(rights)).unbind())
 
-    def _make_whole(
-        self, units: Sequence[Units], fragments: Mapping[str, Fragment], collectives: Collectives
-    ) -> dict[Units, dict[int, Piece]]:
-        """Make whole what is held here of cut units; returns those of them that no earlier process holds a part of."""
-        if not self._ranges:
-            names = {name for product in self._products for name in product.parameter_names}
-            self._ranges = ranges_of(sorted(names), fragments, collectives)
-        cut = {unit: cut_pieces(unit, self._ranges) for unit in units}
-        pieces = dict.fromkeys(piece for numbered in cut.values() for piece in numbered.values())
-        self._made_whole |= make_whole(pieces, self._ranges, fragments, collectives)
-        firsts = {piece for piece in pieces if piece.holders(self._ranges)[0] == collectives.rank}
-        return {
-            unit: {number: piece for number, piece in numbered.items() if piece in firsts}
-            for unit, numbered in cut.items()
-        }
 
-    def _take_factors(self, units: Sequence[Units], matrices: Sequence[Tensor]) -> None:
-        """``matrices``: the Gram matrices of the outer factors, and between them a middle factor, if any."""
-        for unit, matrix, (left, right) in zip(units, matrices, multipliers_from_grams(*matrices), strict=True):
+def alike_products(products: Sequence[Product], source: Mapping[str, Tensor]) -> list[list[Product]]:
+    """Group products whose factors have the same shapes; on a CPU large ones stay alone, for copies cost more there."""
+    groups: dict[Hashable, list[Product]] = {}
+    for product in products:
+        factors = product.factors(source)
+        alone = product.is_tensor or any(factor.is_cpu and factor.numel() > 2**14 for factor in factors)
+        key = product.name if alone else tuple((factor.shape, factor.dtype, factor.device) for factor in factors)
+        groups.setdefault(key, []).append(product)
+    return list(groups.values())
+
+
+def take_terms(products: Sequence[Product], source: Mapping[str, Tensor], shards: Shards | None = None) -> DecayTerms:
+    """Take products as they are now.
+
+    Args:
+        products: No two of them share an element of a parameter.
+        source: Parameters by name; not needed where they are sharded.
+        shards: Where they are sharded.
+
+    Raises:
+        ValueError: If the factors of a product cannot be multiplied with each other.
+    """
+    for product in products:
+        _check_factors(product, source, shards)
+    return DecayTerms(known=_sharded_terms(products, shards)) if shards else _full_terms(products, source)
+
+
+def _full_terms(products: Sequence[Product], source: Mapping[str, Tensor]) -> DecayTerms:
+    terms = DecayTerms()
+    for alike in alike_products(products, source):
+        if alike[0].is_tensor:
+            gradients = alike[0].decay_gradients(source)
+            terms.known |= {part.name: F for part, F in zip(alike[0].parts, gradients, strict=True)}
+            continue
+        each = zip(*(product.factors(source) for product in alike), strict=True)
+        stacked = [factors[0][None] if len(factors) == 1 else torch.stack(factors) for factors in each]
+        for i, (left, right) in enumerate(decay_multipliers(*stacked)):
+            lefts = [None] * len(alike) if left is None else left.unbind()
+            for product, L, R in zip(alike, lefts, right.unbind(), strict=True):
+                terms.multipliers[product.parts[i].name].append(Multiplier(product.parts[i], L, R))
+    return terms
+
+
+class Units(NamedTuple):
+    """The rows, or heads, of which a factor in a flattened parameter consists; a term needs each of them complete."""
+
+    factor: Factor
+    columns: int
+    heads: int
+    rank: int
+    by_head: bool  # a head is a block of rows of the parameter
+    first: int  # where the first unit begins
+    size: int
+    count: int
+
+    @classmethod
+    def of(cls, factor: Factor, shape: tuple[int, ...]) -> Units:
+        """Return the units of a factor in a parameter of a shape."""
+        columns, heads = shape[-1], math.prod(factor.heads or (1,))
+        start, length = factor.section or (0, shape[factor.dim])
+        rank = length // heads if factor.heads else columns
+        if factor.heads and factor.dim == 0:
+            return cls(factor, columns, heads, rank, True, start * columns, rank * columns, heads)
+        return cls(factor, columns, heads, rank, False, 0, columns, math.prod(shape[:-1]))
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Return where the units begin and end of which the range from ``start`` to ``stop`` holds a part."""
+        low, high = max(start - self.first, 0) // self.size, min(-((self.first - stop) // self.size), self.count)
+        low, high = (low, high) if start < stop and low < high else (0, 0)
+        return self.first + low * self.size, self.first + high * self.size
+
+    def are_cut(self, bounds: Sequence[int]) -> bool:
+        """Return whether ranges that end at ``bounds`` cut a unit."""
+        inside = [bound - self.first for bound in bounds if self.first < bound < self.first + self.count * self.size]
+        return any([place % self.size for place in inside])
+
+    def matrices(self, flat: Tensor) -> Tensor:
+        """Return units that follow one another, flat, as ``(heads, rows, r)``: a view."""
+        rows = flat.view(-1, self.columns)
+        if self.by_head:
+            return rows.unflatten(0, (-1, self.rank)).mT
+        if self.factor.section is not None:
+            rows = rows.narrow(-1, *self.factor.section)
+        return rows.unflatten(-1, (self.heads, -1)).movedim(-2, 0)
+
+
+class _Held(NamedTuple):
+    """The complete units of a factor of which this process holds a part: where they begin, and they, flat."""
+
+    units: Units
+    begin: int
+    flat: Tensor
+
+    def of_heads(self, matrices: Tensor, begin: int) -> Tensor:
+        """Return, of one matrix for each head, those of the heads in what is held from ``begin`` on."""
+        unit = self.units
+        low, high = (begin - unit.first) // unit.size, (self.begin + len(self.flat) - unit.first) // unit.size
+        return matrices[low:high] if unit.by_head else matrices
+
+
+def _sharded_terms(products: Sequence[Product], shards: Shards) -> dict[str, Tensor]:
+    """Return ``F_p`` of what is held here of each parameter with a factor, flat."""
+    local = {name: shard.of(shard.owner.detach()).reshape(-1) for name, shard in shards.by_name.items()}
+    entire = [part for each in products for part in (each.parts if each.is_tensor else each.parts[1:-1])]
+    tall = [part for each in products for part in each.parts if part not in entire]
+    held = _complete([Units.of(part, shards.by_name[part.name].shape) for part in tall], local, shards)
+    sums = _sums(entire, held, local, shards)
+    terms = {name: local[name].clone() for product in products for name in product.parameter_names}
+    found: dict[tuple[str, int], Tensor] = {}  # by where it begins; factors beside each other share rows
+    for product in products:
+        matrices = [sums[part] for part in product.parts]
+        if product.is_tensor:
+            cores = {part.name: core for part, core in zip(product.parts, matrices, strict=True)}
+            found |= {(name, 0): F.reshape(-1) for name, F in zip(cores, product.decay_gradients(cores), strict=True)}
+            continue
+        for part, matrix, (left, right) in zip(product.parts, matrices, multipliers_from_grams(*matrices), strict=True):
             if left is not None:
-                self._entire[unit.factor.name] = left @ matrix @ right
+                found[part.name, 0] = (left @ matrix @ right).reshape(-1)
                 continue
-            each = right.expand(*(unit.factor.heads or (1,)), *right.shape[-2:]).flatten(0, -3)
-            self._terms.setdefault(unit.factor.name, []).append(_Term(unit, each))
-
-    def _compute_alike(self, fragments: Mapping[str, Fragment]) -> None:
-        """Compute ``F_p`` of parameters that are one factor each and alike, several in one operation."""
-        alone = {name: terms[0] for name, terms in self._terms.items() if len(terms) == 1 and name in fragments}
-        filled = {name: term for name, term in alone.items() if term.units.numel == math.prod(term.units.shape)}
-        for units in _alike([term.units for term in filled.values()], fragments):
-            if len(units) > 1:
-                names = [unit.factor.name for unit in units]
-                factors = torch.stack([fragments[name].data for name in names])
-                results = torch.empty_like(factors)
-                rights = torch.stack([self._terms.pop(name)[0].right for name in names])
-                torch.matmul(units[0].matrices(factors), rights, out=units[0].matrices(results))
-                self._entire |= dict(zip(names, results.unbind(), strict=True))
-
-    def _fill_cut(self, result: Tensor, fragment: Fragment, terms: Sequence[_Term]) -> None:
-        """Write what lies here of cut units; several factors may lie in one row."""
-        filled: dict[Piece, Tensor] = {}
-        for unit, right in terms:
-            for number, piece in cut_pieces(unit, self._ranges).items():
-                if (whole := self._made_whole.get(piece)) is not None:
-                    out = unit.matrices(filled.setdefault(piece, whole.clone()))
-                    out.copy_(unit.matrices(whole) @ unit.heads_of(right, number, number + 1))
-        for piece, whole in filled.items():
-            low, high = piece.overlap(fragment.start, fragment.stop)
-            piece.part_of(result, fragment).copy_(whole.narrow(0, low - piece.begin, high - low))
+            each, right = held[part], right.expand(*(part.heads or (1,)), *right.shape[-2:]).flatten(0, -3)
+            out = found.setdefault((part.name, each.begin), each.flat.clone())
+            view = each.units.matrices
+            view(out).copy_(view(each.flat) @ each.of_heads(right, each.begin))
+    for (name, begin), F in found.items():
+        low, high = _overlap(shards.by_name[name].range, (begin, begin + len(F)))
+        _cut(terms[name], shards.by_name[name].start, low, high).copy_(_cut(F, begin, low, high))
+    return terms
 
 
-def _units(product: Product, fragments: Mapping[str, Fragment]) -> tuple[Units, ...]:
-    """The units of each factor of a product."""
-    last = len(product.parts) - 1
-    return tuple(
-        Units(part, fragments[part.name].shape, entire=product.is_tensor or 0 < number < last)
-        for number, part in enumerate(product.parts)
-    )
+def _sums(
+    entire: Sequence[Factor], held: Mapping[Factor, _Held], local: Mapping[str, Tensor], shards: Shards
+) -> dict[Factor, Tensor]:
+    """Return the Gram matrices ``(*heads, r, r)`` of factors, and those that are taken entire, by one message."""
+    shapes = {part: shards.by_name[part.name].shape for part in entire}
+    shapes |= {part: (*(part.heads or ()), each.units.rank, each.units.rank) for part, each in held.items()}
+    sizes = list(map(math.prod, shapes.values()))
+    example = local[next(iter(shapes)).name]
+    message = example.new_zeros(sum(sizes), dtype=torch.promote_types(example.dtype, torch.float32))
+    totals = dict(zip(shapes, message.split(sizes), strict=True))
+    for part, total in totals.items():
+        shard = shards.by_name[part.name]
+        if shard.group is None and shards.processes.rank > 0:
+            continue  # of what every process holds, one share counts
+        if part not in held:
+            total[shard.start : shard.stop] = local[part.name]
+            continue
+        each = held[part]
+        unit, r = each.units, each.units.rank
+        begin = max(each.begin, unit.first - (unit.first - shard.start) // unit.size * unit.size)  # others count theirs
+        x = unit.matrices(each.flat[begin - each.begin :])
+        each.of_heads(total.view(unit.heads, r, r), begin).add_(x.mT @ x)
+    shards.processes.sum_(message)
+    return {part: total.to(local[part.name].dtype).view(shapes[part]) for part, total in totals.items()}
 
 
-def _check_factors(product: Product, units: Sequence[Units], fragments: Mapping[str, Fragment]) -> None:
+def _complete(units: Sequence[Units], local: Mapping[str, Tensor], shards: Shards) -> dict[Factor, _Held]:
+    """Complete the units of which this process holds a part, by what others hold of them."""
+    nothing = next(iter(local.values())).new_empty(0)
+    outgoing: list[list[Tensor]] = [[nothing] for _ in range(shards.processes.size)]
+    incoming: list[list[int]] = [[] for _ in range(shards.processes.size)]
+    holders: dict[Factor, list[int]] = {}  # of the units of which a part is here
+    for unit in units:
+        shard, flat = shards.by_name[unit.factor.name], local[unit.factor.name]
+        span = unit.span(*shard.range)
+        ranges = list(itertools.pairwise(shard.bounds))
+        lengths = [high - low for low, high in (_overlap(each, span) for each in ranges)]
+        holders[unit.factor] = [rank for rank, length in enumerate(lengths) if length]
+        for rank in set(holders[unit.factor]) - {shard.rank}:
+            outgoing[rank].append(_cut(flat, shard.start, *_overlap(shard.range, unit.span(*ranges[rank]))))
+            incoming[rank].append(lengths[rank])
+    arrived: list[Iterator[Tensor]] = [iter(()) for _ in incoming]
+    if any([unit.are_cut(shards.by_name[unit.factor.name].bounds) for unit in units]):
+        received = shards.processes.exchange([torch.cat(each) for each in outgoing], [sum(each) for each in incoming])
+        arrived = [iter(message.split(each)) for message, each in zip(received, incoming, strict=True)]
+    held = {}
+    for unit in units:
+        shard, flat = shards.by_name[unit.factor.name], local[unit.factor.name]
+        begin, end = unit.span(*shard.range)
+        mine = _cut(flat, shard.start, *_overlap(shard.range, (begin, end)))
+        parts = [mine if rank == shard.rank else next(arrived[rank]).to(flat.dtype) for rank in holders[unit.factor]]
+        held[unit.factor] = _Held(unit, begin, torch.cat(parts) if parts else mine)
+    return held
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    low = max(one[0], other[0])
+    return low, max(low, min(one[1], other[1]))
+
+
+def _cut(flat: Tensor, start: int, low: int, high: int) -> Tensor:
+    """Return the elements from ``low`` to ``high`` of what ``flat`` holds from ``start`` on."""
+    return flat[low - start : high - start] if low < high else flat[:0]
+
+
+def _check_factors(product: Product, source: Mapping[str, Tensor], shards: Shards | None) -> None:
     """Raise a ``ValueError`` unless the factors of a product can be multiplied with each other."""
-    held = [fragments[unit.factor.name].local for unit in units]
-    widths = () if product.is_tensor else {unit.width for unit in units}
-    if len({(local.dtype, local.device) for local in held}) > 1 or len(widths) > 1:
+    held = [shards.by_name[part.name].owner if shards else source[part.name] for part in product.parts]
+    shapes = [shards.by_name[part.name].shape if shards else tuple(source[part.name].shape) for part in product.parts]
+    ranks = set() if product.is_tensor else {Units.of(*each).rank for each in zip(product.parts, shapes, strict=True)}
+    if len(ranks) > 1 or len({(p.dtype, p.device) for p in held}) > 1:
         listed = ", ".join(
-            f"{unit.factor.name}: {local.dtype} of shape {unit.shape} on {local.device}"
-            for unit, local in zip(units, held, strict=True)
+            f"{part.name}: {p.dtype} of shape {shape} on {p.device}"
+            for part, p, shape in zip(product.parts, held, shapes, strict=True)
         )
         raise ValueError(f"product {product.name}: its factors differ in rank, dtype or device ({listed})")
 
 
-def _alike(units: Sequence[Units], fragments: Mapping[str, Fragment]) -> list[list[Units]]:
-    """Units that lie alike in parameters of one shape, together; but for large ones, whose copies would cost more."""
-    together: dict[tuple[Hashable, ...], list[Units]] = {}
-    for unit in units:
-        local = fragments[unit.factor.name].local
-        where = unit.factor.name if is_large(local) else (local.device, local.dtype)
-        key = (where, unit.shape, unit.entire, unit.factor.dim, unit.factor.heads, unit.factor.section)
-        together.setdefault(key, []).append(unit)
-    return list(together.values())
+class ProductDecay:
+    """Takes products when a step begins, also where an engine steps in parts."""
 
+    def __init__(self) -> None:
+        self._terms, self._ahead = DecayTerms(), set[str]()
 
-def _sums_here(units: Sequence[Units], fragments: Mapping[str, Fragment]) -> dict[Units, Tensor]:
-    """``p^T p`` of every factor that lies here as a whole, of those that are alike in one operation."""
-    sums: dict[Units, Tensor] = {}
-    for alike in _alike(units, fragments):
-        if alike[0].entire:
-            sums |= {unit: fragments[unit.factor.name].local for unit in alike}
-            continue
-        flat = [_whole_units(unit, fragments[unit.factor.name])[1] for unit in alike]
-        x = alike[0].matrices(flat[0][None] if len(flat) == 1 else torch.stack(flat))
-        sums |= dict(zip(alike, (x.mT @ x).view(len(alike), *alike[0].sum_shape).unbind(), strict=True))
-    return sums
-
-
-def _add_whole(unit: Units, total: Tensor, fragment: Fragment) -> None:
-    """Add to a sum what the units that lie whole in a fragment contribute to it."""
-    if unit.entire:
-        total.narrow(0, fragment.start, fragment.stop - fragment.start).copy_(fragment.data)
-        return
-    low, flat = _whole_units(unit, fragment)
-    if flat.numel():
-        _add_gram(unit, total, low, flat)
-
-
-def _add_cut(unit: Units, total: Tensor, pieces: Mapping[int, Tensor]) -> None:
-    for number, flat in pieces.items():
-        _add_gram(unit, total, number, flat)
-
-
-def _add_gram(unit: Units, total: Tensor, low: int, flat: Tensor) -> None:
-    x = unit.matrices(flat)
-    grams = total.view(unit.num_heads, unit.width, unit.width)
-    unit.heads_of(grams, low, low + flat.numel() // unit.size).add_(x.mT @ x)
-
-
-def _whole_units(unit: Units, fragment: Fragment) -> tuple[int, Tensor]:
-    """The number of the first unit that lies whole in a fragment, and all of them, flat."""
-    low, high = unit.whole(fragment.start, fragment.stop)
-    begin = unit.begin(low) - fragment.start if low < high else 0
-    return low, fragment.data.narrow(0, begin, (high - low) * unit.size)
-
-
-def _fill_whole(result: Tensor, data: Tensor, fragment: Fragment, term: _Term) -> None:
-    """Write ``F_p`` for the units of a factor that lie whole in a fragment."""
-    unit, right = term
-    low, high = unit.whole(fragment.start, fragment.stop)
-    if low < high:
-        # Unlike a slice, `narrow` asks nothing of the device.
-        begin, length = unit.begin(low) - fragment.start, (high - low) * unit.size
-        p, out = (unit.matrices(flat.narrow(0, begin, length)) for flat in (data, result))
-        torch.matmul(p, unit.heads_of(right, low, high), out=out)
+    def take(self, products: Sequence[Product], source: Mapping[str, Tensor], shards: Shards | None) -> DecayTerms:
+        """:func:`take_terms`, but once for all calls in which ZeRO moves the factors of a product."""
+        if shards is None or not shards.steps_in_parts:
+            return take_terms(products, source, shards)
+        due = {shard.name for _, held in shards.due for shard in held}
+        if not due <= self._ahead:  # a new step begins
+            self._terms, self._ahead = take_terms(products, source, shards), set(shards.by_name)
+        self._ahead -= due
+        return self._terms

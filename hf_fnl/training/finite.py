@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from hf_fnl.layers.whole import is_partitioned
-from hf_fnl.optim.layouts import zero3_range
+from hf_fnl.optim.zero import zero3_range
 from hf_fnl.training.engines import is_sharded
 
 logger = logging.get_logger(__name__)
