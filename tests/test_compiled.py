@@ -13,7 +13,6 @@ from torch.testing import assert_close
 
 from hf_fnl.optim import FLAMBe, Lamb
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # when inductor is imported
 
 

@@ -64,7 +64,9 @@ def test_weights_that_are_not_those_of_the_model_are_noticed():
     as_zero2(module, optimizer)
     optimizer.param_groups[0]["params"][0].data[3] += 1
     optimizer.param_groups[0]["params"][0].grad = torch.zeros(59 + 7)
-    with pytest.raises(RuntimeError, match=r"optimized for 0\.weight are not those of the model: .*than ZeRO-1 and 2 is"):
+    with pytest.raises(
+        RuntimeError, match=r"optimized for 0\.weight are not those of the model: .*than ZeRO-1 and 2 is"
+    ):
         optimizer.step()
 
 

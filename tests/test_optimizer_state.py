@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from hf_fnl import FactorizedLinear, FLAMBe, FrobeniusDecay, Lamb, find_products, parameter_groups
 
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -171,7 +171,10 @@ def test_flambe_at_random_cuts_equals_the_oracle(model, kinds, world_size, in_pa
     oracle = ReferenceFLAMBe(groups_of(module, products), products)
     draw, cuts = random.Random(world_size), random_cuts(module, world_size, random.Random(world_size))
     ranks = Ranks(
-        module, world_size, cuts, lambda m, sharding: sharded(FLAMBe(groups_of(m, products), products=products), sharding)
+        module,
+        world_size,
+        cuts,
+        lambda m, sharding: sharded(FLAMBe(groups_of(m, products), products=products), sharding),
     )
     names = [name for name, _ in module.named_parameters()]
     for seed in range(3):
@@ -251,9 +254,10 @@ def sent_in_a_step(hidden: int, intermediate: int, world_size: int) -> list[int]
 
 
 def test_what_the_decay_sends_does_not_grow_with_the_matrices():
-    """Shards of full rows and heads, as FSDP2 makes them: Gram matrices of the ranks, and norms, are all that is sent."""
+    """Shards of full rows and heads, as FSDP2 makes them: only Gram matrices of the ranks, and norms, are sent."""
     small, wide, more_heads = (sent_in_a_step(*sizes) for sizes in ((16, 24, 2), (16, 24 * 8, 2), (16 * 4, 24, 2)))
-    grams, norms = small  # of value and output heads, and of four factors
+    norms = small[-1]
+    # Of value and output heads, and of four factors:
     assert small == wide == [4 * (2 * 4 * 4 * 4 + 4 * 4 * 4), norms]
     assert more_heads == [4 * (2 * 16 * 4 * 4 + 4 * 4 * 4), norms]
 

@@ -146,7 +146,12 @@ class FrobeniusDecay:
         else:
             terms = self._decay.take(self.products, {}, shards)
             held = [
-                (shard.name, shard.of(shard.owner), None if shard.owner.grad is None else shard.of(shard.owner.grad), group)
+                (
+                    shard.name,
+                    shard.of(shard.owner),
+                    None if shard.owner.grad is None else shard.of(shard.owner.grad),
+                    group,
+                )
                 for group, each in shards.due
                 for shard in each
             ]

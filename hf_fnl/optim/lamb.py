@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,72 +20,47 @@ from hf_fnl.optim.state import check_parameter, check_state
 # arithmetic. Larger ones go alone, in chunks of the second number of elements, so that the cache still holds what one
 # operation wrote when the next one reads it.
 _SMALL = 2**14
-_CHUNK = 2**18
+_CHUNK = 2**20
 
 # Returns what is decayed, given names, parameters, and memory that may be overwritten with it.
 Terms = Callable[[list[str], list[Tensor], list[Tensor]], list[Tensor]]
+Memory = Callable[[list[Tensor]], list[Tensor]]
+
+
+class Batch(NamedTuple):
+    """Tensors that are updated together, of one dtype and on one device; all but the first contiguous."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]  # how often each was updated before, in float32
+    terms: list[Tensor]  # what is decayed: for LAMB the parameters themselves
+    updates: list[Tensor]  # memory for the updates, which may be that of the terms
 
 
 def lamb_update_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    terms: list[Tensor],
-    updates: list[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    batch: Batch, *, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> None:
-    r"""Update tensors ``p`` by ``u = m / (sqrt(v) + eps) + weight_decay * term``: ``p -= lr * (||p|| / ||u||) * u``.
-
-    Args:
-        params: The tensors, all of one dtype on one device.
-        grads: Their gradients.
-        exp_avgs: ``m`` before bias correction, contiguous like all that follow.
-        exp_avg_sqs: ``v`` before bias correction.
-        steps: How often each tensor was updated before, in float32.
-        terms: What is decayed: for LAMB the tensors themselves.
-        updates: Memory for ``u``, which may be that of ``terms``.
-        lr: Learning rate.
-        betas: Decay rates of the two moments.
-        eps: Added to the root of the second moment.
-        weight_decay: Coefficient of decay; if 0, the ratio of norms is 1, as it is where a norm is 0.
-    """
-    adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-    squares = lamb_directions_(params, grads, exp_avgs, exp_avg_sqs, steps, terms, updates, **adam)
-    lamb_move_(params, updates, squares, lr=lr, weight_decay=weight_decay)
+    """Update tensors ``p`` by ``u = m / (sqrt(v) + eps) + weight_decay * term``: ``p -= lr * (||p|| / ||u||) * u``."""
+    squares = lamb_directions_(batch, betas=betas, eps=eps, weight_decay=weight_decay)
+    lamb_move_(batch.params, batch.updates, squares, lr=lr, weight_decay=weight_decay)
 
 
-def lamb_directions_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    terms: list[Tensor],
-    updates: list[Tensor],
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> Tensor:
+def lamb_directions_(batch: Batch, *, betas: tuple[float, float], eps: float, weight_decay: float) -> Tensor:
     """Move the moments, write ``u``, and return the squares of ``||p||`` and ``||u||``, shape ``(tensors, 2)``.
 
     A step of Adam with a rate of -1 adds ``m / (sqrt(v) + eps)`` to ``weight_decay * term``.
     """
+    params, grads, exp_avgs, exp_avg_sqs, steps, terms, updates = batch
     compiling = torch.compiler.is_compiling()
     if len(params) == 1 and params[0].is_cpu and params[0].numel() > _CHUNK and not compiling:
-        columns = (params, grads, exp_avgs, exp_avg_sqs, terms, updates)
-        chunks = zip(*(tensors[0].reshape(-1).split(_CHUNK) for tensors in columns), strict=True)
-        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-        each = [lamb_directions_([p], [g], [m], [v], steps, [t], [u], **options) for p, g, m, v, t, u in chunks]
+        flat = [column[0].reshape(-1).split(_CHUNK) for column in batch if column is not steps]
+        chunks = [Batch([p], [g], [m], [v], steps, [t], [u]) for p, g, m, v, t, u in zip(*flat, strict=True)]
+        each = [lamb_directions_(chunk, betas=betas, eps=eps, weight_decay=weight_decay) for chunk in chunks]
         return torch.stack(each).sum(0)
-    torch._foreach_copy_(updates, terms)
-    torch._foreach_mul_(updates, weight_decay)
+    for term, update in zip(terms, updates, strict=True):
+        torch.mul(term, weight_decay, out=update)
     adam(
         updates,
         grads,
@@ -112,22 +87,11 @@ def lamb_directions_(
 def lamb_move_(
     params: list[Tensor], updates: list[Tensor], squares: Tensor, *, lr: float | Tensor, weight_decay: float
 ) -> None:
-    """Subtract ``lr * (||p|| / ||u||) * u`` from each tensor."""
+    """Subtract ``lr * (||p|| / ||u||) * u``; the ratio is 1 without decay, and where a norm is 0."""
     param_norms, update_norms = squares.sqrt().unbind(1)
     ratios = torch.where(torch.minimum(param_norms, update_norms) > 0, param_norms / update_norms, 1.0)
     rates = (ratios if weight_decay != 0 else torch.ones_like(ratios)) * -lr
     torch._foreach_addcmul_(params, updates, list(rates.unbind()))
-
-
-class Row(NamedTuple):
-    """A parameter, or a shard of one, in a step."""
-
-    name: str
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
 
 
 class Lamb(Optimizer):
@@ -173,7 +137,8 @@ class Lamb(Optimizer):
         if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
             raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm!r}")
         self.max_grad_norm, self.compiled = max_grad_norm, compiled
-        self._sharding, self._buffers = Sharding(), {}
+        self._sharding = Sharding()
+        self._buffers: dict[torch.dtype, Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -209,19 +174,12 @@ class Lamb(Optimizer):
             self._step_shards(shards, terms)
             return loss
         for number, group in enumerate(self.param_groups):
-            rows = [
-                Row(name, p, p.grad.contiguous(), *self._state(p))
-                for name, p in zip(names_of(group, number), group["params"], strict=True)
-                if p.grad is not None
-            ]
-            for batch in self._batches(rows):
-                names, *columns = map(list, zip(*batch, strict=True))
-                updates = self._memory(columns[0])
-                options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
-                decayed = terms(names, columns[0], updates)
-                self._run(lamb_update_)(*columns, decayed, updates, lr=self._rate(group, columns[0]), **options)
+            pairs = zip(names_of(group, number), group["params"], strict=True)
+            rows = [(n, p, p.grad.contiguous(), *self._state(p)) for n, p in pairs if p.grad is not None]
+            for _, batch in self._batches(rows, terms, self._memory):
+                self._run(lamb_update_)(batch, lr=self._rate(group, batch), **_options(group))
             if rows:
-                torch._foreach_add_([row.step for row in rows], 1)
+                torch._foreach_add_([step for *_, step in rows], 1)
         return loss
 
     def check(self) -> None:
@@ -238,38 +196,33 @@ class Lamb(Optimizer):
         return lambda names, params, outs: params
 
     def _step_shards(self, shards: Shards, terms: Terms) -> None:
-        """The same where parameters are sharded: tensors move when the norms of all of each are known."""
-        held = [shard for _, held in shards.due for shard in held]
-        number, work = {shard.name: i for i, shard in enumerate(held)}, []
-        for group, group_shards in shards.due:
-            rows = []
-            for shard in group_shards:
-                if shard.owner.grad is not None:
-                    *moments, step = self._state(shard.owner)
-                    tensors = (shard.owner.detach(), shard.owner.grad, *moments)
-                    param, grad, *moments = map(shard.of, tensors)
-                    rows.append(Row(shard.name, param, grad.contiguous(), *moments, step))
-            for batch in self._batches(rows):
-                names, *columns = map(list, zip(*batch, strict=True))
-                updates = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in columns[0]]
-                options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
-                decayed = terms(names, columns[0], updates)
-                squares = self._run(lamb_directions_)(*columns, decayed, updates, **options)
-                work.append((group, [number[name] for name in names], columns[0], updates, squares))
+        """Update what is sharded: tensors move when the norms of all of each are known."""
+        held = [shard for _, each in shards.due for shard in each]
         if not held:
             return
         wide = torch.promote_types(held[0].owner.dtype, torch.float32)
-        message = torch.zeros(len(held), 2, dtype=wide, device=held[0].owner.device)
-        for _, places, _, _, squares in work:
-            message[places] = squares.to(message)
+        squares = torch.zeros(len(held), 2, dtype=wide, device=held[0].owner.device)
+        number, work, steps = {shard.name: i for i, shard in enumerate(held)}, [], {}
+        for group, each in shards.due:
+            rows = []
+            for shard in (shard for shard in each if shard.owner.grad is not None):
+                exp_avg, exp_avg_sq, step = self._state(shard.owner)
+                steps[id(step)] = step  # ZeRO's flat owners hold several parameters
+                gradient: Any = shard.owner.grad
+                tensors = (shard.owner.detach(), gradient.contiguous(), exp_avg, exp_avg_sq)
+                rows.append((shard.name, *map(shard.of, tensors), step))
+            for names, batch in self._batches(rows, terms, _new_memory):
+                places = [number[name] for name in names]
+                squares[places] = self._run(lamb_directions_)(batch, **_options(group)).to(wide)
+                work.append((group, batch, places))
         if shards.processes.rank > 0:  # of what every process holds, one norm counts
-            message[[i for i, shard in enumerate(held) if shard.group is None]] = 0
-        shards.processes.sum_(message)
-        for group, places, params, updates, _ in work:
-            options = {"lr": self._rate(group, params), "weight_decay": group["weight_decay"]}
-            self._run(lamb_move_)(params, updates, message[places], **options)
-        steps = {id(state["step"]): state["step"] for shard in held if (state := self.state.get(shard.owner))}
-        torch._foreach_add_(list(steps.values()), 1)
+            squares[[i for i, shard in enumerate(held) if shard.group is None]] = 0
+        shards.processes.sum_(squares)
+        for group, batch, places in work:
+            options = {"lr": self._rate(group, batch), "weight_decay": group["weight_decay"]}
+            self._run(lamb_move_)(batch.params, batch.updates, squares[places], **options)
+        if steps:
+            torch._foreach_add_(list(steps.values()), 1)
 
     def _state(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         state = self.state[parameter]
@@ -279,19 +232,27 @@ class Lamb(Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         return state["exp_avg"], state["exp_avg_sq"], state["step"]
 
-    def _batches(self, rows: Iterable[Row]) -> Iterable[list[Row]]:
-        """What is updated at once: all on one device and in one dtype, on a CPU but for large tensors."""
+    def _batches(
+        self, rows: Iterable[tuple[Any, ...]], terms: Terms, memory: Memory
+    ) -> Iterator[tuple[list[str], Batch]]:
+        """Batch what is on one device and in one dtype, with names; on a CPU large tensors go alone."""
         batches = defaultdict(list)
         for row in rows:
-            alone = row.param.is_cpu and row.param.numel() > _SMALL and not self.compiled
-            batches[row.param.device, row.param.dtype, row.name if alone else None].append(row)
-        return batches.values()
+            name, p, *_ = row
+            alone = p.is_cpu and p.numel() > _SMALL and not self.compiled
+            batches[p.device, p.dtype, name if alone else None].append(row)
+        for batch in batches.values():
+            columns: list[list[Any]] = [list(column) for column in zip(*batch, strict=True)]
+            names, params, grads, exp_avgs, exp_avg_sqs, steps = columns
+            updates = memory(params)
+            terms_of_batch = terms(names, params, updates)
+            yield names, Batch(params, grads, exp_avgs, exp_avg_sqs, steps, terms_of_batch, updates)
 
     def _memory(self, params: list[Tensor]) -> list[Tensor]:
-        """Memory for updates; for large tensors on a CPU one that is kept, for new memory costs as much as the step."""
+        """Return memory for updates; a large tensor's is kept, for a CPU takes as long as the step to give it anew."""
         p = params[0]
         if len(params) > 1 or not p.is_cpu or p.numel() <= _SMALL:
-            return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
+            return _new_memory(params)
         if p.dtype not in self._buffers or self._buffers[p.dtype].numel() < p.numel():
             self._buffers[p.dtype] = p.new_empty(p.numel())
         return [self._buffers[p.dtype][: p.numel()].view(p.shape)]
@@ -299,10 +260,10 @@ class Lamb(Optimizer):
     def _run(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return _compiled(function) if self.compiled else function
 
-    def _rate(self, group: dict[str, Any], params: list[Tensor]) -> float | Tensor:
-        """The learning rate; as a tensor where a schedule would otherwise mean to compile anew."""
+    def _rate(self, group: dict[str, Any], batch: Batch) -> float | Tensor:
+        """Return the learning rate; as a tensor where a schedule would otherwise mean to compile anew."""
         lr: float | Tensor = group["lr"]
-        return torch.full((), lr, device=params[0].device) if self.compiled and not isinstance(lr, Tensor) else lr
+        return torch.full((), lr, device=batch.params[0].device) if self.compiled and not isinstance(lr, Tensor) else lr
 
     def _clip(self, shards: Shards | None) -> None:
         if shards is not None and shards.steps_in_parts:
@@ -341,6 +302,14 @@ class Lamb(Optimizer):
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: group[key] for key in ("betas", "eps", "weight_decay")}
+
+
+def _new_memory(params: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
 
 
 def _as_kept(key: str, value: Any, parameter: Tensor) -> Any:

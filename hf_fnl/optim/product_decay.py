@@ -11,12 +11,13 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_fnl.attention import Factor, Product
+from hf_fnl.attention.products import Source
 from hf_fnl.math.factors import decay_multipliers, multipliers_from_grams
 from hf_fnl.optim.sharding import Shards
 
@@ -60,13 +61,13 @@ class DecayTerms:
                     key = (p.shape, p.dtype, factor.heads, factor.dim, factor.section, left is None)
                     alike[key].append((factor.view(p), left, right, factor.view(out)))
         if mixed:
-            torch._foreach_copy_(*map(list, zip(*mixed, strict=True)))
+            torch._foreach_copy_([out for out, _ in mixed], [p for _, p in mixed])
         for rows in alike.values():
-            _multiply(*zip(*rows, strict=True))
+            _multiply(*map(list, zip(*rows, strict=True)))
         return terms
 
 
-def _multiply(factors: Sequence[Tensor], lefts: Sequence, rights: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+def _multiply(factors: list[Tensor], lefts: list[Any], rights: list[Tensor], outs: list[Tensor]) -> None:
     """Write ``left p right`` into ``outs``, of several alike in one operation."""
     if len(factors) == 1 and lefts[0] is None and rights[0].shape[:-2] == factors[0].shape[:-2]:
         torch.matmul(factors[0], rights[0], out=outs[0])
@@ -76,7 +77,7 @@ def _multiply(factors: Sequence[Tensor], lefts: Sequence, rights: Sequence[Tenso
     torch._foreach_copy_(outs, (p @ torch.stack(rights)).unbind())
 
 
-def alike_products(products: Sequence[Product], source: Mapping[str, Tensor]) -> list[list[Product]]:
+def alike_products(products: Sequence[Product], source: Source) -> list[list[Product]]:
     """Group products whose factors have the same shapes; on a CPU large ones stay alone, for copies cost more there."""
     groups: dict[Hashable, list[Product]] = {}
     for product in products:
@@ -129,7 +130,7 @@ class Units(NamedTuple):
     by_head: bool  # a head is a block of rows of the parameter
     first: int  # where the first unit begins
     size: int
-    count: int
+    number: int
 
     @classmethod
     def of(cls, factor: Factor, shape: tuple[int, ...]) -> Units:
@@ -143,14 +144,14 @@ class Units(NamedTuple):
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """Return where the units begin and end of which the range from ``start`` to ``stop`` holds a part."""
-        low, high = max(start - self.first, 0) // self.size, min(-((self.first - stop) // self.size), self.count)
+        low, high = max(start - self.first, 0) // self.size, min(-((self.first - stop) // self.size), self.number)
         low, high = (low, high) if start < stop and low < high else (0, 0)
         return self.first + low * self.size, self.first + high * self.size
 
     def are_cut(self, bounds: Sequence[int]) -> bool:
         """Return whether ranges that end at ``bounds`` cut a unit."""
-        inside = [bound - self.first for bound in bounds if self.first < bound < self.first + self.count * self.size]
-        return any([place % self.size for place in inside])
+        inside = [bound - self.first for bound in bounds if self.first < bound < self.first + self.number * self.size]
+        return any(place % self.size for place in inside)
 
     def matrices(self, flat: Tensor) -> Tensor:
         """Return units that follow one another, flat, as ``(heads, rows, r)``: a view."""
@@ -247,7 +248,7 @@ def _complete(units: Sequence[Units], local: Mapping[str, Tensor], shards: Shard
             outgoing[rank].append(_cut(flat, shard.start, *_overlap(shard.range, unit.span(*ranges[rank]))))
             incoming[rank].append(lengths[rank])
     arrived: list[Iterator[Tensor]] = [iter(()) for _ in incoming]
-    if any([unit.are_cut(shards.by_name[unit.factor.name].bounds) for unit in units]):
+    if any(unit.are_cut(shards.by_name[unit.factor.name].bounds) for unit in units):
         received = shards.processes.exchange([torch.cat(each) for each in outgoing], [sum(each) for each in incoming])
         arrived = [iter(message.split(each)) for message, each in zip(received, incoming, strict=True)]
     held = {}

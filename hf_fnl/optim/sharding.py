@@ -144,7 +144,9 @@ class Sharding:
         if len(groups) >= len(self._groups):  # while ZeRO-1 and 2 step they show one group only
             self._groups = list(groups)
         stage = self._stage() if dist.is_initialized() else 0
-        if not stage and not any([isinstance(p, DTensor) for group in self._groups for p in group["params"]]):
+        if not stage and not any(
+            issubclass(kind, DTensor) for group in self._groups for kind in set(map(type, group["params"]))
+        ):
             if not self._checked:
                 self._check_not_flat()
             self._checked = True
@@ -184,7 +186,7 @@ class Sharding:
         if len({shard.group for shard in sharded}) > 1:
             raise ValueError("parameters are sharded over several groups of processes; one group is supported")
         if stage:
-            parameters = {origin.name: origin.reference() for each in self._origins.values() for origin in each}
+            parameters: dict[str, Any] = {o.name: o.reference() for each in self._origins.values() for o in each}
             for shard in sharded:
                 zero.check_weight(shard.name, shard.of(shard.owner.detach()), parameters[shard.name], shard.start)
             device = next(iter(parameters.values())).device  # the weights that are optimized may be offloaded

@@ -1,4 +1,7 @@
-"""Checks that a gradient and the state of an optimizer fit their parameter, before anything is written."""
+"""Checks that a gradient and the state of an optimizer fit their parameter, before anything is written.
+
+torch's fused kernels take the sizes of all tensors from the parameters: what does not fit would be read past its end.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _REMEDY = (
 
 
 def check_parameter(name: str, parameter: Tensor, *, clips: bool = False) -> None:
-    """Raise a ``ValueError`` unless a parameter, and its gradient, are real numbers in memory of their own.
+    """Raise unless a parameter, and its gradient, are real numbers in memory of their own.
 
     Args:
         name: How the error calls the parameter.
@@ -29,8 +32,7 @@ def check_parameter(name: str, parameter: Tensor, *, clips: bool = False) -> Non
         RuntimeError: If the gradient is sparse.
         ValueError: If the gradient is not one of this parameter, or one of the two cannot be read or written.
     """
-    gradient = parameter.grad
-    assert gradient is not None
+    gradient: Any = parameter.grad
     if gradient.layout is not torch.strided:
         raise RuntimeError(
             f"Lamb takes dense gradients only, got a {gradient.layout} one for {name} of shape "
@@ -38,15 +40,15 @@ def check_parameter(name: str, parameter: Tensor, *, clips: bool = False) -> Non
         )
     if parameter.dtype not in _DTYPES:
         raise ValueError(f"{name} is of {parameter.dtype}; LAMB updates {', '.join(map(str, _DTYPES))}")
-    if not _are_alike(parameter, gradient):
+    if not _is_like(parameter, gradient):
         raise ValueError(f"the gradient of {name} is {_shown(gradient)}, and the parameter {_shown(parameter)}")
     for what, tensor, is_written in ((name, parameter, True), (f"the gradient of {name}", gradient, clips)):
-        if is_written and _shares_elements(_local(tensor)):
+        if problem := _problem_of_memory(tensor):
+            raise ValueError(f"{what} has shape {tuple(tensor.shape)} but {problem}")
+        if is_written and not tensor.is_contiguous() and _shares_elements(tensor):
             raise ValueError(
                 f"elements of {what} share memory, as after expand(): give it memory of its own by clone()"
             )
-        if not _has_memory(_local(tensor)):
-            raise ValueError(f"{what} has shape {tuple(tensor.shape)} but no memory for that: its storage was resized")
 
 
 def check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
@@ -57,36 +59,35 @@ def check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
         parameter: The parameter; one that is distributed has a state that is distributed alike.
         state: ``step`` of shape ``()`` in float32, ``exp_avg`` and ``exp_avg_sq`` contiguous and like the parameter.
     """
-    if set(state) != {"step", *MOMENTS}:
+    if state.keys() != {"step", *MOMENTS}:
         listed = ", ".join(map(str, state)) or "nothing"
         raise ValueError(f"the state of {name} holds {listed}, and LAMB's is step, {', '.join(MOMENTS)}; {_REMEDY}")
     for key in MOMENTS:
         moment = state[key]
-        if not _are_alike(parameter, moment):
+        if not _is_like(parameter, moment):
             raise ValueError(f"{key} of {name} is {_shown(moment)}, and the parameter {_shown(parameter)}; {_REMEDY}")
-        if not _local(moment).is_contiguous() or not _has_memory(_local(moment)):
+        if not moment.is_contiguous() or _problem_of_memory(moment):
             raise ValueError(f"{key} of {name} does not lie in memory as LAMB keeps it, contiguous; {_REMEDY}")
-    step, number = state["step"], (torch.Size(), torch.float32, parameter.device)
-    if not isinstance(step, Tensor) or (step.shape, step.dtype, step.device) != number:
-        wanted = f"torch.float32 of shape () on {parameter.device}"
-        raise ValueError(f"step of {name} is {_shown(step)}, and LAMB's is {wanted}; {_REMEDY}")
+    step = state["step"]
+    wanted = (torch.Size(), torch.float32, parameter.device)
+    if not isinstance(step, Tensor) or (step.shape, step.dtype, step.device) != wanted:
+        raise ValueError(
+            f"step of {name} is {_shown(step)}, and LAMB's is torch.float32 of shape () on {parameter.device}; "
+            f"{_REMEDY}"
+        )
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _are_alike(parameter: Tensor, other: Any) -> bool:
-    """Whether another tensor has the shape, dtype and device of a parameter, and is distributed alike."""
+def _is_like(parameter: Tensor, other: Any) -> bool:
+    """Return whether a tensor has the shape, dtype and device of a parameter, and is distributed alike."""
     if not isinstance(other, Tensor) or isinstance(other, DTensor) != isinstance(parameter, DTensor):
         return False
-    local, part = _local(parameter), _local(other)
-    return (
-        other.shape == parameter.shape
-        and part.shape == local.shape
-        and part.dtype == local.dtype
-        and part.device == local.device
-        and part.layout == local.layout
+    if isinstance(parameter, DTensor) and not _is_like(parameter.to_local(), other.to_local()):  # type: ignore[attr-defined]
+        return False
+    return (other.shape, other.dtype, other.device, other.layout) == (
+        parameter.shape,
+        parameter.dtype,
+        parameter.device,
+        parameter.layout,
     )
 
 
@@ -97,9 +98,7 @@ def _shown(value: Any) -> str:
 
 
 def _shares_elements(tensor: Tensor) -> bool:
-    """Whether two indices of a tensor may be one place in memory."""
-    if tensor.is_contiguous():
-        return False
+    """Return whether two indices of a tensor may be one place in memory."""
     reach = 0  # how far the axes with smaller strides go
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -109,9 +108,14 @@ def _shares_elements(tensor: Tensor) -> bool:
     return False
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    """Whether the storage of a tensor is as large as its shape says."""
-    if not tensor.numel():
-        return True
-    last = tensor.storage_offset() + sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
-    return bool(tensor.untyped_storage().nbytes() >= (last + 1) * tensor.element_size())
+def _problem_of_memory(tensor: Tensor) -> str:
+    """Return what is wrong if the storage of a tensor is smaller than its shape and strides say."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not local.numel():
+        return ""
+    if local.is_contiguous():
+        last = local.storage_offset() + local.numel() - 1
+    else:
+        last = local.storage_offset() + sum(s * (n - 1) for s, n in zip(local.stride(), local.shape, strict=True))
+    has_memory = local.untyped_storage().nbytes() >= (last + 1) * local.element_size()
+    return "" if has_memory else "no memory for that: its storage was resized"

@@ -1,11 +1,10 @@
-"""Optimizers that follow a model whose weights became products."""
+"""Optimizers that go on with a model whose weights were factorized."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +19,12 @@ _SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
 _UNDERSTOOD = _LINEAR | _SQUARED | {"step"}
 
 
-class _Origin(NamedTuple):
-    """A parameter of the model as it is, the one from which it comes, and the layer of which it is a factor."""
+class _Source(NamedTuple):
+    """A parameter as it is, the former one in whose place it is, and the layer of which it is a factor."""
 
     name: str
     parameter: nn.Parameter
-    dense: Tensor | None
+    former: Tensor | None
     layer: Factorized | None
 
 
@@ -54,24 +53,30 @@ def transfer_(
     Warns:
         UserWarning: If the optimizer keeps state of which nothing is known here. Factors then start with fresh state.
     """
-    origins = _origins(before, model)
-    if unknown := sorted({key for o in origins if o.layer for key in _state(optimizer, o)} - _UNDERSTOOD):
+    sources = _sources(before, model)
+    held = [(source, optimizer.state.get(source.former, {})) for source in sources if source.former is not None]
+    unknown = sorted({key for source, state in held if source.layer for key in state} - _UNDERSTOOD)
+    if unknown:
         warnings.warn(
             f"the state {', '.join(unknown)} of the optimizer has no known counterpart for factors, which start with "
             f"fresh state; what is known are {', '.join(sorted(_UNDERSTOOD))}",
             stacklevel=2,
         )
-    moved = _moved_state(optimizer, origins, fresh_factors=bool(unknown))
+    moved: dict[Tensor, dict[str, Any]] = {}
+    for (_, parameter, former, layer), state in held:
+        if not state or former is None or parameter in moved:
+            continue
+        if layer is None and former.shape == parameter.shape:
+            moved[parameter] = dict(state)
+        elif layer is not None and former.shape == layer.dense_shape and not unknown:
+            moved |= factor_states(layer, state)
     if target is None:
-        target = optimizer
-        _regroup(optimizer.param_groups, before, origins)
-        for dense in before.values():
-            optimizer.state.pop(dense, None)
-    target.state.update(moved)
+        _regroup(optimizer, before, sources)
+    (target or optimizer).state.update(moved)
 
 
 def factor_states(layer: Factorized, state: Mapping[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    r"""The state of factors from the state of the dense weight in whose place they are.
+    r"""Return the state of factors from the state of the dense weight in whose place they are.
 
     - ``exp_avg``, ``momentum_buffer``: a sum ``M`` of gradients for ``W`` becomes ``M V`` and ``M^T U``, the same sum
       of what the gradients for the factors, as they are now, would have been: exact. Coupled weight decay is in this
@@ -89,21 +94,21 @@ def factor_states(layer: Factorized, state: Mapping[str, Any]) -> dict[Tensor, d
         state: What an optimizer holds for the dense weight.
 
     Returns:
-        For each factor its state.
+        The state of each factor.
     """
     states: dict[Tensor, dict[str, Any]] = {factor: {} for factor in layer.factors()}
     for key, value in state.items():
-        if key in _LINEAR | _SQUARED:
-            values: Iterable[Any] = _pulled_back(layer, value, squared=key in _SQUARED)
-        else:
-            values = (copy.deepcopy(value) for _ in states)
+        pulls = key in _LINEAR | _SQUARED
+        values = (
+            _pulled_back(layer, value, squared=key in _SQUARED) if pulls else [copy.deepcopy(value) for _ in states]
+        )
         for factor_state, factor_value in zip(states.values(), values, strict=True):
             factor_state[key] = factor_value
     return states
 
 
 def _pulled_back(layer: Factorized, value: Tensor, *, squared: bool) -> tuple[Tensor, ...]:
-    """``value``, in the layout of the dense weight, as a gradient for the factors, or for their squares."""
+    """Return ``value``, a gradient for the dense weight, as one for the factors, or for their squares."""
     probe = copy.deepcopy(layer).requires_grad_()
     if squared:
         probe.set_factors_(tuple(factor.square() for factor in layer.factors()))
@@ -112,56 +117,37 @@ def _pulled_back(layer: Factorized, value: Tensor, *, squared: bool) -> tuple[Te
     return tuple(gradient.contiguous() for gradient in gradients)
 
 
-def _origins(before: Mapping[str, Tensor], model: nn.Module) -> list[_Origin]:
+def _sources(before: Mapping[str, Tensor], model: nn.Module) -> list[_Source]:
     layers = {
         factor: (f"{path}.weight", layer)
         for path, layer in model.named_modules()
         if isinstance(layer, Factorized)
         for factor in layer.factors()
     }
-    origins = []
+    sources = []
     for name, parameter in model.named_parameters():
         weight, layer = layers.get(parameter, ("", None))
-        if name not in before and weight in before:
-            origins.append(_Origin(name, parameter, before[weight], layer))
-        else:
-            origins.append(_Origin(name, parameter, before.get(name), None))
-    return origins
+        is_new = name not in before and weight in before
+        sources.append(_Source(name, parameter, before.get(weight if is_new else name), layer if is_new else None))
+    return sources
 
 
-def _state(optimizer: Optimizer, origin: _Origin) -> Mapping[str, Any]:
-    return {} if origin.dense is None else optimizer.state.get(origin.dense, {})
-
-
-def _moved_state(
-    optimizer: Optimizer, origins: Sequence[_Origin], *, fresh_factors: bool
-) -> dict[Tensor, dict[str, Any]]:
-    moved: dict[Tensor, dict[str, Any]] = {}
-    for origin in origins:
-        state, dense, layer = _state(optimizer, origin), origin.dense, origin.layer
-        if not state or dense is None or origin.parameter in moved:
-            continue
-        if layer is None and dense.shape == origin.parameter.shape:
-            moved[origin.parameter] = dict(state)
-        elif layer is not None and dense.shape == layer.dense_shape and not fresh_factors:
-            moved |= factor_states(layer, state)
-    return moved
-
-
-def _regroup(groups: Sequence[dict[str, Any]], before: Mapping[str, Tensor], origins: Sequence[_Origin]) -> None:
-    """Put parameters into the places of those from which they come."""
-    successors: dict[Tensor, list[tuple[str, Tensor]]] = defaultdict(list, {dense: [] for dense in before.values()})
-    for name, parameter, dense, _ in origins:
-        if dense is not None:
-            successors[dense].append((name, parameter))
+def _regroup(optimizer: Optimizer, before: Mapping[str, Tensor], sources: list[_Source]) -> None:
+    """Put parameters into the places of those from which they come, which lose their state."""
+    new: dict[Tensor, list[tuple[str, Tensor]]] = {former: [] for former in before.values()}
+    for name, parameter, former, _ in sources:
+        if former is not None:
+            new[former].append((name, parameter))
         elif parameter.requires_grad:
             raise ValueError(
                 f"{name} comes from no parameter that the optimizer has; pass the optimizer for the model as it is now "
                 "as target"
             )
-    for group in groups:
+    for group in optimizer.param_groups:
         old = zip(group.get("param_names", [""] * len(group["params"])), group["params"], strict=True)
-        new = [pair for name, parameter in old for pair in successors.get(parameter, [(name, parameter)])]
-        group["params"] = [parameter for _, parameter in new]
+        pairs = [pair for name, parameter in old for pair in new.get(parameter, [(name, parameter)])]
+        group["params"] = [parameter for _, parameter in pairs]
         if "param_names" in group:
-            group["param_names"] = [name for name, _ in new]
+            group["param_names"] = [name for name, _ in pairs]
+    for former in before.values():
+        optimizer.state.pop(former, None)
