@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from hf_fnl.attention import Product, find_products, register_attention
 from hf_fnl.layers import FactorizedConv2d, FactorizedLinear, TensorizedConv2d
 from hf_fnl.optim import Lamb, parameter_groups
-from hf_fnl.optim.frobenius_decay import MODES, FrobeniusDecay, frobenius_penalty
+from hf_fnl.optim.frobenius_decay import FrobeniusDecay, frobenius_penalty
 
 WEIGHT_DECAY = 0.3
 
@@ -124,18 +124,6 @@ def test_penalty_is_the_norm_of_the_products(case):
     assert_close(frobenius_penalty(products, dict(model.named_parameters()), WEIGHT_DECAY), expected)
 
 
-def test_penalty_mode_leaves_the_step_alone(case):
-    model, products = case
-    plain = copy.deepcopy(model)
-    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
-        other.grad = parameter.grad.clone()
-    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
-    FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode="penalty")
-    optimizer.step()
-    torch.optim.SGD(groups_of(plain, products), lr=0.1).step()
-    assert_moved_to(model, snapshot(plain))
-
-
 def test_coupled_adds_the_gradient_of_the_penalty(case):
     model, products = case
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -210,8 +198,8 @@ def test_a_factor_without_gradient_stays(mode):
     assert model.V.grad is None
 
 
-def test_the_rate_may_be_a_tensor(case):
-    model, products = case
+def test_the_rate_may_be_a_tensor():
+    model, products = two_factors()
     other = copy.deepcopy(model)
     for module, lr in ((model, 0.25), (other, torch.tensor(0.25, dtype=torch.float64))):
         for parameter in module.parameters():
@@ -223,8 +211,10 @@ def test_the_rate_may_be_a_tensor(case):
 
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
-def test_replaced_parameters_are_followed(case, mode):
-    model, products = case
+def test_replaced_parameters_are_followed(mode):
+    model, products = two_factors()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
     optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
     FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode=mode)
     replaced = copy.deepcopy(model)
@@ -242,23 +232,6 @@ def test_replaced_parameters_are_followed(case, mode):
     assert_moved_to(replaced, snapshot(model))
 
 
-@pytest.mark.parametrize("end", ["remove", "with"])
-@pytest.mark.parametrize("mode", MODES)
-def test_it_ends(mode, end):
-    model, products = two_factors()
-    before = snapshot(model)
-    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
-    if end == "remove":
-        FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode=mode).remove()
-    else:
-        with FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode=mode) as decay:
-            assert decay.mode == mode
-    for name, parameter in model.named_parameters():
-        parameter.grad = torch.zeros_like(parameter) if "weight" not in name else None
-    optimizer.step()
-    assert_moved_to(model, before)
-
-
 def test_a_closure_is_refused_where_gradients_are_needed_before_it():
     model, products = two_factors()
     optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
@@ -271,51 +244,58 @@ def test_a_closure_is_refused_where_gradients_are_needed_before_it():
         optimizer.step(lambda: 0.0)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "l2"}, "mode of Frobenius decay must be one of penalty, coupled, decoupled, got 'l2'"),
-        ({"weight_decay": -0.1}, "weight_decay of Frobenius decay must not be negative, got -0.1"),
-        ({"products": []}, r"there are no products to decay; find_products\(model\) lists those"),
-    ],
-    ids=["mode", "weight_decay", "products"],
-)
-def test_bad_options(options, message):
+@pytest.mark.parametrize("end", ["penalty", "remove", "with"])
+def test_it_leaves_the_step_alone(end):
     model, products = two_factors()
-    optimizer = torch.optim.SGD(groups_of(model, products))
+    before = snapshot(model)
+    optimizer = torch.optim.SGD(groups_of(model, products), lr=0.1)
+    decay = FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode="penalty" if end == "penalty" else "coupled")
+    if end == "remove":
+        decay.remove()
+    if end == "with":
+        with decay:
+            pass
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.zeros_like(parameter) if "weight" not in name else None
+    optimizer.step()
+    assert_moved_to(model, before)
+
+
+def named(model: nn.Module, products: list[Product]) -> list:
+    return groups_of(model, products)
+
+
+ORDINARY = r"product 1: its factor 1.U is .* group with weight_decay=0.1; pass frobenius_decay=0.0 to parameter_gr"
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "message"),
+    [
+        (named, {"mode": "l2"}, "mode of Frobenius decay must be one of penalty, coupled, decoupled, got 'l2'"),
+        (named, {"weight_decay": -0.1}, "weight_decay of Frobenius decay must not be negative, got -0.1"),
+        (named, {"products": []}, r"there are no products to decay; find_products\(model\) lists those"),
+        (lambda m, p: m.parameters(), {}, r"the parameters have none: build the optimizer from parameter_groups"),
+        (lambda m, p: parameter_groups(m, weight_decay=0.1, products=p), {}, ORDINARY),
+        (
+            lambda m, p: [(name, q) for name, q in m.named_parameters() if name != "1.V"],
+            {},
+            r"product 1: its factor 1\.V is not among the optimizer's parameters",
+        ),
+    ],
+    ids=["mode", "weight_decay", "products", "names", "ordinary-decay", "missing"],
+)
+def test_what_is_refused(params, options, message):
+    model, products = two_factors()
+    optimizer = torch.optim.SGD(params(model, products))
     with pytest.raises(ValueError, match=message):
         FrobeniusDecay(optimizer, **{"products": products, "weight_decay": WEIGHT_DECAY, **options})
 
 
-def test_a_penalty_needs_products():
-    with pytest.raises(ValueError, match="a Frobenius penalty needs at least one product, got none"):
-        frobenius_penalty([], nn.Linear(5, 7), WEIGHT_DECAY)
-
-
-def test_parameters_without_names():
-    model, products = two_factors()
-    with pytest.raises(ValueError, match=r"the parameters have none: build the optimizer from parameter_groups"):
-        FrobeniusDecay(torch.optim.SGD(model.parameters()), products, WEIGHT_DECAY)
-
-
-def test_a_factor_under_ordinary_decay():
-    model, products = two_factors()
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1, products=products))
-    message = r"product 1: its factor 1.U is .* group with weight_decay=0.1; pass frobenius_decay=0.0 to parameter_gr"
-    with pytest.raises(ValueError, match=message):
-        FrobeniusDecay(optimizer, products, WEIGHT_DECAY)
-
-
-def test_a_missing_factor():
-    model, products = two_factors()
-    optimizer = torch.optim.SGD([(name, p) for name, p in model.named_parameters() if name != "1.V"])
-    with pytest.raises(ValueError, match=r"product 1: its factor 1\.V is not among the optimizer's parameters"):
-        FrobeniusDecay(optimizer, products, WEIGHT_DECAY)
-
-
-def test_a_frozen_factor():
+def test_a_frozen_factor_and_a_penalty_of_nothing_are_refused():
     model, products = two_factors()
     optimizer = torch.optim.SGD(groups_of(model, products))
     model.get_parameter("1.V").requires_grad_(False)
     with pytest.raises(ValueError, match=r"product 1: its factor 1\.V is frozen"):
         FrobeniusDecay(optimizer, products, WEIGHT_DECAY)
+    with pytest.raises(ValueError, match="a Frobenius penalty needs at least one product, got none"):
+        frobenius_penalty([], model, WEIGHT_DECAY)

@@ -4,12 +4,11 @@ import pytest
 import torch
 from family import Head, Ranks
 from gpt2_cases import CROSS_LM, LM, LOW, LOW_QKV
-from reference.flambe import ReferenceFLAMBe
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
-from hf_fnl import FLAMBe, FrobeniusDecay, Product, find_products, parameter_groups
+from hf_fnl import FrobeniusDecay, Product, find_products, parameter_groups
 from hf_fnl.layers import Factorized
 from hf_fnl.layers.heads import HeadConv1D
 
@@ -73,18 +72,3 @@ def test_decay_is_the_gradient_of_the_penalty(head: Head, ranks: Ranks) -> None:
     optimizer.step()
     for name, parameter, value in zip(names, factors, expected, strict=True):
         assert_close(parameter.grad, value, **EXACT, msg=name)
-
-
-@each_case
-def test_flambe_decays_what_its_oracle_does(head: Head, ranks: Ranks) -> None:
-    model, products = build(head, ranks)
-    groups = parameter_groups(model, weight_decay=0.2, products=products, frobenius_decay=WEIGHT_DECAY)
-    groups = [{**group, "lr": 0.05} for group in groups]
-    oracle, optimizer = ReferenceFLAMBe(groups, products), FLAMBe(groups, products=products)
-    for _ in range(3):
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        oracle.step({name: parameter.grad for name, parameter in model.named_parameters()})
-        optimizer.step()
-        for name, parameter in model.named_parameters():
-            assert_close(parameter.detach(), oracle.parameters[name], **EXACT, msg=name)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_fnl.attention import find_products
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.optim import FLAMBe, parameter_groups
+from hf_fnl.optim import parameter_groups
 
 
 class Model(nn.Module):
@@ -59,14 +59,6 @@ def test_groups_are_a_partition_of_the_trainable_parameters():
     assert all(expected[name] is parameter for name, parameter in grouped)
 
 
-def test_without_products_factors_are_matrices():
-    groups = parameter_groups(Model(), weight_decay=0.1)
-    assert [(sorted(names), decay) for names, decay in shown(groups)] == [
-        (sorted(MATRICES + FACTORS), 0.1),
-        (sorted(VECTORS), 0.0),
-    ]
-
-
 @pytest.mark.parametrize(
     ("layer", "names"),
     [
@@ -78,15 +70,6 @@ def test_without_products_factors_are_matrices():
 def test_no_group_is_empty(layer, names):
     products = find_products(layer, ["linear"]) if isinstance(layer, FactorizedLinear) else []
     assert [names for names, _ in shown(parameter_groups(layer, weight_decay=0.1, products=products))] == [names]
-
-
-def test_torch_and_flambe_take_them():
-    model = Model()
-    products = find_products(model, ["linear"])
-    for group in torch.optim.AdamW(parameter_groups(model, weight_decay=0.1)).param_groups:
-        assert len(group["param_names"]) == len(group["params"])
-    flambe = FLAMBe(parameter_groups(model, weight_decay=0.1, products=products), products=products)
-    assert len(flambe.param_groups) == 3
 
 
 @pytest.mark.parametrize("kinds", [["ov"], ["qk", "ov"]], ids=["one-section", "all-sections"])

@@ -72,17 +72,6 @@ def test_second_moments_are_exact_for_a_gradient_of_one_entry(case):
         torch.testing.assert_close(state["max_exp_avg_sq"], 2 * state["exp_avg"] ** 2)
 
 
-def test_second_moments_are_means_of_squares_of_uncorrelated_gradients():
-    layer, _ = layer_and_input("linear")
-    S = torch.rand(5, 7)
-    states = factor_states(layer, {"exp_avg_sq": S, "step": torch.tensor(8.0)})
-    torch.testing.assert_close(states[layer.U]["exp_avg_sq"], S @ layer.V.detach() ** 2)
-    torch.testing.assert_close(states[layer.V]["exp_avg_sq"], S.mT @ layer.U.detach() ** 2)
-    steps = [state["step"] for state in states.values()]
-    assert steps == [8, 8]
-    assert steps[0] is not steps[1]
-
-
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(7, 13), nn.Tanh(), nn.Linear(13, 5))
@@ -186,18 +175,6 @@ def test_a_parameter_of_another_shape_starts_afresh():
     transfer_(optimizer, before, model)
     assert list(optimizer.state) == [model[2].bias]
     assert optimizer.param_groups[0]["params"] == list(model.parameters())
-
-
-def test_layers_that_were_factorized_before_keep_their_state():
-    model = net()
-    factorize_(model, FactorizationConfig(rank=3, include=["0"]))
-    optimizer = torch.optim.AdamW(model.named_parameters())
-    train(model, optimizer, 1)
-    before, first = named(model), optimizer.state[model[0].U]["exp_avg"]
-    factorize_(model, FactorizationConfig(rank=2, include=["2"]))
-    transfer_(optimizer, before, model)
-    assert optimizer.state[model[0].U]["exp_avg"] is first
-    assert set(optimizer.state) == set(model.parameters())
 
 
 def test_state_of_unknown_meaning_is_dropped_with_a_warning():

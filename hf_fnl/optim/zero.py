@@ -1,6 +1,6 @@
 """Where DeepSpeed's ZeRO keeps the float32 weights of a parameter: the only file that reads its private fields.
 
-Seen in deepspeed 0.19; ``tests/test_sharded_engines.py`` has a test for each field.
+Seen in deepspeed 0.19; ``tests/workers/sharded_engines.py`` checks what each field means.
 """
 
 from __future__ import annotations
@@ -10,11 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-# Of a parameter, and of the engine of ZeRO-3 that it names.
-ZERO12_FIELDS = ("_hp_mapping", "_dp_group")
-ZERO3_FIELDS = ("ds_id", "ds_numel", "ds_shape", "ds_tensor", "ds_process_group", "_z3_optimizer")
-ZERO3_ENGINE_FIELDS = ("grad_position", "get_param_id", "fp32_partitioned_groups_flat")
 
 
 class Place(NamedTuple):

@@ -7,6 +7,7 @@ weights of each case into ``<name>.pt``, and what ran into ``facts.json``.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -34,7 +35,7 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, case: dict
     optimizer.zero_grad()
 
 
-def with_torch(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
+def with_torch(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str, dict[str, bool]]:
     """DDP, FSDP2 or HSDP."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -58,10 +59,41 @@ def with_torch(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
             (wrapped(input_ids=part, labels=part).loss / len(micro)).backward()
         clip_and_step(model, optimizer, case)
     weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
-    return weights, type(optimizer).__name__
+    return weights, type(optimizer).__name__, {}
 
 
-def with_deepspeed(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
+def private_fields(model: nn.Module, engine: Any, stage: int) -> dict[str, bool]:
+    """Whether each private field of DeepSpeed that ``hf_fnl.optim.zero`` reads means what is believed there."""
+    marked: list[Any] = list(model.parameters())
+    full = [tuple(parameter.shape) for parameter in build({}).parameters()]
+    if stage == 0:
+        return {}
+    if stage < 3:
+        return {
+            "_hp_mapping": all(hasattr(p, "_hp_mapping") for p in marked),
+            "_dp_group": {dist.get_world_size(p._dp_group) for p in marked} == {WORLD},
+        }
+    places = [engine.optimizer.grad_position[engine.optimizer.get_param_id(p)] for p in marked]
+    flats = engine.optimizer.fp32_partitioned_groups_flat
+    parts = [
+        flats[number][offset : offset + p.ds_tensor.ds_numel]
+        for (number, offset, _), p in zip(places, marked, strict=True)
+    ]
+    return {
+        "ds_id": len({p.ds_id for p in marked}) == len(marked),
+        "ds_shape": [tuple(p.ds_shape) for p in marked] == full,
+        "ds_numel": [p.ds_numel for p in marked] == [math.prod(shape) for shape in full],
+        "ds_tensor": all(-(-p.ds_numel // WORLD) == p.ds_tensor.ds_numel for p in marked),
+        "ds_process_group": {dist.get_world_size(p.ds_process_group) for p in marked} == {WORLD},
+        "_z3_optimizer": all(p._z3_optimizer is engine.optimizer for p in marked),
+        "grad_position, get_param_id": len({tuple(place[:2]) for place in places}) == len(marked),
+        "fp32_partitioned_groups_flat": all(
+            torch.equal(part.to(p.dtype), p.ds_tensor.view(-1)) for part, p in zip(parts, marked, strict=True)
+        ),
+    }
+
+
+def with_deepspeed(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str, dict[str, bool]]:
     """ZeRO-0 to 3."""
     import deepspeed
 
@@ -89,9 +121,9 @@ def with_deepspeed(case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], str]:
         # DeepSpeed's own way to the float32 weights is wrong under round_robin_gradients (0.19.8).
         is_master = parameter.dtype == torch.float32 and case["stage"] < 3
         weights[name] = parameter if is_master else deepspeed.utils.safe_get_full_fp32_param(parameter)
-    running = type(engine.basic_optimizer).__name__
+    running, fields = type(engine.basic_optimizer).__name__, private_fields(model, engine, case["stage"])
     engine.destroy()
-    return weights, running
+    return weights, running, fields
 
 
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:
@@ -105,11 +137,11 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
     for case in cases:
         run = with_deepspeed if case["engine"] == "deepspeed" else with_torch
         try:
-            weights, optimizer = run(case)
+            weights, optimizer, fields = run(case)
         except Exception:
             facts[case["name"]] = traceback.format_exc()
             break
-        facts[case["name"]] = optimizer
+        facts[case["name"]] = {"optimizer": optimizer, "fields": fields}
         if RANK == 0:
             torch.save({name: w.detach().float().clone() for name, w in weights.items()}, folder / f"{case['name']}.pt")
     if RANK == 0:
