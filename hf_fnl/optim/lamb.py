@@ -80,8 +80,7 @@ def lamb_directions_(batch: Batch, *, betas: tuple[float, float], eps: float, we
         maximize=False,
     )
     wide = torch.promote_types(params[0].dtype, torch.float32)
-    norms = [torch.stack(torch._foreach_norm(tensors, 2, wide)) for tensors in (params, updates)]
-    return torch.stack(norms, dim=1).square()
+    return torch.stack(torch._foreach_norm(params + updates, 2, wide)).view(2, -1).T.square()
 
 
 def lamb_move_(
