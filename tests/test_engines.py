@@ -20,7 +20,7 @@ from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 from hf_fnl.training.engines import check_engine, check_optimizer
 
 WORKER = Path(__file__).parent / "workers" / "engine_runs.py"
-LIMIT = 2e-6
+LIMIT = 1e-5  # of a weight after five steps in fp32: below 2e-6 with AVX-512, 2.7e-6 with AVX2
 
 
 def under(engine: str, *names: str) -> list[tuple[str, str]]:
