@@ -30,6 +30,8 @@ TESTS = (
     "tests/test_marian.py",
     "tests/test_marian_generation.py",
     "tests/test_trainer.py",
+    "tests/test_checkpoints.py",
+    "tests/test_workarounds.py",
     "tests/test_surgery.py",
     "tests/test_heads.py",
 )
