@@ -177,10 +177,11 @@ def examples_of(model: str) -> list[dict[str, Tensor]]:
 
 
 def largest_difference(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Of all weights but biases of keys: their true gradient is zero, and Adam's normalization blows up its rounding.
+    """Of all weights but biases of keys: the norm of the difference, over that of the weight where it exceeds 1.
 
-    GPT-2 keeps them in ``c_attn.bias``.
+    The true gradient of a key's bias is zero, and Adam's normalization blows up its rounding; so it does for a single
+    element whose gradient happens to be next to nothing. GPT-2 keeps those biases in ``c_attn.bias``.
     """
     assert weights.keys() == expected.keys()
     names = [name for name in expected if not name.endswith(("key.bias", "k_proj.bias", "c_attn.bias"))]
-    return max((weights[name] - expected[name]).abs().max().item() for name in names)
+    return max(((weights[name] - expected[name]).norm() / expected[name].norm().clamp(min=1)).item() for name in names)
