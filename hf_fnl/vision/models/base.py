@@ -19,6 +19,9 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from hf_fnl.models.cards import UploadsCard
+from hf_fnl.utils.suggest import did_you_mean
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -168,14 +171,14 @@ class ImageClassifier(VisionPreTrainedModel):
 
         Args:
             pixel_values: ``(batch, num_channels, height, width)``.
-            labels: Classes, ``(batch,)`` in ``[0, num_labels)``, where -100 keeps an image out of the loss.
+            labels: Classes, ``(batch,)`` in ``[0, num_labels)``, where -100 leaves an image out of the loss; or
+                targets ``(batch, num_labels)``; see :func:`classification_loss`.
             output_hidden_states: Whether the output has ``hidden_states``; that of the configuration unless given.
-            num_items_in_batch: Labels over all accumulation steps and processes, as the Trainer passes it; by it the
-                summed loss is divided. Default: the labels given here.
+            num_items_in_batch: Labels in the whole batch, over accumulation steps and processes, as the Trainer passes
+                it.
 
         Returns:
-            ``logits (batch, num_labels)``, where there are labels the cross-entropy as ``loss``, in float32, and the
-            backbone's ``hidden_states``.
+            ``logits (batch, num_labels)``, where there are labels the ``loss``, and the backbone's ``hidden_states``.
 
         Raises:
             ValueError: If the images are too small or have another number of channels, or the labels do not fit.
@@ -184,22 +187,53 @@ class ImageClassifier(VisionPreTrainedModel):
         logits = self.classifier(features.pooler_output)
         loss = None
         if labels is not None:
-            self._check_labels(labels, logits)
-            loss = F.cross_entropy(
-                logits.float(), labels.long(), reduction="mean" if num_items_in_batch is None else "sum"
-            )
-            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+            loss = classification_loss(logits, labels, num_items_in_batch, self.config.problem_type)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
 
-    def _check_labels(self, labels: Tensor, logits: Tensor) -> None:
-        kind = self.config.problem_type
-        if kind not in (None, "single_label_classification"):
-            raise ValueError(f"problem_type of {type(self).__name__} must be single_label_classification, got {kind!r}")
-        if labels.is_floating_point() or labels.shape != logits.shape[:1]:
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    problem_type: str | None = None,
+) -> Tensor:
+    """Return the loss, in float32, of one of Transformers' three problem types: the mean over the labels of the batch.
+
+    ``"single_label_classification"`` is the cross-entropy with classes ``(batch,)``, ``"multi_label_classification"``
+    the binary cross-entropy with targets ``(batch, num_labels)`` between 0 and 1, ``"regression"`` the mean squared
+    error with as many targets as logits.
+
+    Args:
+        logits: ``(batch, num_labels)``.
+        labels: Classes, -100 where there is nothing to predict, or targets.
+        num_items_in_batch: Labels in the whole batch, of which these may be a part; their own number unless given.
+        problem_type: Unless given, as in Transformers: regression of one logit, classes where the labels are integers,
+            otherwise several labels.
+
+    Raises:
+        ValueError: If targets are not of the shape of the logits, or ``problem_type`` is another.
+    """
+    if problem_type not in (None, *PROBLEM_TYPES):
+        hint = did_you_mean(problem_type, PROBLEM_TYPES)
+        raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}{hint}")
+    if problem_type is None and logits.shape[-1] == 1:
+        problem_type = "regression"
+    elif problem_type is None:
+        is_class = labels.dtype in (torch.int64, torch.int32)
+        problem_type = "single_label_classification" if is_class else "multi_label_classification"
+    logits = logits.float()
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    if problem_type == "single_label_classification":
+        loss = F.cross_entropy(logits, labels.flatten().long(), reduction=reduction)
+    else:
+        if labels.numel() != logits.numel():
             raise ValueError(
-                f"labels must be class numbers of shape {tuple(logits.shape[:1])}, got {labels.dtype} of shape "
-                f"{tuple(labels.shape)}"
+                f"labels of problem_type {problem_type!r} must have the shape of the logits, {tuple(logits.shape)}, "
+                f"got {tuple(labels.shape)}"
             )
+        measure = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+        loss = measure(logits, labels.reshape(logits.shape).float(), reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Conv2d:
