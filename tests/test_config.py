@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hf_fnl import FactorizedBertConfig
 from hf_fnl.surgery.config import FactorizationConfig, LayerRanks, RankRule, TransformerRanks
 
 SHARES = ("rank_scale", "ratio", "energy", "budget")
@@ -92,7 +93,7 @@ def test_patterns_choose_whole_names(include: list[str], exclude: list[str], cho
 
 # Ranks of our own model classes
 
-SIZES = {"hidden_size": 35, "num_heads": 5, "intermediate_size": 22, "vocab_size": 30, "num_layers": 3}
+SIZES = {"hidden_size": 35, "head_dim": 7, "intermediate_size": 22, "vocab_size": 30, "num_layers": 3}
 LIMITS = {"qk_rank": 7, "ov_rank": 7, "ffn_rank": 22, "qkv_rank": 35, "embedding_rank": 30}
 
 
@@ -183,4 +184,4 @@ def test_an_unknown_init_and_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a key of factor_init must be any of linear, .* got 'mlp'"):
         TransformerRanks(init={"mlp": "spectral"})
     with pytest.raises(ValueError, match="hidden_size must be a multiple of num_attention_heads, got 35 and 4 heads"):
-        TransformerRanks().check(**{**SIZES, "num_heads": 4})
+        FactorizedBertConfig(hidden_size=35, num_attention_heads=4)
