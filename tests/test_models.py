@@ -34,6 +34,7 @@ def test_full_rank_equals_the_stock_model_of_the_same_seed(head: Head, ranks: Ra
 
 @each_head_with_a_loss
 @each_kernel
+@pytest.mark.filterwarnings("ignore:.*do not compute by qk products")
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "with-dropout"])
 def test_full_rank_has_the_gradients_of_the_stock_model(head: Head, attention: str, training: bool) -> None:
     stock = head.build_stock(attention=attention).train(training)
