@@ -94,6 +94,7 @@ def test_attention_weights_and_hidden_states_of_narrow_heads(head: Head) -> None
         assert [a.shape[-1] for a in ours["cross_attentions"]] == [6, 6]
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
 @pytest.mark.parametrize("head", [DECODER, CROSS_DECODER], ids=["decoder", "cross-decoder"])
 def test_a_cache_of_unequal_widths_changes_nothing(head: Head) -> None:
     model, batch = head.build(LOW), head.batch()

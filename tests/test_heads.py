@@ -141,6 +141,7 @@ def test_it_is_saved_and_loaded_and_merged(name, tmp_path):
     assert "hf_fnl" not in (tmp_path / "plain" / "config.json").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_it_generates_as_the_merged_model_does(name, attention):
