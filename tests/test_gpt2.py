@@ -189,6 +189,7 @@ def test_a_cross_attention_may_start_otherwise_in_one_product_too() -> None:
 # Cross-attention and caches
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
 @pytest.mark.parametrize("ranks", [LOW, LOW_QKV], ids=["heads", "qkv"])
 @pytest.mark.parametrize("head", [LM, CROSS_LM], ids=["lm", "cross-lm"])
 @each_kernel
