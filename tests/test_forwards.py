@@ -1,9 +1,10 @@
-"""Forwards take what the stock ones take, by name and by position."""
+"""Forwards take what the stock ones take, by name and by position, and refuse what they do not know."""
 
 import inspect
 
 import bert_cases
 import gpt2_cases
+import llama_cases
 import marian_cases
 import pytest
 import torch
@@ -16,12 +17,23 @@ from transformers.utils.generic import find_labels
 
 HEADS = {
     f"{family}-{name}": head
-    for family, heads in {"bert": bert_cases.HEADS, "gpt2": gpt2_cases.HEADS, "marian": marian_cases.HEADS}.items()
+    for family, heads in {
+        each.__name__: each.HEADS for each in (bert_cases, gpt2_cases, llama_cases, marian_cases)
+    }.items()
     for name, head in heads.items()
 }
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 DECODERS = {"bert": bert_cases.DECODER, "gpt2": gpt2_cases.LM, "marian": marian_cases.DECODER}
 each_decoder = pytest.mark.parametrize("head", DECODERS.values(), ids=DECODERS)
+
+
+@each_head
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("unknown", ["atention_mask", "cache_position", "logits"])
+def test_an_argument_that_is_not_known_is_named(head: Head, training: bool, unknown: str) -> None:
+    model = head.build(head.family.low["all"]).train(training)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{unknown}'"):
+        model(**head.batch(), **{unknown: torch.ones(1)})
 
 
 @each_head
@@ -60,6 +72,8 @@ def test_what_the_attention_kernel_names_is_handed_to_it(head: Head) -> None:
         model, words = head.build(head.family.low["all"], attention="warm"), head.batch()["input_ids"]
         model(words, temperature=2.0)
         assert given == [2.0] * model.config.num_hidden_layers
+        with pytest.raises(TypeError, match="'coolness'"):
+            model(words, coolness=2.0)
     finally:
         for interface in (AttentionInterface, AttentionMaskInterface):
             del interface._global_mapping["warm"]

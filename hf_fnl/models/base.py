@@ -24,6 +24,7 @@ from hf_fnl.layers.whole import is_partitioned
 from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.models.cards import UploadsCard
 from hf_fnl.models.configuration import FactorizedConfig
+from hf_fnl.models.forwards import refuse_unknown_inputs_
 from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery.calibration import Calibration
 from hf_fnl.surgery.config import LayerRank, RankRule
@@ -78,6 +79,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         backbone_class: The family's class without a head.
         shapes_heads: Whether its attentions may shape heads as wide as their rank; see
             :func:`~hf_fnl.layers.heads.narrow_`.
+        loss_inputs: Arguments that the forward does not name and hands to its loss function.
     """
 
     config: Any
@@ -86,6 +88,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
     names: ClassVar[Names]
     backbone_class: ClassVar[type[PreTrainedModel]]
     shapes_heads: ClassVar[bool] = True
+    loss_inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -113,6 +116,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             raise ValueError(f"a {name} is made whole: call {name}(config), and DeepSpeed divides it when it starts")
         if is_first:
             self._cut_(self._cuts(self.config))
+            refuse_unknown_inputs_(self, self.loss_inputs)
 
     def initialize_weights(self) -> None:
         """As in Transformers; factors that a checkpoint lacks are drawn."""
@@ -507,7 +511,7 @@ def _draw_as_stock_(module: Factorized, weight: Tensor, std: float) -> None:
         weight.normal_(0.0, std)
 
 
-def take_over_(model: PreTrainedModel, other: PreTrainedModel) -> None:
+def adopt_modules_(model: PreTrainedModel, other: PreTrainedModel) -> None:
     """Give a model, in place, the modules and the configuration of another of its class, which is not used any more.
 
     Modules whose activations are recomputed in the backward pass go on so.

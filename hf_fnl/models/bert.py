@@ -14,7 +14,7 @@ from transformers.models.bert import modeling_bert as stock
 
 from hf_fnl.models.base import FactorizedPreTrainedModel, Names, is_loaded
 from hf_fnl.models.configuration import NarrowHeadsConfig
-from hf_fnl.models.forwards import extends
+from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, extends
 from hf_fnl.models.losses import at_labels, masked_lm_loss, next_sentence_loss
 from hf_fnl.models.register import register
 
@@ -154,6 +154,8 @@ class FactorizedBertForMaskedLM(_WithLMHead, stock.BertForMaskedLM):
 
 class FactorizedBertLMHeadModel(_WithLMHead, stock.BertLMHeadModel):
     """Left-to-right language modelling, for a configuration with ``is_decoder=True``."""
+
+    loss_inputs = CAUSAL_LOSS_INPUTS
 
     def post_init(self) -> None:
         """As every model does."""

@@ -16,7 +16,7 @@ from transformers.models.gpt2 import modeling_gpt2 as stock
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.models.base import FactorizedPreTrainedModel, Names
 from hf_fnl.models.configuration import NarrowHeadsConfig
-from hf_fnl.models.forwards import extends
+from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, extends
 from hf_fnl.models.losses import head_loss, is_plain
 from hf_fnl.models.register import register
 from hf_fnl.surgery.config import LayerRank
@@ -85,6 +85,7 @@ class FactorizedGPT2LMHeadModel(FactorizedGPT2PreTrainedModel, stock.GPT2LMHeadM
     """Left-to-right language modelling."""
 
     accepts_loss_kwargs = True
+    loss_inputs = CAUSAL_LOSS_INPUTS
 
     def post_init(self) -> None:
         """As every model does."""

@@ -8,6 +8,7 @@ from transformers.models.llama import modeling_llama as stock
 
 from hf_fnl.models.base import FactorizedPreTrainedModel, Names
 from hf_fnl.models.configuration import FactorizedConfig
+from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS
 from hf_fnl.models.register import register
 
 
@@ -53,6 +54,8 @@ FactorizedLlamaPreTrainedModel.backbone_class = FactorizedLlamaModel
 
 class FactorizedLlamaForCausalLM(FactorizedLlamaPreTrainedModel, stock.LlamaForCausalLM):
     """Left-to-right language modelling."""
+
+    loss_inputs = CAUSAL_LOSS_INPUTS
 
 
 register(FactorizedLlamaConfig, None, AutoModel=FactorizedLlamaModel, AutoModelForCausalLM=FactorizedLlamaForCausalLM)
