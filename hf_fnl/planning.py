@@ -339,12 +339,12 @@ class Kept:
             self.total += tensor.untyped_storage().nbytes()
         return tensor
 
-    def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def begin_layer(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         """Begin a layer."""
         self.inputs.append(args[0].nbytes)
         self.layers.append(-self.total)
 
-    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def end_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """End it."""
         self.layers[-1] += self.total
 
@@ -355,7 +355,10 @@ def kept_by(model: nn.Module) -> Iterator[Kept]:
     kept, handles = Kept(model), []
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            handles += [module.register_forward_pre_hook(kept.enter), module.register_forward_hook(kept.leave)]
+            handles += [
+                module.register_forward_pre_hook(kept.begin_layer),
+                module.register_forward_hook(kept.end_layer),
+            ]
     try:
         with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
             yield kept

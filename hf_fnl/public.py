@@ -63,10 +63,12 @@ from hf_fnl.vision.models import (
 )
 
 if TYPE_CHECKING:
-    from hf_fnl.training import DenseThenLowRank, FLAMBeTrainer, FLAMBeTrainingArguments, take_form_
+    from hf_fnl.training import DenseThenLowRank, FLAMBeTrainer, FLAMBeTrainingArguments, match_checkpoint_
 
 # Transformers' Trainer imports `datasets`; who only wants a model or an optimizer does not wait for it.
-_LAZY = dict.fromkeys(("DenseThenLowRank", "FLAMBeTrainer", "FLAMBeTrainingArguments", "take_form_"), "hf_fnl.training")
+_LAZY = dict.fromkeys(
+    ("DenseThenLowRank", "FLAMBeTrainer", "FLAMBeTrainingArguments", "match_checkpoint_"), "hf_fnl.training"
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -132,12 +134,12 @@ __all__ = [
     "inner_convolutions",
     "keep_narrow",
     "load",
+    "match_checkpoint_",
     "merge_",
     "model_card",
     "parameter_groups",
     "register_attention",
     "restore_",
     "spectral_init",
-    "take_form_",
     "vision_model",
 ]

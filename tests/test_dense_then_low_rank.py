@@ -35,7 +35,7 @@ from hf_fnl import (
     factorize_,
     load,
 )
-from hf_fnl.training import DenseThenLowRank, low_rank_phase, take_form_
+from hf_fnl.training import DenseThenLowRank, low_rank_phase, match_checkpoint_
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 
 WORKER = Path(__file__).parent / "workers" / "low_rank.py"
@@ -164,7 +164,7 @@ def test_a_trainer_of_transformers_goes_on_with_the_model_in_the_form_of_the_che
     assert factorized(first.model) == 6
     for step in (SWITCH - 1, SWITCH, SWITCH + 1):
         again = plain(tmp_path / "again", tiny_gpt2(seed=5))
-        take_form_(again.model, checkpoint(first, step))
+        match_checkpoint_(again.model, checkpoint(first, step))
         again.train(resume_from_checkpoint=checkpoint(first, step))
         assert_same_run(again, first)
 

@@ -178,7 +178,7 @@ def factorize(
         texts = calibrate and Texts(
             source=calibrate, column=text_column, samples=calibration_samples, length=calibration_length
         )
-        order = work.Order(
+        request = work.FactorizeRequest(
             source=model,
             target=out,
             rule=rule,
@@ -192,7 +192,7 @@ def factorize(
             overwrite=overwrite,
             command=_command_line(context),
         )
-        record = work.factorize(order, terminal)
+        record = work.factorize(request, terminal)
         table = layers_table(record["layers"], record["parameters_before"], record["parameters_after"])
         tokens = record["calibration_tokens"]
         used = [] if tokens is None else [f"calibrated with {tokens:,} tokens"]

@@ -37,7 +37,7 @@ _INHERITED = ("license", "license_name", "license_link", "language", "library_na
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class FactorizeRequest:
     """What ``hf-fnl factorize`` is asked for.
 
     Args:
@@ -69,7 +69,7 @@ class Order:
     command: str
 
 
-def factorize(order: Order, terminal: Terminal) -> dict[str, Any]:
+def factorize(request: FactorizeRequest, terminal: Terminal) -> dict[str, Any]:
     """Load, factorize and write a model.
 
     Returns:
@@ -77,65 +77,65 @@ def factorize(order: Order, terminal: Terminal) -> dict[str, Any]:
 
     Raises:
         OSError: If files are missing, damaged or cannot be written.
-        ValueError: If the order does not fit the model.
+        ValueError: If the request does not fit the model.
     """
-    needed = [order.texts.source] if order.texts and looks_like_path(order.texts.source) else []
-    with new_folder(order.target, source=order.source, overwrite=order.overwrite, needed=needed) as folder:
-        read = None if order.texts is None else read_texts(order.source, order.texts)
-        dense = load_model(order.source, terminal)
-        ours = _class_for(dense, order)
+    needed = [request.texts.source] if request.texts and looks_like_path(request.texts.source) else []
+    with new_folder(request.target, source=request.source, overwrite=request.overwrite, needed=needed) as folder:
+        read = None if request.texts is None else read_texts(request.source, request.texts)
+        dense = load_model(request.source, terminal)
+        ours = _class_for(dense, request)
         before = parameter_count(dense)["total"]
         batch, tokens = None, None
-        if order.texts is not None and read is not None:
+        if request.texts is not None and read is not None:
             with terminal.step("reading texts"):
-                batch = calibration_batch(dense, read, order.texts)
+                batch = calibration_batch(dense, read, request.texts)
             tokens = int(batch["attention_mask"].sum())
-            if tokens < (asked := order.texts.samples * order.texts.length):
-                terminal.note(f"note: {order.texts.source} gives {tokens:,} tokens to calibrate with, not {asked:,}")
+            if tokens < (asked := request.texts.samples * request.texts.length):
+                terminal.note(f"note: {request.texts.source} gives {tokens:,} tokens to calibrate with, not {asked:,}")
         with terminal.step("factorizing"):
-            model, layers = _convert(dense, ours, order, batch) if ours else _operate(dense, order, batch, terminal)
-        record = _record(order, tokens, before, parameter_count(model)["total"], layers)
+            model, layers = _convert(dense, ours, request, batch) if ours else _operate(dense, request, batch, terminal)
+        record = _record(request, tokens, before, parameter_count(model)["total"], layers)
         with terminal.step("writing"):
             model.save_pretrained(folder)
-            carry_files(order.source, folder)
+            carry_files(request.source, folder)
             write_json(folder / FACTORIZATION_FILE, record)
-            known = {"record": folder, "metadata": inherited_metadata(order.source)}
-            write_card(folder / CARD_FILE, model, name=order.target.resolve().name, **known)
+            known = {"record": folder, "metadata": inherited_metadata(request.source)}
+            write_card(folder / CARD_FILE, model, name=request.target.resolve().name, **known)
     return record
 
 
-def _class_for(dense: PreTrainedModel, order: Order) -> type[FactorizedPreTrainedModel] | None:
-    """Our class to make from a model, or ``None`` for surgery; an order that does not fit the model is refused."""
+def _class_for(dense: PreTrainedModel, request: FactorizeRequest) -> type[FactorizedPreTrainedModel] | None:
+    """Our class to make from a model, or ``None`` for surgery; an request that does not fit the model is refused."""
     name = type(dense).__name__
     if isinstance(dense, FactorizedPreTrainedModel):
-        raise ValueError(f"{order.source} is factorized already, a {name}; hf-fnl merge makes it dense")
-    ours = None if order.surgery else factorized_classes().get(type(dense))
-    if ours is None and order.ranks:
-        options = ", ".join(f"--{option.replace('_', '-')}" for option in order.ranks)
+        raise ValueError(f"{request.source} is factorized already, a {name}; hf-fnl merge makes it dense")
+    ours = None if request.surgery else factorized_classes().get(type(dense))
+    if ours is None and request.ranks:
+        options = ", ".join(f"--{option.replace('_', '-')}" for option in request.ranks)
         raise ValueError(f"{options}: a {name} is factorized layer by layer; use --rank, --ratio or another rule")
-    if ours is not None and (order.include or order.exclude):
+    if ours is not None and (request.include or request.exclude):
         raise ValueError(f"--include and --exclude need --surgery for a {name}; --kinds does not")
     return ours
 
 
 def _convert(
-    dense: PreTrainedModel, ours: type[FactorizedPreTrainedModel], order: Order, calibration: Calibration
+    dense: PreTrainedModel, ours: type[FactorizedPreTrainedModel], request: FactorizeRequest, calibration: Calibration
 ) -> tuple[PreTrainedModel, list[Layer]]:
     """A model of our class, and what became of the products of the dense one."""
-    options: dict[str, Any] = {**order.ranks, "rule": order.rule, "calibration": calibration}
-    if order.kinds:
-        options["kinds"] = order.kinds
+    options: dict[str, Any] = {**request.ranks, "rule": request.rule, "calibration": calibration}
+    if request.kinds:
+        options["kinds"] = request.kinds
     model = ours.from_dense(dense, **options)
     return model, list(_layers(dense, model))
 
 
 def _operate(
-    dense: PreTrainedModel, order: Order, calibration: Calibration, terminal: Terminal
+    dense: PreTrainedModel, request: FactorizeRequest, calibration: Calibration, terminal: Terminal
 ) -> tuple[PreTrainedModel, list[Layer]]:
     """The model itself after surgery, and what became of its layers."""
-    patterns = {"kinds": order.kinds, "include": order.include, "exclude": order.exclude}
-    options: dict[str, Any] = {name: value for name, value in patterns.items() if value} | vars(order.rule)
-    options["conv_scheme"] = order.conv_scheme
+    patterns = {"kinds": request.kinds, "include": request.include, "exclude": request.exclude}
+    options: dict[str, Any] = {name: value for name, value in patterns.items() if value} | vars(request.rule)
+    options["conv_scheme"] = request.conv_scheme
     done = factorize_(dense, FactorizationConfig(**options), calibration=calibration)
     for reason, names in done.skipped_by_reason().items():
         terminal.note(f"note: {listed(names)} {'stay' if len(names) > 1 else 'stays'} dense: {reason}")
@@ -165,11 +165,13 @@ def _layers(dense: PreTrainedModel, ours: PreTrainedModel) -> Iterator[Layer]:
         }
 
 
-def _record(order: Order, tokens: int | None, before: float, after: float, layers: list[Layer]) -> dict[str, Any]:
+def _record(
+    request: FactorizeRequest, tokens: int | None, before: float, after: float, layers: list[Layer]
+) -> dict[str, Any]:
     return {
-        "base_model": order.source,
-        "command": order.command,
-        "calibration": None if order.texts is None else asdict(order.texts),
+        "base_model": request.source,
+        "command": request.command,
+        "calibration": None if request.texts is None else asdict(request.texts),
         "calibration_tokens": tokens,
         "parameters_before": int(before),
         "parameters_after": int(after),

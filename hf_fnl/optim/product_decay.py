@@ -120,7 +120,7 @@ def _full_terms(products: Sequence[Product], source: Mapping[str, Tensor]) -> De
     return terms
 
 
-class Units(NamedTuple):
+class Blocks(NamedTuple):
     """The rows, or heads, of which a factor in a flattened parameter consists; a term needs each of them complete."""
 
     factor: Factor
@@ -128,13 +128,13 @@ class Units(NamedTuple):
     heads: int
     rank: int
     by_head: bool  # a head is a block of rows of the parameter
-    first: int  # where the first unit begins
+    first: int  # where the first block begins
     size: int
     number: int
 
     @classmethod
-    def of(cls, factor: Factor, shape: tuple[int, ...]) -> Units:
-        """Return the units of a factor in a parameter of a shape."""
+    def of(cls, factor: Factor, shape: tuple[int, ...]) -> Blocks:
+        """Return the blocks of a factor in a parameter of a shape."""
         columns, heads = shape[-1], math.prod(factor.heads or (1,))
         start, length = factor.section or (0, shape[factor.dim])
         rank = length // heads if factor.heads else columns
@@ -143,18 +143,18 @@ class Units(NamedTuple):
         return cls(factor, columns, heads, rank, False, 0, columns, math.prod(shape[:-1]))
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        """Return where the units begin and end of which the range from ``start`` to ``stop`` holds a part."""
+        """Return where the blocks begin and end of which the range from ``start`` to ``stop`` holds a part."""
         low, high = max(start - self.first, 0) // self.size, min(-((self.first - stop) // self.size), self.number)
         low, high = (low, high) if start < stop and low < high else (0, 0)
         return self.first + low * self.size, self.first + high * self.size
 
     def are_cut(self, bounds: Sequence[int]) -> bool:
-        """Return whether ranges that end at ``bounds`` cut a unit."""
+        """Return whether ranges that end at ``bounds`` cut a block."""
         inside = [bound - self.first for bound in bounds if self.first < bound < self.first + self.number * self.size]
         return any(place % self.size for place in inside)
 
     def matrices(self, flat: Tensor) -> Tensor:
-        """Return units that follow one another, flat, as ``(heads, rows, r)``: a view."""
+        """Return blocks that follow one another, flat, as ``(heads, rows, r)``: a view."""
         rows = flat.view(-1, self.columns)
         if self.by_head:
             return rows.unflatten(0, (-1, self.rank)).mT
@@ -164,17 +164,17 @@ class Units(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """The complete units of a factor of which this process holds a part: where they begin, and they, flat."""
+    """The complete blocks of a factor of which this process holds a part: where they begin, and they, flat."""
 
-    units: Units
+    blocks: Blocks
     begin: int
     flat: Tensor
 
     def of_heads(self, matrices: Tensor, begin: int) -> Tensor:
         """Return, of one matrix for each head, those of the heads in what is held from ``begin`` on."""
-        unit = self.units
-        low, high = (begin - unit.first) // unit.size, (self.begin + len(self.flat) - unit.first) // unit.size
-        return matrices[low:high] if unit.by_head else matrices
+        block = self.blocks
+        low, high = (begin - block.first) // block.size, (self.begin + len(self.flat) - block.first) // block.size
+        return matrices[low:high] if block.by_head else matrices
 
 
 def _sharded_terms(products: Sequence[Product], shards: Shards) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def _sharded_terms(products: Sequence[Product], shards: Shards) -> dict[str, Ten
     local = {name: shard.of(shard.owner.detach()).reshape(-1) for name, shard in shards.by_name.items()}
     entire = [part for each in products for part in (each.parts if each.is_tensor else each.parts[1:-1])]
     tall = [part for each in products for part in each.parts if part not in entire]
-    held = _complete([Units.of(part, shards.by_name[part.name].shape) for part in tall], local, shards)
+    held = _complete([Blocks.of(part, shards.by_name[part.name].shape) for part in tall], local, shards)
     sums = _sums(entire, held, local, shards)
     terms = {name: local[name].clone() for product in products for name in product.parameter_names}
     found: dict[tuple[str, int], Tensor] = {}  # by where it begins; factors beside each other share rows
@@ -198,7 +198,7 @@ def _sharded_terms(products: Sequence[Product], shards: Shards) -> dict[str, Ten
                 continue
             each, right = held[part], right.expand(*(part.heads or (1,)), *right.shape[-2:]).flatten(0, -3)
             out = found.setdefault((part.name, each.begin), each.flat.clone())
-            view = each.units.matrices
+            view = each.blocks.matrices
             view(out).copy_(view(each.flat) @ each.of_heads(right, each.begin))
     for (name, begin), F in found.items():
         low, high = _overlap(shards.by_name[name].range, (begin, begin + len(F)))
@@ -211,7 +211,7 @@ def _sums(
 ) -> dict[Factor, Tensor]:
     """Return the Gram matrices ``(*heads, r, r)`` of factors, and those that are taken entire, by one message."""
     shapes = {part: shards.by_name[part.name].shape for part in entire}
-    shapes |= {part: (*(part.heads or ()), each.units.rank, each.units.rank) for part, each in held.items()}
+    shapes |= {part: (*(part.heads or ()), each.blocks.rank, each.blocks.rank) for part, each in held.items()}
     sizes = list(map(math.prod, shapes.values()))
     example = local[next(iter(shapes)).name]
     message = example.new_zeros(sum(sizes), dtype=torch.promote_types(example.dtype, torch.float32))
@@ -224,40 +224,41 @@ def _sums(
             total[shard.start : shard.stop] = local[part.name]
             continue
         each = held[part]
-        unit, r = each.units, each.units.rank
-        begin = max(each.begin, unit.first - (unit.first - shard.start) // unit.size * unit.size)  # others count theirs
-        x = unit.matrices(each.flat[begin - each.begin :])
-        each.of_heads(total.view(unit.heads, r, r), begin).add_(x.mT @ x)
+        block, r = each.blocks, each.blocks.rank
+        own = block.first - (block.first - shard.start) // block.size * block.size  # before it others count theirs
+        begin = max(each.begin, own)
+        x = block.matrices(each.flat[begin - each.begin :])
+        each.of_heads(total.view(block.heads, r, r), begin).add_(x.mT @ x)
     shards.processes.sum_(message)
     return {part: total.to(local[part.name].dtype).view(shapes[part]) for part, total in totals.items()}
 
 
-def _complete(units: Sequence[Units], local: Mapping[str, Tensor], shards: Shards) -> dict[Factor, _Held]:
-    """Complete the units of which this process holds a part, by what others hold of them."""
+def _complete(blocks: Sequence[Blocks], local: Mapping[str, Tensor], shards: Shards) -> dict[Factor, _Held]:
+    """Complete the blocks of which this process holds a part, by what others hold of them."""
     nothing = next(iter(local.values())).new_empty(0)
     outgoing: list[list[Tensor]] = [[nothing] for _ in range(shards.processes.size)]
     incoming: list[list[int]] = [[] for _ in range(shards.processes.size)]
-    holders: dict[Factor, list[int]] = {}  # of the units of which a part is here
-    for unit in units:
-        shard, flat = shards.by_name[unit.factor.name], local[unit.factor.name]
-        span = unit.span(*shard.range)
+    holders: dict[Factor, list[int]] = {}  # of the blocks of which a part is here
+    for block in blocks:
+        shard, flat = shards.by_name[block.factor.name], local[block.factor.name]
+        span = block.span(*shard.range)
         ranges = list(itertools.pairwise(shard.bounds))
         lengths = [high - low for low, high in (_overlap(each, span) for each in ranges)]
-        holders[unit.factor] = [rank for rank, length in enumerate(lengths) if length]
-        for rank in set(holders[unit.factor]) - {shard.rank}:
-            outgoing[rank].append(_cut(flat, shard.start, *_overlap(shard.range, unit.span(*ranges[rank]))))
+        holders[block.factor] = [rank for rank, length in enumerate(lengths) if length]
+        for rank in set(holders[block.factor]) - {shard.rank}:
+            outgoing[rank].append(_cut(flat, shard.start, *_overlap(shard.range, block.span(*ranges[rank]))))
             incoming[rank].append(lengths[rank])
     arrived: list[Iterator[Tensor]] = [iter(()) for _ in incoming]
-    if any(unit.are_cut(shards.by_name[unit.factor.name].bounds) for unit in units):
+    if any(block.are_cut(shards.by_name[block.factor.name].bounds) for block in blocks):
         received = shards.processes.exchange([torch.cat(each) for each in outgoing], [sum(each) for each in incoming])
         arrived = [iter(message.split(each)) for message, each in zip(received, incoming, strict=True)]
     held = {}
-    for unit in units:
-        shard, flat = shards.by_name[unit.factor.name], local[unit.factor.name]
-        begin, end = unit.span(*shard.range)
+    for block in blocks:
+        shard, flat = shards.by_name[block.factor.name], local[block.factor.name]
+        begin, end = block.span(*shard.range)
         mine = _cut(flat, shard.start, *_overlap(shard.range, (begin, end)))
-        parts = [mine if rank == shard.rank else next(arrived[rank]).to(flat.dtype) for rank in holders[unit.factor]]
-        held[unit.factor] = _Held(unit, begin, torch.cat(parts) if parts else mine)
+        parts = [mine if rank == shard.rank else next(arrived[rank]).to(flat.dtype) for rank in holders[block.factor]]
+        held[block.factor] = _Held(block, begin, torch.cat(parts) if parts else mine)
     return held
 
 
@@ -275,7 +276,7 @@ def _check_factors(product: Product, source: Mapping[str, Tensor], shards: Shard
     """Raise a ``ValueError`` unless the factors of a product can be multiplied with each other."""
     held = [shards.by_name[part.name].owner if shards else source[part.name] for part in product.parts]
     shapes = [shards.by_name[part.name].shape if shards else tuple(source[part.name].shape) for part in product.parts]
-    ranks = set() if product.is_tensor else {Units.of(*each).rank for each in zip(product.parts, shapes, strict=True)}
+    ranks = set() if product.is_tensor else {Blocks.of(*each).rank for each in zip(product.parts, shapes, strict=True)}
     if len(ranks) > 1 or len({(p.dtype, p.device) for p in held}) > 1:
         listed = ", ".join(
             f"{part.name}: {p.dtype} of shape {shape} on {p.device}"

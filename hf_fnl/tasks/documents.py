@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.training.command_line import check_at_least, named
 from hf_fnl.utils.hub import check_source
-from hf_fnl.utils.processes import gather, together
+from hf_fnl.utils.processes import gather, raise_on_all
 
 SUFFIXES = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst"}
@@ -212,10 +212,10 @@ class DocumentOptions:
         }
         with named("dataset", self.dataset):
             if looks_like_path(self.dataset):
-                check_same_files(together(lambda: data_files([Path(self.dataset).expanduser()], self.split)))
+                check_same_files(raise_on_all(lambda: data_files([Path(self.dataset).expanduser()], self.split)))
             if not streaming:
-                return together(lambda: load_documents(**source))
-            documents = together(lambda: load_documents(streaming=True, shards=self.stream_shards, **source))
+                return raise_on_all(lambda: load_documents(**source))
+            documents = raise_on_all(lambda: load_documents(streaming=True, shards=self.stream_shards, **source))
             return documents.repeat(PASSES)
 
     def validation(self) -> datasets.Dataset | None:
@@ -223,7 +223,7 @@ class DocumentOptions:
         if (source := self.validation_dataset) is None:
             return None
         with named("validation_dataset", source):
-            return together(
+            return raise_on_all(
                 lambda: load_documents(
                     source,
                     split=self.validation_split,

@@ -4,7 +4,7 @@ import logging
 
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback
-from hf_fnl.training.form import take_form_
+from hf_fnl.training.form import match_checkpoint_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.optimizers import build_optimizer
 from hf_fnl.training.trainer import FLAMBeTrainer
@@ -15,7 +15,7 @@ __all__ = [
     "FLAMBeTrainer",
     "FLAMBeTrainingArguments",
     "build_optimizer",
-    "take_form_",
+    "match_checkpoint_",
 ]
 
 # accelerate imports DeepSpeed, where it is installed, whenever it unwraps a model; on importing, DeepSpeed says on

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_fnl.training.engines import innermost
 from hf_fnl.utils.files import flush, write_json
-from hf_fnl.utils.processes import first_decides, gather, is_first, process, together
+from hf_fnl.utils.processes import first_decides, gather, is_first, process, raise_on_all
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def write_manifest(checkpoint: Path, **facts: Any) -> None:
     gather(None)  # until all have written
     names = first_decides(lambda: sorted(_files(checkpoint)))
     number, count = process()
-    records = together(lambda: {name: _flushed(checkpoint / name) for name in names[number::count]})
+    records = raise_on_all(lambda: {name: _flushed(checkpoint / name) for name in names[number::count]})
     files = {name: record for part in gather(records) for name, record in part.items()}
     first_decides(lambda: _write(checkpoint, {**facts, "files": dict(sorted(files.items()))}))
 
@@ -183,7 +183,7 @@ def fault(checkpoint: Path) -> str | None:
 
     All processes must call this; they share the work and agree.
     """
-    return next((told for told in gather(together(lambda: next(_faults(checkpoint), None))) if told), None)
+    return next((told for told in gather(raise_on_all(lambda: next(_faults(checkpoint), None))) if told), None)
 
 
 def newest_complete(run: Path) -> Path | None:

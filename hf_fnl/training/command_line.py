@@ -26,7 +26,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.debug_utils import DebugOption
 from transformers.utils import logging as transformers_logging
 
-from hf_fnl.utils.processes import is_first, leave
+from hf_fnl.utils.processes import close_process_group, is_first
 from hf_fnl.utils.suggest import did_you_mean
 
 T = TypeVar("T")
@@ -383,7 +383,7 @@ def run_script(main: Callable[[list[str]], object], *, resumes: bool = False) ->
     _quiet(first=rank == 0)
     try:
         main(arguments)
-        leave()
+        close_process_group()
         raise SystemExit(0)
     except KeyboardInterrupt:
         status, message = INTERRUPTED, "interrupted"

@@ -12,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized
-from hf_fnl.models.base import take_over_
+from hf_fnl.models.base import adopt_modules_
 from hf_fnl.models.checkpoint import load
 
 
-def take_form_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def match_checkpoint_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Give a model, in place, the layers that it has in a checkpoint, dense or factorized.
 
     What is trained stays what is trained. Nothing is decomposed. An optimizer that holds parameters of the model does
@@ -45,7 +45,7 @@ def take_form_(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             parameter.requires_grad_(trained.get((path, weight), True))
             # Not where it lies in the file: results depend, in their last bits, on how memory is aligned.
             parameter.data = parameter.data.clone()
-    take_over_(model, there)
+    adopt_modules_(model, there)
 
 
 def rewrap_(model: nn.Module, options: DistributedDataParallelKwargs) -> None:

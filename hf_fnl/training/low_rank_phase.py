@@ -38,7 +38,7 @@ class DenseThenLowRank(TrainerCallback):
 
         callback = DenseThenLowRank(1000, functools.partial(factorize_, config=FactorizationConfig(rank=64)))
         trainer = Trainer(model, args, callbacks=[callback], ...)
-        take_form_(model, checkpoint)
+        match_checkpoint_(model, checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
 
     Args:
@@ -111,7 +111,7 @@ class DenseThenLowRank(TrainerCallback):
         elif (count := _count(model)) != _logged_parameters(state):
             raise ValueError(
                 f"the model has {count:,} parameters and had {_logged_parameters(state):,} when it became low-rank: "
-                "call take_form_(model, checkpoint) before train"
+                "call match_checkpoint_(model, checkpoint) before train"
             )
 
     def on_step_begin(

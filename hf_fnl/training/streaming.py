@@ -13,7 +13,7 @@ from accelerate.utils import is_torchdata_stateful_dataloader_available
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_fnl.utils.processes import together
+from hf_fnl.utils.processes import raise_on_all
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def stream_loader(dataset: Any, collate: Any, args: TrainingArguments) -> DataLo
     rank, world = args.process_index, args.world_size
     has_shards = dataset.num_shards >= world
     own = dataset.shard(world, rank) if has_shards else split_dataset_by_node(dataset, rank, world)
-    together(lambda: _check_not_empty(own, rank))
+    raise_on_all(lambda: _check_not_empty(own, rank))
     options: dict[str, Any] = {"num_workers": min(args.dataloader_num_workers, own.num_shards)}
     if options["num_workers"]:
         options["prefetch_factor"] = args.dataloader_prefetch_factor
@@ -126,7 +126,7 @@ class StreamPosition(TrainerCallback):
             found = {"readers": _readers(args), "state": loader.state_dict()}
             path = _file(Path(args.output_dir) / f"checkpoint-{state.global_step}", args)
             # All have written before the next callback lists the files of the checkpoint.
-            together(lambda: path.parent.is_dir() and path.write_text(json.dumps(found), encoding="utf-8"))
+            raise_on_all(lambda: path.parent.is_dir() and path.write_text(json.dumps(found), encoding="utf-8"))
 
 
 def _file(checkpoint: str | Path, args: TrainingArguments) -> Path:

@@ -39,7 +39,7 @@ from hf_fnl.training.checkpoints import (
 )
 from hf_fnl.training.engines import check_engine, innermost, is_sharded, set_state_dict_type
 from hf_fnl.training.finite import FiniteSteps, check_finite
-from hf_fnl.training.form import rewrap_, take_form_
+from hf_fnl.training.form import match_checkpoint_, rewrap_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.optimizers import build_optimizer, check_current, decayed_products, optimizer_and_decay
 from hf_fnl.training.profiling import DECAY, FORWARD, PASSES, ProfilerCallback
@@ -340,7 +340,7 @@ class FLAMBeTrainer(Trainer):
     def _take_form(self, folder: str) -> None:
         """Bring the model into the form that it has in a checkpoint."""
         is_dense = self._switch.is_ahead(TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)))
-        take_form_(self.model, folder)
+        match_checkpoint_(self.model, folder)
         self._take_up(is_dense=is_dense)
         self.optimizer = None
 

@@ -31,8 +31,8 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def leave() -> None:
-    """Wait for the other processes and close what connects them: the last that a script of several processes does.
+def close_process_group() -> None:
+    """Wait for the other processes and close what connects them, the last that a script of several processes does.
 
     Without this the threads of the process group run on while the interpreter ends, which now and then aborts a process
     whose work is all done, and its launcher reports a failure.
@@ -43,14 +43,14 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def together(action: Callable[[], T]) -> T:
-    """Do in every process what may fail in some of them, and let it fail in all.
+def raise_on_all(action: Callable[[], T]) -> T:
+    """Do what may fail in some processes, and fail in all if it failed in one.
 
     Without this a process whose disk lacks a file ends alone, and the others wait for it in their next collective.
 
     Args:
-        action: Called once. All processes of the run must call :func:`together` here, and ``action`` must not itself
-            call a collective after something that may fail.
+        action: Called once. All processes of the run must call :func:`raise_on_all` here, and ``action`` must not
+            itself call a collective after something that may fail.
 
     Returns:
         What ``action`` returns.
@@ -76,9 +76,9 @@ def first_decides(action: Callable[[], T]) -> T:
     """What an action returns on the first process, on all of them.
 
     Raises:
-        Exception: As :func:`together`.
+        Exception: As :func:`raise_on_all`.
     """
-    return gather(together(lambda: action() if is_first() else None))[0]  # type: ignore[return-value]
+    return gather(raise_on_all(lambda: action() if is_first() else None))[0]  # type: ignore[return-value]
 
 
 def replica(group: dist.ProcessGroup | None) -> tuple[int, int]:

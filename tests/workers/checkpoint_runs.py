@@ -16,7 +16,7 @@ import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
 import torch
 
 from hf_fnl import FLAMBeTrainer
-from hf_fnl.utils.processes import leave
+from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from checkpoint_cases import checkpoint_trainer
@@ -65,4 +65,4 @@ def main(plan: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    leave()
+    close_process_group()

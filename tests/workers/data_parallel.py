@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hf_fnl.utils.processes import leave
+from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from training_cases import losses, tiny_model, tiny_trainer
@@ -35,4 +35,4 @@ def main(output_dir: str, batch_size: str, accumulation: str, stock: str) -> Non
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    leave()
+    close_process_group()

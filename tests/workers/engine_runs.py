@@ -12,7 +12,7 @@ import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from hf_fnl.utils.processes import leave
+from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_cases import engine_trainer, train_and_measure
@@ -64,4 +64,4 @@ def main(folder: str, *runs: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    leave()
+    close_process_group()

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from hf_fnl.utils.processes import leave
+from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -40,4 +40,4 @@ def main(folder: str, batch_size: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    leave()
+    close_process_group()

@@ -10,7 +10,7 @@ from pathlib import Path
 import cpu_fsdp  # noqa: F401
 from accelerate.state import AcceleratorState
 
-from hf_fnl.utils.processes import leave
+from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "run_scripts"))
 import pretrain_bert
@@ -32,4 +32,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    close_process_group()

@@ -10,7 +10,7 @@ from typing import Any
 
 import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
 
-from hf_fnl.utils.processes import leave, process
+from hf_fnl.utils.processes import close_process_group, process
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_cases import ENGINES
@@ -47,4 +47,4 @@ def main(output_dir: str, *runs: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    leave()
+    close_process_group()

@@ -11,7 +11,7 @@ from pathlib import Path
 import cpu_fsdp  # noqa: F401
 from accelerate.state import AcceleratorState
 
-from hf_fnl.utils.processes import leave
+from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "run_scripts"))
 
@@ -25,4 +25,4 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    leave()
+    close_process_group()

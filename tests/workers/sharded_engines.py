@@ -19,7 +19,7 @@ import torch.distributed as dist
 from sharded_cases import batches, build, optimizer_for
 from torch import nn
 
-from hf_fnl.utils.processes import leave
+from hf_fnl.utils.processes import close_process_group
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -146,7 +146,7 @@ def main(folder: Path, cases: list[dict[str, Any]]) -> None:
             torch.save({name: w.detach().float().clone() for name, w in weights.items()}, folder / f"{case['name']}.pt")
     if RANK == 0:
         (folder / "facts.json").write_text(json.dumps(facts))
-    leave()
+    close_process_group()
 
 
 if __name__ == "__main__":

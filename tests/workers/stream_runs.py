@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hf_fnl.utils.processes import leave
+from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stream_cases import TRAINED, Recorder, stream
@@ -45,4 +45,4 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    leave()
+    close_process_group()

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from hf_fnl.utils.processes import leave
+from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate.utils import gather_object
@@ -47,4 +47,4 @@ def main(output_dir: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    leave()
+    close_process_group()
