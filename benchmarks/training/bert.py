@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from benchmarks.training.common import Broken, RepeatedStep, Run, run_parser, run_program, set_rate
+from benchmarks.training.common import Broken, RepeatedStep, Run, TextTraining, precision, run_parser, run_program
 from benchmarks.training.squad_data import Windows, best_spans, read_questions, score_answers
 from benchmarks.training.text_data import TextData, Tokens
 from hf_fnl import (
@@ -191,23 +191,7 @@ def build_optimizer(name: str, model: nn.Module, rate: Tensor, weight_decay: flo
     return Lamb(groups, **shared)
 
 
-class Precision:
-    """Mixed precision: bfloat16 where asked for.
-
-    Args:
-        device: Where.
-        bf16: Whether matrix products are computed in bfloat16.
-    """
-
-    def __init__(self, device: torch.device, *, bf16: bool) -> None:
-        self.device, self.bf16 = device, bf16
-
-    def __call__(self) -> torch.autocast:
-        """Return a context for a forward pass."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
-
-
-class Pretraining:
+class Pretraining(TextTraining):
     """The model, optimizer and step of a run's pretraining.
 
     Args:
@@ -217,9 +201,8 @@ class Pretraining:
     """
 
     def __init__(self, options: argparse.Namespace, run: Run, text: TextData) -> None:
-        self.options, self.run = options, run
+        super().__init__(options, run)
         self.vocab_size = text.tokenizer("wordpiece").get_vocab_size()
-        self.precision = Precision(run.device, bf16=options.bf16)
         self.model: Any = build_model(options, self.vocab_size).to(run.device)
         self.corpus = Corpus(text.tokens("wordpiece", "train"), run.device)
         self.held_out = self._held_out(Corpus(text.tokens("wordpiece", "validation"), run.device))
@@ -244,14 +227,7 @@ class Pretraining:
         Raises:
             Broken: If the run has to stop; its checkpoint is written.
         """
-        done = 0
-        if state is not None:
-            done = state["step"]
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            set_rate(self.optimizer, self.rate)
-            self.loss.fill_(state["loss"])
-            self.run.restore_random(state)
+        done = 0 if state is None else self.restore(state)
         begin = 0
         for phase in self.options.phases:
             if done < begin + phase.steps:
@@ -262,22 +238,12 @@ class Pretraining:
         options = self.options
         step = RepeatedStep(self._step_of(phase), self.run.device, capture=not options.eager)
         for number in range(begin, end):
-            if number % options.check_steps == 0 and self._must_stop(number):
+            if number % options.check_steps == 0 and self.must_stop(number):
                 raise Broken(f"after {number} steps of pretraining")
             self.rate.fill_(options.lr * self.schedule(number))
             step()
             if (number + 1) % options.log_steps == 0:
                 self._log(number + 1, phase.length)
-
-    def _must_stop(self, number: int) -> bool:
-        """Whether to stop; waits for the device, which would otherwise lie far behind this loop, and then saves."""
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
-        if not self.run.must_stop():
-            return False
-        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        self.run.save({"step": number, "loss": self.loss.item(), **states})
-        return True
 
     def _step_of(self, phase: Phase) -> Callable[[], None]:
         begins = self.corpus.window_begins(phase.length - 2)
@@ -287,7 +253,7 @@ class Pretraining:
             self.optimizer.zero_grad(set_to_none=True)
             chosen = begins[torch.randint(len(begins), (phase.batch,), device=begins.device)]
             batch = mask_tokens(self.corpus.windows(chosen, phase.length - 2), self.vocab_size)
-            with self.precision():
+            with precision(self.options, self.run):
                 logits = masked_logits(self.model, batch)
             loss = F.cross_entropy(logits, batch.labels.flatten())
             self.loss.add_(loss.detach())
@@ -299,10 +265,7 @@ class Pretraining:
         return step
 
     def _log(self, step: int, length: int) -> None:
-        figures: dict[str, Any] = {"step": step, "length": length, "loss": self.loss.item() / self.options.log_steps}
-        self.loss.zero_()
-        if not np.isfinite(figures["loss"]):
-            raise FloatingPointError(f"the loss is {figures['loss']} at step {step}; lower --lr")
+        figures: dict[str, Any] = {"step": step, "length": length, "loss": self.take_loss(step)}
         if step % self.options.eval_steps == 0:
             figures |= self.evaluate()
         self.run.log(**figures)
@@ -314,7 +277,7 @@ class Pretraining:
         sums = torch.zeros(2, device=self.run.device)
         for first in range(0, len(self.held_out.ids), self.options.eval_batch):
             batch = MaskedBatch(*(tensor[first : first + self.options.eval_batch] for tensor in self.held_out))
-            with self.precision():
+            with precision(self.options, self.run):
                 logits = masked_logits(self.model, batch)
             labels = batch.labels.flatten()
             hits = (logits.argmax(-1) == labels).sum()
@@ -342,7 +305,6 @@ class FineTuning:
 
     def __init__(self, options: argparse.Namespace, run: Run, text: TextData, pretrained: Path) -> None:
         self.options, self.run, self.pretrained = options, run, pretrained
-        self.precision = Precision(run.device, bf16=options.bf16)
         length, stride = options.squad_length, options.squad_stride
         self.train = text.squad("train", length, stride, options.max_questions)
         self.dev = text.squad("dev", length, stride, options.max_questions)
@@ -377,7 +339,7 @@ class FineTuning:
         def step() -> None:
             optimizer.zero_grad(set_to_none=True)
             rows = order.index_select(0, number.long()[None])[0]
-            with self.precision():
+            with precision(self.options, self.run):
                 logits = _span_logits(model, *(data[name][rows] for name in ("ids", "context_begins", "lengths")))
             starts, ends = (
                 F.cross_entropy(side, data[name][rows]) for side, name in zip(logits, ("starts", "ends"), strict=True)
@@ -408,7 +370,7 @@ class FineTuning:
         data, found = _on_device(self.dev, self.run.device), []
         for first in range(0, len(self.dev.ids), self.options.eval_batch):
             part = {name: tensor[first : first + self.options.eval_batch] for name, tensor in data.items()}
-            with self.precision():
+            with precision(self.options, self.run):
                 start, end = _span_logits(model, part["ids"], part["context_begins"], part["lengths"])
             found.append(best_spans(start, end, part["in_context"]))
         columns = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))

@@ -9,7 +9,6 @@ import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from benchmarks.grid import commit
+from benchmarks.grid_tables import write_text
 from benchmarks.house.machine import machine
 
 RESULT_FILE, CHECKPOINT_FILE = "result.json", "checkpoint.pt"
@@ -158,34 +159,75 @@ class Run:
             "history": self.history,
             "notes": self.notes,
             "command": self.command,
-            "commit": commit(),
+            "commit": commit() or None,
             "seconds": self.seconds(),
             "machine": machine(str(self.device)),
         }
-        partial = self.folder / f"{RESULT_FILE}.partial"
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.folder / RESULT_FILE)
+        write_text(self.folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
         (self.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         return result
-
-
-def commit() -> str | None:
-    """Return the commit that runs: that of ``HF_FNL_COMMIT``, or of the repository that this file lies in."""
-    if given := os.environ.get("HF_FNL_COMMIT"):
-        return given
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def set_rate(optimizer: Optimizer, rate: Tensor) -> None:
     """Let all groups of an optimizer read their learning rate from one tensor, which a CUDA graph reads too."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def precision(options: argparse.Namespace, run: Run) -> torch.autocast:
+    """Return a context for a forward pass: bfloat16 where the options ask for it."""
+    return torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=options.bf16)
+
+
+class TextTraining:
+    """Base of the trainings of text models: going on from a checkpoint, stopping, logging.
+
+    Subclasses set ``model``, ``optimizer``, ``rate`` (a tensor that the optimizer reads) and ``loss`` (a tensor, the
+    sum since the last log).
+
+    Args:
+        options: Of the program.
+        run: The run.
+    """
+
+    model: Any
+    optimizer: Optimizer
+    rate: Tensor
+    loss: Tensor
+
+    def __init__(self, options: argparse.Namespace, run: Run) -> None:
+        self.options, self.run = options, run
+
+    def restore(self, state: dict[str, Any]) -> int:
+        """Go on from a checkpoint; returns its step."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        set_rate(self.optimizer, self.rate)
+        self.loss.fill_(state["loss"])
+        self.run.restore_random(state)
+        return int(state["step"])
+
+    def must_stop(self, number: int, **more: Any) -> bool:
+        """Whether to stop; waits for the device, which would otherwise lie far behind the loop, and then saves."""
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+        if not self.run.must_stop():
+            return False
+        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        self.run.save({"step": number, "loss": self.loss.item(), **states, **more})
+        return True
+
+    def take_loss(self, step: int) -> float:
+        """Return the mean loss since the last log.
+
+        Raises:
+            FloatingPointError: If it is not finite.
+        """
+        loss = self.loss.item() / self.options.log_steps
+        self.loss.zero_()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}; lower --lr")
+        return loss
 
 
 class RepeatedStep:

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from transformers import AttentionInterface
 from transformers.utils import logging
 
-from benchmarks.training.common import Broken, RepeatedStep, Run, run_parser, run_program, set_rate
+from benchmarks.training.common import Broken, RepeatedStep, Run, TextTraining, precision, run_parser, run_program
 from benchmarks.training.text_data import TextData, Tokens
 from hf_fnl import (
     FactorizedGPT2Config,
@@ -121,7 +121,7 @@ def token_losses(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), targets.flatten())
 
 
-class Training:
+class Training(TextTraining):
     """The model, optimizer and step of a run.
 
     Args:
@@ -131,7 +131,7 @@ class Training:
     """
 
     def __init__(self, options: argparse.Namespace, run: Run, text: TextData) -> None:
-        self.options, self.run = options, run
+        super().__init__(options, run)
         vocab_size = text.tokenizer("byte_bpe").get_vocab_size()
         self.model: Any = build_model(options, vocab_size, dense=options.form != "low_rank").to(run.device)
         self.stream = _on_device(text.tokens("byte_bpe", "train"), run.device)
@@ -157,14 +157,9 @@ class Training:
         """
         done = 0
         if state is not None:
-            done = state["step"]
             if state["is_low_rank"] and self.dense_steps:
                 self._become_low_rank()
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            set_rate(self.optimizer, self.rate)
-            self.loss.fill_(state["loss"])
-            self.run.restore_random(state)
+            done = self.restore(state)
         if self.dense_steps and not linear_products(self.model):
             self._train(done, self.dense_steps, 1.0)
             self._become_low_rank()
@@ -185,23 +180,14 @@ class Training:
         options = self.options
         step = RepeatedStep(self._step, self.run.device, capture=not options.eager)
         for number in range(begin, end):
-            if number % options.check_steps == 0 and self._must_stop(number):
+            if number % options.check_steps == 0 and self.must_stop(
+                number, is_low_rank=bool(linear_products(self.model))
+            ):
                 raise Broken(f"after {number} steps")
             self.rate.fill_(scale * options.lr_scale * options.lr * schedule(number, options.steps))
             step()
             if (number + 1) % options.log_steps == 0:
                 self._log(number + 1)
-
-    def _must_stop(self, number: int) -> bool:
-        """Whether to stop; waits for the device, which would otherwise lie far behind this loop, and then saves."""
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
-        if not self.run.must_stop():
-            return False
-        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        states["is_low_rank"] = bool(linear_products(self.model))
-        self.run.save({"step": number, "loss": self.loss.item(), **states})
-        return True
 
     def _step(self) -> None:
         options = self.options
@@ -209,21 +195,15 @@ class Training:
         place = torch.arange(options.length + 1, device=self.run.device)
         begins = torch.randint(len(self.stream) - options.length, (options.batch, 1), device=self.run.device)
         windows = self.stream[begins + place].long()
-        with self._precision():
+        with precision(self.options, self.run):
             loss = token_losses(self.model, windows[:, :-1], windows[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.loss.add_(loss.detach())
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.run.device.type, dtype=torch.bfloat16, enabled=self.options.bf16)
-
     def _log(self, step: int) -> None:
-        figures: dict[str, Any] = {"step": step, "loss": self.loss.item() / self.options.log_steps}
-        self.loss.zero_()
-        if not math.isfinite(figures["loss"]):
-            raise FloatingPointError(f"the loss is {figures['loss']} at step {step}; lower --lr")
+        figures: dict[str, Any] = {"step": step, "loss": self.take_loss(step)}
         if step % self.options.eval_steps == 0:
             figures |= {"perplexity": self.perplexity("perplexity"), **self.figures()}
         self.run.log(**figures)
@@ -240,7 +220,7 @@ class Training:
         self.model.eval()
         for first in range(0, blocks, self.options.eval_batch):
             rows = slice(first, first + self.options.eval_batch)
-            with self._precision():
+            with precision(self.options, self.run):
                 loss = token_losses(self.model, ids[rows].long(), targets[rows].long())
             total += loss * len(ids[rows])
         self.model.train()
