@@ -59,6 +59,8 @@ def refuse_unknown_inputs_(model: PreTrainedModel, more: Iterable[str] = ()) -> 
     forwards = model.forward, model.base_model.forward
     parameters = [p for forward in forwards for p in inspect.signature(forward).parameters.values()]
     named = {p.name for p in parameters if p.kind is not Parameter.VAR_KEYWORD}
+    if "cache" in named:  # Transformers 5.24 renamed it, and takes the old name, too
+        named.add("past_key_values")
     known = frozenset(named | set(more) | TransformersKwargs.__annotations__.keys() | {"return_dict"})
     model.register_forward_pre_hook(functools.partial(_check_inputs, known), with_kwargs=True)
 
