@@ -20,20 +20,20 @@ NAMES = ("transformers", "accelerate")
 # Transformers 5.17 needs an older huggingface_hub than the environment has, and that one another client.
 WITH_LOWEST = ("huggingface_hub<2", "httpx", "httpcore")
 TESTS = (
-    "tests/test_forwards.py",
-    "tests/test_plain_heads.py",
-    "tests/test_adapters_of_families.py",
-    "tests/test_continuous_batching.py",
-    "tests/test_gpt2.py",
-    "tests/test_gpt2_generation.py",
-    "tests/test_bert.py",
-    "tests/test_marian.py",
-    "tests/test_marian_generation.py",
-    "tests/test_trainer.py",
-    "tests/test_checkpoints.py",
+    "tests/models/test_forwards.py",
+    "tests/models/test_plain_heads.py",
+    "tests/models/test_adapters_of_families.py",
+    "tests/models/test_continuous_batching.py",
+    "tests/models/test_gpt2.py",
+    "tests/models/test_gpt2_generation.py",
+    "tests/models/test_bert.py",
+    "tests/models/test_marian.py",
+    "tests/models/test_marian_generation.py",
+    "tests/training/test_trainer.py",
+    "tests/training/test_checkpoints.py",
     "tests/test_workarounds.py",
-    "tests/test_surgery.py",
-    "tests/test_heads.py",
+    "tests/surgery/test_surgery.py",
+    "tests/surgery/test_heads.py",
 )
 # Flex attention compiles for minutes. Transformers 5.17 compiles no training step of Marian, has no beams where its
 # vocabularies differ, and has another name for checkpointing of activations.

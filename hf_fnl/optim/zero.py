@@ -1,6 +1,6 @@
 """Where DeepSpeed's ZeRO keeps the float32 weights of a parameter: the only file that reads its private fields.
 
-Seen in deepspeed 0.19; ``tests/workers/sharded_engines.py`` checks what each field means.
+Seen in deepspeed 0.19; ``tests/support/workers/sharded_engines.py`` checks what each field means.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 It runs at commit fea37fb only, whose code it has to import::
 
     git worktree add --detach ../v01 fea37fb
-    PYTHONPATH=../v01 python tests/fixtures_0_1/write.py
+    PYTHONPATH=../v01 python tests/models/fixtures_0_1/write.py
 
 Each folder holds what ``save_pretrained`` wrote and ``expected.safetensors``: inputs, and the outputs for them, as
 ``inputs.NAME`` and ``outputs.NAME``.

@@ -10,7 +10,7 @@ from pathlib import Path
 from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[3]))
 from training_cases import tiny_trainer
 from transformers import TrainerCallback
 

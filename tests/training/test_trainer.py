@@ -25,7 +25,7 @@ from hf_fnl import (
 )
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 
-WORKER = Path(__file__).parent / "workers" / "data_parallel.py"
+WORKER = Path(__file__).parents[1] / "support" / "workers" / "data_parallel.py"
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from hf_fnl import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 from hf_fnl.training.engines import check_engine, check_optimizer
 
-WORKER = Path(__file__).parent / "workers" / "engine_runs.py"
+WORKER = Path(__file__).parents[1] / "support" / "workers" / "engine_runs.py"
 LIMIT = 1e-5  # of a weight after five steps in fp32: below 2e-6 with AVX-512, 2.7e-6 with AVX2
 
 

@@ -293,7 +293,7 @@ def test_a_script_says_nothing_that_concerns_no_one():
 
 @pytest.mark.slow
 def test_a_training_that_is_interrupted(tmp_path):
-    script = Path(__file__).parents[1] / "run_scripts" / "train_vision.py"
+    script = Path(__file__).parents[2] / "run_scripts" / "train_vision.py"
     flags = "--width 3 --max_train_images 88 --max_eval_images 37 --num_train_epochs 9999 --use_cpu"
     command = [sys.executable, str(script), *flags.split(), "--output_dir", str(tmp_path)]
     # Where this suite itself runs in the background, SIGINT is ignored, and a child would ignore it, too.

@@ -27,7 +27,7 @@ MISSING: dict[str, tuple[str, Any]] = {
 
 def source() -> Path | None:
     """The unpacked source of the installed Transformers: ``$TRANSFORMERS_SOURCE``, or a folder beside this project."""
-    beside = Path(__file__).parents[2] / f"transformers-{transformers.__version__}"
+    beside = Path(__file__).parents[3] / f"transformers-{transformers.__version__}"
     folder = Path(os.environ.get("TRANSFORMERS_SOURCE", beside))
     return folder if (folder / "tests" / "test_modeling_common.py").is_file() else None
 

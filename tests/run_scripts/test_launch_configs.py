@@ -16,7 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from launching import free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "run_scripts" / "launch"
 YAMLS = sorted(FOLDER.glob("*.yaml"))
 JSONS = sorted(FOLDER.glob("*.json"))
@@ -151,7 +151,7 @@ def test_a_launcher_trains_under_the_engine_that_it_names(name, tmp_path):
     processes = RUNS[name][1]
     sharing = ["--num_processes", str(processes), "--main_process_port", str(free_port())] if processes > 1 else []
     config = ["--config_file", str(FOLDER / f"{name}.yaml"), "--num_cpu_threads_per_process", "1", *sharing]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "tests/workers/launched.py"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "tests/support/workers/launched.py"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *TINY.split(), "--output_dir", str(tmp_path)],

@@ -20,7 +20,7 @@ from hf_fnl.models.cards import MARK, is_automatic
 # One process launches once for all of these tests.
 pytestmark = pytest.mark.xdist_group("hub")
 
-WORKER = Path(__file__).parent / "workers" / "hub_client.py"
+WORKER = Path(__file__).parents[1] / "support" / "workers" / "hub_client.py"
 WEIGHTS = "model.safetensors"
 FILES = {"README.md", "config.json", WEIGHTS}
 HAND_WRITTEN = "---\nlicense: mit\n---\n\n# Ours\n\nWritten by hand.\n"

@@ -208,7 +208,7 @@ def test_other_readers_read_up_to_the_step(tmp_path, caplog):
 
 def test_two_processes_share_a_stream_and_go_on(tmp_path):
     (tmp_path / "here.jsonl").write_text(lines(TEXTS))
-    codes, output = launch("tests/workers/stream_runs.py", str(tmp_path))
+    codes, output = launch("tests/support/workers/stream_runs.py", str(tmp_path))
     assert codes == [0, 0], output
     facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(2)]
     for shards in (5, 1):

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from hf_fnl.utils.processes import close_process_group
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "run_scripts"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "run_scripts"))
 
 
 def main(path: str) -> None:

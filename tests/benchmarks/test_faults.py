@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_after_every_fault_the_curve_is_that_of_an_undisturbed_run_and_no_checkpoint_is_lost(tmp_path):

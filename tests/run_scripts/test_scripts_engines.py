@@ -30,7 +30,7 @@ from hf_fnl.training.averaging import average_checkpoints, newest_checkpoints
 # One process launches once for all of these tests.
 pytestmark = pytest.mark.xdist_group("scripts and engines")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUIET = "--use_cpu --report_to none --disable_tqdm true --logging_steps 1"
 SIZE = "--vocab_size 300 --max_documents 12 --ov_rank 5 --ffn_rank 7 --embedding_rank 11 --weight_decay 0.1 --dropout 0"
 RUNS = {
@@ -64,7 +64,7 @@ def launch(engine: str, folder: Path) -> None:
     config = ["--config_file", str(ROOT / "run_scripts" / "launch" / f"{engine}.yaml"), "--num_processes", "2"]
     config += ["--main_process_port", str(free_port()), "--num_cpu_threads_per_process", "1"]
     config += ["--mixed_precision", "no"] if engine == "fsdp2" else []
-    worker = ["tests/workers/script_runs.py", str(folder / "runs.json")]
+    worker = ["tests/support/workers/script_runs.py", str(folder / "runs.json")]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *config, *worker],
         cwd=ROOT,

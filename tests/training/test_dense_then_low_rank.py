@@ -38,7 +38,7 @@ from hf_fnl import (
 from hf_fnl.training import DenseThenLowRank, low_rank_phase, match_checkpoint_
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 
-WORKER = Path(__file__).parent / "workers" / "low_rank.py"
+WORKER = Path(__file__).parents[1] / "support" / "workers" / "low_rank.py"
 SAVING = {"save_strategy": "steps", "save_steps": 1, "low_rank_lr_scale": 0.5}
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from engine_cases import engine_trainer, largest_difference, train_and_measure
 
-WORKER = Path(__file__).parent / "workers" / "engine_runs.py"
+WORKER = Path(__file__).parents[1] / "support" / "workers" / "engine_runs.py"
 PORT = "29540"  # nobody else listens in a namespace of one's own
 NAME = "everything"
 LAUNCHES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from training_cases import losses, tiny_trainer
 
-WORKER = Path(__file__).parent / "workers" / "fault_elastic.py"
+WORKER = Path(__file__).parents[1] / "support" / "workers" / "fault_elastic.py"
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
 
 

@@ -12,7 +12,7 @@ from launching import launch
 from reference.flambe import ReferenceFLAMBe
 from sharded_cases import batches, build, groups_of, products_of
 
-WORKER = Path(__file__).parent / "workers" / "sharded_engines.py"
+WORKER = Path(__file__).parents[1] / "support" / "workers" / "sharded_engines.py"
 TORCH = [
     {"name": "ddp", "engine": "ddp"},
     {"name": "fsdp2-accumulation-clip", "engine": "fsdp2", "accumulation": 2, "clip": 0.5},

@@ -14,7 +14,7 @@ from translation_cases import losses, tiny_trainer
 
 from hf_fnl.tasks.translation_training import TranslationArguments, smoothed_cross_entropy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def logits_and_labels(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +135,7 @@ def test_a_pair_that_no_batch_holds_is_refused_before_training(tmp_path):
 
 
 def run_two_processes(folder: Path) -> dict:
-    codes, output = launch(ROOT / "tests/workers/translation_parallel.py", str(folder))
+    codes, output = launch(ROOT / "tests/support/workers/translation_parallel.py", str(folder))
     assert not any(codes), output
     return json.loads((folder / "facts.json").read_text())
 

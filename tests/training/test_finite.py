@@ -252,7 +252,7 @@ def test_all_processes_decide_alike(tmp_path, engine):
     """The loss is infinite in the second of two processes only."""
     kind, steps = ENGINES[engine]
     runs = [f"{engine}/{action}" for action in steps]
-    codes, output = launch(Path(__file__).parent / "workers" / "nonfinite.py", str(tmp_path), *runs)
+    codes, output = launch(Path(__file__).parents[1] / "support" / "workers" / "nonfinite.py", str(tmp_path), *runs)
     assert codes == [0, 0], output
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second

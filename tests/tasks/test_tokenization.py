@@ -23,7 +23,7 @@ from hf_fnl.tasks.tokenization import (
     train_wordpiece,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CORPUS = embedded_documents()[:4]
 MOSES = "ich bin &apos;s , sagte er -- das 400-fache !"
 ORDINARY = 'Größe: 3,5 kg (ungefähr).  Zwei Leerzeichen "wörtlich".'

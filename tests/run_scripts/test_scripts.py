@@ -24,7 +24,7 @@ from hf_fnl.tasks.embedded import embedded_squad
 from hf_fnl.tasks.squad import SquadOptions
 from hf_fnl.training.command_line import UsageError, parse_arguments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY_MODEL = """
     --vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 2 --num_attention_heads 3
     --intermediate_size 40 --max_position_embeddings 64 --qk_rank 5 --ov_rank 6 --ffn_rank 7 --embedding_rank 11

@@ -18,7 +18,7 @@ from hf_fnl.training.checkpoints import MANIFEST_FILE, checkpoints, fault
 pytestmark = pytest.mark.xdist_group("checkpoints across engines")
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-WORKER = Path(__file__).parent / "workers" / "checkpoint_runs.py"
+WORKER = Path(__file__).parents[1] / "support" / "workers" / "checkpoint_runs.py"
 
 # Name of a run: its processes, its engine, what it goes on from. One process is this one.
 RUNS = {
