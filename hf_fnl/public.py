@@ -5,15 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_fnl.attention import AttentionProjections, Product, Section, find_products, register_attention
-from hf_fnl.layers import (
-    Factorized,
-    FactorizedConv2d,
-    FactorizedEmbedding,
-    FactorizedLinear,
-    TensorizedConv2d,
-    keep_narrow,
-)
+import hf_fnl.vision.models  # noqa: F401  (registers them)
+from hf_fnl.attention import Product, find_products, register_attention
+from hf_fnl.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.math.spectral import spectral_init
 from hf_fnl.models import (
     FactorizedBertConfig,
@@ -41,54 +35,45 @@ from hf_fnl.models import (
     FactorizedMarianModel,
     FactorizedMarianMTModel,
 )
-from hf_fnl.models.cards import model_card
 from hf_fnl.models.checkpoint import load
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 from hf_fnl.optim.diagnostics import diagnose
 from hf_fnl.optim.frobenius_decay import FrobeniusDecay
-from hf_fnl.surgery import Factorization, factorize_, merge_, restore_
+from hf_fnl.surgery import factorize_, merge_
 from hf_fnl.surgery.config import FactorizationConfig, RankRule
-from hf_fnl.vision.models import (
-    CifarResNetConfig,
-    CifarResNetForImageClassification,
-    CifarResNetModel,
-    VGGConfig,
-    VGGForImageClassification,
-    VGGModel,
-    WideResNetConfig,
-    WideResNetForImageClassification,
-    WideResNetModel,
-    inner_convolutions,
-    vision_model,
-)
 
 if TYPE_CHECKING:
-    from hf_fnl.training import DenseThenLowRank, FLAMBeTrainer, FLAMBeTrainingArguments, match_checkpoint_
+    from hf_fnl.training import DenseThenLowRank, FLAMBeTrainer, FLAMBeTrainingArguments
 
-# Transformers' Trainer imports `datasets`; who only wants a model or an optimizer does not wait for it.
-_LAZY = dict.fromkeys(
-    ("DenseThenLowRank", "FLAMBeTrainer", "FLAMBeTrainingArguments", "match_checkpoint_"), "hf_fnl.training"
-)
+# Names that stand elsewhere, by module. Transformers' Trainer imports `datasets`: who only wants a model or an
+# optimizer does not wait for it. The others were public in 0.1, whose programs go on.
+_ELSEWHERE = {
+    "hf_fnl.training": ("DenseThenLowRank", "FLAMBeTrainer", "FLAMBeTrainingArguments"),
+    "hf_fnl.vision.models": (
+        *("CifarResNetConfig", "CifarResNetForImageClassification", "CifarResNetModel", "VGGConfig"),
+        *("VGGForImageClassification", "VGGModel", "WideResNetConfig", "WideResNetForImageClassification"),
+        *("WideResNetModel", "inner_convolutions", "vision_model"),
+    ),
+    "hf_fnl.attention": ("AttentionProjections", "Section"),
+    "hf_fnl.layers": ("Factorized", "keep_narrow"),
+    "hf_fnl.models.cards": ("model_card",),
+    "hf_fnl.surgery": ("Factorization", "restore_"),
+}
+_MODULES = {name: module for module, names in _ELSEWHERE.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'hf_fnl' has no attribute {name!r}")
 
 
 __all__ = [
-    "AttentionProjections",
-    "CifarResNetConfig",
-    "CifarResNetForImageClassification",
-    "CifarResNetModel",
     "DenseThenLowRank",
     "FLAMBe",
     "FLAMBeTrainer",
     "FLAMBeTrainingArguments",
-    "Factorization",
     "FactorizationConfig",
-    "Factorized",
     "FactorizedBertConfig",
     "FactorizedBertForMaskedLM",
     "FactorizedBertForMultipleChoice",
@@ -120,26 +105,13 @@ __all__ = [
     "Lamb",
     "Product",
     "RankRule",
-    "Section",
     "TensorizedConv2d",
-    "VGGConfig",
-    "VGGForImageClassification",
-    "VGGModel",
-    "WideResNetConfig",
-    "WideResNetForImageClassification",
-    "WideResNetModel",
     "diagnose",
     "factorize_",
     "find_products",
-    "inner_convolutions",
-    "keep_narrow",
     "load",
-    "match_checkpoint_",
     "merge_",
-    "model_card",
     "parameter_groups",
     "register_attention",
-    "restore_",
     "spectral_init",
-    "vision_model",
 ]

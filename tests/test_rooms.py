@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_fnl
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_fnl"
 # From the lowest to the highest; a file imports from its own room and lower ones.
@@ -81,3 +83,11 @@ def test_importing_the_package_pulls_in_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_public_names_are_few_and_those_of_before_are_found():
+    names = set(hf_fnl.__all__)
+    assert len(names) == len(hf_fnl.__all__) <= 45
+    moved = {"CifarResNetModel", "vision_model", "keep_narrow", "Section", "restore_", "model_card"}
+    assert not moved & names
+    assert all(hasattr(hf_fnl, name) for name in names | moved)

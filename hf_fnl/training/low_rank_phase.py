@@ -111,7 +111,7 @@ class DenseThenLowRank(TrainerCallback):
         elif (count := _count(model)) != _logged_parameters(state):
             raise ValueError(
                 f"the model has {count:,} parameters and had {_logged_parameters(state):,} when it became low-rank: "
-                "call match_checkpoint_(model, checkpoint) before train"
+                "call hf_fnl.training.match_checkpoint_(model, checkpoint) before train"
             )
 
     def on_step_begin(
