@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.house.against import compare_with
-from benchmarks.house.theme import options_of, parser, theme
+from benchmarks.harness.against import compare_with
+from benchmarks.harness.theme import options_of, parser, theme
 from benchmarks.themes import NAMES
 
 logger = logging.getLogger("benchmarks")

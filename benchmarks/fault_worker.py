@@ -142,7 +142,7 @@ def _run(job: Job, rank: int, count: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     if job.engine == "fsdp2":
-        import tests.workers.cpu_fsdp  # noqa: F401
+        import tests.support.workers.cpu_fsdp  # noqa: F401
     sys.argv = ["training"]
 
     def main(arguments: list[str]) -> None:

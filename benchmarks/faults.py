@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fault_worker import ENGINES, STEPS, Job, start, wait, write_data
-from benchmarks.house.machine import machine
-from benchmarks.house.record import revision, write_result
+from benchmarks.harness.machine import machine
+from benchmarks.harness.record import revision, write_result
 from hf_fnl.training.checkpoints import MANIFEST_FILE, checkpoint_folder, checkpoints, fault
 
 RESULT = Path(__file__).parent / "results" / "faults.json"

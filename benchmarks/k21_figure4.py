@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.house.grids import add_cell, run_once
+from benchmarks.harness.grids import add_cell, run_once
 
 SCALES = (1.0, 0.5, 0.25)
 DECAYS = {

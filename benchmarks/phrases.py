@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.house.grids import run_once
-from benchmarks.house.machine import machine
-from benchmarks.house.record import write_result
+from benchmarks.harness.grids import run_once
+from benchmarks.harness.machine import machine
+from benchmarks.harness.record import write_result
 
 RESULT = Path(__file__).parent / "results" / "phrases.json"
 

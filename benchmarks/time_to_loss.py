@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.house.grids import run_once
-from benchmarks.house.machine import machine
-from benchmarks.house.record import write_result
-from benchmarks.house.tables import write_table
-from benchmarks.house.timing import interleave, ratio
+from benchmarks.harness.grids import run_once
+from benchmarks.harness.machine import machine
+from benchmarks.harness.record import write_result
+from benchmarks.harness.tables import write_table
+from benchmarks.harness.timing import interleave, ratio
 from hf_fnl.report.drawing import draw_png
 from hf_fnl.report.panels import PALETTE, Key, Line, Panel
 

@@ -13,9 +13,9 @@ import torch
 from benchmarks.experiments.metrics import measure
 from benchmarks.experiments.rows import Row
 from benchmarks.experiments.runs import Run, suffix
-from benchmarks.house.machine import machine
-from benchmarks.house.record import write_result
-from benchmarks.house.tables import markdown_table
+from benchmarks.harness.machine import machine
+from benchmarks.harness.record import write_result
+from benchmarks.harness.tables import markdown_table
 from hf_fnl.utils.files import write_text
 
 # Figures of a run that stand beside its metrics.

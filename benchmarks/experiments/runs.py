@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from benchmarks.experiments.rows import SCALES, Row, Settings
-from benchmarks.house.grids import run_once
+from benchmarks.harness.grids import run_once
 from hf_fnl.utils.files import write_text
 from hf_fnl.utils.suggest import did_you_mean
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.house.record import write_result
-from benchmarks.house.tables import markdown_table
-from benchmarks.house.theme import RESULTS
+from benchmarks.harness.record import write_result
+from benchmarks.harness.tables import markdown_table
+from benchmarks.harness.theme import RESULTS
 from benchmarks.themes import NAMES
 from hf_fnl.utils.files import write_text
 

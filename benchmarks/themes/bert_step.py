@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering, BertModel, PreTrainedModel
 
-from benchmarks.house.steps import ATTENTION, Batch, Contender, Steps, check_close, sweep_steps
-from benchmarks.house.sweeps import Sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Goal, Row
+from benchmarks.harness.steps import ATTENTION, Batch, Contender, Steps, check_close, sweep_steps
+from benchmarks.harness.sweeps import Sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Goal, Row
 from benchmarks.peers.lora import with_lora
 from hf_fnl import (
     FactorizedBertConfig,

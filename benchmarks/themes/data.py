@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.house.steps import check_close
-from benchmarks.house.sweeps import Sweep, time_sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Case, Comparison, Goal, Row
+from benchmarks.harness.steps import check_close
+from benchmarks.harness.sweeps import Sweep, time_sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Case, Comparison, Goal, Row
 
 # What BERT-base with a third of its encoder's parameters is trained on in a second by one H200, about.
 NEEDED = 5000

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from benchmarks.house.limits import copy_rate, count_flops, matrix_rate
-from benchmarks.house.sweeps import Sweep, time_sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Case, Comparison, Row
+from benchmarks.harness.limits import copy_rate, count_flops, matrix_rate
+from benchmarks.harness.sweeps import Sweep, time_sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Case, Comparison, Row
 from benchmarks.themes.gpt2_step import QK_OV, TINY, TINY_RANKS
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.layers.linear import dense_weight

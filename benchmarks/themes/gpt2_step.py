@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from benchmarks.house.steps import ATTENTION, Batch, Contender, Steps, check_close, sweep_steps
-from benchmarks.house.sweeps import Sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Row
+from benchmarks.harness.steps import ATTENTION, Batch, Contender, Steps, check_close, sweep_steps
+from benchmarks.harness.sweeps import Sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Row
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 
 STOCK = "stock"

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
-from benchmarks.house.limits import matrix_rate
-from benchmarks.house.sweeps import Sweep, time_sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Case, Comparison, Goal, Row, interleave
+from benchmarks.harness.limits import matrix_rate
+from benchmarks.harness.sweeps import Sweep, time_sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Case, Comparison, Goal, Row, interleave
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining
 from hf_fnl.math.spectral import spectral_init
 from hf_fnl.math.truncation import Projection, truncate_ov

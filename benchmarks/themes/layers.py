@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.house.limits import count_flops, matrix_rate
-from benchmarks.house.sweeps import Sweep, time_sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Case, Comparison, Goal, Row
+from benchmarks.harness.limits import count_flops, matrix_rate
+from benchmarks.harness.sweeps import Sweep, time_sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Case, Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_
 from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES

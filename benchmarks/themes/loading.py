@@ -15,10 +15,10 @@ import torch
 from transformers import BertConfig, BertForPreTraining, PreTrainedModel
 from transformers.utils import logging
 
-from benchmarks.house.limits import copy_rate
-from benchmarks.house.sweeps import Sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Case, Comparison, Goal, Row, interleave
+from benchmarks.harness.limits import copy_rate
+from benchmarks.harness.sweeps import Sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Case, Comparison, Goal, Row, interleave
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining
 
 STOCK, OURS = "stock class", "factorized class"

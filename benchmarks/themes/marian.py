@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import MarianConfig, MarianMTModel, PreTrainedModel
 
-from benchmarks.house.limits import count_flops
-from benchmarks.house.steps import Batch, Contender, Steps, sweep_steps
-from benchmarks.house.sweeps import Sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Case, Comparison, Row
+from benchmarks.harness.limits import count_flops
+from benchmarks.harness.steps import Batch, Contender, Steps, sweep_steps
+from benchmarks.harness.sweeps import Sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Case, Comparison, Row
 from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
 
 STOCK, BEAMS = "stock", 4

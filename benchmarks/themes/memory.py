@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from benchmarks.house.memory import peak_bytes
-from benchmarks.house.sweeps import Sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Comparison, Goal, Row
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.sweeps import Sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_
 from hf_fnl.layers import keep_narrow
 from hf_fnl.vision.models import inner_convolutions, vision_model

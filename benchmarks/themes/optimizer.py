@@ -9,19 +9,19 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from tests.reference.flambe import ReferenceFLAMBe
+from tests.reference.lamb import ReferenceLamb
 from torch import nn
 from torch.optim import Optimizer
 from transformers import BertConfig, BertForPreTraining
 
-from benchmarks.house.limits import copy_rate, count_flops, matrix_rate
-from benchmarks.house.sweeps import Sweep, time_sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Case, Comparison, Goal, Row
+from benchmarks.harness.limits import copy_rate, count_flops, matrix_rate
+from benchmarks.harness.sweeps import Sweep, time_sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Case, Comparison, Goal, Row
 from hf_fnl.attention import Product, find_products
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
-from tests.reference.flambe import ReferenceFLAMBe
-from tests.reference.lamb import ReferenceLamb
 
 ADAMW, LAMB, FLAMBE = "torch AdamW (fused)", "hf_fnl Lamb", "hf_fnl FLAMBe"
 COMPILED = ", compiled"

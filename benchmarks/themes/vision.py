@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.house.limits import count_flops, matrix_rate
-from benchmarks.house.memory import peak_bytes
-from benchmarks.house.sweeps import Sweep, time_sweep
-from benchmarks.house.theme import Options, Theme
-from benchmarks.house.timing import Case, Comparison, Goal, Row
+from benchmarks.harness.limits import count_flops, matrix_rate
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.sweeps import Sweep, time_sweep
+from benchmarks.harness.theme import Options, Theme
+from benchmarks.harness.timing import Case, Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_, merge_
 from hf_fnl.layers.convolution import Convolution
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES

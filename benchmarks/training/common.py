@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from benchmarks.grid import commit
 from benchmarks.grid_tables import write_text
-from benchmarks.house.machine import machine
+from benchmarks.harness.machine import machine
 
 RESULT_FILE, CHECKPOINT_FILE = "result.json", "checkpoint.pt"
 EAGER_STEPS = 3  # before a capture, so that every library has made what it makes once

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 import benchmarks.gpu.suite as gpu_suite
-import benchmarks.house.against as against
+import benchmarks.harness.against as against
 from benchmarks import time_to_loss
 from benchmarks.__main__ import main
-from benchmarks.house.record import revision
-from benchmarks.house.sweeps import Sweep, growth
-from benchmarks.house.tables import markdown_table, workload_tables
-from benchmarks.house.theme import Options, Theme, render
-from benchmarks.house.timing import Comparison, Goal, interleave
+from benchmarks.harness.record import revision
+from benchmarks.harness.sweeps import Sweep, growth
+from benchmarks.harness.tables import markdown_table, workload_tables
+from benchmarks.harness.theme import Options, Theme, render
+from benchmarks.harness.timing import Comparison, Goal, interleave
 from benchmarks.themes import NAMES
 
 
@@ -79,7 +79,7 @@ def test_cases_take_turns_and_none_is_always_first():
 
 def test_a_row_compares_within_rounds(monkeypatch):
     times = {"slow": [4.0, 8.0, 6.0], "fast": [2.0, 2.0, 2.0]}
-    monkeypatch.setattr("benchmarks.house.timing.interleave", lambda *args, **options: times)
+    monkeypatch.setattr("benchmarks.harness.timing.interleave", lambda *args, **options: times)
     goals = {"fast": Goal("slow", faster=3)}
     slow, fast = Comparison("w", {"slow": int, "fast": int}, "slow", {"fast": 6.0}, goals).measure("cpu", rounds=3)
     assert (slow["speedup"], fast["speedup"], fast["share_of_limit"]) == (1, 3, 0.5)

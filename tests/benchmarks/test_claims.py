@@ -17,7 +17,7 @@ import train_translation
 import train_vision
 from transformers import BertConfig, BertModel
 
-from benchmarks.house.record import ROOT
+from benchmarks.harness.record import ROOT
 from hf_fnl import (
     FactorizedBertConfig,
     FactorizedBertModel,

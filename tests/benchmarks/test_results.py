@@ -9,9 +9,9 @@ import subprocess
 
 import pytest
 
-import benchmarks.house.grids as grids
-from benchmarks.house.grids import add_cell, run_once
-from benchmarks.house.record import ROOT, revision, write_result
+import benchmarks.harness.grids as grids
+from benchmarks.harness.grids import add_cell, run_once
+from benchmarks.harness.record import ROOT, revision, write_result
 
 HASH = "[0-9a-f]{40}"
 
@@ -54,7 +54,7 @@ def test_nothing_but_the_record_writes_results():
             if "write_json" in names or dumps:
                 writers.add(path.relative_to(ROOT).as_posix())
     # The runner of grids writes tables of what ran; each result in them names the commit of its training.
-    assert writers == {"benchmarks/house/record.py", "benchmarks/grid.py"}
+    assert writers == {"benchmarks/harness/record.py", "benchmarks/grid.py"}
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from transformers import HfArgumentParser
 from benchmarks.experiments.metrics import measure
 from benchmarks.experiments.rows import SCALES, read_rows
 from benchmarks.experiments.runs import ROOT, Launch, data_places
-from benchmarks.house.grids import run_once
-from benchmarks.house.record import revision
+from benchmarks.harness.grids import run_once
+from benchmarks.harness.record import revision
 from hf_fnl.training.command_line import UsageError
 from hf_fnl.vision.image_batches import ImageOptions
 from hf_fnl.vision.image_training import ImageTrainingArguments

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.house.machine import machine
-from benchmarks.house.record import revision, write_result
-from benchmarks.house.tables import write_table
+from benchmarks.harness.machine import machine
+from benchmarks.harness.record import revision, write_result
+from benchmarks.harness.tables import write_table
 
 
 def run_once(

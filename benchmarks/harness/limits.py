@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from benchmarks.house.timing import interleave
+from benchmarks.harness.timing import interleave
 from hf_fnl.planning import flop_counter
 
 _WIDTHS = {"cpu": (512, 1024), "cuda": (4096, 8192)}  # of square matrices

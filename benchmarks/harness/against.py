@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.house.record import revision, write_result
-from benchmarks.house.tables import write_table
-from benchmarks.house.theme import Options
+from benchmarks.harness.record import revision, write_result
+from benchmarks.harness.tables import write_table
+from benchmarks.harness.theme import Options
 
 ROOT = Path(__file__).parents[2]
 TURNS = 4  # even, so that each goes first as often as the other

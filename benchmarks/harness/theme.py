@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.house.machine import machine
-from benchmarks.house.record import revision, write_result
-from benchmarks.house.sweeps import Sweep, draw
-from benchmarks.house.tables import workload_tables
-from benchmarks.house.timing import Row
+from benchmarks.harness.machine import machine
+from benchmarks.harness.record import revision, write_result
+from benchmarks.harness.sweeps import Sweep, draw
+from benchmarks.harness.tables import workload_tables
+from benchmarks.harness.timing import Row
 from hf_fnl.utils.files import write_text
 
 T = TypeVar("T")
@@ -62,7 +62,7 @@ class Theme:
     Args:
         name: As given on the command line, and of the files.
         check: Raises a ``RuntimeError`` if something that would be timed gives a wrong answer.
-        measure: Rows, most of them from :class:`~benchmarks.house.timing.Comparison`; what a peer that is missing
+        measure: Rows, most of them from :class:`~benchmarks.harness.timing.Comparison`; what a peer that is missing
             would have been is a row with ``not_measured``, the reason.
         sweeps: How the costs grow.
         environment: Names of environment variables on which the results depend; they are part of the command.

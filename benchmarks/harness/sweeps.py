@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.house.timing import Case, interleave
+from benchmarks.harness.timing import Case, interleave
 from hf_fnl.training.command_line import tracked
 
 Points = list[tuple[float, float]]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.house.limits import count_flops, matrix_rate
-from benchmarks.house.memory import peak_bytes
-from benchmarks.house.sweeps import Sweep, time_sweep
-from benchmarks.house.timing import Case, Comparison, Goal, Row
+from benchmarks.harness.limits import count_flops, matrix_rate
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.sweeps import Sweep, time_sweep
+from benchmarks.harness.timing import Case, Comparison, Goal, Row
 
 Batch = dict[str, Tensor]
 
