@@ -28,7 +28,7 @@ from benchmarks.harness.record import write_result
 from benchmarks.harness.tables import write_table
 from benchmarks.harness.timing import interleave, ratio
 from hf_fnl.report.drawing import draw_png
-from hf_fnl.report.panels import PALETTE, Key, Line, Panel
+from hf_fnl.report.sections import PALETTE, Line, Panel
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "time_to_loss.json"
@@ -135,10 +135,10 @@ def draw(rows: Sequence[dict[str, Any]], curves: dict[str, Curve], target: Path)
             Line(row["case"], [(step * scale(row), loss) for step, loss in curves[row["case"]]], colour)
             for row, colour in zip(rows, PALETTE, strict=False)
         ]
-        return Panel("MLM loss on held-out articles", xlabel, "loss", lines, [])
+        return Panel("MLM loss on held-out articles", xlabel, "loss", lines)
 
     panels = [panel("updates", lambda row: 1), panel("minutes", lambda row: row["seconds_per_update"] / 60)]
-    draw_png(panels, [Key(line.label, line.colour) for line in panels[0].lines], target, columns=2)
+    draw_png(panels, target, columns=2)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -247,8 +246,8 @@ def inspect(
 
         loaded = load_model(model, terminal)
         with terminal.step("decomposing") as advance:
-            found = inspect_model(loaded, energies=read_energies(model), progress=advance)
-        rows = sort_rows([asdict(row) for row in found], sort)
+            found, energies = inspect_model(loaded, advance), read_energies(model)
+        rows = sort_rows([matrix.figures(energies.get(matrix.name)) for matrix in found], sort)
         count = parameter_count(loaded)
         total, dense = int(count["total"]), int(count["dense_equivalent"])
         sizes = {"parameters": total, "parameters_dense": dense, "ratio": count["ratio"]}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix of a model.
+    """A matrix of a model and its singular values; norms and ranks of an attention product are means over its heads.
 
     Args:
         name: Name of the product, or of the layer that holds a plain matrix.
@@ -37,6 +37,7 @@ class Matrix:
         parameters: Entries of the factors, or of the plain matrix, all heads together.
         flops: Operations a token, or a position of an image: two for each entry that is multiplied with, none for
             what is looked up.
+        singular_values: Descending, ``(heads, k)``; one row for what has no heads.
     """
 
     name: str
@@ -45,61 +46,64 @@ class Matrix:
     rank: int
     parameters: int
     flops: int
+    singular_values: Tensor
+
+    @property
+    def frobenius_norm(self) -> float:
+        """``||W||_F``."""
+        return float(self.singular_values.norm(dim=-1).mean())
+
+    @property
+    def nuclear_norm(self) -> float:
+        """``||W||_*``, the sum of the singular values."""
+        return float(self.singular_values.sum(-1).mean())
+
+    @property
+    def effective_rank(self) -> float:
+        """``||W||_* / ||W||_op`` (Kamalakara et al. 2022, Sec. 3.3), 0 for a zero matrix."""
+        nuclear_norm, operator_norm = self.singular_values.sum(-1), self.singular_values.amax(-1)
+        return float(torch.where(operator_norm > 0, nuclear_norm / operator_norm, 0).mean())
+
+    @property
+    def rank_90(self) -> int:
+        """Smallest rank that keeps 90 % of ``||W||_F^2``; one for all heads."""
+        kept = self.singular_values.square().sum(0).cumsum(0)
+        return int((kept < 0.9 * kept[-1]).sum()) + 1 if kept[-1] > 0 else 0
+
+    def figures(self, energy: float | None = None) -> dict[str, Any]:
+        """Return all but the singular values by name, with the share of ``||W||_F^2`` kept at factorization."""
+        names = ("name", "kind", "shape", "rank", "parameters", "flops", "frobenius_norm", "nuclear_norm")
+        return {name: getattr(self, name) for name in (*names, "effective_rank", "rank_90")} | {"energy": energy}
 
 
-@dataclass(frozen=True)
-class Spectrum(Matrix):
-    """A matrix and its singular values.
-
-    Args:
-        values: Singular values, descending, ``(heads, k)``; one row for what has no heads.
-    """
-
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class Row(Matrix):
-    """What ``hf-fnl inspect`` shows of a matrix. The figures of an attention product are means over its heads.
-
-    Args:
-        frobenius_norm: ``||W||_F``.
-        nuclear_norm: ``||W||_*``, the sum of the singular values.
-        effective_rank: ``||W||_* / ||W||_op`` (Kamalakara et al. 2022, Sec. 3.3), 0 for a zero matrix.
-        rank_90: Smallest rank that keeps 90 % of ``||W||_F^2``; one for all heads.
-        energy: Share of ``||W||_F^2`` that was kept at factorization, where that was recorded.
-    """
-
-    frobenius_norm: float
-    nuclear_norm: float
-    effective_rank: float
-    rank_90: int
-    energy: float | None = None
-
-
-def inspect_model(
-    model: nn.Module, *, energies: Mapping[str, float] | None = None, progress: Progress | None = None
-) -> list[Row]:
-    """Describe every product and every other matrix of a model, in the order of its modules.
+@torch.no_grad()
+def inspect_model(model: nn.Module, progress: Progress | None = None) -> list[Matrix]:
+    """Return every product and every other matrix of a model, in the order of its modules.
 
     Each weight is counted once: the projections of an attention under their ``qk`` and ``ov`` products, a tied table
     under the first layer that holds it. So the parameters add up, and so do the operations: without plain convolutions
-    to those of :func:`~hf_fnl.optim.diagnostics.forward_flops`.
+    to those of :func:`~hf_fnl.optim.diagnostics.forward_flops`. Singular values come from cores and Gram matrices.
 
     Args:
         model: Any model, factorized or not, with its weights in memory.
-        energies: Energy that each product kept, as :func:`read_energies` reads it.
         progress: Called with the number of matrices done and that of all.
 
     Raises:
         ValueError: If the model holds no matrix or is on the meta device, or a weight is not finite.
     """
-    energies = energies or {}
-    return [describe(spectrum, energies.get(spectrum.name)) for spectrum in measure_spectra(model, progress)]
+    held = list(_held_matrices(model))
+    if not held:
+        raise ValueError(f"{type(model).__name__} holds no product, linear layer, convolution or embedding to inspect")
+    matrices = []
+    for done, each in enumerate(held, start=1):
+        matrices.append(_measured(each))
+        if progress is not None:
+            progress(done, len(held))
+    return matrices
 
 
 def read_energies(folder: str | Path) -> dict[str, float]:
-    """Energy that products kept, by name, from the ``factorization.json`` of a model folder; empty where there is none.
+    """Return the energy that products kept, by name, from the ``factorization.json`` of a model folder, if it has one.
 
     Raises:
         ValueError: If the file is damaged.
@@ -110,40 +114,6 @@ def read_energies(folder: str | Path) -> dict[str, float]:
         return {layer["name"]: layer["energy"] for layer in layers if layer.get("energy") is not None}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: a layer lacks its name") from error
-
-
-@torch.no_grad()
-def measure_spectra(model: nn.Module, progress: Progress | None = None) -> list[Spectrum]:
-    """Singular values of every matrix that :func:`inspect_model` describes, from cores and Gram matrices."""
-    matrices = list(_matrices(model))
-    if not matrices:
-        raise ValueError(f"{type(model).__name__} holds no product, linear layer, convolution or embedding to inspect")
-    spectra = []
-    for done, matrix in enumerate(matrices, start=1):
-        spectra.append(_spectrum(matrix))
-        if progress is not None:
-            progress(done, len(matrices))
-    return spectra
-
-
-def describe(spectrum: Spectrum, energy: float | None = None) -> Row:
-    """The figures of a matrix from its singular values."""
-    s = spectrum.values
-    nuclear_norm, operator_norm = s.sum(-1), s.amax(-1)
-    cumulated = s.square().sum(0).cumsum(0)
-    return Row(
-        name=spectrum.name,
-        kind=spectrum.kind,
-        shape=spectrum.shape,
-        rank=spectrum.rank,
-        parameters=spectrum.parameters,
-        flops=spectrum.flops,
-        frobenius_norm=float(s.norm(dim=-1).mean()),
-        nuclear_norm=float(nuclear_norm.mean()),
-        effective_rank=float(torch.where(operator_norm > 0, nuclear_norm / operator_norm, 0).mean()),
-        rank_90=int((cumulated < 0.9 * cumulated[-1]).sum()) + 1 if cumulated[-1] > 0 else 0,
-        energy=energy,
-    )
 
 
 class _Held(NamedTuple):
@@ -159,7 +129,7 @@ class _Held(NamedTuple):
     matrix: Tensor | None = None
 
 
-def _matrices(model: nn.Module) -> Iterator[_Held]:
+def _held_matrices(model: nn.Module) -> Iterator[_Held]:
     attentions = _attention_products(model)
     held = {id(model.get_parameter(name)) for found in attentions.values() for p in found for name in p.parameter_names}
     flops = _flops_by_weight(model)
@@ -219,7 +189,7 @@ def _attention_products(model: nn.Module) -> dict[str, list[Product]]:
     return found
 
 
-def _spectrum(held: _Held) -> Spectrum:
+def _measured(held: _Held) -> Matrix:
     name, kind, factors, flops, matrix = held
     if any(factor.is_meta for factor in factors):
         raise ValueError(f"{name} is on the meta device: load the weights of the model before it is inspected")
@@ -232,7 +202,7 @@ def _spectrum(held: _Held) -> Spectrum:
     else:
         (m, n), values = matrix.shape, _singular_values(matrix)
     parameters = sum(factor.numel() for factor in factors)
-    return Spectrum(name, kind, (m, n), rank, parameters, flops, values.double().cpu().reshape(-1, values.shape[-1]))
+    return Matrix(name, kind, (m, n), rank, parameters, flops, values.double().cpu().reshape(-1, values.shape[-1]))
 
 
 def _singular_values(weight: Tensor) -> Tensor:

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-import itertools
+import base64
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from hf_fnl.report.chapters import Chapter, Section, make_chapters
-from hf_fnl.report.drawing import draw_svg, require_matplotlib
-from hf_fnl.report.inspection import Progress, describe
-from hf_fnl.report.panels import INK, PALETTE, Key
+from hf_fnl.report.drawing import describe, draw_svg, require_matplotlib
+from hf_fnl.report.inspection import Progress
+from hf_fnl.report.sections import PALETTE, Section, make_chapters
 from hf_fnl.report.sources import Source, read_sources
-from hf_fnl.report.style import STYLE
-from hf_fnl.report.summary import summarize
 from hf_fnl.utils.files import check_writable, write_text
 from hf_fnl.utils.suggest import printable
 
-_ABSENT = "-"
 _PAPERS = (
     "K21: Khodak, Tenenholtz, Mackey, Fusi, Initialization and Regularization of Factorized Neural Layers, ICLR 2021. "
     "K22: Kamalakara et al., Exploring Low Rank Training of Deep Neural Networks, 2022."
 )
 _COLUMNS = {
-    "matrix": "name",
+    "name": "matrix",
     "kind": "kind",
     "shape": "shape",
     "rank": "rank",
     "parameters": "parameters",
-    "FLOPs per token or position": "flops",
-    "‖W‖<sub>F</sub>": "frobenius_norm",
-    "‖W‖<sub>*</sub>": "nuclear_norm",
-    "effective rank": "effective_rank",
-    "rank for 90 % of ‖W‖<sub>F</sub>²": "rank_90",
-    "energy kept": "energy",
+    "flops": "FLOPs per token or position",
+    "frobenius_norm": "‖W‖<sub>F</sub>",
+    "nuclear_norm": "‖W‖<sub>*</sub>",
+    "effective_rank": "effective rank",
+    "rank_90": "rank for 90 % of ‖W‖<sub>F</sub>²",
+    "energy": "energy kept",
 }
+_STYLE = """
+main { max-width: 76rem; margin: auto; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; }
+h1, code { overflow-wrap: anywhere; }
+h2 { margin-top: 2.5rem; border-top: 1px solid #ddd; }
+p { max-width: 46rem; color: #555; }
+img { display: block; max-width: 100%; }
+.table { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child { text-align: left; font-weight: 400; }
+summary { cursor: pointer; }
+"""
 
 
 def write_report(sources: Sequence[str | Path], target: str | Path, *, progress: Progress | None = None) -> Path:
@@ -65,104 +74,79 @@ def write_report(sources: Sequence[str | Path], target: str | Path, *, progress:
 
 
 def make_page(sources: Sequence[Source]) -> str:
-    """The page about sources that were read."""
-    *first, last = (source.name for source in sources)
-    names = f"{', '.join(first)} and {last}" if first else last
-    numbers = itertools.count(1)
-    title = escape(f"Comparison: {names}" if len(sources) > 1 else names)
+    """Return the page about sources that were read."""
+    title = escape(", ".join(source.name for source in sources))
+    found = (f"<li><code>{escape(source.name)}</code>: {escape(summarize(source))}</li>" for source in sources)
     body = [
-        f"<header><h1>{title}</h1>{_places(sources)}</header>",
-        *_chosen_chapter(sources),
-        *_figures_chapter(sources),
-        *(part for chapter in make_chapters(sources) for part in _chapter(chapter, numbers)),
-        *_tables_chapter(sources),
-        *_defaults_chapter(sources),
+        f"<h1>{title}</h1><ul>{''.join(found)}</ul>",
+        *_figures(sources),
+        *(part for heading, sections in make_chapters(sources).items() for part in _chapter(heading, sections)),
+        *_matrices(sources),
+        *_settings(sources),
         f"<footer><p>{_PAPERS}</p></footer>",
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>\n"
         + "\n".join(body)
         + "\n</main></body></html>\n"
     )
 
 
-def _places(sources: Sequence[Source]) -> str:
-    items = (
-        f"<li><b>{escape(source.name)}</b>: {escape(summarize(source))} <code>{escape(source.place)}</code></li>"
-        for source in sources
-    )
-    return f"<ul class=places>{''.join(items)}</ul>"
+def summarize(source: Source) -> str:
+    """Return a sentence on a run, a model or both: its size, and how its losses went."""
+    total, dense = (source.figures.get(f"parameters / {name}") for name in ("total", "dense_equivalent"))
+    parts = []
+    if source.model and total is not None:
+        left = f", {total / dense:.1%} of the dense model's {dense:,.0f}" if dense and dense != total else ""
+        parts.append(f"{source.model} with {total:,.0f} parameters{left}, in {len(source.matrices)} matrices")
+    for kind, points in source.losses.items():
+        broken = next((step for step, value in points if not math.isfinite(value)), None)
+        change = f"from {points[0][1]:.4g} to {points[-1][1]:.4g} in {points[-1][0]:,} steps"
+        parts.append(f"{kind} loss {change if broken is None else f'not finite from step {broken:,} on'}")
+    return "; ".join(parts)
 
 
-def _figures_chapter(sources: Sequence[Source]) -> Iterator[str]:
+def _figures(sources: Sequence[Source]) -> Iterator[str]:
     names = dict.fromkeys(name for source in sources for name in source.figures)
     if names:
         rows = ([name.replace("_", " "), *(source.figures.get(name) for source in sources)] for name in names)
-        yield f"<section><h2>Figures</h2>{_table(_header(sources), rows)}</section>"
+        yield f"<h2>Figures</h2>{_table(_header(sources), rows)}"
 
 
-def _chapter(chapter: Chapter, numbers: Iterator[int]) -> Iterator[str]:
-    yield f"<section><h2>{chapter.heading}</h2>"
-    for section in chapter.sections:
-        yield from _section(section, numbers, heading=section.heading != chapter.heading)
-    yield "</section>"
+def _chapter(heading: str, sections: Sequence[Section]) -> Iterator[str]:
+    yield f"<h2>{heading}</h2>"
+    for section in sections:
+        picture = base64.b64encode(draw_svg(section.panels)).decode()
+        words = escape(" ".join(map(describe, section.panels)))
+        yield f"<h3>{section.heading}</h3><p>{section.meaning}</p>"
+        yield f'<img alt="{words}" src="data:image/svg+xml;base64,{picture}">'
 
 
-def _section(section: Section, numbers: Iterator[int], heading: bool) -> Iterator[str]:
-    if heading:
-        yield f"<h3>{section.heading}</h3>"
-    yield f"<p>{section.meaning}</p><ul class=legend>{''.join(map(_key, section.legend))}</ul><div class=panels>"
-    for panel in section.panels:
-        wide = " class=wide" if panel.wide else ""
-        yield f"<figure{wide}><figcaption>{escape(panel.title)}</figcaption>{draw_svg(panel, next(numbers))}</figure>"
-    yield "</div>"
-
-
-def _key(key: Key) -> str:
-    swatch = "band" if key.band else "dashed" if key.dashed else "solid"
-    colour = "currentColor" if key.colour == INK else key.colour
-    return f'<li><i class={swatch} style="color:{colour}"></i>{escape(key.label)}</li>'
-
-
-def _tables_chapter(sources: Sequence[Source]) -> Iterator[str]:
-    models = [source for source in sources if source.spectra]
+def _matrices(sources: Sequence[Source]) -> Iterator[str]:
+    models = [source for source in sources if source.matrices]
     if not models:
         return
-    yield "<section><h2>All matrices</h2>"
     yield (
-        "<p>Figures of an attention are means over its heads. Every weight is counted once. Operations of a "
-        "convolution are those for one position of its output.</p>"
+        "<h2>All matrices</h2><p>Figures of an attention are means over its heads. Every weight is counted once. "
+        "Operations of a convolution are those for one position of its output.</p>"
     )
     for source in models:
-        rows = [describe(spectrum, source.energies.get(spectrum.name)) for spectrum in source.spectra]
-        table = _table(list(_COLUMNS), ([getattr(row, key) for key in _COLUMNS.values()] for row in rows))
-        yield f"<details><summary>{escape(source.name)}: {len(rows)} matrices</summary>{table}</details>"
-    yield "</section>"
+        found = [matrix.figures(source.energies.get(matrix.name)) for matrix in source.matrices]
+        table = _table(list(_COLUMNS.values()), ([figures[key] for key in _COLUMNS] for figures in found))
+        yield f"<details><summary>{escape(source.name)}: {len(found)} matrices</summary>{table}</details>"
 
 
-def _chosen_chapter(sources: Sequence[Source]) -> Iterator[str]:
-    """The settings that somebody chose: those in which sources differ, or that are not at their defaults."""
+def _settings(sources: Sequence[Source]) -> Iterator[str]:
+    """The settings of one source, or those in which several differ."""
     names = dict.fromkeys(name for source in sources for name in source.settings)
     values = {name: [_setting(source, name) for source in sources] for name in names}
-    if len(sources) > 1:
-        shown, heading = {name: row for name, row in values.items() if len(set(row)) > 1}, "Settings that differ"
-    else:
-        shown = {name: row for name, row in values.items() if name not in sources[0].defaults}
-        heading = "Settings"
-    if shown:
+    several = len(sources) > 1
+    if shown := {name: row for name, row in values.items() if not several or len(set(row)) > 1}:
         table = _table(_header(sources), ([name, *row] for name, row in shown.items()))
-        yield f"<section><h2>{heading}</h2>{table}</section>"
-
-
-def _defaults_chapter(sources: Sequence[Source]) -> Iterator[str]:
-    """The settings of a single source that are at their defaults."""
-    if len(sources) == 1 and sources[0].defaults:
-        names = sorted(sources[0].defaults)
-        table = _table(_header(sources), ([name, _setting(sources[0], name)] for name in names))
-        summary = f"<summary>{len(names)} settings</summary>"
-        yield f"<section><h2>Settings at their defaults</h2><details>{summary}{table}</details></section>"
+        yield f"<h2>{'Settings that differ' if several else 'Settings'}</h2>"
+        yield f"<details{' open' * several}><summary>{len(shown)} settings</summary>{table}</details>"
 
 
 def _setting(source: Source, name: str) -> str | None:
@@ -190,7 +174,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _cell(value: Any) -> str:
     if value is None:
-        return _ABSENT
+        return "-"
     if isinstance(value, tuple):
         return " x ".join(map(str, value))
     if isinstance(value, int):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hf_fnl.report.chapters import IN_TRAINING, loss_section, make_section
 from hf_fnl.report.drawing import draw_png
+from hf_fnl.report.sections import IN_TRAINING, loss_section, make_section
 from hf_fnl.report.sources import Source, read_run
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 from hf_fnl.utils.run_files import STATE_FILE
@@ -21,11 +21,10 @@ def plot_loss(run: str | Path, target: str | Path) -> Path:
     Raises:
         FileNotFoundError: If the folder holds no ``trainer_state.json`` with losses.
     """
-    source = _source(run)
+    source = Source(str(run), **read_run(run))
     if not source.losses:
         raise FileNotFoundError(f"{run} holds no {STATE_FILE} with losses; was the run logged and finished?")
-    section = loss_section([source])
-    return draw_png(section.panels, section.legend, target, columns=1)
+    return draw_png(loss_section([source]).panels, target, columns=1)
 
 
 def plot_diagnostics(run: str | Path, target: str | Path) -> Path:
@@ -38,14 +37,8 @@ def plot_diagnostics(run: str | Path, target: str | Path) -> Path:
     Raises:
         FileNotFoundError: If the folder holds no ``diagnostics.jsonl``.
     """
-    source = _source(run)
+    source = Source(str(run), **read_run(run))
     if not source.history:
         raise FileNotFoundError(f"{run} holds no {DIAGNOSTICS_FILE}; was the run started with --diagnostics_steps?")
-    sections = [make_section([source], quantity) for quantity in IN_TRAINING]
-    panels = [panel for section in sections for panel in section.panels]
-    return draw_png(panels, sections[0].legend, target, columns=max(len(sections[0].panels), 2))
-
-
-def _source(run: str | Path) -> Source:
-    traces, history = read_run(run)
-    return Source(Path(run).name, str(run), traces=traces, history=history)
+    rows = [make_section([source], quantity).panels for quantity in IN_TRAINING]
+    return draw_png([panel for row in rows for panel in row], target, columns=len(rows[0]))

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from hf_fnl import FactorizationConfig, FactorizedConv2d, FactorizedLinear, factorize_
 from hf_fnl.math.factors import marchenko_pastur_density, marchenko_pastur_values
-from hf_fnl.report.inspection import measure_spectra
-from hf_fnl.report.series import gaussian_spectra_of, spectra_of
+from hf_fnl.report.inspection import inspect_model
+from hf_fnl.report.sections import gaussian_spectra_of, spectra_of
 from hf_fnl.report.sources import Source
 
 SHAPES = [(211, 300), (300, 211), (256, 256), (64, 700), (2, 300)]
@@ -96,7 +96,7 @@ def test_a_report_shows_it_beside_the_spectrum_of_a_fresh_model():
         nn.Linear(200, 150), nn.Conv2d(20, 60, 3), FactorizedConv2d(20, 60, 3, 50), nn.Linear(150, 150)
     )
     factorize_(model, FactorizationConfig(rank=90, include=["3"]))
-    source = Source("fresh", "fresh", spectra=measure_spectra(model))
+    source = Source("fresh", matrices=inspect_model(model))
     drawn, gaussian = spectra_of(source), gaussian_spectra_of(source)
     assert set(drawn) == set(gaussian)
     for role, matrices in drawn.items():

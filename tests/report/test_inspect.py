@@ -15,14 +15,13 @@ from transformers import (
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3Model,
-    ViTConfig,
-    ViTModel,
 )
 
 from hf_fnl import FactorizationConfig, FactorizedLinear, factorize_
 from hf_fnl.attention import find_products
 from hf_fnl.optim.diagnostics import diagnose, forward_flops
 from hf_fnl.report import inspect_model, read_energies
+from hf_fnl.vision.models import CifarResNetConfig, CifarResNetForImageClassification, inner_convolutions
 
 
 def gpt2() -> nn.Module:
@@ -40,11 +39,6 @@ def after_surgery() -> nn.Module:
     model = gpt2()
     factorize_(model, FactorizationConfig(rank=3, kinds=("linear", "embedding"), exclude=("*wpe",)))
     return model
-
-
-def vision() -> nn.Module:
-    sizes = {"hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return ViTModel(ViTConfig(image_size=12, patch_size=4, **sizes))
 
 
 def normalized_queries_and_keys() -> nn.Module:
@@ -94,7 +88,7 @@ def test_every_weight_is_counted_once(build):
     assert len({row.name for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("build", [tiny_model, gpt2, grouped_llama, after_surgery])
+@pytest.mark.parametrize("build", [tiny_model, grouped_llama, after_surgery])
 def test_products_have_the_figures_of_the_diagnostics(build):
     model = build()
     rows = {row.name: row for row in inspect_model(model)}
@@ -140,18 +134,13 @@ def test_a_zero_matrix_has_no_rank():
     assert (row.frobenius_norm, row.effective_rank, row.rank_90) == (0, 0, 0)
 
 
-def test_a_plain_convolution_is_a_matrix():
-    (row,) = (row for row in inspect_model(vision()) if row.name.endswith("projection"))
-    assert (row.shape, row.parameters) == ((20, 48), 960)
-
-
 def test_energies_are_those_of_the_record(tmp_path):
     model = nn.Sequential(FactorizedLinear(7, 5, 2), FactorizedLinear(5, 3, 2))
     assert read_energies(tmp_path) == {}
     layers = [{"name": "0", "energy": 0.75}, {"name": "1", "energy": None}]
     (tmp_path / "factorization.json").write_text(json.dumps({"layers": layers}))
-    rows = inspect_model(model, energies=read_energies(tmp_path))
-    assert [row.energy for row in rows] == [0.75, None]
+    energies = read_energies(tmp_path)
+    assert [row.figures(energies.get(row.name))["energy"] for row in inspect_model(model)] == [0.75, None]
 
 
 @pytest.mark.parametrize("text", ["{", '{"layers": [{"energy": 0.5}]}', '{"layers": [1]}'])
@@ -185,3 +174,23 @@ def _with_nan() -> nn.Module:
 def test_what_cannot_be_inspected(build, message):
     with pytest.raises(ValueError, match=message):
         inspect_model(build())
+
+
+@pytest.mark.parametrize("scheme", ["spatial", "channel", "tt", "tucker"])
+def test_kernels_are_matrices_each_counted_once(scheme):
+    if is_tensor := scheme in ("tt", "tucker"):
+        pytest.importorskip("tltorch")
+    model = CifarResNetForImageClassification(CifarResNetConfig(depth=8, width=5, image_size=9, num_labels=7))
+    include = inner_convolutions(model)
+    factorize_(model, FactorizationConfig(kinds=("conv",), include=include, conv_scheme=scheme, rank=3))
+    rows = {row.name: row for row in inspect_model(model)}
+    kinds = [row.kind for row in rows.values()]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"dense": 2, "tensor" if is_tensor else "conv": 6}
+    assert sum(row.parameters for row in rows.values()) == sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    for name, figures in diagnose(model, find_products(model)).items():
+        assert rows[name].nuclear_norm == pytest.approx(figures["nuclear_norm"], rel=1e-4)
+        assert rows[name].rank == 3
+        if is_tensor:
+            matrix = model.get_submodule(name).dense_weight().detach().double().flatten(1)
+            assert rows[name].shape == tuple(matrix.shape)
+            assert rows[name].frobenius_norm == pytest.approx(float(matrix.norm()))
