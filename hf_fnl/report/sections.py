@@ -112,8 +112,7 @@ def history_of(figure: str) -> Callable[[Source], Series]:
         for step, products in source.history:
             for name, figures in products.items():
                 points.setdefault(name, []).append((step, figures.get(figure, math.nan)))
-        finite: dict[str, Points] = {n: [(x, y) for x, y in each if math.isfinite(y)] for n, each in points.items()}
-        return by_role(finite)
+        return by_role({name: [point for point in each if math.isfinite(point[1])] for name, each in points.items()})
 
     return series
 
