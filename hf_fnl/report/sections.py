@@ -119,7 +119,7 @@ def history_of(figure: str) -> Callable[[Source], Series]:
 
 def spectra_of(source: Source) -> Series:
     """Return singular values by index, over the largest, of matrices with three or more; means over heads."""
-    found = {}
+    found: dict[str, Points] = {}
     for matrix in source.matrices:
         values, largest = matrix.singular_values, matrix.singular_values[:, :1]
         shares = torch.where(largest > 0, values / largest, 0).mean(0).tolist()
