@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT reads it
     pytest.mark.filterwarnings("ignore:.*fan_in_fan_out"),  # is for Conv1D, and a head is none
     pytest.mark.filterwarnings("ignore:.*tie"),
+    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),  # PEFT's name for a cache
 ]
 
 # PEFT merges into a weight as it is given, and the heads of one attention are given in one width: that of the wider.
