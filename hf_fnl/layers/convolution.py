@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hf_fnl.layers.base import Factorized
-from hf_fnl.layers.recomputing import Options, RecomputingConvolution
 from hf_fnl.math.spectral import draw_factor
 
 if TYPE_CHECKING:
@@ -99,28 +98,19 @@ class Convolution(Factorized):
         operands = self.operands()
         chain = self._chain_on(x, padding, self.kernels(*operands))
         composes = self._composing_is_cheaper(chain, x, padding) if self.compose is None else self.compose
-        options = self._options("hw" if composes else chain[-1].along, padding)
-        prepare = partial(self._composed_for if composes else self._chained_for, padding, channels_last)
+
+        def convolve(x: Tensor, *operands: Tensor) -> Tensor:
+            kernels = (self.multiplied(*operands),) if composes else self.kernels(*operands)
+            axes = ("hw",) if composes else _AXES[self.scheme]
+            for kernel, along in zip(kernels, axes, strict=True):
+                bias = self.bias if kernel is kernels[-1] else None
+                options = _along(along, self.stride, 1), _along(along, padding, 0), _along(along, self.dilation, 1)
+                x = F.conv2d(x, _laid_out(kernel, channels_last), bias, *options, self.groups)
+            return x
+
         if _trains(operands) and self._recomputes(chain, x, composes):
-            return cast(Tensor, RecomputingConvolution.apply(prepare, options, x, self.bias, *operands))
-        x, kernel = prepare(x, *operands)
-        return F.conv2d(x, kernel, self.bias, *options)
-
-    def _composed_for(self, padding: Pair, channels_last: bool, x: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
-        """The input and the dense kernel."""
-        return x, _laid_out(self.multiplied(*operands), channels_last)
-
-    def _chained_for(self, padding: Pair, channels_last: bool, x: Tensor, *operands: Tensor) -> tuple[Tensor, Tensor]:
-        """The input of the last convolution of the chain, and its kernel."""
-        *kernels, last = (_laid_out(kernel, channels_last) for kernel in self.kernels(*operands))
-        for kernel, along in zip(kernels, _AXES[self.scheme], strict=False):
-            x = F.conv2d(x, kernel, None, *self._options(along, padding))
-        return x, last
-
-    def _options(self, along: str, padding: Pair) -> Options:
-        """What a convolution along some axes is given besides its kernel."""
-        stride, pads = _along(along, self.stride, 1), _along(along, padding, 0)
-        return stride, pads, _along(along, self.dilation, 1), self.groups
+            return cast(Tensor, checkpoint(convolve, x, *operands, use_reentrant=False, preserve_rng_state=False))
+        return convolve(x, *operands)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Pair]:
         """The input, padded where the convolution cannot do it, and the padding that is left to it."""
