@@ -85,11 +85,6 @@ class Factorized(nn.Module):
             refuse_write(self, "layer.weight = ...")
         super().register_parameter(name, param)
 
-    @property
-    def compression_rate(self) -> float:
-        """Parameters of the factors by parameters of the dense layer's weight."""
-        return sum(factor.numel() for factor in self.factors()) / math.prod(self.dense_shape)
-
     def draw_(self, weight: Tensor) -> None:
         """Fill a weight as the dense layer's own initialization would, :class:`torch.nn.Linear`'s unless overridden."""
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

@@ -45,8 +45,7 @@ def vocabulary_loss(
         chunk_size: Positions whose logits are in memory together.
 
     Returns:
-        The loss, a scalar, in float32 or better. Where gradients are to be differentiated themselves, as all are by
-        ``torch.func``, they are computed from all logits.
+        The loss, a scalar, in float32 or better. It can be differentiated once.
 
     Raises:
         IndexError: If a label is neither in the vocabulary nor ``ignore_index``.
@@ -63,92 +62,37 @@ def vocabulary_loss(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     rows = hidden_states.flatten(0, -2)
-    total, *_ = _apply(rows, weight, bias, labels.flatten(), chunk_size, label_smoothing, ignore_index)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
+    options = (chunk_size, label_smoothing, ignore_index)
+    total = _SummedLoss.apply(rows, weight, bias, labels.flatten(), wanted, *options)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != ignore_index).sum().clamp(min=1)
     return total / num_items_in_batch
 
 
-def _apply(rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
-    function = _SummedLoss if torch.compiler.is_compiling() else _TransformableLoss
-    return function.apply(rows, weight, bias, labels, wanted, *options)
-
-
 class _SummedLoss(torch.autograd.Function):
-    """Sum of the losses of all rows, and its gradients, which are ready when it is."""
+    """Sum of the losses of all rows, whose gradients are ready when it is."""
 
     @staticmethod
     def forward(
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        wanted: list[bool],
-        chunk_size: int,
-        label_smoothing: float,
-        ignore_index: int,
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, wanted: list[bool], *options: Any
+    ) -> Tensor:
         device = rows.device.type
         is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_autocast else torch.promote_types(rows.dtype, weight.dtype)
         # A graph of torch.compile that held the loop would have been made for one number of chunks.
         compute = _summed_loss_op if torch.compiler.is_compiling() else _summed_loss
-        return tuple(compute(rows, weight, bias, labels, wanted, dtype, chunk_size, label_smoothing, ignore_index))
+        total, *gradients = compute(rows, weight, bias, labels, wanted, dtype, *options)
+        ctx.wanted = wanted
+        ctx.save_for_backward(*gradients)
+        return total
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.wanted, _, ctx.label_smoothing, ctx.ignore_index = inputs
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, d_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        rows, weight, bias, labels, *gradients = ctx.saved_tensors
-        if d_total is None:
-            return (None,) * 8
-        wanted = ctx.wanted
-        if torch.is_grad_enabled():  # to be differentiated itself, so it is computed anew from the inputs
-            gradients = _gradients(rows, weight, bias, labels, ctx.label_smoothing, ctx.ignore_index)
-            wanted = ctx.needs_input_grad[:3]
-        made = [
-            gradient * d_total if is_wanted else None for gradient, is_wanted in zip(gradients, wanted, strict=True)
-        ]
-        return *made, None, None, None, None, None
-
-
-class _TransformableLoss(_SummedLoss):
-    """The same with rules for ``torch.func``, at which a compiler stops."""
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, weight, bias, labels = ctx.saved_tensors
-        gradients = _gradients(rows, weight, bias, labels, ctx.label_smoothing, ctx.ignore_index)
-        pairs = zip(gradients, tangents[:3], strict=True)
-        parts = [(gradient * tangent).sum() for gradient, tangent in pairs if tangent is not None]
-        return torch.stack(parts).sum(), None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        def sample(i: int) -> list[Any]:
-            pairs = zip(inputs, in_dims, strict=True)
-            return [x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs]
-
-        # What is wanted is asked again: inside of a vmap no tensor says so.
-        calls = [_apply(*args[:4], *args[5:]) for args in map(sample, range(info.batch_size))]
-        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
-
-
-def _gradients(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float, ignore_index: int
-) -> list[Tensor]:
-    """Gradients of the summed loss of rows, weight and bias, by operations that autograd follows."""
-    counts = (labels != ignore_index).unsqueeze(-1)
-    target = (labels.unsqueeze(-1) == torch.arange(len(weight), device=labels.device)) * (1 - label_smoothing)
-    d_logits = (F.linear(rows, weight, bias).softmax(-1) - target - label_smoothing / len(weight)) * counts
-    return [d_logits @ weight, d_logits.mT @ rows, d_logits.sum(0)]
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which differentiates once itself
+            raise RuntimeError("vocabulary_loss can be differentiated once, and create_graph=True asks for more")
+        pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        return *(gradient * d_total if is_wanted else None for gradient, is_wanted in pairs), *[None] * 5
 
 
 def _summed_loss(

@@ -79,21 +79,3 @@ def first_decides(action: Callable[[], T]) -> T:
         Exception: As :func:`raise_on_all`.
     """
     return gather(raise_on_all(lambda: action() if is_first() else None))[0]  # type: ignore[return-value]
-
-
-def replica(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Among how many copies of what ``group`` divides this process holds a part, and of which.
-
-    All processes must call this, with groups that divide the same tensors.
-
-    Args:
-        group: The processes that divide tensors; ``None`` if each holds them whole.
-
-    Returns:
-        The number of the copy, and how many there are.
-    """
-    if group is None:
-        return process()
-    head = min(dist.get_process_group_ranks(group))
-    heads = sorted(set(gather(head)))
-    return heads.index(head), len(heads)

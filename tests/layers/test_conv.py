@@ -79,18 +79,6 @@ def test_an_empty_overcomplete_layer_has_the_rank(scheme):
     assert torch.equal(layer.M, torch.eye(41, **DOUBLE))
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        pytest.param({}, (7 * 2 + 3 * 5) * 4 / (7 * 3 * 2 * 5), id="spatial"),
-        pytest.param({"scheme": "channel"}, (7 + 3 * 10) * 4 / (7 * 3 * 10), id="channel"),
-        pytest.param({"deep": True}, ((7 * 2 + 3 * 5) * 4 + 16) / (7 * 3 * 10), id="deep"),
-    ],
-)
-def test_the_compression_rate_is_that_of_the_kernel(options, expected):
-    assert FactorizedConv2d(3, 7, (2, 5), 4, **options).compression_rate == pytest.approx(expected)
-
-
 def test_state_dict_names_and_shapes():
     layer = FactorizedConv2d(3, 7, (2, 5), 4, deep=True)
     shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}

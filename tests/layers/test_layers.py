@@ -142,11 +142,6 @@ def test_state_dict_names_and_shapes():
     assert list(FactorizedEmbedding(7, 5, 3).state_dict()) == ["U", "V"]
 
 
-def test_the_compression_rate_compares_factors_with_the_weight():
-    assert FactorizedLinear(5, 7, 3, deep=True).compression_rate == (7 * 3 + 3 * 3 + 5 * 3) / 35
-    assert FactorizedEmbedding(7, 5, 2).compression_rate == (7 + 5) * 2 / 35
-
-
 def test_a_saved_layer_loads_bitwise(layer_and_input):
     layer, x = layer_and_input
     other = copy.deepcopy(layer)

@@ -43,30 +43,29 @@ def close(left, right, **tolerance):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 20, 21, 512])
 @pytest.mark.parametrize(
-    "options",
+    ("chunk_size", "options"),
     [
-        {},
-        {"has_bias": False},
-        {"label_smoothing": 0.1},
-        {"label_smoothing": 1.0},
-        {"num_items_in_batch": 37},
-        {"num_items_in_batch": torch.tensor(37), "label_smoothing": 0.1},
-        {"ignore_index": 2},
+        (1, {"shape": (13,), "ignored": (1,)}),
+        (4, {"has_bias": False}),
+        (20, {"label_smoothing": 0.1}),
+        (21, {"label_smoothing": 1.0}),
+        (7, {"num_items_in_batch": 37}),
+        (512, {"num_items_in_batch": torch.tensor(37), "label_smoothing": 0.1}),
+        (4, {"ignore_index": 2, "shape": (2, 3, 5), "ignored": ()}),
+        (4, {"shape": (0, LENGTH), "ignored": ()}),
+        (4, {"ignored": range(BATCH * LENGTH), "label_smoothing": 0.1}),
     ],
-    ids=["plain", "no bias", "smoothed", "all smooth", "items", "items smoothed", "ignore_index"],
+    ids=["one axis", "no bias", "smoothed", "all smooth", "items", "items smoothed", "three axes", "empty", "ignored"],
 )
 def test_loss_and_gradients_are_those_of_all_logits_together(chunk_size, options):
-    *tensors, labels = problem(ignored=() if "ignore_index" in options else (0, 4, 20))
+    layout = {name: options[name] for name in ("shape", "ignored") if name in options}
+    options = {name: value for name, value in options.items() if name not in layout}
+    *tensors, labels = problem(**layout)
     ours = with_gradients(vocabulary_loss, tensors, labels, chunk_size=chunk_size, **options)
-    close(ours, with_gradients(reference, tensors, labels, **options))
-
-
-@pytest.mark.parametrize("shape", [(13,), (2, 3, 5)], ids=["one axis", "three axes"])
-def test_any_number_of_axes(shape):
-    *tensors, labels = problem(shape=shape, ignored=(1,))
-    close(with_gradients(vocabulary_loss, tensors, labels), with_gradients(reference, tensors, labels))
+    stock = with_gradients(reference, tensors, labels, **options)
+    # Without labels torch's mean is not a number.
+    close(ours, stock if stock[0].isfinite() else [torch.zeros_like(tensor) for tensor in stock])
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -97,19 +96,6 @@ def test_a_model_in_bfloat16_gets_its_gradients_in_bfloat16():
     close(ours, stock, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_without_labels_loss_and_gradients_are_zero(label_smoothing):
-    *tensors, labels = problem(ignored=range(BATCH * LENGTH))
-    found = with_gradients(vocabulary_loss, tensors, labels, label_smoothing=label_smoothing)
-    close(found, [torch.zeros_like(tensor) for tensor in found])
-
-
-def test_no_positions_at_all():
-    *tensors, labels = problem(shape=(0, LENGTH), ignored=())
-    found = with_gradients(vocabulary_loss, tensors, labels)
-    close(found, [torch.zeros_like(tensor) for tensor in found])
-
-
 @pytest.mark.parametrize("frozen", range(3), ids=["hidden_states", "weight", "bias"])
 def test_a_frozen_tensor_gets_no_gradient_and_the_others_theirs(frozen):
     *tensors, labels = problem()
@@ -122,15 +108,6 @@ def test_a_frozen_tensor_gets_no_gradient_and_the_others_theirs(frozen):
     )
 
 
-def test_a_tied_weight_gets_both_gradients():
-    _, weight, _, labels = problem()
-    gradients = []
-    for function in (vocabulary_loss, reference):
-        (gradient,) = torch.autograd.grad(function(F.embedding(labels.clamp(min=0), weight), weight, labels), weight)
-        gradients.append(gradient)
-    close(gradients[:1], gradients[1:])
-
-
 def test_the_backward_pass_can_be_repeated():
     hidden_states, weight, _, labels = problem()
     loss = vocabulary_loss(hidden_states, weight, labels)
@@ -138,51 +115,10 @@ def test_the_backward_pass_can_be_repeated():
     assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_a_penalty_on_the_gradient_has_the_gradient_of_the_plain_loss(label_smoothing):
-    *tensors, labels = problem()
-    results = []
-    for function in (vocabulary_loss, reference):
-        loss = function(*tensors[:2], labels, bias=tensors[2], label_smoothing=label_smoothing)
-        gradients = torch.autograd.grad(loss, tensors, create_graph=True)
-        results.append(torch.autograd.grad(sum(each.square().sum() for each in gradients), tensors))
-    close(*results)
-
-
-def test_gradients_pass_through_a_vmap():
-    *tensors, labels = problem()
-    gradients = []
-    for function in (vocabulary_loss, reference):
-        losses = torch.func.vmap(lambda h, y, f=function: f(h, tensors[1], y, bias=tensors[2]))(tensors[0], labels)
-        gradients.append(torch.autograd.grad(losses.sum(), tensors))
-    close(*gradients)
-
-
-OVER_SEQUENCES = {"in_dims": (0, None, None, 0)}
-TRANSFORMS = {
-    "grad": lambda loss: torch.func.grad(loss, argnums=(0, 1, 2)),
-    "vmap": lambda loss: torch.func.vmap(loss, **OVER_SEQUENCES),
-    "gradients of samples": lambda loss: torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), **OVER_SEQUENCES),
-    "gradient over samples": lambda loss: torch.func.grad(
-        lambda *args: torch.func.vmap(loss, **OVER_SEQUENCES)(*args).sum(), argnums=(0, 1, 2)
-    ),
-    "jacrev": lambda loss: torch.func.jacrev(loss, argnums=1),
-    "jvp": lambda loss: lambda *args: torch.func.jvp(lambda w: loss(args[0], w, *args[2:]), args[1:2], args[1:2]),
-    "hessian": lambda loss: torch.func.hessian(loss, argnums=1),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in forward mode
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_function_transforms_give_what_they_give_of_the_plain_loss(transform):
-    *tensors, labels = (tensor.detach() for tensor in problem())
-    losses = (
-        lambda hidden_states, weight, bias, labels, function=function: function(
-            hidden_states, weight, labels, bias=bias
-        )
-        for function in (vocabulary_loss, reference)
-    )
-    torch.testing.assert_close(*(transform(loss)(*tensors, labels) for loss in losses))
+def test_it_is_differentiated_once():
+    hidden_states, weight, _, labels = problem()
+    with pytest.raises(RuntimeError, match="vocabulary_loss can be differentiated once"):
+        torch.autograd.grad(vocabulary_loss(hidden_states, weight, labels), weight, create_graph=True)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -197,8 +133,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("function", "rows"), [(vocabulary_loss, 13), (reference, 213)], ids=["chunked", "whole"])
-@pytest.mark.parametrize("is_training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("is_training", "label_smoothing"), [(True, 0.1), (False, 0.0)], ids=["training", "evaluation"]
+)
 def test_no_more_logits_than_those_of_a_chunk_are_ever_in_memory(function, rows, is_training, label_smoothing):
     *tensors, labels = problem(shape=(213,))
     chunk = {"chunk_size": 13} if function is vocabulary_loss else {}
@@ -210,11 +147,10 @@ def test_no_more_logits_than_those_of_a_chunk_are_ever_in_memory(function, rows,
     assert largest.numel == max(rows * VOCAB, 213 * WIDTH if is_training else 213)
 
 
-def test_inputs_and_their_gradients_wait_for_the_backward_pass_and_no_logits():
+def test_gradients_wait_for_the_backward_pass_and_no_logits():
     *tensors, labels = problem(shape=(213,))
     total = vocabulary_loss(*tensors[:2], labels, bias=tensors[2]).grad_fn.next_functions[0][0]
-    shapes = [tensor.shape for tensor in tensors]
-    assert [saved.shape for saved in total.saved_tensors] == [*shapes, labels.shape, *shapes]
+    assert [saved.shape for saved in total.saved_tensors] == [tensor.shape for tensor in tensors]
 
 
 @pytest.mark.parametrize(
