@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_fnl.layers.weight import readable_weight, refuse_write
 from hf_fnl.math.factors import product
-from hf_fnl.math.spectral import DRAWN_METHODS, check_method, check_rank, initial_factors
+from hf_fnl.math.spectral import (
+    DRAWN_METHODS,
+    check_method,
+    check_rank,
+    check_split_method,
+    initial_factors,
+    spectral_init,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,6 +51,47 @@ class Factorized(nn.Module):
         super().__init__()
         check_method(init)
         self.rank, self.init = rank, init
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(cls, dense: Any, rank: int, **options: Any) -> Self:
+        """Split the weight of a dense layer, which is left as it is.
+
+        Args:
+            dense: The layer to split; its options, device, dtype, memory format, bias and ``requires_grad`` carry over.
+                On the meta device only the shapes do.
+            rank: Rank of the factors, at most that of the weight.
+            **options: As the constructor takes them: ``init``, which is ``"spectral"`` or ``"spectral_ones"``, and
+                where the class has them ``scheme``, ``deep`` and ``overcomplete``.
+
+        Raises:
+            ImportError: If a kernel is to be decomposed and TensorLy is not installed.
+            ValueError: If ``rank`` or an option is not allowed, the weight is not finite, or ``dense`` computes what
+                factors cannot stand for, as a depthwise convolution or an embedding with ``max_norm``.
+        """
+        check_split_method(options.get("init", "spectral"))
+        layer = cls.empty_like(dense, rank, **options)
+        layer.set_factors_(layer.split(dense.weight))
+        layer.set_bias_(getattr(dense, "bias", None))
+        return layer
+
+    @classmethod
+    def empty_like(cls, dense: Any, rank: int, **options: Any) -> Self:
+        """A layer in the place of ``dense`` whose parameters are not set yet; nothing is drawn or decomposed.
+
+        What carries over, the options and the errors are those of :meth:`from_dense`, but for ``init``, which is any.
+        """
+        given = {**cls.options_like(dense), **options, "device": "meta", "dtype": dense.weight.dtype}
+        return cls(rank=rank, **given).placed_like(dense)
+
+    @classmethod
+    def options_like(cls, dense: Any) -> dict[str, Any]:
+        """What the constructor is to be given for a layer in the place of ``dense``, besides the rank."""
+        raise NotImplementedError
+
+    def split(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Values for :meth:`factors` from the dense layer's weight."""
+        raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, ...]:
         """The factors in the order in which they are multiplied."""
@@ -225,12 +273,18 @@ class FactorizedMatrix(Factorized):
         Args:
             draw: Fills a dense weight in place; :meth:`draw_` unless given.
         """
-        return self.with_identity(*self.outer_factors(draw or self.draw_))
+        draw, like = draw or self.draw_, self.U
+        factors = initial_factors(self.shape, self.rank, draw, method=self.init, dtype=like.dtype, device=like.device)
+        return self.with_identity(*factors)
+
+    def split(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The leading singular triples of the weight, shared out between ``U`` and ``V``."""
+        return self.with_identity(*spectral_init(self.matrix_of(weight), self.rank, self.init))
+
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """The dense layer's weight as the matrix ``(m, n)``."""
+        return weight
 
     def with_identity(self, U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
         """``(U, V)``, or ``(U, I, V)`` where the layer is deep."""
         return (U, V) if self.M is None else (U, torch.eye(self.rank, dtype=U.dtype, device=U.device), V)
-
-    def outer_factors(self, draw: Callable[[Tensor], object]) -> tuple[Tensor, Tensor]:
-        """New initial values of ``U`` and ``V``; ``draw`` fills a dense weight in place."""
-        return initial_factors(self.shape, self.rank, draw, method=self.init, dtype=self.U.dtype, device=self.U.device)

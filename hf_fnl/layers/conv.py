@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.layers.base import FactorizedMatrix
-from hf_fnl.layers.convolution import Convolution, KernelShape, Pair, options_of
+from hf_fnl.layers.convolution import Convolution, KernelShape, Pair
 from hf_fnl.math.factors import product
-from hf_fnl.math.spectral import DRAWN_METHODS, check_rank, draw_factor, spectral_init
+from hf_fnl.math.spectral import draw_factor
 
 CONV_SCHEMES = ("spatial", "channel")  # a kernel as a matrix
 
@@ -124,19 +124,21 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         """The dense kernel."""
         return matrix_kernel(product(*operands), self.dense_shape, self.scheme)
 
-    def outer_factors(self, draw: Callable[[Tensor], object]) -> tuple[Tensor, Tensor]:
-        """New ``U`` and ``V`` from what ``draw`` fills: the dense kernel, or each factor as a kernel of its own.
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """The kernel as the matrix of the scheme."""
+        return kernel_matrix(weight, self.scheme)
+
+    def drawn_factors(self, draw: Callable[[Tensor], object]) -> tuple[Tensor, ...]:
+        """New factors, each drawn as a kernel of its own.
 
         That of ``V`` is the kernel of the first convolution. ``U`` is drawn as a 1 x 1 kernel ``(m, rank, 1, 1)``, so
         that its fan-in is the rank in both schemes, as in the code of Khodak et al. 2021, which draws it as a matrix.
         """
-        if self.init in DRAWN_METHODS:
-            U, V = torch.empty_like(self.U), torch.empty_like(self.V)
-            first, _ = self.chain(U, V)
-            for kernel in (first, U[..., None, None]):
-                draw_factor(kernel, draw, self.init)
-            return U, V
-        return spectral_init(kernel_matrix(self.draw_kernel(draw), self.scheme), self.rank, self.init)
+        U, V = torch.empty_like(self.U), torch.empty_like(self.V)
+        first, _ = self.chain(U, V)
+        for kernel in (first, U[..., None, None]):
+            draw_factor(kernel, draw, self.init)
+        return self.with_identity(U, V)
 
     def chain(self, *factors: Tensor) -> tuple[Tensor, ...]:
         """``U`` and ``V`` as kernels of two convolutions, that of ``V`` first; see :func:`factor_kernels`."""
@@ -160,67 +162,6 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
     def _composing_is_cheaper(self, chain: Sequence[Any], x: Tensor, padding: Pair) -> bool:
         # At a rank above that of W, a chain would also have more channels between.
         return self.rank > min(self.shape) or super()._composing_is_cheaper(chain, x, padding)
-
-    @classmethod
-    def from_dense(
-        cls,
-        dense: nn.Conv2d,
-        rank: int,
-        *,
-        init: str = "spectral",
-        scheme: str = "spatial",
-        deep: bool = False,
-        overcomplete: bool = False,
-    ) -> FactorizedConv2d:
-        """Split the kernel of a convolution, which is left as it is.
-
-        Args:
-            dense: The convolution to split; its options, device, dtype, memory format, bias and ``requires_grad`` carry
-                over. On the meta device only the shapes do.
-            rank: Singular triples kept, at most the smaller side of the matrix of ``scheme``.
-            init: ``"spectral"`` or ``"spectral_ones"``.
-            scheme: ``"spatial"`` or ``"channel"``.
-            deep: Adds a middle factor, the identity.
-            overcomplete: Marks the layer as one that is multiplied back after training; a kernel has no more singular
-                triples to keep for that. For a higher rank, draw the factors of :meth:`empty_like`.
-
-        Raises:
-            ValueError: If an option is not allowed, the kernel is not finite, or the convolution is depthwise.
-        """
-        layer = cls.empty_like(dense, rank, init=init, scheme=scheme, deep=deep, overcomplete=overcomplete)
-        check_rank(rank, min(layer.shape))
-        if not layer.U.is_meta:
-            U, V = spectral_init(kernel_matrix(dense.weight, scheme), rank, init)
-            layer.set_factors_(layer.with_identity(U, V))
-            layer.set_bias_(dense.bias)
-        return layer
-
-    @classmethod
-    def empty_like(
-        cls,
-        dense: nn.Conv2d,
-        rank: int,
-        *,
-        init: str = "spectral",
-        scheme: str = "spatial",
-        deep: bool = False,
-        overcomplete: bool = False,
-    ) -> FactorizedConv2d:
-        """A convolution in the place of ``dense`` whose parameters are not set yet; nothing is drawn or decomposed.
-
-        Options, device, dtype, memory format, ``requires_grad`` and mode carry over.
-        """
-        layer = cls(
-            **options_of(dense),
-            rank=rank,
-            scheme=scheme,
-            init=init,
-            deep=deep,
-            overcomplete=overcomplete,
-            device="meta",
-            dtype=dense.weight.dtype,
-        )
-        return layer.placed_like(dense)
 
     def extra_repr(self) -> str:
         """Sizes, the rank and the scheme, then the options that differ from the defaults."""

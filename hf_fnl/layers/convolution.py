@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hf_fnl.layers.base import Factorized
-from hf_fnl.math.spectral import draw_factor
+from hf_fnl.math.spectral import DRAWN_METHODS, draw_factor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -166,18 +166,31 @@ class Convolution(Factorized):
         kept = kernels + sum(link.values for link in chain[:-1])
         return kept * x.element_size() > fewer * factors[0].element_size()
 
-    def draw_kernel(self, draw: Callable[[Tensor], object]) -> Tensor:
-        """A dense kernel that ``draw`` filled."""
-        kernel = self.factors()[0].detach().new_empty(self.dense_shape)
-        draw(kernel)
-        return kernel
+    @torch.no_grad()
+    def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
+        """New initial values for :meth:`factors`, by the layer's ``init``.
 
-    def draw_chain(self, draw: Callable[[Tensor], object], *factors: Tensor) -> tuple[Tensor, ...]:
-        """New factors like ``factors``, each drawn as the kernel of its convolution."""
-        drawn = tuple(torch.empty_like(factor) for factor in factors)
+        Args:
+            draw: Fills a kernel in place: the dense one, or those of :meth:`drawn_factors`; :meth:`draw_` unless given.
+        """
+        draw = draw or self.draw_
+        if self.init in DRAWN_METHODS:
+            return self.drawn_factors(draw)
+        kernel = self.factors()[0].new_empty(self.dense_shape)
+        draw(kernel)
+        return self.split(kernel)
+
+    def drawn_factors(self, draw: Callable[[Tensor], object]) -> tuple[Tensor, ...]:
+        """New factors, each drawn as the kernel of its convolution."""
+        drawn = tuple(torch.empty_like(factor) for factor in self.factors())
         for kernel in self.chain(*drawn):
             draw_factor(kernel, draw, self.init)
         return drawn
+
+    @classmethod
+    def options_like(cls, dense: nn.Conv2d) -> dict[str, Any]:
+        """The options that both have."""
+        return options_of(dense)
 
     def placed_like(self, dense: nn.Module) -> Self:
         """As in :class:`~hf_fnl.layers.base.Factorized`; the memory format of the kernel carries over, too."""

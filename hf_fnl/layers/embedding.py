@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_fnl.layers.base import FactorizedMatrix
-from hf_fnl.math.spectral import DRAWN_METHODS, spectral_init
+from hf_fnl.math.spectral import DRAWN_METHODS
 
 
 class FactorizedEmbedding(FactorizedMatrix):
@@ -71,34 +72,11 @@ class FactorizedEmbedding(FactorizedMatrix):
         return F.linear(F.embedding(input_ids, self.U, self.padding_idx), self.V)
 
     @classmethod
-    def from_dense(cls, dense: nn.Embedding, rank: int, *, init: str = "spectral") -> FactorizedEmbedding:
-        """Split the table of an embedding, which is left as it is.
-
-        Args:
-            dense: The embedding to split; device, dtype, ``padding_idx`` and ``requires_grad`` carry over. On the meta
-                device only the shapes do.
-            rank: Singular triples kept, ``1 <= rank <= min(num_embeddings, embedding_dim)``.
-            init: ``"spectral"`` or ``"spectral_ones"``.
-
-        Raises:
-            ValueError: If ``rank`` or ``init`` is not allowed, the table is not finite, or the embedding rescales its
-                rows in the forward pass (``max_norm``, ``scale_grad_by_freq``) or has sparse gradients.
-        """
-        layer = cls.empty_like(dense, rank, init=init)
-        if not layer.U.is_meta:
-            layer.set_factors_(spectral_init(dense.weight, rank, init))
-        return layer
-
-    @classmethod
-    def empty_like(cls, dense: nn.Embedding, rank: int, *, init: str = "spectral") -> FactorizedEmbedding:
-        """An embedding in the place of ``dense`` whose parameters are not set yet; nothing is drawn or decomposed.
-
-        Device, dtype, ``padding_idx``, ``requires_grad`` and mode carry over.
-        """
+    def options_like(cls, dense: nn.Embedding) -> dict[str, Any]:
+        """Its sizes; raises a ``ValueError`` if it rescales its rows in the forward pass or has sparse gradients."""
         if dense.max_norm is not None or dense.scale_grad_by_freq or dense.sparse:
             raise ValueError("an embedding with max_norm, scale_grad_by_freq or sparse gradients cannot be factorized")
-        sizes = (dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx)
-        return cls(*sizes, init=init, device="meta", dtype=dense.weight.dtype).placed_like(dense)
+        return {name: getattr(dense, name) for name in ("num_embeddings", "embedding_dim", "padding_idx")}
 
     def to_dense(self) -> nn.Embedding:
         """The plain embedding with ``W`` multiplied out; this layer is left as it is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,8 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers.base import FactorizedMatrix
 from hf_fnl.math.factors import product
-from hf_fnl.math.spectral import spectral_init
 from hf_fnl.math.truncation import Moments, truncate_linear
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def dense_weight(layer: nn.Linear | Conv1D) -> Tensor:
@@ -71,8 +75,7 @@ class FactorizedLinear(FactorizedMatrix):
 
     def weight_from(self, *factors: Tensor) -> Tensor:
         """The dense layer's weight, which ``Conv1D`` holds transposed."""
-        weight = product(*factors)
-        return weight.mT if self.dense_class is Conv1D else weight
+        return self.matrix_of(product(*factors))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)`` through the ``rank``-wide middle."""
@@ -84,68 +87,39 @@ class FactorizedLinear(FactorizedMatrix):
     @classmethod
     @torch.no_grad()
     def from_dense(
-        cls,
-        dense: nn.Linear | Conv1D,
-        rank: int,
-        *,
-        init: str = "spectral",
-        deep: bool = False,
-        moments: Moments | None = None,
+        cls, dense: nn.Linear | Conv1D, rank: int, *, moments: Moments | None = None, **options: Any
     ) -> FactorizedLinear:
-        """Split the weight of a linear layer (or GPT-2's ``Conv1D``), which is left as it is.
+        """As in :class:`~hf_fnl.layers.base.Factorized`, of GPT-2's ``Conv1D`` as well, and in the metric of data.
 
         Args:
-            dense: The layer to split; device, dtype, bias and ``requires_grad`` carry over. On the meta device only
-                the shapes do.
+            dense: The layer to split.
             rank: Singular triples kept, ``1 <= rank <= min(in_features, out_features)``.
-            init: ``"spectral"`` or ``"spectral_ones"``.
-            deep: Holds ``W = U M V^T`` with ``M`` starting as the identity.
             moments: Of the layer's inputs: the product is then the one whose outputs are nearest to those of the layer
                 in mean square, and the bias takes over the mean of what is lost.
-
-        Raises:
-            ValueError: If ``rank`` or ``init`` is not allowed, or the weight is not finite.
+            **options: ``init`` and ``deep``.
         """
-        layer = cls.empty_like(dense, rank, init=init, deep=deep)
-        if layer.U.is_meta:
-            return layer
-        weight, bias = dense_weight(dense), dense.bias
         if moments is None:
-            U, V = spectral_init(weight, rank, init)
-        else:
-            U, V, bias = truncate_linear(weight, bias, rank, moments)
+            return super().from_dense(dense, rank, **options)
+        layer = cls.empty_like(dense, rank, **options)
+        U, V, bias = truncate_linear(dense_weight(dense), dense.bias, rank, moments)
         layer.set_factors_(layer.with_identity(U, V))
         layer.set_bias_(bias)
         return layer
 
     @classmethod
-    def empty_like(
-        cls,
-        dense: nn.Linear | Conv1D,
-        rank: int,
-        *,
-        init: str = "spectral",
-        deep: bool = False,
-        overcomplete: bool = False,
-    ) -> FactorizedLinear:
-        """A layer in the place of ``dense`` whose parameters are not set yet; nothing is drawn or decomposed.
-
-        Device, dtype, ``requires_grad`` and mode carry over.
-        """
+    def options_like(cls, dense: nn.Linear | Conv1D) -> dict[str, Any]:
+        """Its sizes, and whether it has a bias."""
         out_features, in_features = dense_weight(dense).shape
-        layer = cls(
-            in_features,
-            out_features,
-            rank,
-            dense.bias is not None,
-            init=init,
-            deep=deep,
-            overcomplete=overcomplete,
-            device="meta",
-            dtype=dense.weight.dtype,
-        )
-        layer.dense_class = Conv1D if isinstance(dense, Conv1D) else nn.Linear
-        return layer.placed_like(dense)
+        return {"in_features": in_features, "out_features": out_features, "bias": dense.bias is not None}
+
+    def placed_like(self, dense: nn.Module) -> Self:
+        """As in :class:`~hf_fnl.layers.base.Factorized`; the class carries over, too."""
+        self.dense_class = Conv1D if isinstance(dense, Conv1D) else nn.Linear
+        return super().placed_like(dense)
+
+    def matrix_of(self, weight: Tensor) -> Tensor:
+        """The weight as ``(out_features, in_features)``, which ``Conv1D`` holds transposed."""
+        return weight.mT if self.dense_class is Conv1D else weight
 
     def to_dense(self) -> nn.Linear | Conv1D:
         """The plain layer with ``W`` multiplied out, of the class it was split from; this layer is left as it is."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from hf_fnl.layers.convolution import Convolution, KernelShape, Pair, options_of
-from hf_fnl.math.spectral import DRAWN_METHODS, check_rank
+from hf_fnl.layers.convolution import Convolution, KernelShape, Pair
+from hf_fnl.math.spectral import check_rank
 from hf_fnl.math.tensors import Shape, core_shapes, decompose, largest_bonds, product, product_cost
 
 # The parameters that hold the cores, in the order in which these are multiplied.
@@ -119,47 +118,6 @@ class TensorizedConv2d(Convolution):
         """Multiplications that it takes to multiply the cores out."""
         return product_cost(*(core.shape for core in self.factors()))
 
-    @torch.no_grad()
-    def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
-        """New initial values for :meth:`factors`, by the layer's ``init``.
-
-        Args:
-            draw: Fills a kernel in place: the dense one, or those of the chain of convolutions; :meth:`draw_` unless
-                given.
-        """
-        draw = draw or self.draw_
-        if self.init in DRAWN_METHODS:
-            return self.draw_chain(draw, *self.factors())
-        return decompose(self.draw_kernel(draw), self.rank, self.scheme)
-
-    @classmethod
-    def from_dense(cls, dense: nn.Conv2d, rank: int, *, init: str = "spectral", scheme: str = "tt") -> TensorizedConv2d:
-        """Decompose the kernel of a convolution, which is left as it is.
-
-        Args:
-            dense: The convolution; its options, device, dtype, memory format, bias and ``requires_grad`` carry over. On
-                the meta device only the shapes do.
-            rank: Largest bond between cores.
-            init: ``"spectral"``.
-            scheme: ``"tt"`` or ``"tucker"``.
-
-        Raises:
-            ImportError: If TensorLy is not installed.
-            ValueError: If an option is not allowed or the kernel is not finite.
-        """
-        if init in DRAWN_METHODS:
-            raise ValueError(f"factor_init={init!r} draws the cores themselves; there is no kernel to decompose")
-        layer = cls.empty_like(dense, rank, init=init, scheme=scheme)
-        if not dense.weight.is_meta:
-            layer.set_factors_(decompose(dense.weight, rank, scheme))
-            layer.set_bias_(dense.bias)
-        return layer
-
-    @classmethod
-    def empty_like(cls, dense: nn.Conv2d, rank: int, *, init: str = "spectral", scheme: str = "tt") -> TensorizedConv2d:
-        """A convolution in the place of ``dense`` whose parameters are not set yet; nothing is drawn or decomposed.
-
-        Options, device, dtype, memory format, ``requires_grad`` and mode carry over.
-        """
-        layer = cls(**options_of(dense), rank=rank, scheme=scheme, init=init, device="meta", dtype=dense.weight.dtype)
-        return layer.placed_like(dense)
+    def split(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The cores of a kernel; on the meta device only their shapes."""
+        return self.factors() if weight.is_meta else decompose(weight, self.rank, self.scheme)
