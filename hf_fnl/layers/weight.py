@@ -52,22 +52,11 @@ class _Composition(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.layer, *factors = inputs
         ctx.save_for_backward(*factors)
-        ctx.save_for_forward(*factors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         pull_back = torch.func.vjp(ctx.layer.weight_from, *ctx.saved_tensors)[1]
         return None, *pull_back(*gradients)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        factors = ctx.saved_tensors
-        given = [torch.zeros_like(f) if t is None else t for f, t in zip(factors, tangents[1:], strict=True)]
-        return torch.func.jvp(ctx.layer.weight_from, factors, tuple(given))[1]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], layer: Factorized, *factors: Tensor) -> tuple[Tensor, int]:
-        return torch.vmap(layer.weight_from, in_dims[1:])(*factors), 0
 
 
 # To which torch binds the arguments of each call; without it, it inspects the function anew, for half of a call's time.

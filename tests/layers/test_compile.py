@@ -11,7 +11,6 @@ import gpt2_cases
 import marian_cases
 import pytest
 import torch
-import vision_cases
 from family import gradients
 from torch import Tensor
 from torch.testing import assert_close
@@ -68,10 +67,6 @@ def translated(count: int, length: int) -> Batch:
     return {**text(count, length), "labels": torch.randint(3, 50, (count, length + 2))}
 
 
-def images(count: int, _: int) -> Batch:
-    return vision_cases.OURS["resnet-pad"].batch(count)
-
-
 def after_surgery() -> PreTrainedModel:
     config = BertConfig(**bert_cases.SIZES, **bert_cases.NO_DROPOUT)
     config.num_hidden_layers = 1
@@ -87,9 +82,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[int, int], Batch
     # Whose number of labels is found in the batch is traced in both directions, too; elsewhere the graph is enough.
     "bert, labels at some positions": (lambda: bert_cases.PRETRAINING.build(BERT), masked, "aot_eager"),
     "gpt2, fused loss": (lambda: gpt2_cases.LM.build(GPT2), continued, "eager"),
-    "bert, answers": (lambda: bert_cases.HEADS["question-answering"].build(BERT), answers, "eager"),
     "marian": (lambda: marian_cases.MT.build(MARIAN), translated, "eager"),
-    "resnet": (lambda: vision_cases.OURS["resnet-pad"].build(), images, "eager"),
     "stock, factorized": (after_surgery, answers, "eager"),
 }
 
