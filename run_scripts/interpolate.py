@@ -48,7 +48,7 @@ class LineOptions:
 
     baseline: str = field(metadata={"help": "Folder of a dense run: an image classifier or a causal language model."})
     low_rank: list[str] = field(
-        metadata={"help": "Folders of low-rank runs of the same network; each gets its own line.", "action": "extend"}
+        metadata={"help": "Folders of low-rank runs of the same network; each gets its own line."}
     )
     steps: int = field(default=11, metadata={"help": "Points of a line, both ends among them."})
     dataset: str | None = field(default=None, metadata={"help": "Training images, for their mean and deviation."})

@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import textwrap
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -33,7 +32,7 @@ T = TypeVar("T")
 
 FILES = (".yaml", ".yml", ".json")
 INTERRUPTED = 130  # as shells say it of what Ctrl-C ended
-INTERVAL = 20.0  # seconds between two lines about a long step
+INTERVAL = 20.0  # seconds between two updates of a bar in a file
 # Of the Trainer's own options those that most runs set; help shows them beside ours.
 _OFTEN = (
     *("output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),
@@ -41,7 +40,7 @@ _OFTEN = (
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "logging_steps"),
     *("resume_from_checkpoint", "report_to", "seed", "bf16", "use_cpu"),
 )
-_RESOLVED = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+_TAKES = {dict: "no mapping", list: "one value", NoneType: "a value"}
 _TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
@@ -71,18 +70,24 @@ def parse_arguments(argv: Sequence[str] | None, *classes: type, description: str
         raise SystemExit(2)
     if "disable_tqdm" in parser.options:
         parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
+    words: list[str] = []
     if not arguments[0].startswith("-") and arguments[0].endswith(FILES):
-        parser.read_file(Path(arguments.pop(0)))
-    _, unknown = parser.parse_known_args(arguments)
+        words = parser.read_file(path := Path(arguments.pop(0)))
+    try:
+        given, unknown = parser.parse_known_args([*words, *arguments])
+    except UsageError as error:
+        option = str(error).partition(":")[0].partition(" must be")[0]
+        in_file = any(word.partition("=")[0] == option for word in words)
+        overridden = any(word.partition("=")[0] == option for word in arguments)
+        raise UsageError(f"{path}: {error}") if in_file and not overridden else error from error
     if unknown:
         raise UsageError(_about_unknown(unknown[0], [f"--{name}" for name in parser.options]))
     try:
-        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        return parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False)
     except UsageError:
         raise
     except ValueError as error:
-        given = vars(parser.parse_known_args(arguments)[0])
-        raise UsageError(_with_suggestion(str(error), given)) from error
+        raise UsageError(_with_suggestion(str(error), vars(given))) from error
 
 
 def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -130,23 +135,27 @@ class OptionParser(HfArgumentParser):
             message = f"--{found[1]} {_not_among(self.options[found[1]].choices or (), found[2])}"
         raise UsageError(message)
 
-    def read_file(self, path: Path) -> None:
-        """Let the options in a file be what holds unless the command line says otherwise.
+    def read_file(self, path: Path) -> list[str]:
+        """Return the options in a file as words of a command line; those that no words can say become defaults.
 
         Raises:
             FileNotFoundError: If it does not exist.
-            UsageError: If it cannot be read, or an option in it is unknown or has a value that is none of its own.
+            UsageError: If it cannot be read, or an option in it is unknown or takes no such value.
         """
         hints = {name: hint for kind in self._classes for name, hint in get_type_hints(kind).items()}
+        words: list[str] = []
         for name, value in read_options(path).items():
             if name not in self.options:
                 raise UsageError(f"{path}: there is no option {name}{did_you_mean(name, self.options)}")
-            action = self.options[name]
-            try:
-                self.set_defaults(**{name: _converted(action, hints[name], value)})
-            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-                raise UsageError(f"{path}: {name}: {error}") from error
-            action.required = False
+            kinds = {get_origin(each) or each for each in (hints[name], *get_args(hints[name]))}
+            kind = next((kind for kind in (dict, list, NoneType) if isinstance(value, kind)), None)
+            if kind is not None and kind not in kinds:
+                raise UsageError(f"{path}: {name} takes {_TAKES[kind]}, got {value}")
+            if kind in (dict, NoneType) or value == []:
+                self.set_defaults(**{name: value})
+            else:
+                words += [f"--{name}", *map(str, value)] if kind is list else [f"--{name}={value}"]
+        return words
 
     def format_help(self) -> str:
         """Return the help: what the script does, then its options in groups."""
@@ -175,7 +184,7 @@ class OptionParser(HfArgumentParser):
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options in a YAML or JSON file: text as on a command line, ``None``, lists of text, and mappings.
+    """Return the options in a YAML or JSON file: text as on a command line, ``None``, lists of text, and mappings.
 
     Text, because YAML takes 1e-3 for a word and ``no`` for a truth value, and options know their types.
 
@@ -187,74 +196,38 @@ def read_options(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no such configuration file: {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        names, values, typed = (_read_json if path.suffix == ".json" else _read_yaml)(text)
+        if path.suffix == ".json":
+            typed = json.loads(text, object_pairs_hook=_unique)
+            values = json.loads(text, parse_float=str, parse_int=str, parse_constant=str)
+        else:
+            typed, values = (yaml.load(text, Loader=loader) or {} for loader in (yaml.SafeLoader, _TextLoader))
+        if not isinstance(typed, dict):
+            raise ValueError(f"expected options and their values, found {str(typed)[:40]!r}")
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read the configuration file {path}: {_one_line(error)}") from error
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UsageError(f"{path} names {twice[0]} twice")
-    return {name: typed[name] if isinstance(typed.get(name), dict) else value for name, value in values.items()}
+    return {name: typed[name] if isinstance(typed[name], dict) else value for name, value in values.items()}
 
 
-def _read_json(text: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """Names in their order, their values as text, and as JSON has them."""
-    typed = _mapping(json.loads(text))
-    pairs = json.loads(text, parse_float=str, parse_int=str, parse_constant=str, object_pairs_hook=list)
-    return [name for name, _ in pairs], dict(pairs), typed
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of pairs, none of whose names stands twice."""
+    if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"it names {twice[0]} twice")
+    return dict(pairs)
 
 
-class _AsText(yaml.SafeLoader):
-    """Of YAML's types only null is told from text."""
+class _TextLoader(yaml.SafeLoader):
+    """Loader of YAML whose scalars are text, but for null, and whose mappings name nothing twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        _unique([(key.value, None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
 
 
-_AsText.yaml_implicit_resolvers = {
+_TextLoader.yaml_implicit_resolvers = {
     first: kept
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    if (kept := [resolver for resolver in resolvers if resolver[0] in _RESOLVED])
+    if (kept := [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"])
 }
-
-
-def _read_yaml(text: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """Names in their order, their values as text, and as YAML has them."""
-    typed = _mapping(yaml.safe_load(text) or {})
-    node: Any = yaml.compose(text, Loader=_AsText)
-    names = [key.value for key, _ in node.value if key.value != "<<"] if typed else []
-    return names, yaml.load(text, Loader=_AsText) or {}, typed  # a SafeLoader
-
-
-def _mapping(content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"expected options and their values, found {str(content)[:40]!r}")
-    return content
-
-
-def _converted(action: argparse.Action, hint: Any, value: Any) -> Any:
-    """A value of a file as the command line would have given it."""
-    kinds = {get_origin(each) or each for each in (hint, *get_args(hint))}
-    if value is None:
-        if NoneType not in kinds:
-            raise ValueError("a value is missing")
-        return None
-    if isinstance(value, dict):
-        if dict not in kinds:
-            raise ValueError(f"takes no mapping, got {value}")
-        return value
-    if isinstance(value, list):
-        if list not in kinds:
-            raise ValueError(f"takes one value, got {value}")
-        return [_typed(action, each) for each in value] if action.nargs else value
-    return [_typed(action, value)] if action.nargs == "+" else _typed(action, value)
-
-
-def _typed(action: argparse.Action, value: Any) -> Any:
-    convert: Any = action.type or str
-    try:
-        result = convert(str(value))
-    except (ValueError, TypeError) as error:
-        kind = _TYPES.get(convert, getattr(convert, "__name__", "value"))
-        raise ValueError(f"{value!r} is no {kind}") from error
-    if action.choices is not None and result not in action.choices:
-        raise ValueError(_not_among(action.choices, value))
-    return result
 
 
 def _not_among(choices: Iterable[Any], given: object) -> str:
@@ -317,7 +290,7 @@ def check_at_least(smallest: int, options: Any, *names: str) -> None:
 
 @contextlib.contextmanager
 def progress(text: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
-    """Show how far a long step is and how long it will take: a bar on a terminal, elsewhere a line now and then.
+    """Show how far a long step is and how long it will take; seldom where that goes into a file.
 
     Args:
         text: What is being done.
@@ -326,13 +299,9 @@ def progress(text: str, total: int | None = None) -> Iterator[Callable[[int], ob
     Yields:
         A function to be called with how much more is done.
     """
-    if not is_first():
-        yield lambda count: None
-    elif sys.stderr.isatty():
-        with tqdm(desc=text, total=total, leave=False, delay=1) as bar:
-            yield bar.update
-    else:
-        yield _Lines(text, total).update
+    seconds = 0.1 if sys.stderr.isatty() else INTERVAL
+    with tqdm(desc=text, total=total, leave=False, delay=1, mininterval=seconds, disable=not is_first()) as bar:
+        yield bar.update
 
 
 def tracked(items: Iterable[T], text: str) -> Iterator[T]:
@@ -341,25 +310,6 @@ def tracked(items: Iterable[T], text: str) -> Iterator[T]:
         for item in items:
             yield item
             advance(1)
-
-
-class _Lines:
-    """Progress in lines, one in :data:`INTERVAL` seconds at most."""
-
-    def __init__(self, text: str, total: int | None) -> None:
-        self.text, self.total, self.done = text, total, 0
-        self.began = self.told = time.monotonic()
-
-    def update(self, count: int) -> None:
-        self.done += count
-        if (now := time.monotonic()) - self.told < INTERVAL:
-            return
-        self.told = now
-        line = f"{self.text}: {self.done:,}"
-        if self.total:
-            left = (now - self.began) / max(self.done, 1) * (self.total - self.done)
-            line += f" of {self.total:,}, {duration(left)} left"
-        print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from transformers import TrainingArguments
@@ -20,7 +19,6 @@ from hf_fnl.training.command_line import (
     check_at_least,
     named,
     parse_arguments,
-    progress,
     run_script,
     tracked,
 )
@@ -95,15 +93,21 @@ def test_words_of_a_file_stay_words(tmp_path):
     assert parse(written(tmp_path / "c.yaml", "model: 007\ndecay: off\n")) == Options("007", decay=["off"])
 
 
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+def test_mappings_of_a_file_have_types_and_null_is_none(tmp_path, name):
+    file = written(tmp_path / name, '{"fsdp_config": {"version": 2}, "save_total_limit": null, "report_to": []}')
+    (args,) = parse_arguments([file, "--seed=3"], Arguments)
+    assert (args.fsdp_config, args.save_total_limit, args.report_to, args.seed) == ({"version": 2}, None, [], 3)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("model: m\nwdith: 3", "there is no option wdith; did you mean width?"),
-        ("model: m\nwidth: three", "width: 'three' is no INT"),
-        ("model: m\nwidth: 3.5", "width: '3.5' is no INT"),
-        ("model: m\nwidth: [3, 4]", r"width: takes one value, got \['3', '4'\]"),
-        ("model: m\nwidth: {a: 3}", "width: takes no mapping"),
-        ("model: m\nwidth:", "width: a value is missing"),
+        ("model: m\nwidth: three", "a.yaml: --width: invalid int value: 'three'"),
+        ("model: m\nwidth: [3, 4]", r"width takes one value, got \['3', '4'\]"),
+        ("model: m\nwidth: {a: 3}", "width takes no mapping"),
+        ("model: m\nwidth:", "width takes a value, got None"),
         ("model: m\nwidth: 3\nwidth: 4", "names width twice"),
         ("model: m\nkind: con", "kind must be one of linear, conv, got 'con'; did you mean conv?"),
         ("width: 3", "the following arguments are required: --model"),
@@ -248,19 +252,6 @@ def test_debug_shows_the_traceback_and_is_no_argument(capsys, monkeypatch):
 def test_other_processes_say_what_the_first_may_not_know(capsys, monkeypatch):
     assert ended(fails(UsageError("bad")), capsys, monkeypatch, rank=1) == (2, "")
     assert ended(fails(OSError("disk")), capsys, monkeypatch, rank=1) == (1, "process 1: error: disk\n")
-
-
-@pytest.mark.parametrize("total", [4, None])
-def test_progress_in_lines(capsys, monkeypatch, total):
-    now = iter(range(0, 1000, 15))
-    monkeypatch.setattr(command_line, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
-    with progress("cutting", total) as advance:
-        for _ in range(4):
-            advance(1)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == (
-        ["cutting: 2 of 4, 30 s left", "cutting: 4 of 4, 0 s left"] if total else ["cutting: 2", "cutting: 4"]
-    )
 
 
 def test_tracked_items_are_the_items():
