@@ -80,8 +80,9 @@ def update(cell: str, options: argparse.Namespace) -> Callable[[], object]:
     """A whole update of a cell's trained model, on batches of its own data."""
     sys.path.insert(0, str(ROOT / "run_scripts"))
     from pretrain_bert import DataOptions, ModelOptions, build_model
+    from transformers import DataCollatorForTokenClassification
 
-    from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+    from hf_fnl.tasks.pretraining import build_pretraining_dataset
     from hf_fnl.tasks.pretraining_examples import PretrainingOptions
     from hf_fnl.tasks.tokenization import load_tokenizer
     from hf_fnl.training import FLAMBeTrainingArguments
@@ -98,7 +99,9 @@ def update(cell: str, options: argparse.Namespace) -> Callable[[], object]:
     examples = build_pretraining_dataset(
         data.validation(), tokenizer, PretrainingOptions(max_seq_length=LENGTH, next_sentence=False, seed=args.seed)
     )
-    loader = torch.utils.data.DataLoader(examples, BATCH, collate_fn=PretrainingCollator(tokenizer), drop_last=True)
+    loader = torch.utils.data.DataLoader(
+        examples, BATCH, collate_fn=DataCollatorForTokenClassification(tokenizer), drop_last=True
+    )
     batches = _forever(loader)
 
     def step() -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding,
 
 from hf_fnl.tasks.pretrained import check_length, load_pretrained
 from hf_fnl.tasks.squad import SquadOptions, load_squad
-from hf_fnl.tasks.squad_evaluation import SquadPredictions, answer_questions, score_predictions
+from hf_fnl.tasks.squad_evaluation import answer_questions, score_predictions
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.runs import finish_run
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         check_writable("output_dir", Path(options.output_dir))
     if options.predictions:
         answers = read_predictions(Path(options.predictions))
-        metrics = score_predictions(options.questions(), SquadPredictions(answers, {}, {}))
+        metrics = score_predictions(options.questions(), answers)
     else:
         with named("model", options.model):
             tokenizer = load_tokenizer(options.model)

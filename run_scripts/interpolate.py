@@ -35,8 +35,9 @@ from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, progress, run_script
 from hf_fnl.utils.files import write_json
 from hf_fnl.utils.run_files import CONFIG_FILE, read_json
-from hf_fnl.vision.image_batches import BatchTransform, ImageOptions, load_image_sets, single_batch
+from hf_fnl.vision.image_batches import ImageOptions, load_image_sets, single_batch
 from hf_fnl.vision.interpolation import INTERPOLATION_FILE, loss_along_line
+from hf_fnl.vision.transforms import BatchTransform
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 Options = TypeVar("Options")

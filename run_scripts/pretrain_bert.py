@@ -13,14 +13,21 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, PreTrainedModel, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    set_seed,
+)
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.tasks.arguments import TextTrainingArguments
 from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.tokens import masked_metrics, masked_sums
-from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+from hf_fnl.tasks.pretraining import build_pretraining_dataset
 from hf_fnl.tasks.pretraining_examples import PretrainingOptions
 from hf_fnl.tasks.pretraining_phases import PHASES_HELP, Phase, describe_phase, plan_phases
 from hf_fnl.tasks.tokenization import load_tokenizer, train_wordpiece
@@ -67,7 +74,6 @@ class DataOptions(DocumentOptions):
     phases: list[str] = field(default_factory=lambda: ["128"], metadata={"help": PHASES_HELP})
     next_sentence: bool = field(default=True, metadata={"help": "False: masked language modelling only (RoBERTa)."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
-    whole_word_mask: bool = field(default=False, metadata={"help": "Mask all pieces of a word together."})
 
 
 def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> PreTrainedModel:
@@ -113,7 +119,6 @@ def train_phase(
         max_seq_length=phase.length,
         next_sentence=data.next_sentence,
         mlm_probability=data.mlm_probability,
-        whole_word_mask=data.whole_word_mask,
         seed=args.seed,
     )
     documents = data.training(streaming=data.streaming)
@@ -125,7 +130,7 @@ def train_phase(
         args,
         train_dataset=build_pretraining_dataset(documents, tokenizer, options, num_proc=data.num_proc),
         eval_dataset=validation,
-        data_collator=PretrainingCollator(tokenizer),
+        data_collator=DataCollatorForTokenClassification(tokenizer),
         compute_metrics=masked_metrics,
         preprocess_logits_for_metrics=masked_sums,
     )

@@ -32,7 +32,6 @@ from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_re
 from hf_fnl.utils.hub import check_source
 from hf_fnl.vision.do_conv import merge_do_conv_, over_parametrize_
 from hf_fnl.vision.image_batches import (
-    BatchTransform,
     ImageData,
     ImageOptions,
     ImageTensors,
@@ -46,6 +45,7 @@ from hf_fnl.vision.lottery import train_in_rounds
 from hf_fnl.vision.models import PRESETS, inner_convolutions, vision_model
 from hf_fnl.vision.norms import FollowNorms, RecordNorms
 from hf_fnl.vision.pruning import finalize_, prune_, sparsity, weights_to_keep
+from hf_fnl.vision.transforms import BatchTransform
 
 # Khodak et al. 2021, Sec. 5; do_conv is Cao et al. 2020
 OVERCOMPLETE: dict[str, dict[str, Any]] = {
@@ -312,8 +312,8 @@ def train_pruned(session: Session, model: nn.Module, resume: str | None) -> dict
         rewind = options.pruning == "lottery"
         phases = train_in_rounds(model, session.trainer, keep, rounds=options.pruning_rounds, rewind=rewind)
         return {**phases, **phases[f"phase-{options.pruning_rounds + 1}"]}
-    batches = session.batch(options.pruning_images) if options.pruning in ("snip", "grasp") else ()
-    prune_(model.to(session.args.device), keep, method=options.pruning, batches=batches)
+    batch = None if options.pruning == "random" else session.batch(options.pruning_images)
+    prune_(model.to(session.args.device), keep, method=options.pruning, batch=batch)
     trainer = session.trainer(model)
     metrics = trainer.train(resume_from_checkpoint=resume).metrics
     metrics |= trainer.evaluate()

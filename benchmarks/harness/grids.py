@@ -1,4 +1,4 @@
-"""Grids of trainings: each runs once, goes on where it was broken off, and its results are written as they come."""
+"""Trainings that run once, and go on where they were broken off."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.machine import machine
 from benchmarks.harness.record import revision, write_result
-from benchmarks.harness.tables import write_table
 
 
 def run_once(
@@ -63,24 +61,3 @@ def run_once(
             raise RuntimeError(f"{shlex.join(command)} failed; its output is in {log}")
     usage_found = json.loads(usage_file.read_text()) if usage_file.exists() else {}
     return {"command": shlex.join(["python", *command]), "commit": None, **usage_found, **json.loads(done.read_text())}
-
-
-def add_cell(path: Path, name: str, cell: dict[str, Any], command: str) -> dict[str, Any]:
-    """Add a finished cell of a grid of trainings to its results: JSON, and a table of Markdown beside it.
-
-    Args:
-        path: The JSON; what other cells wrote there stays.
-        name: Of the cell.
-        cell: Its figures, and the commands and the ``commit`` that gave them, which the table leaves out.
-        command: The command that runs the grid.
-
-    Returns:
-        All that the JSON holds.
-    """
-    result = json.loads(path.read_text()) if path.exists() else {}
-    result.pop("commit_unknown", None)
-    result |= {"command": command, "machine": machine("cpu"), **revision()}
-    result["cells"] = {**result.get("cells", {}), name: cell}
-    write_result(path, result)
-    write_table(path, list(result["cells"].values()), command)
-    return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import cycle
 from typing import Any
 
@@ -14,13 +13,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.harness.limits import count_flops, matrix_rate
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.sweeps import Sweep, time_sweep
 from benchmarks.harness.timing import Case, Comparison, Goal, Row
 
 Batch = dict[str, Tensor]
-
-# Why a step grows faster with the length than its operations.
-ATTENTION = "Softmax and dropout of the attention take the square of the length, and are no products of matrices."
 
 
 @dataclass(frozen=True)
@@ -133,45 +128,6 @@ def _judged(row: Row, contender: Contender) -> Row:
         if least is not None:
             row |= {"goal": f"{key.replace('_', ' ')} at least {least:g}", "reached": row[key] >= least}
     return row
-
-
-def seconds_at_least(steps: Steps, model: PreTrainedModel) -> dict[str, float]:
-    """What the operations of a step take at the device's rate of matrix products."""
-    return {"its FLOPs": steps.flops(model) / matrix_rate(steps.device, steps.dtype or torch.float32)}
-
-
-def sweep_steps(
-    title: str,
-    size: str,
-    values: Iterable[float],
-    make: Callable[[Any], tuple[PreTrainedModel, Steps]],
-    *,
-    device: str,
-    rounds: int,
-    note: str = "",
-) -> Sweep:
-    """How a model's step grows with a size, beside its operations.
-
-    Args:
-        title: What the step is.
-        size: What ``values`` are.
-        values: At least three.
-        make: The model and the steps at a value; one of them is in memory at a time.
-        device: Where it runs.
-        rounds: Timed rounds at each value.
-        note: Why something grows faster than its limit.
-    """
-    made = lru_cache(maxsize=1)(make)
-
-    def cases(value: float) -> dict[str, Case]:
-        model, steps = made(value)
-        return {title: steps.case(Contender(model))}
-
-    def limit(value: float) -> dict[str, float]:
-        model, steps = made(value)
-        return seconds_at_least(steps, model)
-
-    return time_sweep(f"{title}, {size}", size, values, cases, limit, device=device, rounds=rounds, note=note)
 
 
 def check_close(name: str, actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> None:

@@ -1,11 +1,9 @@
-"""A theme of the benchmarks: what it checks, what it times, and how its cost grows."""
+"""A theme of the benchmarks: what it checks, and what it times."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
-import json
 import os
 import shlex
 import sys
@@ -18,7 +16,6 @@ import torch
 
 from benchmarks.harness.machine import machine
 from benchmarks.harness.record import revision, write_result
-from benchmarks.harness.sweeps import Sweep, draw
 from benchmarks.harness.tables import workload_tables
 from benchmarks.harness.timing import Row
 from hf_fnl.utils.files import write_text
@@ -36,14 +33,12 @@ class Options:
         size: ``"full"``, ``"quick"`` (minutes, smaller) or ``"tiny"`` (seconds: whether it runs at all).
         command: The command line that measures the same again.
         out: Folder of the results.
-        sweeps: Whether the sweeps run, too.
     """
 
     device: str
     size: str
     command: str
     out: Path
-    sweeps: bool = True
 
     def pick(self, *, full: T, quick: T, tiny: T) -> T:
         """The one that belongs to the size."""
@@ -64,18 +59,16 @@ class Theme:
         check: Raises a ``RuntimeError`` if something that would be timed gives a wrong answer.
         measure: Rows, most of them from :class:`~benchmarks.harness.timing.Comparison`; what a peer that is missing
             would have been is a row with ``not_measured``, the reason.
-        sweeps: How the costs grow.
         environment: Names of environment variables on which the results depend; they are part of the command.
     """
 
     name: str
     check: Callable[[Options], object]
     measure: Callable[[Options], Iterable[Row]]
-    sweeps: Callable[[Options], Iterable[Sweep]]
     environment: tuple[str, ...] = ()
 
     def run(self, options: Options) -> dict[str, Any]:
-        """Check, measure, sweep; the results are written as they come and returned."""
+        """Check and measure; the results are written as they come and returned."""
         self.check(options)
         variables = [f"{name}={os.environ[name]}" for name in self.environment if name in os.environ]
         result: dict[str, Any] = {
@@ -84,14 +77,10 @@ class Theme:
             **revision(),
             "machine": machine(options.device),
             "rows": [],
-            "sweeps": [],
             "complete": False,
         }
         for row in self.measure(options):
             result["rows"].append(row)
-            self._write(result, options)
-        for sweep in self.sweeps(options) if options.sweeps else ():
-            result["sweeps"].append(sweep.record())
             self._write(result, options)
         result["complete"] = True
         self._write(result, options)
@@ -101,21 +90,8 @@ class Theme:
         path = options.out / f"{self.name}-{options.device}.json"
         write_result(path, result)
         if result["complete"]:
-            render(path)
-
-
-def render(path: Path) -> None:
-    """Write the table and the plot that belong to a result beside it; no plot where matplotlib is missing."""
-    result = json.loads(path.read_text(encoding="utf-8"))
-    parts = workload_tables(result["rows"])
-    if result["sweeps"] and importlib.util.find_spec("matplotlib"):
-        picture = draw(result["sweeps"], path.with_suffix(".png"))
-        parts.append(f"![how the costs grow]({picture.name})")
-    for sweep in result["sweeps"]:
-        powers = "; ".join(f"{name}: {power:.2f}" for name, power in sweep["grows_with_power"].items() if power)
-        note = f" {sweep['note']}" if sweep["note"] else ""
-        parts.append(f"*{sweep['title']}*, power of {sweep['xlabel']} with which it grows: {powers}.{note}")
-    write_text(path.with_suffix(".md"), "\n\n".join([*parts, f"`{result['command']}`"]) + "\n")
+            parts = [*workload_tables(result["rows"]), f"`{result['command']}`"]
+            write_text(path.with_suffix(".md"), "\n\n".join(parts) + "\n")
 
 
 def theme(name: str) -> Theme:
@@ -130,14 +106,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options.add_argument("--quick", dest="size", action="store_const", const="quick", default="full", help="smaller")
     options.add_argument("--tiny", dest="size", action="store_const", const="tiny", help="only to see that it runs")
-    options.add_argument("--no-sweeps", dest="sweeps", action="store_false", help="leave out how the costs grow")
-    options.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON, Markdown and PNG")
+    options.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON and Markdown")
     return options
 
 
 def options_of(name: str, given: argparse.Namespace, argv: Sequence[str] | None) -> Options:
     """The options of one theme among those that were asked for."""
     arguments = [argument for argument in (sys.argv[1:] if argv is None else argv) if argument.startswith("--")]
-    flags = [argument for argument in arguments if argument.partition("=")[0] in ("--quick", "--tiny", "--no-sweeps")]
+    flags = [argument for argument in arguments if argument.partition("=")[0] in ("--quick", "--tiny")]
     command = ["python", "-m", "benchmarks", name, "--device", given.device, *flags]
-    return Options(given.device, given.size, shlex.join(command), given.out, given.sweeps)
+    return Options(given.device, given.size, shlex.join(command), given.out)

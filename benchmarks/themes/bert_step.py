@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining, BertForQuestionAnswering, BertModel, PreTrainedModel
 
-from benchmarks.harness.steps import ATTENTION, Batch, Contender, Steps, check_close, sweep_steps
-from benchmarks.harness.sweeps import Sweep
+from benchmarks.harness.steps import Batch, Contender, Steps, check_close
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Goal, Row
 from benchmarks.peers.lora import with_lora
@@ -226,39 +225,4 @@ def _fine_tuning(options: Options) -> Iterator[Row]:
     yield from steps.measure(contenders, STOCK, rounds=rounds(options))
 
 
-def sweeps(options: Options) -> Iterator[Sweep]:
-    """Pretraining steps of one or two layers, one size at a time."""
-    lengths = options.pick(full=(64, 128, 256, 512), quick=(32, 64, 128), tiny=(4, 8, 16))
-    counts = options.pick(full=(2, 4, 8, 16), quick=(2, 4, 8), tiny=(1, 2, 4))
-    ranks = options.pick(full=(48, 96, 192, 384, 768), quick=(48, 192, 768), tiny=(8, 16, 32))
-    layers = options.pick(full=(1, 2, 4, 8), quick=(1, 2, 4), tiny=(1, 2, 3))
-    tables = options.pick(full=(4000, 8000, 16000, 32000), quick=(4000, 8000, 16000), tiny=(100, 200, 400))
-    on_gpu = 8 if options.on_gpu else 1
-    sequences, length = options.pick(full=(8 * on_gpu, 128), quick=(4, 64), tiny=(2, 8))
-    yield _sweep(options, "length", lengths, lambda n: ({}, (sequences, n)), ATTENTION)
-    yield _sweep(options, "sequences in a batch", [n * on_gpu for n in counts], lambda n: ({}, (n, length)))
-    yield _sweep(options, "rank of the feed-forward block", ranks, lambda n: ({"ffn_rank": n}, (sequences, length)))
-    yield _sweep(options, "layers", layers, lambda n: ({"num_hidden_layers": n}, (sequences, length)))
-    yield _sweep(options, "vocabulary", tables, lambda n: ({"vocab_size": n}, (sequences, length)))
-
-
-def _sweep(
-    options: Options, size: str, values: Any, at: Callable[[int], tuple[dict[str, Any], Any]], note: str = ""
-) -> Sweep:
-    layers = {"num_hidden_layers": options.pick(full=2, quick=1, tiny=1)}
-    count = options.pick(full=5, quick=3, tiny=1)
-
-    def make(value: int) -> tuple[PreTrainedModel, Steps]:
-        fields, (sequences, length) = at(value)
-        fields = {"vocab_size": 8000, **sizes(options), **layers, **low(options), **fields}
-        if "max_position_embeddings" not in fields:
-            fields["max_position_embeddings"] = 512
-        model = ours(FactorizedBertForPreTraining, options.device, **fields)
-        inputs = batches(count + 2, fields["vocab_size"], sequences, length, options.device)
-        dtype = torch.bfloat16 if options.on_gpu else None
-        return model, Steps("", inputs, sequences * length, options.device, dtype)
-
-    return sweep_steps("pretraining step", size, values, make, device=options.device, rounds=count, note=note)
-
-
-THEME = Theme("bert_step", check, measure, sweeps)
+THEME = Theme("bert_step", check, measure)

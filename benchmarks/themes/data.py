@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import cycle
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 
 from benchmarks.harness.steps import check_close
-from benchmarks.harness.sweeps import Sweep, time_sweep
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Case, Comparison, Goal, Row
 
@@ -28,13 +26,15 @@ def rounds(options: Options) -> int:
 
 def check(options: Options) -> None:
     """Raise a ``RuntimeError`` unless a padded batch holds the tokens and labels of its examples."""
-    from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+    from transformers import DataCollatorForTokenClassification
+
+    from hf_fnl.tasks.pretraining import build_pretraining_dataset
     from hf_fnl.tasks.pretraining_examples import PretrainingOptions
 
     documents, tokenizer = _documents(options)
     stored = build_pretraining_dataset(documents, tokenizer, PretrainingOptions())
     examples = stored.__getitems__([0, len(stored) - 1])
-    batch = PretrainingCollator(tokenizer)(examples)
+    batch = DataCollatorForTokenClassification(tokenizer)(examples)
     is_token = batch["attention_mask"].bool()
     names = ("input_ids", "labels")
     expected = [torch.cat([each[name] for each in examples]).float() for name in names]
@@ -43,18 +43,17 @@ def check(options: Options) -> None:
 
 def measure(options: Options) -> Iterator[Row]:
     """On a CPU, whatever the device: examples a second of one process, with what they cannot be faster than."""
-    from transformers import DataCollatorForLanguageModeling
+    from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification
 
-    from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
+    from hf_fnl.tasks.pretraining import build_pretraining_dataset
     from hf_fnl.tasks.pretraining_examples import PretrainingOptions
 
     documents, tokenizer = _documents(options)
-    words = build_pretraining_dataset(documents, tokenizer, PretrainingOptions(whole_word_mask=True))
     stored = build_pretraining_dataset(documents, tokenizer, PretrainingOptions())
     count = min(len(stored), 128)
     rng = np.random.default_rng(0)
     upcoming = cycle([rng.permutation(len(stored))[:count].tolist() for _ in range(rounds(options) + 2)])
-    padded = PretrainingCollator(tokenizer)
+    padded = DataCollatorForTokenClassification(tokenizer)
     theirs = DataCollatorForLanguageModeling(tokenizer, seed=0)
 
     def transformers_way() -> object:
@@ -64,7 +63,6 @@ def measure(options: Options) -> Iterator[Row]:
         "Transformers' masking collator": transformers_way,
         "read only": lambda: stored.instances[next(upcoming)],
         "masked, padded": lambda: padded(stored.__getitems__(next(upcoming))),
-        "whole words, padded": lambda: padded(words.__getitems__(next(upcoming))),
     }
     yield from _rates(Comparison(f"batch of {count} stored examples", cases, "masked, padded"), count, options)
     yield from _from_text(options, documents, tokenizer)
@@ -113,35 +111,4 @@ def _documents(options: Options) -> tuple[Any, Any]:
     return datasets.Dataset.from_dict({"text": texts}), tokenizer
 
 
-def sweeps(options: Options) -> Iterator[Sweep]:
-    """Workers that prepare stored examples."""
-    from torch.utils.data import DataLoader
-
-    from hf_fnl.tasks.pretraining import PretrainingCollator, build_pretraining_dataset
-    from hf_fnl.tasks.pretraining_examples import PretrainingOptions
-
-    documents, tokenizer = _documents(options)
-    stored = build_pretraining_dataset(documents, tokenizer, PretrainingOptions())
-    size, batches = min(64, len(stored)), options.pick(full=200, quick=40, tiny=3)
-    rng = np.random.default_rng(0)
-    sampler: Any = [rng.permutation(len(stored))[:size].tolist() for _ in range(batches)]
-
-    def take(workers: int) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than there are cores
-            collate = PretrainingCollator(tokenizer)
-            for _ in DataLoader(stored, batch_sampler=sampler, num_workers=workers, collate_fn=collate):
-                pass
-
-    yield time_sweep(
-        f"{size * batches} stored examples, {os.cpu_count()} cores",
-        "workers",
-        options.pick(full=(1, 2, 4), quick=(1, 2, 3), tiny=(1, 2, 3)),
-        lambda workers: {f"batches of {size}, workers started": lambda: take(workers)},
-        lambda workers: {f"training on {NEEDED} a second": size * batches / NEEDED},
-        device="cpu",
-        rounds=options.pick(full=5, quick=3, tiny=1),
-    )
-
-
-THEME = Theme("data", check, measure, sweeps)
+THEME = Theme("data", check, measure)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from benchmarks.harness.limits import copy_rate, count_flops, matrix_rate
-from benchmarks.harness.sweeps import Sweep, time_sweep
+from benchmarks.harness.limits import count_flops
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Case, Comparison, Row
 from benchmarks.themes.gpt2_step import QK_OV, TINY, TINY_RANKS
@@ -121,51 +119,4 @@ def _compare(
         yield {**row, "tokens_per_second": len(prompt) * new / row["milliseconds"] * 1e3}
 
 
-def sweeps(options: Options) -> Iterator[Sweep]:
-    """How the time grows with the tokens that are generated and with the sequences."""
-    made = models(options)
-    chosen = {name: made[name] for name in (STOCK, list(made)[-2])}
-    lengths = options.pick(full=(16, 32, 64, 128), quick=(8, 16, 32), tiny=(2, 4, 6))
-    counts = options.pick(full=(1, 4, 16, 64), quick=(1, 4, 16), tiny=(1, 2, 3))
-    prompt, rounds = options.pick(full=(32, 3), quick=(16, 2), tiny=(4, 1))
-
-    def timed(sequences: int, new: int) -> dict[str, Case]:
-        ids = random_prompt(options, made[STOCK], sequences, prompt)
-        return {name: generation(model, ids, new) for name, model in chosen.items()}
-
-    def floors(sequences: int, new: int) -> dict[str, float]:
-        return {
-            f"bytes and FLOPs of {name}": _floor(options, model, sequences, prompt, new)
-            for name, model in chosen.items()
-        }
-
-    shared: dict[str, Any] = {"device": options.device, "rounds": rounds}
-    fixed = options.pick(full=16, quick=8, tiny=3)
-    yield time_sweep(
-        "generation, new tokens",
-        "new tokens",
-        lengths,
-        lambda n: timed(1, n),
-        lambda n: floors(1, n),
-        **shared,
-    )
-    yield time_sweep(
-        "generation, sequences",
-        "sequences",
-        counts,
-        lambda n: timed(n, fixed),
-        lambda n: floors(n, fixed),
-        **shared,
-    )
-
-
-def _floor(options: Options, model: PreTrainedModel, sequences: int, prompt: int, new: int) -> float:
-    """Seconds at least: for each token all weights are read once, and multiplied with every sequence."""
-    device, dtype = options.device, model.dtype
-    weights = [p for name, p in model.named_parameters() if ".wpe." not in name]
-    per_token = 2 * sequences * sum(p.numel() for p in weights) / matrix_rate(device, dtype)
-    reading = sum(p.nbytes for p in weights) / copy_rate(device)
-    return prompt * per_token + new * max(per_token, reading)
-
-
-THEME = Theme("generate", check, measure, sweeps)
+THEME = Theme("generate", check, measure)

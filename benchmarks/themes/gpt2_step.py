@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from benchmarks.harness.steps import ATTENTION, Batch, Contender, Steps, check_close, sweep_steps
-from benchmarks.harness.sweeps import Sweep
+from benchmarks.harness.steps import Batch, Contender, Steps, check_close
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Row
 from hf_fnl import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
@@ -102,27 +101,4 @@ def measure(options: Options) -> Iterator[Row]:
         yield from timed.measure(compiled, f"{STOCK}, compiled", rounds=rounds)
 
 
-def sweeps(options: Options) -> Iterator[Sweep]:
-    """Training steps of a small model, one size at a time."""
-    lengths = options.pick(full=(64, 128, 256, 512, 1024), quick=(32, 64, 128), tiny=(4, 8, 16))
-    ranks = options.pick(full=(48, 96, 192, 384, 768), quick=(48, 192, 768), tiny=(8, 16, 32))
-    tables = options.pick(full=(8000, 16000, 32000, 64000), quick=(4000, 8000, 16000), tiny=(100, 200, 400))
-    length = options.pick(full=128, quick=64, tiny=8)
-    yield _sweep(options, "length", lengths, lambda n: ({}, n), ATTENTION)
-    yield _sweep(options, "rank of the feed-forward block", ranks, lambda n: ({"ffn_rank": n}, length))
-    yield _sweep(options, "vocabulary", tables, lambda n: ({"vocab_size": n}, length))
-
-
-def _sweep(options: Options, size: str, values: Any, at: Any, note: str = "") -> Sweep:
-    rounds, ranks = options.pick(full=5, quick=3, tiny=1), list(cases(options).values())[-1]
-    sequences = options.pick(full=16 if options.on_gpu else 2, quick=2, tiny=1)
-
-    def make(value: int) -> tuple[PreTrainedModel, Steps]:
-        changed, length = at(value)
-        fields = {"vocab_size": 8000, **sizes(options), **ranks, "n_layer": 1, **changed}
-        return ours(options, **fields), steps(options, "", fields["vocab_size"], (sequences, length), rounds)
-
-    return sweep_steps("GPT-2's training step", size, values, make, device=options.device, rounds=rounds, note=note)
-
-
-THEME = Theme("gpt2_step", check, measure, sweeps)
+THEME = Theme("gpt2_step", check, measure)

@@ -8,7 +8,7 @@ products of a matrix and a vector, which no machine runs at that rate.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
 from benchmarks.harness.limits import matrix_rate
-from benchmarks.harness.sweeps import Sweep, time_sweep
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Case, Comparison, Goal, Row, interleave
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining
@@ -249,61 +248,4 @@ def least_seconds(shape: tuple[int, int], rank: int, device: str) -> float:
     return operations / matrix_rate(device)
 
 
-def sweeps(options: Options) -> Iterable[Sweep]:
-    """The cost against rank, width, vocabulary, and layers of a model."""
-    hidden = options.pick(full=768, quick=384, tiny=48)
-    yield _matrix_sweep("one feed-forward matrix", "rank", _ranks(hidden), lambda r: ((hidden, 4 * hidden), r), options)
-    widths = options.pick(full=(256, 512, 1024, 2048), quick=(128, 256, 512), tiny=(16, 32, 64))
-    yield _matrix_sweep("one feed-forward matrix", "width", widths, lambda w: ((w, 4 * w), w // 4), options)
-    words = options.pick(full=(4000, 8000, 16000, 32000), quick=(2000, 4000, 8000), tiny=(100, 200, 400))
-    yield _matrix_sweep("word embedding", "vocabulary", words, lambda v: ((v, hidden), hidden // 6), options)
-    yield _layer_sweep(hidden, options)
-
-
-def _ranks(hidden: int) -> tuple[int, ...]:
-    return tuple(hidden // part for part in (16, 8, 4, 2, 1))
-
-
-def _matrix_sweep(
-    title: str,
-    xlabel: str,
-    sizes: Iterable[int],
-    task: Callable[[int], tuple[tuple[int, int], int]],
-    options: Options,
-) -> Sweep:
-    def cases(size: int) -> dict[str, Case]:
-        shape, rank = task(size)
-        weight = torch.randn(*shape, device=options.device) * INITIALIZER_RANGE
-        return {OURS: partial(spectral_init, weight, rank)}
-
-    def limit(size: int) -> dict[str, float]:
-        return {"operations": least_seconds(*task(size), options.device)}
-
-    rounds = options.pick(full=5, quick=3, tiny=2)
-    return time_sweep(title, xlabel, sizes, cases, limit, device=options.device, rounds=rounds)
-
-
-def _layer_sweep(hidden: int, options: Options) -> Sweep:
-    def cases(layers: int) -> dict[str, Case]:
-        return {STOCK: partial(stock_model, hidden, layers, options), FACTORIZED: _factorized(hidden, layers, options)}
-
-    def limit(layers: int) -> dict[str, float]:
-        least = least_seconds((hidden, 4 * hidden), hidden // 4, options.device)
-        return {"operations of the matrices": 2 * layers * least}
-
-    counts = options.pick(full=(1, 2, 4, 8), quick=(1, 2, 4), tiny=(1, 2, 3))
-    rounds = options.pick(full=3, quick=2, tiny=2)
-    note = "The word embedding is drawn whatever the number of layers."
-    return time_sweep(
-        "a model from its configuration",
-        "layers",
-        counts,
-        cases,
-        limit,
-        device=options.device,
-        rounds=rounds,
-        note=note,
-    )
-
-
-THEME = Theme("init", check, measure, sweeps)
+THEME = Theme("init", check, measure)

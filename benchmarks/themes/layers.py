@@ -9,15 +9,14 @@ from __future__ import annotations
 import copy
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness.limits import count_flops, matrix_rate
-from benchmarks.harness.sweeps import Sweep, time_sweep
+from benchmarks.harness.limits import count_flops
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Case, Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_
@@ -230,33 +229,4 @@ def _computing(layer: Any, compose: bool | None) -> nn.Module:
 # How the cost grows
 
 
-def sweeps(options: Options) -> Iterator[Sweep]:
-    """Forward and backward of linear layers over rank, width and tokens."""
-    width, tokens = options.pick(full=(768, 1024), quick=(384, 256), tiny=(24, 8))
-    ranks = [width // part for part in options.pick(full=(24, 12, 6, 4, 3, 2), quick=(12, 6, 3), tiny=(6, 3, 2))]
-    widths = options.pick(full=(192, 384, 768, 1536), quick=(96, 192, 384), tiny=(12, 24, 36))
-    lengths = options.pick(full=(64, 256, 1024, 4096), quick=(32, 128, 512), tiny=(4, 8, 16))
-    yield _sweep("rank", ranks, lambda rank: Shape(width, 4 * width, rank, tokens), options)
-    yield _sweep("width", widths, lambda size: Shape(size, 4 * size, size // 4, tokens), options)
-    yield _sweep("tokens", lengths, lambda count: Shape(width, 4 * width, width // 4, count), options)
-
-
-def _sweep(xlabel: str, sizes: Iterable[int], shape: Callable[[int], Shape], options: Options) -> Sweep:
-    def cases(size: int) -> dict[str, Case]:
-        each = shape(size)
-        x = torch.randn(each.tokens, each.in_features, device=options.device, requires_grad=True)
-        gradient = torch.randn(each.tokens, each.out_features, device=options.device)
-        ours = linear(each, options.device)
-        return {DENSE: training_step(ours.to_dense(), x, gradient), OURS: training_step(ours, x, gradient)}
-
-    def limit(size: int) -> dict[str, float]:
-        each = shape(size)
-        operations = 6 * each.tokens * each.rank * (each.in_features + each.out_features)
-        return {f"operations of {OURS}": operations / matrix_rate(options.device)}
-
-    rounds = options.pick(full=9, quick=5, tiny=2)
-    title = f"linear layer, training: {xlabel}"
-    return time_sweep(title, xlabel, sizes, cases, limit, device=options.device, rounds=rounds)
-
-
-THEME = Theme("layers", check, measure, sweeps)
+THEME = Theme("layers", check, measure)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -15,10 +14,8 @@ import torch
 from transformers import BertConfig, BertForPreTraining, PreTrainedModel
 from transformers.utils import logging
 
-from benchmarks.harness.limits import copy_rate
-from benchmarks.harness.sweeps import Sweep
 from benchmarks.harness.theme import Options, Theme
-from benchmarks.harness.timing import Case, Comparison, Goal, Row, interleave
+from benchmarks.harness.timing import Case, Comparison, Goal, Row
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining
 
 STOCK, OURS = "stock class", "factorized class"
@@ -133,26 +130,4 @@ def _file(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
-def sweeps(options: Options) -> Iterable[Sweep]:
-    """The cost against layers, with a look at every page, beside that of copying the bytes."""
-    lines: dict[str, list[tuple[float, float]]] = {STOCK: [], OURS: []}
-    copied: list[tuple[float, float]] = []
-    for layers in options.pick(full=(3, 6, 12, 24), quick=(1, 2, 4), tiny=(1, 2, 3)):
-        with saved(layers, options) as (folder, models):
-            cases = _cases(load_and_read, folder, models, options.device)
-            seconds = interleave(cases, options.device, rounds=options.pick(full=9, quick=5, tiny=2))
-            for case, values in seconds.items():
-                lines[case].append((layers, 1e3 * median(values)))
-            copied.append((layers, 1e3 * _file(folder / OURS).stat().st_size / copy_rate(options.device)))
-    note = "A tensor costs Transformers a fixed time, whatever its size, and factors are more tensors than weights."
-    yield Sweep(
-        "from_pretrained, then read",
-        "layers",
-        "milliseconds",
-        lines,
-        {"its bytes once, at the rate of a copy": copied},
-        note,
-    )
-
-
-THEME = Theme("loading", check, measure, sweeps)
+THEME = Theme("loading", check, measure)

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import MarianConfig, MarianMTModel, PreTrainedModel
 
 from benchmarks.harness.limits import count_flops
-from benchmarks.harness.steps import Batch, Contender, Steps, sweep_steps
-from benchmarks.harness.sweeps import Sweep
+from benchmarks.harness.steps import Batch, Contender, Steps
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Case, Comparison, Row
 from hf_fnl import FactorizedMarianConfig, FactorizedMarianMTModel
@@ -139,28 +138,4 @@ def _translation(options: Options, made: dict[str, PreTrainedModel], source: Ten
         yield {**row, "tokens_per_second": len(source) * new / row["milliseconds"] * 1e3}
 
 
-def sweeps(options: Options) -> Iterator[Sweep]:
-    """Training steps, one size at a time."""
-    lengths = options.pick(full=(32, 64, 128, 256), quick=(16, 32, 64), tiny=(4, 8, 16))
-    scales = options.pick(full=(0.125, 0.25, 0.5, 1.0), quick=(0.125, 0.25, 0.5), tiny=(0.125, 0.25, 0.5))
-    tables = options.pick(full=(5000, 10000, 20000, 40000), quick=(2500, 5000, 10000), tiny=(100, 200, 400))
-    length = options.pick(full=32, quick=16, tiny=4)
-    yield _sweep(options, "length", lengths, lambda n: ({}, 0.25, n))
-    yield _sweep(options, "rank scale", scales, lambda scale: ({}, scale, length))
-    yield _sweep(options, "vocabulary", tables, lambda n: ({"vocab_size": n}, 0.25, length))
-
-
-def _sweep(options: Options, size: str, values: Any, at: Any) -> Sweep:
-    rounds = options.pick(full=5, quick=3, tiny=1)
-    sequences = options.pick(full=128 if options.on_gpu else 16, quick=8, tiny=2)
-
-    def make(value: float) -> tuple[PreTrainedModel, Steps]:
-        changed, scale, length = at(value)
-        fields = {**sizes(options), **changed}
-        model = ours(fields, scale, options.device).train()
-        return model, training(options, "", fields["vocab_size"], (sequences, length), rounds)
-
-    return sweep_steps("Marian's training step", size, values, make, device=options.device, rounds=rounds)
-
-
-THEME = Theme("marian", check, measure, sweeps)
+THEME = Theme("marian", check, measure)

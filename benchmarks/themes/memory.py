@@ -17,7 +17,6 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.sweeps import Sweep
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_
@@ -223,22 +222,4 @@ def measure_checkpointing(
     return comparison.measure(options.device, rounds=options.pick(full=9, quick=5, tiny=2))
 
 
-def sweeps(options: Options) -> Iterator[Sweep]:
-    """Peak bytes over ranks, with what parameters and moments take at least."""
-    for name, (build, schemes) in workloads(options).items():
-        dense, batch = build(options)
-        reference = Step(copy.deepcopy(dense), batch, options.device).peak() / 2**20
-        copies = 3 if "input_ids" in batch else 2  # weights with two moments, or with momentum
-        points: list[tuple[float, float]] = []
-        least: list[tuple[float, float]] = []
-        for scale in options.pick(full=RANK_SCALES, quick=RANK_SCALES[::3], tiny=(0.1, 0.3, 0.5)):
-            model = factorized(dense, schemes[0], scale)
-            share = _count(model) / _count(dense)
-            points.append((share, Step(model, batch, options.device).peak() / 2**20))
-            least.append((share, reference + copies * 4 * (_count(model) - _count(dense)) / 2**20))
-        lines = {schemes[0]: points, DENSE: [(ratio, reference) for ratio, _ in points]}
-        limits = {"dense, with the parameters and moments of the rank": least}
-        yield Sweep(f"{name}, peak of a training step", "share of the parameters", "megabytes", lines, limits)
-
-
-THEME = Theme("memory", check, measure, sweeps)
+THEME = Theme("memory", check, measure)

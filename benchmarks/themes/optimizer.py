@@ -9,19 +9,17 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from tests.reference.flambe import ReferenceFLAMBe
-from tests.reference.lamb import ReferenceLamb
 from torch import nn
 from torch.optim import Optimizer
 from transformers import BertConfig, BertForPreTraining
 
 from benchmarks.harness.limits import copy_rate, count_flops, matrix_rate
-from benchmarks.harness.sweeps import Sweep, time_sweep
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Case, Comparison, Goal, Row
 from hf_fnl.attention import Product, find_products
-from hf_fnl.layers import FactorizedLinear
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
+from tests.support.reference.flambe import ReferenceFLAMBe
+from tests.support.reference.lamb import ReferenceLamb
 
 ADAMW, LAMB, FLAMBE = "torch AdamW (fused)", "hf_fnl Lamb", "hf_fnl FLAMBe"
 COMPILED = ", compiled"
@@ -42,7 +40,6 @@ PUBLIC_LAMBS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
 # its rate only when it has seen a whole tensor: it writes the update, and reads that and the parameter once more.
 ADAMW_BYTES, LAMB_BYTES = 28, 40
 TOLERANCE = 1e-4  # of the way that a tensor goes in two steps, in float32
-SWEEP_ROUNDS = {"full": 9, "quick": 5, "tiny": 2}
 
 Model = tuple[nn.Module, list[Product]]
 Groups = list[dict[str, Any]]
@@ -145,54 +142,4 @@ def _limit(options: Options, numel: int, flops: int) -> float:
     return ADAMW_BYTES * numel / copy_rate(options.device) / least_seconds(options, numel, flops)
 
 
-def sweeps(options: Options) -> Iterator[Sweep]:
-    """Against parameters, products and rank."""
-    widths = options.pick(full=(192, 384, 768, 1152), quick=(96, 192, 384), tiny=(12, 24, 48))
-    shapes = {_numel(model): model for model in (_bert_of(width, 2, options) for width in widths)}
-    yield _sweep("step against parameters", "parameters", shapes, options)
-    layers = options.pick(full=(1, 2, 4, 8), quick=(1, 2, 4), tiny=(1, 2, 3))
-    width = options.pick(full=768, quick=192, tiny=12)
-    yield _sweep("step against products", "products", {n: _bert_of(width, n, options) for n in layers}, options)
-    ranks = options.pick(full=(16, 64, 256, 1024), quick=(16, 64, 256), tiny=(2, 4, 8))
-    matrices = {rank: _matrices_of(rank, options) for rank in ranks}
-    yield _sweep("step against the rank", "rank", matrices, options)
-
-
-def _bert_of(width: int, layers: int, options: Options) -> Model:
-    """BERT's proportions without its vocabulary."""
-    sizes = {"hidden_size": width, "num_attention_heads": 12, "intermediate_size": 4 * width, "vocab_size": width}
-    return _with_gradients(BertForPreTraining(BertConfig(num_hidden_layers=layers, **sizes)), ["ov"], options)
-
-
-def _matrices_of(rank: int, options: Options) -> Model:
-    width = options.pick(full=1024, quick=512, tiny=16)
-    layers = (FactorizedLinear(width, width, rank, init="default") for _ in range(4))
-    return _with_gradients(nn.Sequential(*layers), ["linear"], options)
-
-
-def _numel(model: Model) -> int:
-    return sum(parameter.numel() for parameter in model[0].parameters())
-
-
-def _sweep(title: str, xlabel: str, models: dict[int, Model], options: Options) -> Sweep:
-    names = (LAMB + COMPILED, FLAMBE + COMPILED) if options.on_gpu else (LAMB, FLAMBE)
-    optimizers = {size: ours(options, *model) for size, model in models.items()}
-    flops = {size: count_flops(found[FLAMBE].step) for size, found in optimizers.items()}
-
-    def limit(size: int) -> dict[str, float]:
-        numel = _numel(models[size])
-        return {
-            "LAMB by bytes": least_seconds(options, numel),
-            "FLAMBe by bytes and FLOPs": least_seconds(options, numel, flops[size]),
-        }
-
-    def cases(size: int) -> dict[str, Case]:
-        adamw = torch.optim.AdamW(groups_of(*models[size]), fused=True)
-        return {ADAMW: adamw.step, **{name: optimizers[size][name].step for name in names}}
-
-    rounds = SWEEP_ROUNDS[options.size]
-    note = "Small steps are bound by what Python does for each tensor."
-    return time_sweep(title, xlabel, models, cases, limit, device=options.device, rounds=rounds, note=note)
-
-
-THEME = Theme("optimizer", check, measure, sweeps)
+THEME = Theme("optimizer", check, measure)

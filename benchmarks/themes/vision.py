@@ -8,7 +8,6 @@ that of SGD with momentum.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.harness.limits import count_flops, matrix_rate
+from benchmarks.harness.limits import count_flops
 from benchmarks.harness.memory import peak_bytes
-from benchmarks.harness.sweeps import Sweep, time_sweep
 from benchmarks.harness.theme import Options, Theme
-from benchmarks.harness.timing import Case, Comparison, Goal, Row
+from benchmarks.harness.timing import Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_, merge_
 from hf_fnl.layers.convolution import Convolution
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
@@ -215,38 +213,4 @@ def measure_network(name: str, cases: dict[str, Network], options: Options) -> I
     yield from Comparison(f"{name}, inference", inference, REFERENCE, limits).measure(options.device, rounds=rounds)
 
 
-def sweeps(options: Options) -> Iterator[Sweep]:
-    """A training step over the share of parameters that is kept."""
-    name = names(options)[0]
-    dense = dense_model(name)
-    scheme = _schemes(options)[0]
-
-    def network(model: PreTrainedModel) -> Network:
-        made = networks({scheme: model}, "float32", dataclasses.replace(options, size=_sweep_size(options)))
-        return made[f"{scheme}, channels last"]
-
-    def cases(ratio: float) -> dict[str, Case]:
-        return {DENSE: network(dense).train, scheme: network(low_rank(dense, scheme, ratio)).train}
-
-    def limit(ratio: float) -> dict[str, float]:
-        operations = count_flops(network(low_rank(dense, scheme, ratio)).train)
-        return {f"operations, {scheme}": operations / matrix_rate(options.device)}
-
-    ratios = options.pick(full=(0.05, 0.1, 0.2, 0.4, 0.8), quick=(0.1, 0.3, 0.9), tiny=(0.1, 0.3, 0.9))
-    yield time_sweep(
-        f"{name}, training, {scheme}",
-        "share of the parameters",
-        ratios,
-        cases,
-        limit,
-        device=options.device,
-        rounds=options.pick(full=5, quick=3, tiny=2),
-        note="Normalization, activation and shortcuts take what they take at every rank.",
-    )
-
-
-def _sweep_size(options: Options) -> str:
-    return options.pick(full="full" if options.on_gpu else "quick", quick="quick", tiny="tiny")
-
-
-THEME = Theme("vision", check, measure, sweeps)
+THEME = Theme("vision", check, measure)

@@ -12,6 +12,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from hf_fnl.cli.options import (
+    Debug,
+    EmbeddingRank,
+    FfnRank,
+    Json,
+    Model,
+    Out,
+    Overwrite,
+    OvRank,
+    QkRank,
+    QkvRank,
+)
 from hf_fnl.cli.plan import plan
 from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, share_left, size_change, sort_rows
 from hf_fnl.cli.terminal import session, usage
@@ -51,22 +63,15 @@ def options(
     """Take what comes before a command."""
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model, or its id on the Hub.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It appears whole, or not at all.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that holds files.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 _COMPARED = 5  # the colours of a report that can be told apart
-_RULE, _RANKS, _WHERE, _DATA = "How far (one of these)", "Ranks by kind instead", "What", "Calibration"
+_RULE, _WHERE, _DATA = "How far (one of these, or ranks)", "What", "Calibration"
 
 
-def _share(text: str) -> Any:
-    return typer.Option(metavar="SHARE", help=text, rich_help_panel=_RULE)
+_SHARE = (_RULE, "SHARE")
 
 
-def _rank(text: str, panel: str = _RANKS) -> Any:
-    return typer.Option(metavar="N", help=text, rich_help_panel=panel)
+def _option(text: str, panel: str, metavar: str | None = None, **settings: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel, metavar=metavar, **settings)
 
 
 @app.command(
@@ -78,25 +83,27 @@ def factorize(
     model: Model,
     out: Out,
     ratio: Annotated[
-        float | None, _share("Share of all parameters of the model that stay; one scale of ranks for all.")
+        float | None, _option("Share of all parameters of the model that stay; one scale of ranks for all.", *_SHARE)
     ] = None,
-    budget: Annotated[float | None, _share("The same share, given where the spectra need it.")] = None,
-    layer_ratio: Annotated[float | None, _share("As --ratio, of the matrices that are factorized alone.")] = None,
-    energy: Annotated[float | None, _share("Smallest ranks that keep this share of every product's energy.")] = None,
-    rank_scale: Annotated[float | None, _share("Ranks as a share of the largest rank.")] = None,
-    rank: Annotated[int | None, _rank("The same rank everywhere.", _RULE)] = None,
-    multiple_of: Annotated[int, _rank("Make ranks multiples of N; GPUs like 8 or 64.", _RULE)] = 1,
-    qk_rank: Annotated[int | None, _rank("Rank of each head's query-key product.")] = None,
-    ov_rank: Annotated[int | None, _rank("Rank of each head's output-value product.")] = None,
-    ffn_rank: Annotated[int | None, _rank("Rank of the feed-forward matrices.")] = None,
-    qkv_rank: Annotated[int | None, _rank("Rank of the matrix of queries, keys and values together, of GPT-2.")] = None,
-    embedding_rank: Annotated[int | None, _rank("Rank of the word embedding.")] = None,
+    budget: Annotated[float | None, _option("The same share, given where the spectra need it.", *_SHARE)] = None,
+    layer_ratio: Annotated[float | None, _option("As --ratio, of the factorized matrices alone.", *_SHARE)] = None,
+    energy: Annotated[
+        float | None, _option("Smallest ranks that keep this share of every product's energy.", *_SHARE)
+    ] = None,
+    rank_scale: Annotated[float | None, _option("Ranks as a share of the largest rank.", *_SHARE)] = None,
+    rank: Annotated[int | None, _option("The same rank everywhere.", _RULE, "N")] = None,
+    multiple_of: Annotated[int, _option("Make ranks multiples of N; GPUs like 8 or 64.", _RULE, "N")] = 1,
+    qk_rank: QkRank = None,
+    ov_rank: OvRank = None,
+    ffn_rank: FfnRank = None,
+    qkv_rank: QkvRank = None,
+    embedding_rank: EmbeddingRank = None,
     kinds: Annotated[
         str,
-        typer.Option(
-            help="Kinds, with commas between: qk, ov, ffn, embedding for BERT and GPT-2 (the first three unless "
+        _option(
+            "Kinds, with commas between: qk, ov, ffn, embedding for BERT and GPT-2 (the first three unless "
             "given), also qkv for GPT-2; linear, embedding, conv for other models (linear unless given).",
-            rich_help_panel=_WHERE,
+            _WHERE,
         ),
     ] = "",
     surgery: Annotated[
@@ -108,34 +115,26 @@ def factorize(
         ),
     ] = False,
     include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Only layers with such names, as '*.mlp.*'.", rich_help_panel=_WHERE),
+        list[str] | None, _option("Only layers with such names, as '*.mlp.*'.", _WHERE, "PATTERN")
     ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="No layers with such names, as 'lm_head'.", rich_help_panel=_WHERE),
-    ] = None,
+    exclude: Annotated[list[str] | None, _option("No layers with such names, as 'lm_head'.", _WHERE, "PATTERN")] = None,
     conv_scheme: Annotated[
-        str,
-        typer.Option(
-            help="How kernels of convolutions are factorized: spatial, channel, tt or tucker.",
-            rich_help_panel=_WHERE,
-        ),
+        str, _option("How kernels of convolutions are factorized: spatial, channel, tt or tucker.", _WHERE)
     ] = "spatial",
     calibrate: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXTS",
-            help="Keep what matters for these texts: a .txt, .json(l) or .parquet file, a folder of them, or a data "
+        _option(
+            "Keep what matters for these texts: a .txt, .json(l) or .parquet file, a folder of them, or a data "
             "set on the Hub.",
-            rich_help_panel=_DATA,
+            _DATA,
+            "TEXTS",
         ),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the texts.", rich_help_panel=_DATA)] = "text",
+    text_column: Annotated[str, _option("Column of the texts.", _DATA)] = "text",
     calibration_samples: Annotated[
-        int, typer.Option(min=1, help="Samples to take; long texts are cut into several.", rich_help_panel=_DATA)
+        int, _option("Samples to take; long texts are cut into several.", _DATA, min=1)
     ] = 256,
-    calibration_length: Annotated[int, typer.Option(min=1, help="Tokens of each.", rich_help_panel=_DATA)] = 128,
+    calibration_length: Annotated[int, _option("Tokens of each.", _DATA, min=1)] = 128,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -174,24 +173,18 @@ def factorize(
                 hint = did_you_mean(unknown[0], KINDS)
                 raise ValueError(f"kinds must be any of {', '.join(KINDS)}, got {', '.join(unknown)}{hint}")
             FactorizationConfig(rank=1, kinds=["conv"], conv_scheme=conv_scheme)
-        texts = calibrate and Texts(
-            source=calibrate, column=text_column, samples=calibration_samples, length=calibration_length
-        )
-        request = work.FactorizeRequest(
-            source=model,
-            target=out,
-            rule=rule,
-            ranks=ranks,
-            kinds=wanted,
-            include=tuple(include or ()),
-            exclude=tuple(exclude or ()),
-            conv_scheme=conv_scheme,
-            surgery=surgery,
-            texts=texts or None,
+        texts = None
+        if calibrate is not None:
+            texts = Texts(calibrate, column=text_column, samples=calibration_samples, length=calibration_length)
+        record = work.factorize(
+            model,
+            out,
+            how=work.How(rule, ranks, wanted, tuple(include or ()), tuple(exclude or ()), conv_scheme, surgery),
+            texts=texts,
             overwrite=overwrite,
             command=_command_line(context),
+            terminal=terminal,
         )
-        record = work.factorize(request, terminal)
         table = layers_table(record["layers"], record["parameters_before"], record["parameters_after"])
         tokens = record["calibration_tokens"]
         used = [] if tokens is None else [f"calibrated with {tokens:,} tokens"]
@@ -261,24 +254,18 @@ def inspect(
     epilog="Example: hf-fnl report runs/decay-* --out report.html",
 )
 def report(
-    runs_or_models: Annotated[
-        list[str] | None,
+    sources: Annotated[
+        list[str],
         typer.Argument(metavar="RUN_OR_MODEL", help="Folders of runs or models, or models' ids on the Hub; up to 5."),
-    ] = None,
-    compare: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="A B", help="Two runs or models, side by side.")
-    ] = None,
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write one HTML page: losses, metrics, norms, spectra, effective ranks, step sizes, lines to a dense baseline.
 
-    About one run or model, or with several in comparison; runs are called by the settings in which they differ.
+    About one run or model, or with several in comparison.
     """
-    sources = [*(runs_or_models or ()), *(compare or ())]
-    if not sources:
-        raise typer.BadParameter("name a run or a model, or two with --compare A B")
     if len(sources) > _COMPARED:
         raise typer.BadParameter(f"up to {_COMPARED} runs or models are compared, got {len(sources)}")
     with session(as_json=as_json, debug=debug, sources=sources) as terminal:

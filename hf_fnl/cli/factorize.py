@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCardData
@@ -36,106 +36,113 @@ _COLUMNS = ("name", "kind", "shape", "rank", "parameters_before", "parameters_af
 _INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FactorizeRequest:
-    """What ``hf-fnl factorize`` is asked for.
+class How(NamedTuple):
+    """What is factorized, and how far: by a rule, or by ranks that the options of our classes name."""
+
+    rule: RankRule | None
+    ranks: Mapping[str, int]
+    kinds: tuple[str, ...]  # of products or layers; empty for the usual ones
+    include: tuple[str, ...]  # patterns of layer names, for surgery
+    exclude: tuple[str, ...]
+    conv_scheme: str
+    surgery: bool  # even where there is a class of ours
+
+
+def factorize(
+    source: str,
+    target: Path,
+    *,
+    how: How,
+    texts: Texts | None,
+    overwrite: bool,
+    command: str,
+    terminal: Terminal,
+) -> dict[str, Any]:
+    """Load, factorize and write a model.
 
     Args:
         source: Folder or Hub id of the dense model.
         target: Folder to write.
-        rule: How ranks are chosen; ``None`` where ``ranks`` says them.
-        ranks: Ranks by the options of our classes, such as ``ffn_rank``.
-        kinds: Kinds of products or layers; empty for the usual ones.
-        include: Patterns of layer names, for surgery.
-        exclude: Likewise.
-        conv_scheme: How kernels are factorized, in surgery.
-        surgery: Factorize in place even where there is a class of ours.
+        how: What was asked for.
         texts: Text to calibrate with.
         overwrite: Replace a target that holds files.
         command: The command as it was typed.
-    """
-
-    source: str
-    target: Path
-    rule: RankRule | None
-    ranks: Mapping[str, int]
-    kinds: tuple[str, ...]
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    conv_scheme: str
-    surgery: bool
-    texts: Texts | None
-    overwrite: bool
-    command: str
-
-
-def factorize(request: FactorizeRequest, terminal: Terminal) -> dict[str, Any]:
-    """Load, factorize and write a model.
+        terminal: Where to show progress.
 
     Returns:
         What ``factorization.json`` holds.
 
     Raises:
         OSError: If files are missing, damaged or cannot be written.
-        ValueError: If the request does not fit the model.
+        ValueError: If what was asked for does not fit the model.
     """
-    needed = [request.texts.source] if request.texts and looks_like_path(request.texts.source) else []
-    with new_folder(request.target, source=request.source, overwrite=request.overwrite, needed=needed) as folder:
-        read = None if request.texts is None else read_texts(request.source, request.texts)
-        dense = load_model(request.source, terminal)
-        ours = _class_for(dense, request)
-        before = parameter_count(dense)["total"]
+    needed = [texts.source] if texts and looks_like_path(texts.source) else []
+    with new_folder(target, source=source, overwrite=overwrite, needed=needed) as folder:
+        read = None if texts is None else read_texts(source, texts)
+        dense = load_model(source, terminal)
+        ours = _class_for(dense, source, how)
+        before = int(parameter_count(dense)["total"])
         batch, tokens = None, None
-        if request.texts is not None and read is not None:
+        if texts is not None and read is not None:
             with terminal.step("reading texts"):
-                batch = calibration_batch(dense, read, request.texts)
+                batch = calibration_batch(dense, read, texts)
             tokens = int(batch["attention_mask"].sum())
-            if tokens < (asked := request.texts.samples * request.texts.length):
-                terminal.note(f"note: {request.texts.source} gives {tokens:,} tokens to calibrate with, not {asked:,}")
+            if tokens < (asked := texts.samples * texts.length):
+                terminal.note(f"note: {texts.source} gives {tokens:,} tokens to calibrate with, not {asked:,}")
         with terminal.step("factorizing"):
-            model, layers = _convert(dense, ours, request, batch) if ours else _operate(dense, request, batch, terminal)
-        record = _record(request, tokens, before, parameter_count(model)["total"], layers)
+            model, layers = _convert(dense, ours, how, batch) if ours else _operate(dense, how, batch, terminal)
+        after = int(parameter_count(model)["total"])
+        record = {
+            "base_model": source,
+            "command": command,
+            "calibration": None if texts is None else asdict(texts),
+            "calibration_tokens": tokens,
+            "parameters_before": before,
+            "parameters_after": after,
+            "ratio": after / before,
+            "layers": layers,
+        }
         with terminal.step("writing"):
             model.save_pretrained(folder)
-            carry_files(request.source, folder)
+            carry_files(source, folder)
             write_json(folder / FACTORIZATION_FILE, record)
-            known = {"record": folder, "metadata": inherited_metadata(request.source)}
-            write_card(folder / CARD_FILE, model, name=request.target.resolve().name, **known)
+            known = {"record": folder, "metadata": inherited_metadata(source)}
+            write_card(folder / CARD_FILE, model, name=target.resolve().name, **known)
     return record
 
 
-def _class_for(dense: PreTrainedModel, request: FactorizeRequest) -> type[FactorizedPreTrainedModel] | None:
-    """Our class to make from a model, or ``None`` for surgery; an request that does not fit the model is refused."""
+def _class_for(dense: PreTrainedModel, source: str, how: How) -> type[FactorizedPreTrainedModel] | None:
+    """Our class to make from a model, or ``None`` for surgery; what does not fit the model is refused."""
     name = type(dense).__name__
     if isinstance(dense, FactorizedPreTrainedModel):
-        raise ValueError(f"{request.source} is factorized already, a {name}; hf-fnl merge makes it dense")
-    ours = None if request.surgery else factorized_classes().get(type(dense))
-    if ours is None and request.ranks:
-        options = ", ".join(f"--{option.replace('_', '-')}" for option in request.ranks)
+        raise ValueError(f"{source} is factorized already, a {name}; hf-fnl merge makes it dense")
+    ours = None if how.surgery else factorized_classes().get(type(dense))
+    if ours is None and how.ranks:
+        options = ", ".join(f"--{option.replace('_', '-')}" for option in how.ranks)
         raise ValueError(f"{options}: a {name} is factorized layer by layer; use --rank, --ratio or another rule")
-    if ours is not None and (request.include or request.exclude):
+    if ours is not None and (how.include or how.exclude):
         raise ValueError(f"--include and --exclude need --surgery for a {name}; --kinds does not")
     return ours
 
 
 def _convert(
-    dense: PreTrainedModel, ours: type[FactorizedPreTrainedModel], request: FactorizeRequest, calibration: Calibration
+    dense: PreTrainedModel, ours: type[FactorizedPreTrainedModel], how: How, calibration: Calibration
 ) -> tuple[PreTrainedModel, list[Layer]]:
     """A model of our class, and what became of the products of the dense one."""
-    options: dict[str, Any] = {**request.ranks, "rule": request.rule, "calibration": calibration}
-    if request.kinds:
-        options["kinds"] = request.kinds
+    options: dict[str, Any] = {**how.ranks, "rule": how.rule, "calibration": calibration}
+    if how.kinds:
+        options["kinds"] = how.kinds
     model = ours.from_dense(dense, **options)
     return model, list(_layers(dense, model))
 
 
 def _operate(
-    dense: PreTrainedModel, request: FactorizeRequest, calibration: Calibration, terminal: Terminal
+    dense: PreTrainedModel, how: How, calibration: Calibration, terminal: Terminal
 ) -> tuple[PreTrainedModel, list[Layer]]:
     """The model itself after surgery, and what became of its layers."""
-    patterns = {"kinds": request.kinds, "include": request.include, "exclude": request.exclude}
-    options: dict[str, Any] = {name: value for name, value in patterns.items() if value} | vars(request.rule)
-    options["conv_scheme"] = request.conv_scheme
+    patterns = {"kinds": how.kinds, "include": how.include, "exclude": how.exclude}
+    options: dict[str, Any] = {name: value for name, value in patterns.items() if value} | vars(how.rule)
+    options["conv_scheme"] = how.conv_scheme
     done = factorize_(dense, FactorizationConfig(**options), calibration=calibration)
     for reason, names in done.skipped_by_reason().items():
         terminal.note(f"note: {listed(names)} {'stay' if len(names) > 1 else 'stays'} dense: {reason}")
@@ -163,21 +170,6 @@ def _layers(dense: PreTrainedModel, ours: PreTrainedModel) -> Iterator[Layer]:
             "parameters_after": U.numel() + V.numel(),
             "energy": kept_energy(matrix, U, V),
         }
-
-
-def _record(
-    request: FactorizeRequest, tokens: int | None, before: float, after: float, layers: list[Layer]
-) -> dict[str, Any]:
-    return {
-        "base_model": request.source,
-        "command": request.command,
-        "calibration": None if request.texts is None else asdict(request.texts),
-        "calibration_tokens": tokens,
-        "parameters_before": int(before),
-        "parameters_after": int(after),
-        "ratio": after / before,
-        "layers": layers,
-    }
 
 
 def inherited_metadata(source: str) -> ModelCardData:

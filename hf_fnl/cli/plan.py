@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_fnl.cli.options import Debug, EmbeddingRank, FfnRank, Json, OvRank, QkRank, QkvRank
 from hf_fnl.cli.tables import share_left
-from hf_fnl.cli.terminal import option, session, usage
+from hf_fnl.cli.terminal import session, usage
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-_RANKS = "Ranks"
 
 
 def plan(
@@ -25,23 +24,27 @@ def plan(
             "config.json.",
         ),
     ],
-    processes: Annotated[int, option("processes", "One for each GPU.", also="gpus", min=1)] = 1,
-    batch_size: Annotated[int, option("batch-size", "Sequences of a process in a forward pass.", min=1)] = 8,
-    sequence_length: Annotated[int, option("sequence-length", "Tokens of a sequence.", min=1)] = 128,
-    dtype: Annotated[str, option("dtype", "fp32, or bf16 for mixed precision.")] = "bf16",
-    checkpointing: Annotated[bool, option("checkpointing", "Compute activations twice to keep fewer.")] = False,
-    memory: Annotated[float | None, option("memory", "GiB of a GPU: which engines fit, with a tenth to spare?")] = None,
+    gpus: Annotated[int, typer.Option(help="One process for each.", min=1)] = 1,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a process in a forward pass.", min=1)] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 128,
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 for mixed precision.")] = "bf16",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations twice to keep fewer.")
+    ] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of a GPU: which engines fit, with a tenth to spare?")
+    ] = None,
     ratio: Annotated[
         float | None,
-        option("ratio", "Share of all parameters that stay; linear layers are factorized.", _RANKS, min=0.0, max=1.0),
+        typer.Option(help="Share of all parameters that stay; linear layers are factorized.", min=0.0, max=1.0),
     ] = None,
-    qk_rank: Annotated[int | None, option("qk-rank", "Of each head's query-key product.", _RANKS, min=1)] = None,
-    ov_rank: Annotated[int | None, option("ov-rank", "Of each head's output-value product.", _RANKS, min=1)] = None,
-    ffn_rank: Annotated[int | None, option("ffn-rank", "Of the feed-forward matrices.", _RANKS, min=1)] = None,
-    qkv_rank: Annotated[int | None, option("qkv-rank", "Of GPT-2's queries, keys and values.", _RANKS, min=1)] = None,
-    embedding_rank: Annotated[int | None, option("embedding-rank", "Of the word embedding.", _RANKS, min=1)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    qk_rank: QkRank = None,
+    ov_rank: OvRank = None,
+    ffn_rank: FfnRank = None,
+    qkv_rank: QkvRank = None,
+    embedding_rank: EmbeddingRank = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """What training a model costs: parameters, operations of a step, and memory of a process under every engine.
 
@@ -60,7 +63,7 @@ def plan(
 
         with usage():
             setup = planning.Setup(
-                processes=processes,
+                processes=gpus,
                 batch_size=batch_size,
                 sequence_length=sequence_length,
                 dtype=dtype,
@@ -82,7 +85,7 @@ def plan(
         options = {name: rank for name, rank in (ranks | {"ratio": ratio}).items() if rank is not None}
         terminal.show(
             {"model": model, "ranks": options, "setup": asdict(setup), **found},
-            f"{model}: {processes} processes, {batch_size} x {sequence_length} tokens in each, {dtype}\n",
+            f"{model}: {gpus} processes, {batch_size} x {sequence_length} tokens in each, {dtype}\n",
             _step(found),
             "",
             _memory(found, planning.GIB, memory),

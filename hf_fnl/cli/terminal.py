@@ -136,18 +136,3 @@ def _quiet(bars: bool) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
-
-
-def option(name: str, text: str, panel: str = "Run", *, also: str | None = None, **limits: Any) -> Any:
-    """An option that may be written with dashes, as the other commands do, or as the scripts' flags are.
-
-    Args:
-        name: With dashes.
-        text: Shown by ``--help``.
-        panel: Under which it is shown.
-        also: A second name.
-        **limits: Of its value, as typer takes them.
-    """
-    names = [name] if also is None else [name, also]
-    spellings = dict.fromkeys(f"--{spelling}" for each in names for spelling in (each, each.replace("-", "_")))
-    return typer.Option(*spellings, help=text, rich_help_panel=panel, **limits)

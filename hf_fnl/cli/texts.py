@@ -20,7 +20,7 @@ _CHARACTERS = 16  # of a token, at most: what is kept of a document is enough fo
 _BLOCK = 1 << 16  # characters that are read at once
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Texts:
     """Text to calibrate with.
 

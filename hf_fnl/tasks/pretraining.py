@@ -6,8 +6,6 @@ what an uninterrupted one would, two processes see what one would, and no prefet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 from zlib import crc32
@@ -18,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.tasks.documents import Document, tokenize_documents
 from hf_fnl.tasks.masking import make_example
 from hf_fnl.tasks.pretraining_examples import Instance, PretrainingOptions, Vocabulary, make_instances
@@ -84,7 +81,9 @@ def build_pretraining_dataset(
     *,
     num_proc: int | None = None,
 ) -> PretrainingDataset | datasets.IterableDataset:
-    """Turn documents into masked examples for a data loader or a Trainer, with :class:`PretrainingCollator`.
+    """Turn documents into masked examples for a data loader or a Trainer.
+
+    Transformers' ``DataCollatorForTokenClassification`` pads them.
 
     Args:
         documents: Column ``text``, one document a row. A map-style data set is tokenized and paired once, into Arrow
@@ -100,13 +99,11 @@ def build_pretraining_dataset(
 
     Raises:
         ValueError: If there is no column ``text``, there are too few documents with text, the tokenizer lacks a token
-            or allows no such length, or whole words are asked of one that is no WordPiece tokenizer.
+            or allows no such length.
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     if options.max_seq_length > (limit := tokenizer.model_max_length):
         raise ValueError(f"max_seq_length is {options.max_seq_length}, above the tokenizer's limit of {limit}")
-    if options.whole_word_mask and not vocabulary.continues_word.any():
-        raise ValueError("whole_word_mask=True needs a WordPiece tokenizer; this one has no ## pieces")
     rows = list(islice(documents, 2))
     if rows and "text" not in rows[0]:
         raise ValueError(f"the documents need a column 'text', they have {sorted(rows[0])}")
@@ -176,44 +173,3 @@ def _check_count(found: int, options: PretrainingOptions) -> None:
         raise ValueError("no document with text to make examples of")
     if options.next_sentence and found == 1:
         raise ValueError("next_sentence=True needs two documents with text at least, got 1; or set next_sentence=False")
-
-
-@dataclass(frozen=True)
-class PretrainingCollator:
-    """Pad examples at their right to the longest and stack them; nothing here is random.
-
-    Attributes:
-        tokenizer: For the id of its padding token.
-        pad_to_multiple_of: Round the length up to a multiple.
-        max_length: Pad to this length instead of the longest; batches of one shape are what accelerate needs to hand a
-            stream out to several processes.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    pad_to_multiple_of: int | None = None
-    max_length: int | None = None
-
-    def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Make a batch, with ``attention_mask`` added.
-
-        Raises:
-            ValueError: If an example is longer than ``max_length``.
-        """
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        width = self._width(int(lengths.max()))
-        is_token = torch.arange(width) < lengths[:, None]
-        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": 0, "labels": IGNORE_INDEX}
-        batch = {"attention_mask": is_token.long()}
-        for name, value in padding.items():
-            padded = torch.full(is_token.shape, value)
-            batch[name] = padded.masked_scatter_(is_token, torch.cat([example[name] for example in examples]))
-        if "next_sentence_label" in examples[0]:
-            batch["next_sentence_label"] = torch.stack([example["next_sentence_label"] for example in examples])
-        return batch
-
-    def _width(self, longest: int) -> int:
-        width = self.max_length or longest
-        if longest > width:
-            raise ValueError(f"an example has {longest} tokens, more than the collator's max_length of {width}")
-        multiple = self.pad_to_multiple_of or 1
-        return -(-width // multiple) * multiple

@@ -26,7 +26,6 @@ class PretrainingOptions:
             the next document behind a separator (the FULL-SENTENCES format of Liu et al. 2019).
         short_sequence_probability: Share of documents whose pairs are made to a random shorter length.
         mlm_probability: Share of the tokens of an example, special ones counted in, that are to be predicted.
-        whole_word_mask: Choose all tokens of a word or none.
         seed: Seed of everything random here.
     """
 
@@ -34,7 +33,6 @@ class PretrainingOptions:
     next_sentence: bool = True
     short_sequence_probability: float = 0.1
     mlm_probability: float = 0.15
-    whole_word_mask: bool = False
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -59,7 +57,6 @@ class Vocabulary(NamedTuple):
     sep_id: int
     mask_id: int
     is_special: NDArray[np.bool_]
-    continues_word: NDArray[np.bool_]
     ordinary_ids: NDArray[np.int64]
 
     @classmethod
@@ -75,11 +72,9 @@ class Vocabulary(NamedTuple):
         vocab = tokenizer.get_vocab()
         is_special = np.zeros(max(vocab.values()) + 1, dtype=bool)
         is_special[tokenizer.all_special_ids] = True
-        continues_word = np.zeros_like(is_special)
-        continues_word[[index for token, index in vocab.items() if token.startswith("##")]] = True
         ordinary_ids = np.setdiff1d(np.fromiter(vocab.values(), np.int64), tokenizer.all_special_ids)
         special_ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
-        return cls(*special_ids, is_special, continues_word, ordinary_ids)
+        return cls(*special_ids, is_special, ordinary_ids)
 
 
 class Instance(NamedTuple):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -21,21 +20,18 @@ from hf_fnl.utils.files import write_json
 Answer = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class SquadPredictions:
+class SquadPredictions(NamedTuple):
     """Answers by question id.
 
-    Args:
+    Attributes:
         predictions: The answer to each question; empty where version 2.0 predicts that there is none.
         nbest: The best answers with ``text``, ``probability``, ``start_logit`` and ``end_logit``, best first.
         null_odds: Score of no answer minus that of the best answer (version 2.0; empty under version 1.1).
-        null_score_diff_threshold: The threshold on ``null_odds`` that ``predictions`` was made with.
     """
 
-    predictions: Mapping[str, str]
-    nbest: Mapping[str, Sequence[Mapping[str, Any]]]
-    null_odds: Mapping[str, float]
-    null_score_diff_threshold: float = 0.0
+    predictions: dict[str, str]
+    nbest: dict[str, list[Answer]]
+    null_odds: dict[str, float]
 
 
 def is_version_2(examples: Dataset) -> bool:
@@ -72,7 +68,7 @@ def answer_questions(
     predictions = decode_predictions(examples, features, start_logits, end_logits, options, version_2=version_2)
     if trainer.is_world_process_zero():
         write_predictions(folder, predictions)
-    return score_predictions(examples, predictions, version_2=version_2)
+    return score_predictions(examples, predictions.predictions, version_2=version_2)
 
 
 @contextlib.contextmanager
@@ -134,7 +130,7 @@ def decode_predictions(
         nbest[id_] = _with_probabilities([*answers, null] if version_2 else answers)
         if version_2:
             null_odds[id_] = odds
-    return SquadPredictions(texts, nbest, null_odds, options.null_score_diff_threshold)
+    return SquadPredictions(texts, nbest, null_odds)
 
 
 def _checked_logits(name: str, logits: NDArray[Any], windows: int, length: int) -> NDArray[np.float32]:
@@ -190,49 +186,30 @@ def _with_probabilities(answers: list[Answer]) -> list[Answer]:
 
 def write_predictions(folder: str | os.PathLike[str], predictions: SquadPredictions) -> None:
     """Write ``predictions.json`` in the official format, ``nbest_predictions.json`` and any ``null_odds.json``."""
-    contents: dict[str, Mapping[str, Any]] = {
-        "predictions": predictions.predictions,
-        "nbest_predictions": predictions.nbest,
-    }
-    if predictions.null_odds:
-        contents["null_odds"] = predictions.null_odds
-    for name, content in contents.items():
-        write_json(Path(folder) / f"{name}.json", content)
+    names = ("predictions", "nbest_predictions", "null_odds")
+    for name, content in zip(names, predictions, strict=True):
+        if content or name != "null_odds":
+            write_json(Path(folder) / f"{name}.json", content)
 
 
 def score_predictions(
-    examples: Dataset, predictions: SquadPredictions, *, version_2: bool | None = None
+    examples: Dataset, predictions: Mapping[str, str], *, version_2: bool | None = None
 ) -> dict[str, float]:
-    """Score answers by the official rules; the names are those of :func:`~hf_fnl.tasks.metrics.score_squad`.
-
-    With ``null_odds``, ``best_exact_thresh`` and ``best_f1_thresh`` are the values of ``null_score_diff_threshold``
-    that would have scored best on these questions.
+    """Score answers by the official rules; the names are those of :func:`~hf_fnl.tasks.metrics.squad_scores`.
 
     Args:
         examples: Questions as :func:`~hf_fnl.tasks.squad.load_squad` returns them.
-        predictions: Their answers; of ``nbest`` and ``null_odds``, either both or none.
+        predictions: Their answers by question id.
         version_2: Rules of version 2.0 instead of 1.1. Default: whether some question has no answer.
 
     Raises:
         ValueError: If a question has no prediction.
     """
     references = {id_: answers["text"] for id_, answers in zip(examples["id"], examples["answers"], strict=True)}
-    texts, null_odds = dict(predictions.predictions), predictions.null_odds
-    if missing := [id_ for id_ in references if id_ not in texts]:
+    if missing := [id_ for id_ in references if id_ not in predictions]:
         raise ValueError(
             f"{len(missing)} of {len(references)} questions have no prediction, first {missing[0]!r}; "
             "give predictions made for these questions"
         )
-    if not (is_version_2(examples) if version_2 is None else version_2):
-        return score_squad(texts, references)
-    if not null_odds:
-        return score_squad(texts, references, version_2=True)
-    # The search for the threshold takes the best text also where no answer won over it.
-    texts = {id_: next(answer["text"] for answer in predictions.nbest[id_] if answer["text"]) for id_ in references}
-    return score_squad(
-        texts,
-        references,
-        version_2=True,
-        no_answer_scores=null_odds,
-        no_answer_threshold=predictions.null_score_diff_threshold,
-    )
+    version_2 = is_version_2(examples) if version_2 is None else version_2
+    return score_squad(predictions, references, version_2=version_2)

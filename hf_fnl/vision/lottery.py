@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ def train_in_rounds(
     *,
     rounds: int = 1,
     rewind: bool = True,
-    layers: Collection[nn.Module] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train a network, prune the weights that ended smallest, and train the others, ``rounds`` times over.
 
@@ -43,10 +42,9 @@ def train_in_rounds(
         model: Before it is trained; holds the result afterwards.
         make_trainer: Gets the model and the number of a phase, from 1, and returns its trainer, with arguments of its
             own whose ``output_dir`` no other phase has.
-        keep: How many weights of the chosen layers stay in the end.
+        keep: How many weights stay in the end.
         rounds: How many times it is pruned.
         rewind: Whether the weights that stay start anew.
-        layers: The layers to prune, as :func:`~hf_fnl.vision.pruning.prune_` takes them.
 
     Returns:
         For each phase, under ``phase-1`` and so on, the metrics of training and, where the trainer has an
@@ -59,15 +57,15 @@ def train_in_rounds(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    total = sum(layer.weight.numel() for layer in prunable_layers(model, layers).values())
+    total = sum(layer.weight.numel() for layer in prunable_layers(model).values())
     if not 1 <= keep <= total:
-        raise ValueError(f"keep must be in [1, {total}], the number of weights of the chosen layers, got {keep}")
+        raise ValueError(f"keep must be in [1, {total}], the number of weights of the layers, got {keep}")
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     setting = {"keep": keep, "rounds": rounds, "rewind": rewind}
     metrics = {"phase-1": _run_phase(make_trainer(model, 1), None)}
     for number in range(1, rounds + 1):
         remaining = round(total * (keep / total) ** (number / rounds))
-        masks = choose_masks(model, remaining, method="magnitude", layers=layers)
+        masks = choose_masks(model, remaining, method="magnitude")
         if rewind:
             model.load_state_dict(initial)
         apply_masks_(model, masks)

@@ -6,9 +6,8 @@ tickets (Su et al. 2020) and magnitude, which :mod:`hf_fnl.vision.lottery` repea
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,70 +24,49 @@ CLASSIFIER_RATIO = 0.3  # Su et al. 2020: what the linear layer at the output ke
 TEMPERATURE = 200.0  # Wang et al. 2020, their code: makes the outputs of a fresh network near uniform
 
 Batch = Mapping[str, Tensor]
-Loss = Callable[[nn.Module, Batch], Tensor]
-Scores = dict[str, Tensor]
-Masks = dict[str, Tensor]
+Tensors = dict[str, Tensor]  # by the name of the layer
 
 
-def prune_(
-    model: nn.Module,
-    keep: int,
-    *,
-    method: str,
-    layers: Collection[nn.Module] | None = None,
-    batches: Batch | Sequence[Batch] = (),
-    loss: Loss | None = None,
-) -> dict[str, tuple[int, int]]:
-    """Set weights of a model to zero, in place, and hold them there.
+def prune_(model: nn.Module, keep: int, *, method: str, batch: Batch | None = None) -> dict[str, tuple[int, int]]:
+    """Set weights of the linear layers and two-dimensional convolutions of a model to zero, and hold them there.
 
-    Each pruned layer has, as :mod:`torch.nn.utils.prune` makes it, a parameter ``weight_orig`` and a buffer
-    ``weight_mask``. What is pruned is zero in both and gets no gradient, so that decay and momentum leave it at zero,
-    and norms of weights are those of what is left. To go on from a checkpoint of a pruned model, prune the new model to
-    any number of weights in the same layers first: the masks come with the checkpoint. :func:`finalize_` makes weights
-    plain again.
+    Each has then, as :mod:`torch.nn.utils.prune` makes it, a parameter ``weight_orig`` and a buffer ``weight_mask``.
+    What is pruned is zero in both and gets no gradient, so that decay and momentum leave it at zero, and norms of
+    weights are those of what is left. To go on from a checkpoint of a pruned model, prune the new model to any number
+    of weights first: the masks come with the checkpoint. :func:`finalize_` makes weights plain again.
 
     Args:
         model: Any module.
-        keep: How many weights of the chosen layers stay; :func:`weights_to_keep` turns a share of a network's
-            parameters into it.
+        keep: How many weights stay; :func:`weights_to_keep` turns a share of a network's parameters into it.
         method: ``"magnitude"``, ``"snip"`` or ``"grasp"``, by the highest score among all layers, or ``"random"``, with
             the numbers for each layer of :func:`smart_counts`.
-        layers: Modules of the model; all linear layers and two-dimensional convolutions by default.
-        batches: Data for ``"snip"`` and ``"grasp"``, one batch or several.
-        loss: How the loss of a batch is computed, for these two.
+        batch: Data for ``"snip"`` and ``"grasp"``: the keyword arguments of the model, ``labels`` among them.
 
     Returns:
-        By the name of each pruned layer how many of its weights stay, and how many there are.
+        By the name of each layer how many of its weights stay, and how many there are.
 
     Raises:
         ValueError: If ``keep`` or ``method`` is not allowed, there is no layer to prune or no batch where one is
-            needed, a layer is pruned already, or a score or loss is not finite.
+            needed, a weight is tied, pruned or parametrized, or a score or loss is not finite.
     """
-    return apply_masks_(model, choose_masks(model, keep, method=method, layers=layers, batches=batches, loss=loss))
+    return apply_masks_(model, choose_masks(model, keep, method=method, batch=batch))
 
 
-def choose_masks(
-    model: nn.Module,
-    keep: int,
-    *,
-    method: str,
-    layers: Collection[nn.Module] | None = None,
-    batches: Batch | Sequence[Batch] = (),
-    loss: Loss | None = None,
-) -> Masks:
-    """Return the masks that :func:`prune_` would apply, true where a weight stays, by the name of the layer."""
-    chosen = prunable_layers(model, layers)
-    total = sum(layer.weight.numel() for layer in chosen.values())
+def choose_masks(model: nn.Module, keep: int, *, method: str, batch: Batch | None = None) -> Tensors:
+    """Return the masks that :func:`prune_` would apply, true where a weight stays."""
+    layers = prunable_layers(model)
+    total = sum(layer.weight.numel() for layer in layers.values())
     if not 1 <= keep <= total:
-        raise ValueError(f"keep must be in [1, {total}], the number of weights of the chosen layers, got {keep}")
-    if method == "random":
-        return _random_masks(chosen, keep)
-    if method == "magnitude":
-        return _highest(magnitude_scores(model, layers=layers), keep)
+        raise ValueError(f"keep must be in [1, {total}], the number of weights of the layers, got {keep}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    scores = snip_scores if method == "snip" else grasp_scores
-    return _highest(scores(model, batches, layers=layers, loss=loss), keep)
+    if method == "random":
+        return _random_masks(layers, keep)
+    if method == "magnitude":
+        return _highest({name: layer.weight.detach().abs() for name, layer in layers.items()}, keep)
+    if batch is None:
+        raise ValueError(f"method={method!r} needs a batch: without data there are no gradients to score weights by")
+    return _highest((snip_scores if method == "snip" else grasp_scores)(model, batch), keep)
 
 
 @torch.no_grad()
@@ -120,41 +98,31 @@ def finalize_(model: nn.Module) -> list[str]:
     return list(pruned)
 
 
-def prunable_layers(model: nn.Module, layers: Collection[nn.Module] | None = None) -> dict[str, Any]:
-    """Return the linear layers and two-dimensional convolutions that are meant, by name and in the order of the model.
-
-    Args:
-        model: Any module.
-        layers: Modules of the model; ``None`` for all such layers.
+def prunable_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the linear layers and two-dimensional convolutions of a model, by name and in their order.
 
     Raises:
-        ValueError: If there is none, one of ``layers`` is no such layer of the model, or a weight is tied, pruned or
-            parametrized.
+        ValueError: If there is none, or a weight is tied, pruned or parametrized.
     """
     return choose_layers(
         model,
-        layers,
+        None,
         fits=lambda module: isinstance(module, nn.Linear | nn.Conv2d),
         wanted="linear layers or two-dimensional convolutions",
     )
 
 
-def weights_to_keep(model: nn.Module, ratio: float, *, layers: Collection[nn.Module] | None = None) -> int:
+def weights_to_keep(model: nn.Module, ratio: float) -> int:
     """Return how many weights stay so that the network has a share of its parameters.
 
     Biases, normalizations and all else that is not pruned count as parameters and stay. With the ``ratio`` of a
     low-rank network, the pruned one has as many parameters as that.
 
-    Args:
-        model: Before it is pruned.
-        ratio: Share of all parameters.
-        layers: The layers that are pruned, as :func:`prune_` takes them.
-
     Raises:
         ValueError: If no number of weights makes that share.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    prunable = sum(layer.weight.numel() for layer in prunable_layers(model, layers).values())
+    prunable = sum(layer.weight.numel() for layer in prunable_layers(model).values())
     fixed = total - prunable
     keep = round(ratio * total) - fixed
     if not 1 <= keep <= prunable:
@@ -222,131 +190,65 @@ def sparsity(model: nn.Module) -> dict[str, float]:
     return {"nonzero": nonzero, "total": total, "ratio": nonzero / max(total, 1)}
 
 
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the loss that a model of Transformers returns for a batch with labels."""
-    return model(**batch).loss
-
-
-def tempered_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the cross-entropy of the logits, divided by a temperature of 200, against the ``labels`` of a batch."""
-    return F.cross_entropy(model(**batch).logits / TEMPERATURE, batch["labels"])
-
-
-@torch.no_grad()
-def magnitude_scores(model: nn.Module, *, layers: Collection[nn.Module] | None = None) -> Scores:
-    """Return ``|w|`` of every weight of the chosen layers, by the name of the layer."""
-    return {name: layer.weight.abs() for name, layer in prunable_layers(model, layers).items()}
-
-
-def snip_scores(
-    model: nn.Module,
-    batches: Batch | Sequence[Batch],
-    *,
-    layers: Collection[nn.Module] | None = None,
-    loss: Loss | None = None,
-) -> Scores:
+def snip_scores(model: nn.Module, batch: Batch) -> Tensors:
     """Return the connection sensitivity ``|w g|`` with ``g`` the gradient of the loss (Lee et al. 2019, SNIP).
 
-    Normalizations use the statistics of each batch, and dropout is off. Nothing of the model changes.
-
-    Args:
-        model: Any module.
-        batches: One batch or several, whose gradients are summed.
-        layers: Modules of it; all linear layers and convolutions by default.
-        loss: Of a batch; :func:`model_loss` unless given.
+    Normalizations use the statistics of the batch, and dropout is off. Nothing of the model changes.
 
     Raises:
-        ValueError: If there is no batch, or a loss is missing, NaN or infinite.
+        ValueError: If the loss is missing, NaN or infinite.
     """
-    weights = _weights(model, layers)
+    weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
     with _probing(model):
-        gradients = _sum(_gradients(model, batches, weights, loss or model_loss))
+        gradients = torch.autograd.grad(_checked(model(**batch).loss, batch), list(weights.values()))
     return {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
 
 
-def grasp_scores(
-    model: nn.Module,
-    batches: Batch | Sequence[Batch],
-    *,
-    layers: Collection[nn.Module] | None = None,
-    loss: Loss | None = None,
-) -> Scores:
+def grasp_scores(model: nn.Module, batch: Batch) -> Tensors:
     r"""Return ``w * (H g)``, with ``g`` the gradient of the loss and ``H`` its Hessian (Wang et al. 2020, GraSP).
 
-    To first order, removing a weight changes the squared norm of the gradient, which is how fast the loss falls, by
-    ``-2 w (H g)``. Wang et al. remove the weights for which ``-w (H g)`` is highest, so those with the lowest score
-    here. ``g`` is summed over all batches in a first pass, ``H g`` in a second one; both are those of the chosen
-    weights, with normalizations and dropout as in :func:`snip_scores`.
-
-    Args:
-        model: Any module.
-        batches: One batch or several.
-        layers: Modules of it; all linear layers and convolutions by default.
-        loss: Of a batch; :func:`tempered_loss` unless given.
+    The loss is the cross-entropy of the logits, divided by a temperature of 200. To first order, removing a weight
+    changes the squared norm of the gradient, which is how fast the loss falls, by ``-2 w (H g)``. Wang et al. remove
+    the weights for which ``-w (H g)`` is highest, so those with the lowest score here. Normalizations and dropout are
+    as in :func:`snip_scores`.
 
     Raises:
-        ValueError: If there is no batch, or a loss is missing, NaN or infinite.
+        ValueError: If the loss is NaN or infinite.
     """
-    weights = _weights(model, layers)
-    gradients_of = functools.partial(_gradients, model, batches, weights, loss or tempered_loss)
+    weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
     with _probing(model):
-        total = _sum(gradients_of())
-        flows = (_dot(total, gradients) for gradients in gradients_of(create_graph=True))
-        products = _sum(torch.autograd.grad(flow, list(weights.values())) for flow in flows)
+        loss = _checked(F.cross_entropy(model(**batch).logits / TEMPERATURE, batch["labels"]), batch)
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
+        products = torch.autograd.grad(flow, list(weights.values()))
     return {name: w.detach() * Hg for (name, w), Hg in zip(weights.items(), products, strict=True)}
 
 
-def _highest(scores: Mapping[str, Tensor], keep: int) -> Masks:
+def _checked(loss: Tensor | None, batch: Batch) -> Tensor:
+    if loss is None or not loss.isfinite():
+        raise ValueError(f"the loss of a batch with {', '.join(batch)} is {loss}; weights cannot be scored by it")
+    return loss
+
+
+def _highest(scores: Mapping[str, Tensor], keep: int) -> Tensors:
     for name, score in scores.items():
         if not score.isfinite().all():
             raise ValueError(f"the scores of {name} hold NaN or Inf")
     flat = torch.cat([score.flatten() for score in scores.values()])
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[flat.topk(keep, sorted=False).indices] = True
-    parts = mask.split([score.numel() for score in scores.values()])
+    parts: Sequence[Tensor] = mask.split([score.numel() for score in scores.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 
-def _random_masks(layers: Mapping[str, nn.Module], keep: int) -> Masks:
-    masks: Masks = {}
+def _random_masks(layers: Mapping[str, nn.Module], keep: int) -> Tensors:
+    masks: Tensors = {}
     for name, count in smart_counts(layers, keep).items():
         weight = layers[name].get_parameter("weight")
         chosen = torch.randperm(weight.numel())[:count]
         mask = torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
         masks[name] = mask.view(weight.shape).to(weight.device)
     return masks
-
-
-def _weights(model: nn.Module, layers: Collection[nn.Module] | None) -> dict[str, nn.Parameter]:
-    return {name: layer.weight for name, layer in prunable_layers(model, layers).items()}
-
-
-def _gradients(
-    model: nn.Module,
-    batches: Batch | Sequence[Batch],
-    weights: Mapping[str, nn.Parameter],
-    loss: Loss,
-    *,
-    create_graph: bool = False,
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the gradients of each batch, one after the other."""
-    batches = [batches] if isinstance(batches, Mapping) else batches
-    if not batches:
-        raise ValueError("there are no batches, and without data there are no gradients to score weights by")
-    device = next(iter(weights.values())).device
-    for batch in batches:
-        value = loss(model, {name: entry.to(device) for name, entry in batch.items()})
-        if value is None or not value.isfinite():
-            raise ValueError(f"the loss of a batch with {', '.join(batch)} is {value}; weights cannot be scored by it")
-        yield torch.autograd.grad(value, list(weights.values()), create_graph=create_graph)
-
-
-def _sum(gradients: Iterable[Sequence[Tensor]]) -> Sequence[Tensor]:
-    return functools.reduce(lambda total, more: [a + b for a, b in zip(total, more, strict=True)], gradients)
-
-
-def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(a * b).sum() for a, b in zip(first, second, strict=True)]).sum()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 import benchmarks.harness.grids as grids
-from benchmarks.harness.grids import add_cell, run_once
+from benchmarks.harness.grids import run_once
 from benchmarks.harness.record import ROOT, revision, write_result
 
 HASH = "[0-9a-f]{40}"
@@ -106,15 +106,6 @@ def test_a_training_that_goes_on_after_another_commit_names_both(tmp_path, monke
     script.write_text(script.read_text() + "p.parent.mkdir(); p.write_text('{}')\n")
     assert run_once([str(script)], done)["commit"] == "one, then two"
     assert run_once([str(script)], done)["commit"] == "one, then two"  # not run again
-
-
-def test_cells_of_a_grid_keep_the_commits_that_trained_them(tmp_path):
-    path = tmp_path / "grid.json"
-    path.write_text(json.dumps({"committed_in": "0" * 40, "cells": {"old": {"loss": 3}}}))
-    result = add_cell(path, "new", {"loss": 2, "commit": "abc", "command": "c"}, "command")
-    assert result["cells"] == {"old": {"loss": 3}, "new": {"loss": 2, "commit": "abc", "command": "c"}}
-    assert (result["committed_in"], result["commit"]) == ("0" * 40, revision()["commit"])
-    assert path.with_suffix(".md").read_text() == "| loss |\n| --- |\n| 3 |\n| 2 |\n\n`command`\n"
 
 
 def test_rows_that_are_added_later_have_a_commit_of_their_own(tmp_path, monkeypatch):

@@ -317,15 +317,6 @@ def test_inspect_shows_whole_names_and_totals_in_a_table(half):
     assert lines[-1].endswith(f"{total:,} parameters, {total / dense:.1%} of the dense model's {dense:,}")
 
 
-def test_report_writes_one_page(bert, half, tmp_path):
-    pytest.importorskip("matplotlib")
-    cli("report", half, "--out", tmp_path / "one.html")
-    result = json.loads(cli("report", "--compare", bert, half, "--out", tmp_path / "two.html", "--json").stdout)
-    assert result == {"sources": [str(bert), str(half)], "out": str(tmp_path / "two.html")}
-    assert "Comparison" in (tmp_path / "two.html").read_text()
-    assert "Comparison" not in (tmp_path / "one.html").read_text()
-
-
 def test_report_replaces_a_report_and_no_other_file(half, tmp_path):
     pytest.importorskip("matplotlib")
     source = shutil.copytree(half, tmp_path / "model")
@@ -505,10 +496,10 @@ def test_help_waits_for_no_library():
     package = Path(hf_fnl.__file__).parent / "cli"
     heads = [
         ast.parse((package / name).read_text()).body
-        for name in ("app.py", "plan.py", "tables.py", "terminal.py", "../utils/suggest.py")
+        for name in ("app.py", "options.py", "plan.py", "tables.py", "terminal.py", "../utils/suggest.py")
     ]
     froms = {node.module for body in heads for node in body if isinstance(node, ast.ImportFrom)}
     plain = {alias.name for body in heads for node in body if isinstance(node, ast.Import) for alias in node.names}
-    ours = {"hf_fnl.utils.suggest", *(f"hf_fnl.cli.{name}" for name in ("plan", "tables", "terminal"))}
+    ours = {"hf_fnl.utils.suggest", *(f"hf_fnl.cli.{name}" for name in ("options", "plan", "tables", "terminal"))}
     allowed = {"typer", "rich", *ours, *sys.stdlib_module_names}
     assert {n for n in froms | plain if n not in allowed and n.split(".")[0] not in allowed - {"hf_fnl"}} == set()

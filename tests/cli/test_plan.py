@@ -189,7 +189,7 @@ def cli(*arguments: str, code: int = 0) -> str:
 
 def test_the_command_shows_dense_beside_factorized_by_engine(tmp_path):
     LLAMA.save_pretrained(tmp_path)
-    flags = (str(tmp_path), "--ratio", "0.6", "--gpus", "8", "--batch_size", "4", "--sequence-length", "64")
+    flags = (str(tmp_path), "--ratio", "0.6", "--gpus", "8", "--batch-size", "4", "--sequence-length", "64")
     printed = json.loads(cli(*flags, "--json"))
     setup = Setup(processes=8, batch_size=4, sequence_length=64)
     cost = cost_of(meta_model(str(tmp_path), ratio=0.6), setup)
@@ -206,9 +206,9 @@ def test_the_command_shows_dense_beside_factorized_by_engine(tmp_path):
     [
         pytest.param(("nothing-here",), "there is no folder nothing-here, and the Hub", 1, id="model"),
         pytest.param(("bert-base", "--dtype", "fp8"), "dtype must be one of fp32, bf16, got 'fp8'", 2, id="dtype"),
-        pytest.param(("bert-base", "--sequence_length", "513"), "sequence_length must be at most 512", 1, id="length"),
-        pytest.param(("bert-base", "--ffn_rank", "769"), "--ffn-rank must be in [1, 768], got 769", 1, id="rank"),
-        pytest.param(("gpt2", "--ffn_rank", "9", "--ratio", "0.5"), "leave out", 1, id="both"),
+        pytest.param(("bert-base", "--sequence-length", "513"), "sequence_length must be at most 512", 1, id="length"),
+        pytest.param(("bert-base", "--ffn-rank", "769"), "--ffn-rank must be in [1, 768], got 769", 1, id="rank"),
+        pytest.param(("gpt2", "--ffn-rank", "9", "--ratio", "0.5"), "leave out", 1, id="both"),
     ],
 )
 def test_bad_input_is_refused_with_a_reason(arguments, message, code):

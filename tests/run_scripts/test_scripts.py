@@ -87,7 +87,7 @@ def test_mlm_alone_on_the_stock_class_with_adamw_while_streaming(tmp_path):
     flags = f"""
         --vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 1 --num_attention_heads 3
         --max_position_embeddings 64 --stock true --next_sentence false --streaming true --optim adamw_torch
-        --phases 16:2 --whole_word_mask true --output_dir {tmp_path} {QUIET}
+        --phases 16:2 --output_dir {tmp_path} {QUIET}
     """
     assert "phase-1" in pretrain_bert.main(flags.split())
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]

@@ -1,6 +1,6 @@
 """Pretraining examples: masks, data sets, streams and batches; nothing about them depends on who reads them when."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 
@@ -10,12 +10,19 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForPreTraining, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    DataCollatorForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_fnl.tasks.documents import tokenize_documents
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.tasks.masking import mask_tokens
-from hf_fnl.tasks.pretraining import DOCUMENTS_PER_GROUP, PretrainingCollator, build_pretraining_dataset
+from hf_fnl.tasks.pretraining import DOCUMENTS_PER_GROUP, build_pretraining_dataset
 from hf_fnl.tasks.pretraining_examples import PretrainingOptions, Vocabulary
 from hf_fnl.tasks.tokenization import train_wordpiece
 from hf_fnl.training.callbacks import EpochCallback
@@ -50,11 +57,10 @@ def equal(left: dict, right: dict) -> bool:
 # Masks
 
 
-def vocabulary(size: int = 1000, continues: Sequence[int] = ()) -> Vocabulary:
-    is_special, continues_word = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+def vocabulary(size: int = 1000) -> Vocabulary:
+    is_special = np.zeros(size, dtype=bool)
     is_special[:FIRST_ID] = True
-    continues_word[list(continues)] = True
-    return Vocabulary(CLS, SEP, MASK, is_special, continues_word, np.arange(FIRST_ID, size))
+    return Vocabulary(CLS, SEP, MASK, is_special, np.arange(FIRST_ID, size))
 
 
 def example_ids(rng: np.random.Generator, length: int) -> np.ndarray:
@@ -63,13 +69,12 @@ def example_ids(rng: np.random.Generator, length: int) -> np.ndarray:
     return ids
 
 
-@pytest.mark.parametrize("whole_word_mask", [False, True], ids=["tokens", "words"])
-def test_labels_are_the_original_tokens_and_nothing_else_changes(whole_word_mask):
-    options, words = replace(FULL, whole_word_mask=whole_word_mask), vocabulary(continues=range(500, 1000))
+def test_labels_are_the_original_tokens_and_nothing_else_changes():
+    words = vocabulary()
     for seed in range(50):
         ids = example_ids(generator(seed), 101)
         before = ids.copy()
-        masked, labels = mask_tokens(ids, options, words, generator(seed))
+        masked, labels = mask_tokens(ids, FULL, words, generator(seed))
         chosen = labels != -100
         np.testing.assert_array_equal(ids, before)
         np.testing.assert_array_equal(labels[chosen], ids[chosen])
@@ -99,31 +104,9 @@ def test_of_ten_eight_are_masked_one_is_random_and_one_is_kept():
     assert len(set(random)) > 500
 
 
-def test_all_tokens_of_a_word_are_masked_or_none():
-    rng = generator()
-    words = vocabulary(continues=range(500, 1000))
-    options = replace(FULL, whole_word_mask=True)
-    for seed in range(100):
-        ids = example_ids(rng, 96)
-        _, labels = mask_tokens(ids, options, words, generator(seed))
-        chosen = labels != -100
-        assert 1 <= chosen.sum() <= options.num_masked(96)
-        within_word = words.continues_word[ids[1:]] & ~words.is_special[ids[:-1]]
-        np.testing.assert_array_equal(chosen[1:][within_word], chosen[:-1][within_word])
-
-
-def test_a_word_longer_than_the_count_is_masked_where_there_is_no_other():
-    ids = np.array([CLS, 10, 500, 501, 502, SEP])
-    _, labels = mask_tokens(
-        ids, replace(FULL, whole_word_mask=True), vocabulary(continues=range(500, 600)), generator()
-    )
-    assert labels.tolist() == [-100, 10, 500, 501, 502, -100]
-
-
-@pytest.mark.parametrize("whole_word_mask", [False, True], ids=["tokens", "words"])
-def test_nothing_is_masked_where_all_is_special(whole_word_mask):
+def test_nothing_is_masked_where_all_is_special():
     ids = np.array([CLS, 4, 4, SEP])
-    masked, labels = mask_tokens(ids, replace(FULL, whole_word_mask=whole_word_mask), vocabulary(), generator())
+    masked, labels = mask_tokens(ids, FULL, vocabulary(), generator())
     assert (masked.tolist(), set(labels)) == (ids.tolist(), {-100})
 
 
@@ -131,9 +114,8 @@ def test_nothing_is_masked_where_all_is_special(whole_word_mask):
 
 
 @pytest.mark.parametrize("next_sentence", [True, False], ids=["pairs", "packed"])
-@pytest.mark.parametrize("whole_word_mask", [False, True], ids=["tokens", "words"])
-def test_an_example_is_a_function_of_seed_epoch_and_index(documents, tokenizer, next_sentence, whole_word_mask):
-    options = PretrainingOptions(next_sentence=next_sentence, whole_word_mask=whole_word_mask, max_seq_length=64)
+def test_an_example_is_a_function_of_seed_epoch_and_index(documents, tokenizer, next_sentence):
+    options = PretrainingOptions(next_sentence=next_sentence, max_seq_length=64)
     dataset, again = (build_pretraining_dataset(documents, tokenizer, options) for _ in range(2))
     first = list(dataset)
     dataset.set_epoch(3)
@@ -171,7 +153,7 @@ def test_examples_do_not_depend_on_the_number_of_processes(documents, tokenizer)
 
 
 def loader(dataset, tokenizer, **options):
-    return DataLoader(dataset, batch_size=4, collate_fn=PretrainingCollator(tokenizer), **options)
+    return DataLoader(dataset, batch_size=4, collate_fn=DataCollatorForTokenClassification(tokenizer), **options)
 
 
 @pytest.mark.parametrize("skipped", [0, 3])
@@ -283,24 +265,14 @@ def test_workers_share_a_stream_out(documents, tokenizer):
 # Batches
 
 
-@pytest.mark.parametrize(
-    ("options", "width"),
-    [({}, 5), ({"pad_to_multiple_of": 8}, 8), ({"max_length": 6}, 6), ({"max_length": 9, "pad_to_multiple_of": 4}, 12)],
-    ids=["longest", "multiple", "fixed", "fixed multiple"],
-)
-def test_a_batch_is_padded_and_nothing_else(tokenizer, options, width):
-    examples = [
-        {
-            "input_ids": torch.arange(10, 10 + length),
-            "token_type_ids": torch.ones(length, dtype=torch.long),
-            "labels": torch.arange(length),
-            "next_sentence_label": torch.tensor(length % 2),
-        }
-        for length in (3, 5)
-    ]
-    batch = PretrainingCollator(tokenizer, **options)(examples)
-    assert batch["attention_mask"].tolist() == [[1] * length + [0] * (width - length) for length in (3, 5)]
-    assert batch["next_sentence_label"].tolist() == [1, 1]
+def test_a_batch_is_padded_and_nothing_else(documents, tokenizer):
+    """By a collator of Transformers, which keeps the next sentence's label."""
+    examples = list(build_pretraining_dataset(documents, tokenizer, replace(FULL, max_seq_length=40)))[:5]
+    batch = DataCollatorForTokenClassification(tokenizer)(examples)
+    width = max(len(example["input_ids"]) for example in examples)
+    ends = [[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples]
+    assert batch["attention_mask"].tolist() == ends
+    assert batch["next_sentence_label"].tolist() == [int(e["next_sentence_label"]) for e in examples]
     for name, padding in (("input_ids", tokenizer.pad_token_id), ("token_type_ids", 0), ("labels", -100)):
         assert batch[name].tolist() == [e[name].tolist() + [padding] * (width - len(e[name])) for e in examples]
 
@@ -335,7 +307,7 @@ def train(folder, dataset, tokenizer, stop: int | None = None, resume: bool = Fa
     trainer = Trainer(
         BertForPreTraining(config),
         arguments,
-        data_collator=PretrainingCollator(tokenizer),
+        data_collator=DataCollatorForTokenClassification(tokenizer),
         train_dataset=dataset,
         callbacks=[EpochCallback(), *([StopAt(stop)] if stop else [])],
     )
@@ -411,9 +383,3 @@ def test_documents_without_text_are_refused(tokenizer):
     documents = datasets.Dataset.from_dict({"text": [" ", "\n", ""]})
     with pytest.raises(ValueError, match="no document with text"):
         build_pretraining_dataset(documents, tokenizer, FULL)
-
-
-def test_whole_words_need_word_pieces(documents, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {"[PAD]": 0, "a": 5})
-    with pytest.raises(ValueError, match="whole_word_mask=True needs a WordPiece tokenizer"):
-        build_pretraining_dataset(documents, tokenizer, PretrainingOptions(whole_word_mask=True))

@@ -9,12 +9,9 @@ import pretrain_bert
 import pytest
 import torch
 
-from benchmarks import k21_table4
 from hf_fnl import FLAMBe
 from hf_fnl.tasks.arguments import SquadTrainingArguments
-from hf_fnl.tasks.squad import SquadOptions
 from hf_fnl.training import FLAMBeTrainer
-from hf_fnl.training.command_line import parse_arguments
 
 QUIET = "--use_cpu --report_to none --disable_tqdm true --logging_steps 1 --save_strategy no"
 
@@ -55,29 +52,3 @@ def test_the_defaults_are_those_of_bert(tmp_path):
     assert (args.optim, args.learning_rate, args.num_train_epochs, args.weight_decay) == ("adamw_torch", 3e-5, 2, 0.01)
     assert (args.lr_scheduler_type, args.get_warmup_steps(1000)) == ("linear", 100)
     assert (args.train_batch_size, args.adam_epsilon, args.frobenius_decay) == (12, 1e-6, [])
-
-
-def test_the_cells_of_k21_table_4_differ_by_optimizer_and_heads_alone(tmp_path):
-    pretraining, finetuning = {}, {}
-    for name, (optim, rank) in k21_table4.CELLS.items():
-        words = k21_table4.pretraining_command(optim, rank, tmp_path, tmp_path, 1000)[1:]
-        _, data, args = parse_arguments(
-            words, pretrain_bert.ModelOptions, pretrain_bert.DataOptions, pretrain_bert.TextTrainingArguments
-        )
-        pretraining[name] = (args.optim, *args.frobenius_decay, args.frobenius_mode, args.weight_decay)
-        assert (data.phases, args.lr_power) == (["128:1000::0.2843"], 0.5)
-        finetuning[name] = k21_table4.finetuning_command(tmp_path, tmp_path)
-    assert {pretraining[f"lamb-{rank}"] for rank in (64, 32)} == {("lamb", "decoupled", 0.01)}
-    assert {pretraining[f"lamb_frobenius-{rank}"] for rank in (64, 32)} == {("lamb", "ov", "coupled", 0.01)}
-    assert {pretraining[f"flambe-{rank}"] for rank in (64, 32)} == {("flambe", "ov", "decoupled", 0.01)}
-    assert len({tuple(words) for words in finetuning.values()}) == 1
-
-
-def test_the_benchmarks_fine_tune_by_the_same_routine(tmp_path):
-    commands = {5e-4: k21_table4.finetuning_command(tmp_path, tmp_path)}
-    recovery = pytest.importorskip("benchmarks.squad_recovery", exc_type=ImportError)
-    commands[2e-4] = recovery.finetuning_command(recovery.CELLS["dense"], tmp_path, tmp_path, tmp_path)
-    for rate, (_, *words) in commands.items():
-        _, _, args = parse_arguments(words, finetune_squad.DataOptions, SquadOptions, SquadTrainingArguments)
-        assert (args.optim, args.learning_rate, args.num_train_epochs) == ("adamw_torch", rate, 2)
-        assert (args.lr_scheduler_type, args.warmup_steps) == ("linear", 0.1)

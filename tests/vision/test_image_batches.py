@@ -15,17 +15,16 @@ from transformers import (
 
 from hf_fnl.tasks.metrics.accuracy import image_accuracy, topk_hits
 from hf_fnl.vision.image_batches import (
-    BatchTransform,
     ImageFiles,
     ImageOptions,
     ImageTensors,
     keep_on_device,
     load_image_sets,
-    random_box,
     single_batch,
     write_image_processor,
 )
 from hf_fnl.vision.images import ImageRecords, resize_and_crop, to_array
+from hf_fnl.vision.transforms import BatchTransform, random_box
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.5, 0.25, 0.75], [0.2, 0.3, 0.4]

@@ -18,9 +18,10 @@ from hf_fnl import FactorizationConfig, FactorizedGPT2Config, FactorizedGPT2LMHe
 from hf_fnl.tasks.clm import build_blocks
 from hf_fnl.tasks.documents import load_documents
 from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe
-from hf_fnl.vision.image_batches import BatchTransform, ImageOptions, ImageTensors, load_image_sets
+from hf_fnl.vision.image_batches import ImageOptions, ImageTensors, load_image_sets
 from hf_fnl.vision.interpolation import estimate_statistics_, interpolate, loss_along_line
 from hf_fnl.vision.models import CifarResNetConfig, CifarResNetForImageClassification, inner_convolutions
+from hf_fnl.vision.transforms import BatchTransform
 
 TEXT = "".join(f"A line of text, number {number}, and more of it.\n\n" for number in range(40))
 

@@ -61,13 +61,6 @@ def test_rounds(tmp_path, rewind):
     assert state(net).keys() == initial.keys()
 
 
-def test_only_the_layers_that_are_named_are_pruned(tmp_path):
-    net = tiny_net()
-    metrics = train_in_rounds(net, Recorder(tmp_path), 40, layers=[net.middle])
-    assert metrics["phase-2"]["parameters"]["nonzero"] == 444 - SIZES["middle"] + 40
-    assert net.middle.weight.count_nonzero() == 40
-
-
 class BreakOff(TrainerCallback):
     """Stops a run hard, at the first step or after the checkpoint of a later one."""
 

@@ -1,1 +1,0 @@
-"""All themes on one GPU, in pieces."""
