@@ -6,13 +6,16 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
@@ -22,7 +25,6 @@ from transformers.utils import CONFIG_NAME
 
 from hf_fnl.layers import factorized_layers
 from hf_fnl.optim.diagnostics import parameter_count
-from hf_fnl.surgery.config import TransformerRanks
 from hf_fnl.utils.folders import is_inside
 from hf_fnl.utils.run_files import (
     CONFIG_FILE,
@@ -83,15 +85,12 @@ class Record:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"record must be the folder of a run or of a model; there is none at {folder}")
-        factorization = read_json(folder / FACTORIZATION_FILE)
-        if reason := _damage(factorization):
-            raise ValueError(f"{folder / FACTORIZATION_FILE} is damaged: {reason}")
         states = [read_json(part / STATE_FILE) for part in (folder, *sorted(folder.glob("phase-*")))]
         log = [entry for state in states for entry in state.get("log_history", [])]
         return cls(
             metrics=flatten(read_json(folder / METRICS_FILE)) or last_figures(log),
             settings=read_json(folder / CONFIG_FILE),
-            factorization=factorization,
+            factorization=read_json(folder / FACTORIZATION_FILE),
             steps=sum(state.get("global_step", 0) for state in states) or None,
         )
 
@@ -131,29 +130,30 @@ def model_card(
     """
     if not isinstance(record, Record):
         record = Record() if record is None else Record.read(record)
-    title = (name or type(model).__name__).rstrip("/").rpartition("/")[2]
     card_data = _metadata(model, record, name, metadata or ModelCardData())
     command = command or record.factorization.get("command")
     dense_class = getattr(model, "dense_class", None)
     package = type(model).__module__.partition(".")[0]
-    licence = card_data.license
+    try:
+        facts, layers = list(_sizes(model, record)), list(_layers(model, record))
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the {FACTORIZATION_FILE} of the record is damaged: {error!r}") from error
     return ModelCard.from_template(
         card_data,
         template_path=str(_TEMPLATE),
         mark=MARK,
-        title=_plain(title),
+        title=_plain((name or type(model).__name__).rstrip("/").rpartition("/")[2]),
         name=printable(json.dumps(name or "path/to/model", ensure_ascii=False)),
         class_name=type(model).__name__,
         package=package,
         dense_class=dense_class and dense_class.__name__,
         needs_import=not dense_class and package != "hf_fnl" and bool(factorized_layers(model)),
-        facts=[*_sizes(model, record), *_origin(record, card_data.base_model, data or card_data.datasets)],
-        layers=list(_layers(model, record)),
-        results=[(_code(key), _number(value)) for key, value in record.metrics.items() if _is_result(key, value)],
-        settings=[(_code(key), _plain(listed)) for key in _SETTINGS if (listed := _listed(record.settings.get(key)))],
-        command=None if command is None else printable(command),
-        fence="`" * max(3, 1 + _longest_ticks(command or "")),
-        licence=_plain(", ".join(licence) if isinstance(licence, list) else licence or ""),
+        facts=[*facts, *_origin(record, card_data.base_model, data or card_data.datasets)],
+        layers=layers,
+        results=[(_plain(key), _number(value)) for key, value in record.metrics.items() if _is_result(key, value)],
+        settings=[(key, _plain(listed)) for key in _SETTINGS if (listed := _listed(record.settings.get(key)))],
+        command=command and _one_line(command),
+        licence=_plain(_listed(card_data.license)),
     )
 
 
@@ -209,19 +209,26 @@ def _push_card(model: Any, repo_id: str, options: Mapping[str, Any]) -> None:
     folder = Path(model.name_or_path or "")
     # A model that was converted keeps the path of the one that it was made from, whose files are not its own.
     is_home = read_json(folder / CONFIG_NAME).get("architectures") == [type(model).__name__]
-    local = folder / CARD_FILE
+    with tempfile.TemporaryDirectory() as temporary:
+        path, local = Path(temporary, CARD_FILE), folder / CARD_FILE
+        fetch_card(path, repo_id, token)
+        is_on_hub = path.is_file()
+        if not is_on_hub and is_home and local.is_file() and is_inside(local, folder):
+            shutil.copyfile(local, path)
+        known = {
+            "record": Record.read(folder) if is_home else None,
+            "metadata": ModelCardData(tags=options.get("tags")),
+        }
+        if write_card(path, model, name=repo_id, **known) or not is_on_hub:
+            ModelCard.load(path).push_to_hub(repo_id, token=token)
+
+
+def fetch_card(path: Path, repo_id: str, token: Any = None) -> None:
+    """Copy the card of a repository of the Hub, if any, to ``path``, unless a person wrote the one that is there."""
+    if path.is_file() and not is_automatic(path):
+        return
     with contextlib.suppress(EntryNotFoundError):
-        local = Path(HfApi(token=token).hf_hub_download(repo_id, CARD_FILE))
-        if not is_automatic(local):
-            return
-    metadata = stated_in(local) if local.is_file() and (is_home or local.parent != folder) else ModelCardData()
-    if local.is_file() and is_home and not is_automatic(local):
-        card = ModelCard.load(local)
-    else:
-        record = Record.read(folder) if is_home else Record()
-        metadata.tags = [*(metadata.tags or ()), *(options.get("tags") or ())]
-        card = model_card(model, name=repo_id, record=record, metadata=metadata)
-    card.push_to_hub(repo_id, token=token)
+        shutil.copyfile(hf_hub_download(repo_id, CARD_FILE, token=token), path)
 
 
 def is_automatic(path: str | os.PathLike[str]) -> bool:
@@ -314,29 +321,22 @@ def _origin(record: Record, base_model: Any, data: Any) -> Iterator[tuple[str, s
 
 def _layers(model: nn.Module, record: Record) -> Iterator[dict[str, Any]]:
     """A row for the layers of each kind and shape."""
-    listed = record.factorization.get("layers") or [
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for layer in record.factorization.get("layers") or [
         {"kind": layer.kind, "shape": layer.shape, "rank": layer.rank} for layer in factorized_layers(model)
-    ]
-    groups: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
-    for layer in listed:
-        groups.setdefault((layer["kind"], tuple(layer["shape"])), []).append(layer)
+    ]:
+        groups[_plain(layer["kind"]), " x ".join(map(_plain, layer["shape"]))].append(layer)
     for (kind, shape), layers in groups.items():
         kept = [layer["energy"] for layer in layers if layer.get("energy") is not None]
-        yield {
-            "kind": _plain(kind),
-            "shape": " x ".join(map(str, shape)),
-            "count": len(layers),
-            "rank": _spread([layer["rank"] for layer in layers]),
-            "energy": f"{sum(kept) / len(kept):.1%}" if kept else "",
-        }
+        energy = f"{sum(kept) / len(kept):.1%}" if kept else ""
+        rank = _plain(_spread([layer["rank"] for layer in layers]))
+        yield {"kind": kind, "shape": shape, "count": len(layers), "rank": rank, "energy": energy}
 
 
 def _model_ranks(model: nn.Module) -> dict[str, Any]:
     """The ranks in the configuration of a model of ours; none of another."""
-    ranks = getattr(getattr(model, "config", None), "ranks", None)
-    if not isinstance(ranks, TransformerRanks):
-        return {}
-    values = {option.name: getattr(ranks, option.name) for option in fields(ranks) if option.name != "init"}
+    config = getattr(model, "config", None)
+    values = {option: getattr(config, option) for option in getattr(config, "rank_options", list)()}
     return {option: rank for option, rank in values.items() if (any(rank) if isinstance(rank, list) else rank)}
 
 
@@ -346,26 +346,6 @@ def _spread(ranks: int | list[int | None]) -> str:
     numbers = sorted({rank for rank in values if rank is not None})
     spread = " to ".join(map(str, dict.fromkeys((*numbers[:1], *numbers[-1:]))))
     return f"{spread}, dense in {values.count(None)} of {len(values)} layers" if None in values else spread
-
-
-def _damage(factorization: Mapping[str, Any]) -> str | None:
-    """Why a ``factorization.json`` cannot be one, if it cannot."""
-    layers = factorization.get("layers", [])
-    for layer in layers if isinstance(layers, list) else [layers]:
-        if not (isinstance(layer, Mapping) and {"kind", "shape", "rank"} <= set(layer)):
-            return "a layer lacks its kind, shape or rank"
-        sizes = [layer["rank"], *(layer["shape"] if isinstance(layer["shape"], list) else [None])]
-        fits = isinstance(layer["kind"], str) and isinstance(layer.get("energy"), int | float | None)
-        if not fits or not all(map(_is_count, sizes)):
-            return f"a layer is {dict(layer)!r}"
-    counts = ("parameters_before", "parameters_after")
-    wrong = [key for key in counts if key in factorization and not _is_count(factorization[key])]
-    wrong += [key for key in ("base_model", "command") if not isinstance(factorization.get(key), str | None)]
-    return f"{wrong[0]} is {factorization[wrong[0]]!r}" if wrong else None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_hub_id(name: Any) -> TypeGuard[str]:
@@ -418,17 +398,6 @@ def _plain(value: object) -> str:
     return re.sub(r"([\\`*\[\]<>|&$~]|\b_|_\b)", r"\\\1", _one_line(value))
 
 
-def _code(value: object) -> str:
-    """A span of code in a Markdown table: on one line, with more backticks around it than there are in it."""
-    text = _one_line(value).replace("|", "\\|")
-    ticks = "`" * (1 + _longest_ticks(text))
-    return f"{ticks}{text}{ticks}" if ticks == "`" else f"{ticks} {text} {ticks}"
-
-
 def _one_line(value: object) -> str:
     # JSON may hold half of a surrogate pair, which no file can.
     return printable(" ".join(str(value).encode("utf-8", "replace").decode().split()))
-
-
-def _longest_ticks(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)

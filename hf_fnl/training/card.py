@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import shutil
 from pathlib import Path
 
-from huggingface_hub import ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import ModelCardData
 from transformers import Trainer
 
-from hf_fnl.models.cards import CARD_FILE, Record, is_automatic, write_card
+from hf_fnl.models.cards import CARD_FILE, Record, fetch_card, write_card
 from hf_fnl.training.runs import run_settings
 from hf_fnl.utils.run_files import last_figures
 
@@ -31,21 +28,11 @@ def write_trainer_card(
     """Write the card of a run into its ``output_dir``, with all that the folder and the Trainer know of the run.
 
     A card that a person wrote is left as it is: the one in the folder, or else the one on the Hub, which is fetched.
-
-    Args:
-        trainer: The Trainer of the run.
-        language: Language of the data.
-        license: Licence of the model.
-        tags: Added to ours.
-        model_name: Name of the model, where it has no id on the Hub yet. Default: the name of the folder.
-        finetuned_from: Id of the base model on the Hub.
-        tasks: The Hub's name for the task.
-        dataset_tags: Ids of the data sets on the Hub.
-        dataset: What the model was trained on, in words.
+    Options are those of Transformers' ``create_model_card``; ``dataset`` says in words what the model was trained on.
     """
     folder = Path(trainer.args.output_dir)
     if trainer.hub_model_id is not None:
-        _fetch_card(trainer, folder / CARD_FILE)
+        fetch_card(folder / CARD_FILE, trainer.hub_model_id, trainer.args.hub_token)
     found = Record.read(folder) if folder.is_dir() else Record()
     record = dataclasses.replace(
         found,
@@ -64,11 +51,3 @@ def write_trainer_card(
     name = trainer.hub_model_id or model_name or folder.resolve().name
     model = trainer.accelerator.unwrap_model(trainer.model)
     write_card(folder / CARD_FILE, model, name=name, record=record, data=dataset, metadata=metadata)
-
-
-def _fetch_card(trainer: Trainer, path: Path) -> None:
-    """Bring the card on the Hub here, where the upload of the folder would replace it, unless a person wrote ours."""
-    if path.is_file() and not is_automatic(path):
-        return
-    with contextlib.suppress(EntryNotFoundError):
-        shutil.copyfile(hf_hub_download(trainer.hub_model_id, CARD_FILE, token=trainer.args.hub_token), path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, USER, Drop, File, HubServer, Repo
+from hub_server import TOKEN, USER, File, HubServer, Repo
 from huggingface_hub import ModelCard
 
 from hf_fnl.models.cards import MARK, is_automatic
@@ -75,7 +74,7 @@ def do(server: HubServer, client: subprocess.Popen) -> Do:
             raise Failed(answer["error"])
         return answer["result"]
 
-    for state in (server.repos, server.storage, server.drops, server.requests):
+    for state in (server.repos, server.storage, server.requests):
         state.clear()
     do("forget")
     return do
@@ -97,17 +96,6 @@ def test_what_is_pushed_comes_down_bit_for_bit(server, do, auto):
     assert do("load", repo="tester/bert", auto=auto) == {"class": "FactorizedBertForMaskedLM", "digest": pushed}
 
 
-def test_a_revision_is_the_model_of_that_commit(server, do):
-    first = do("push", repo="tester/bert", seed=1)
-    commit = server.repos["tester/bert"].head
-    second = do("push", repo="tester/bert", seed=2)
-    assert first != second
-    assert do("load", repo="tester/bert", revision=commit)["digest"] == first
-    assert do("load", repo="tester/bert")["digest"] == second
-    with pytest.raises(Failed, match=r"OSError: 0{40} is not a valid git identifier"):
-        do("load", repo="tester/bert", revision="0" * 40)
-
-
 def test_a_push_without_a_change_makes_no_commit(server, do):
     do("push", repo="tester/bert")
     commits = len(server.repos["tester/bert"].commits)
@@ -125,22 +113,6 @@ def test_our_card_lies_beside_the_weights(server, do):
     assert written.data.tags == ["hf_fnl", "low-rank", "tiny"]
     assert "`qk_rank` 5, `ov_rank` 2" in written.text
     assert f'from_pretrained("{USER}/bert")' in written.text
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("license: ours", '"license" must be one of the known ones, got ours'),
-        ("license: [mit", "the YAML cannot be read"),
-        ("datasets: [a/b/c]", '"datasets" must hold ids of repositories'),
-        ("model-index: [{name: x, results: [{task: {type: fill-mask}}]}]", "\"model-index\" lacks 'dataset'"),
-    ],
-    ids=["licence", "yaml", "data", "results"],
-)
-def test_the_stand_in_refuses_a_bad_card(server, do, content, message):
-    with pytest.raises(Failed, match=rf"ValueError: Invalid metadata in README.md.\n- {message}"):
-        do("upload_card", repo="tester/bert", content=f"---\n{content}\n---\n")
-    assert not server.repos["tester/bert"].files
 
 
 @pytest.mark.parametrize(
@@ -178,7 +150,7 @@ def test_the_record_of_the_folder_that_a_model_was_loaded_from_is_in_its_card(se
     do("push_folder", folder=str(tmp_path), repo="tester/bert")
     written = card(server, "tester/bert")
     assert "flambe" in written.data.tags
-    assert "| `phase-1 / eval_mlm_accuracy` | 0.25 |" in written.text
+    assert "| phase-1 / eval_mlm_accuracy | 0.25 |" in written.text
 
 
 def test_a_trainer_pushes_the_card_of_its_run(server, do, tmp_path):
@@ -187,74 +159,28 @@ def test_a_trainer_pushes_the_card_of_its_run(server, do, tmp_path):
     assert str(written) == (tmp_path / "README.md").read_text()
     assert written.data.license == "mit"
     assert written.data.tags == ["hf_fnl", "low-rank", "flambe", "tiny"]
-    for line in ("| optimizer steps | 2 |", "| `optim` | flambe |", "| `frobenius_decay` | ov |", "`train_loss`"):
+    for line in ("| optimizer steps | 2 |", "| `optim` | flambe |", "| `frobenius_decay` | ov |", "| train_loss |"):
         assert line in written.text
     assert WEIGHTS in server.repos["tester/run"].files
 
 
-def test_a_wrong_token_is_refused_and_nothing_is_made(server, do):
+def test_a_card_by_hand_in_the_folder_goes_up_but_no_file_that_it_links_to(server, do, tmp_path):
+    do("save", folder=str(tmp_path / "bert"))
+    (tmp_path / "secret").write_text("# Nobody's business\n")
+    local = tmp_path / "bert" / "README.md"
+    local.symlink_to(tmp_path / "secret")
+    do("push_folder", folder=str(tmp_path / "bert"), repo="tester/linked")
+    assert MARK in card(server, "tester/linked").text
+    local.unlink()
+    local.write_text(HAND_WRITTEN)
+    do("push_folder", folder=str(tmp_path / "bert"), repo="tester/bert")
+    assert str(card(server, "tester/bert")) == HAND_WRITTEN
+
+
+def test_a_card_is_pushed_as_the_model_is_with_its_token_and_in_private(server, do):
     with pytest.raises(Failed, match=r"HfHubHTTPError: .*401(.|\n)*Invalid credentials in Authorization header"):
         do("push", repo="tester/bert", token="hf_the_wrong_one")
     assert not server.repos
-    assert not server.storage
-
-
-def test_a_private_repository_is_for_those_with_the_token(server, do):
     pushed = do("push", repo="tester/secret", private=True)
     assert server.repos["tester/secret"].private
     assert do("load", repo="tester/secret")["digest"] == pushed
-    do("forget")
-    with pytest.raises(Failed, match=r"OSError: tester/secret is not .*\n?.*private repository"):
-        do("load", repo="tester/secret", token=False)
-    assert do("cached") == []
-
-
-def test_a_repository_that_is_not_there_is_named(do):
-    with pytest.raises(Failed, match="OSError: tester/nothing is not a local folder and is not a valid model"):
-        do("load", repo="tester/nothing")
-
-
-def test_a_broken_download_goes_on_where_it_stopped(server, do):
-    pushed = do("push", repo="tester/bert")
-    server.drops.append(Drop("GET", "/storage/"))
-    assert do("load", repo="tester/bert")["digest"] == pushed
-    first, second = (request for request in server.requests if request.startswith("GET /storage/"))
-    assert re.fullmatch(rf"{first} bytes=[1-9]\d+-", second)
-
-
-def test_a_download_that_never_ends_well_is_not_taken_for_whole(server, do):
-    pushed = do("push", repo="tester/bert")
-    server.drops.append(Drop("GET", "/storage/", times=1000, share=0.0))
-    with pytest.raises(Failed, match="OSError: Can't load the model for 'tester/bert'"):
-        do("load", repo="tester/bert")
-    assert WEIGHTS not in do("cached")
-    server.drops.clear()
-    assert do("load", repo="tester/bert")["digest"] == pushed
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "message"),
-    [
-        ("PUT", "/storage/", f"RuntimeError: Error while uploading '{WEIGHTS}' to the Hub"),
-        ("POST", "/commit/", "Server disconnected without sending a response"),
-    ],
-    ids=["weights", "commit"],
-)
-def test_a_broken_upload_leaves_the_repository_as_it_was(server, do, method, path, message):
-    before = do("push", repo="tester/bert", seed=1)
-    commits = list(server.repos["tester/bert"].commits)
-    server.drops.append(Drop(method, path, times=1000))
-    with pytest.raises(Failed, match=message):
-        do("push", repo="tester/bert", seed=2)
-    assert server.repos["tester/bert"].commits == commits
-    assert do("load", repo="tester/bert")["digest"] == before
-    server.drops.clear()
-    after = do("push", repo="tester/bert", seed=2)
-    assert do("load", repo="tester/bert")["digest"] == after != before
-
-
-def test_an_upload_of_weights_that_breaks_off_once_is_begun_again(server, do):
-    server.drops.append(Drop("PUT", "/storage/"))
-    pushed = do("push", repo="tester/bert")
-    assert server.drops[0].done == 1
-    assert do("load", repo="tester/bert")["digest"] == pushed

@@ -1,7 +1,7 @@
 """A stand-in for the Hub: an HTTP server on the loopback to which the real client of ``huggingface_hub`` talks.
 
 It speaks what creating, uploading to, describing and downloading from model repositories needs, without xet. Large
-files live under another host name, as on the Hub, where the token must not go. Connections can be told to break.
+files live under another host name, as on the Hub, where the token must not go.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import re
-import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -56,17 +55,6 @@ class Repo:
         self.commits.append((_commit_id(len(self.commits)), files))
 
 
-@dataclass
-class Drop:
-    """Break the connection of the next ``times`` requests that match, when this share of the content is through."""
-
-    method: str
-    path: str
-    times: int = 1
-    share: float = 0.5
-    done: int = 0
-
-
 class Refused(Exception):
     """An answer other than the one hoped for."""
 
@@ -86,9 +74,7 @@ class HubServer(ThreadingHTTPServer):
         self.storage_url = f"http://localhost:{self.server_port}/storage"
         self.repos: dict[str, Repo] = {}
         self.storage: dict[str, bytes] = {}
-        self.drops: list[Drop] = []
-        self.requests: list[str] = []  # method and path, and the range of bytes where one was asked for
-        self.lock = threading.Lock()
+        self.requests: list[str] = []  # method and path
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -97,15 +83,6 @@ class HubServer(ThreadingHTTPServer):
     def __exit__(self, *error: object) -> None:
         self.shutdown()
         self.server_close()
-
-    def drop(self, method: str, path: str) -> Drop | None:
-        """The break that this request meets, if any; it is counted."""
-        with self.lock:
-            for drop in self.drops:
-                if drop.method == method and drop.path in path and drop.done < drop.times:
-                    drop.done += 1
-                    return drop
-        return None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is none of the server's business."""
@@ -120,13 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.server.requests.append(" ".join(filter(None, (self.command, path, self.headers.get("Range")))))
-        drop = self.server.drop(self.command, path)
-        length = int(self.headers.get("Content-Length", 0))
-        if drop and self.command in ("POST", "PUT"):
-            self.rfile.read(int(length * drop.share))
-            return self._hang_up()
-        self.body = self.rfile.read(length)
+        self.server.requests.append(f"{self.command} {path}")
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             status, headers, content = self._answer(path)
         except Refused as refused:
@@ -136,17 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if drop:
-            self.wfile.write(content[: int(len(content) * drop.share)])
-            self._hang_up()
-        elif self.command != "HEAD":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve
-
-    def _hang_up(self) -> None:
-        self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         for methods, pattern, answer in _ROUTES:
@@ -232,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def fetch(self, oid: str) -> tuple:
         self._check_no_token()
-        return self._content(self.server.storage[oid], {"ETag": f'"{oid}"'})
+        return 200, {"ETag": f'"{oid}"'}, self.server.storage[oid]
 
     def commit(self, name: str, revision: str) -> tuple:
         repo = self._repo(name, write=True)
@@ -259,16 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(404, "EntryNotFound", "Entry not found")
         file = files[path]
         if not file.lfs:
-            return self._content(file.content, {**headers, "ETag": f'"{file.oid}"'})
+            return 200, {**headers, "ETag": f'"{file.oid}"'}, file.content
         headers |= {"X-Linked-ETag": f'"{file.oid}"', "X-Linked-Size": str(len(file.content))}
         return 302, {**headers, "Location": f"{self.server.storage_url}/{file.oid}"}, b""
-
-    def _content(self, content: bytes, headers: dict[str, str]) -> tuple:
-        if (asked := self.headers.get("Range")) is None:
-            return 200, {**headers, "Content-Length": str(len(content))}, content
-        start, end = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
-        part = content[int(start) : int(end) + 1 if end else None]
-        return 206, {**headers, "Content-Range": f"bytes {start}-{int(start) + len(part) - 1}/{len(content)}"}, part
 
     def _repo(self, name: str, write: bool = False) -> Repo:
         known = self._check_token(write)

@@ -10,13 +10,12 @@ import hashlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, constants, create_repo, upload_file
+from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM
@@ -24,9 +23,6 @@ from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bert_cases import LOW, SIZES
 from training_cases import tiny_trainer
-
-time.sleep = lambda seconds: None  # the client waits before it tries again
-constants.DOWNLOAD_CHUNK_SIZE = 1024  # what is lost of a download that breaks off; the models here are smaller than it
 
 
 def digest(model: PreTrainedModel) -> str:
@@ -81,25 +77,13 @@ def validate(content: str) -> None:
     ModelCard(content).validate()
 
 
-def upload_card(repo: str, content: str) -> None:
-    """Put a card into a repository, which is made."""
-    create_repo(repo, exist_ok=True)
-    upload_file(path_or_fileobj=content.encode(), path_in_repo="README.md", repo_id=repo)
-
-
 def forget() -> None:
     """Empty the cache of downloads."""
     shutil.rmtree(constants.HF_HUB_CACHE, ignore_errors=True)
 
 
-def cached() -> list[str]:
-    """The files that the cache holds as whole."""
-    snapshots = Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/*")
-    return sorted(path.name for path in snapshots if path.exists())
-
-
 STEPS: dict[str, Callable[..., Any]] = {
-    step.__name__: step for step in (push, push_folder, save, load, train, validate, upload_card, forget, cached)
+    step.__name__: step for step in (push, push_folder, save, load, train, validate, forget)
 }
 
 
