@@ -13,8 +13,8 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_fnl.optim.diagnostics import parameter_count
-from hf_fnl.training.checkpoints import check_complete, checkpoints, is_unfinished, newest_complete
 from hf_fnl.training.command_line import UsageError, duration
+from hf_fnl.training.resuming import checkpoint_to_take
 from hf_fnl.training.run_lock import check_unlocked
 from hf_fnl.utils.files import check_writable, write_json
 from hf_fnl.utils.processes import first_decides
@@ -69,29 +69,9 @@ def check_output_folder(args: TrainingArguments) -> None:
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint from which a run goes on, or ``None`` to start afresh.
-
-    ``resume_from_checkpoint`` may name a checkpoint, or be ``true`` for the newest complete one in ``output_dir``, if
-    any. All processes of a run must call this.
-
-    Raises:
-        FileNotFoundError: If the checkpoint that is named is not there.
-        UsageError: If ``output_dir`` holds checkpoints and nothing was said about them.
-        ValueError: If the one that is named, or every one, is not complete.
-    """
-    run, asked = Path(args.output_dir), args.resume_from_checkpoint
-    if asked is None:
-        if found := first_decides(lambda: [each for each in checkpoints(run) if not is_unfinished(each)]):
-            raise UsageError(
-                f"output_dir {run} holds {found[-1].name} of an earlier run: set resume_from_checkpoint=true to go on "
-                "from it, or another output_dir"
-            )
-        return None
-    if str(asked).lower() == "true":
-        newest = newest_complete(run)
-        return None if newest is None else str(newest)
-    check_complete(Path(asked))
-    return str(asked)
+    """:func:`~hf_fnl.training.resuming.checkpoint_to_take` of a script, whose first attempt may have saved nothing."""
+    checkpoint = checkpoint_to_take(Path(args.output_dir), args.resume_from_checkpoint)
+    return None if checkpoint is None else str(checkpoint)
 
 
 def run_settings(*arguments: Any) -> dict[str, Any]:

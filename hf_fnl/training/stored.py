@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,26 +73,11 @@ def stored_weights(checkpoint: Path) -> dict[str, Tensor]:
         }
         if not shards:
             raise FileNotFoundError(f"no {SAFE_WEIGHTS_NAME} in {checkpoint}")
-        with alone():
+        with warnings.catch_warnings():  # a process that reads for itself is told so
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load_distributed(shards, storage_reader=FileSystemReader(checkpoint / FSDP_SHARDS), no_dist=True)
         weights = {name.removeprefix(_PREFIX): tensor for name, tensor in shards.items()}
     return weights
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Hold back torch's remark that a process reads or writes shards for itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return all names of each parameter by its first one; tied parameters have several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {first: [first, *others] for first, *others in names.values()}
 
 
 def check_same_model(checkpoint: Path, model: nn.Module) -> None:
@@ -106,7 +90,7 @@ def check_same_model(checkpoint: Path, model: nn.Module) -> None:
     if not (stored := stored_shapes(checkpoint)):
         return
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = {name: names for names in aliases(model).values() for name in names}
+    found = {id(parameters[name]) for name in stored if name in parameters}  # tied ones are stored under one name
     wrong = [
         f"{name} has shape {shape} there and {tuple(whole_shape(parameters[name]))} here"
         for name, shape in stored.items()
@@ -117,7 +101,7 @@ def check_same_model(checkpoint: Path, model: nn.Module) -> None:
     wrong += [
         f"{name} is not there"
         for name, parameter in parameters.items()
-        if parameter.requires_grad and not stored.keys() & set(names[name])
+        if parameter.requires_grad and id(parameter) not in found
     ]
     if wrong:
         options = _different_options(checkpoint, model)

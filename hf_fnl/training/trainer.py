@@ -28,22 +28,14 @@ from hf_fnl.optim.transfer import transfer_
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
-from hf_fnl.training.checkpoints import (
-    CompleteCheckpoints,
-    check_complete,
-    checkpoints,
-    clean,
-    is_unfinished,
-    newest_complete,
-    remove,
-)
+from hf_fnl.training.checkpoints import CompleteCheckpoints, clean, remove
 from hf_fnl.training.engines import check_engine, innermost, is_sharded, set_state_dict_type
 from hf_fnl.training.finite import FiniteSteps, check_finite
 from hf_fnl.training.form import match_checkpoint_, rewrap_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.optimizers import build_optimizer, check_current, decayed_products, optimizer_and_decay
 from hf_fnl.training.profiling import DECAY, FORWARD, PASSES, ProfilerCallback
-from hf_fnl.training.resuming import Resumption
+from hf_fnl.training.resuming import Resumption, checkpoint_to_take
 from hf_fnl.training.run_lock import locked
 from hf_fnl.training.schedules import schedule_of
 from hf_fnl.training.streaming import StreamPosition, is_stream, stream_loader
@@ -135,8 +127,9 @@ class FLAMBeTrainer(Trainer):
                 self._stream.take(checkpoint, self.args)
             if checkpoint is not None and self.args.dense_steps:
                 self._take_form(str(checkpoint))
-            with self._resumption.of(checkpoint) as folder, self._own_rotation(), self._best_in_its_form():
-                return self._train(folder, *args, **kwargs)
+            self._resumption.begin(checkpoint)
+            with self._own_rotation(), self._best_in_its_form():
+                return self._train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
         self._checkpoints.unfinished = None
@@ -155,23 +148,12 @@ class FLAMBeTrainer(Trainer):
     def _checkpoint_to_take(self, given: str | os.PathLike[str] | bool | None) -> Path | None:
         run = Path(self.args.output_dir)
         first_decides(lambda: clean(run))
-        if given is True:
-            if (newest := newest_complete(run)) is None:
-                raise ValueError(f"there is no checkpoint in output_dir {run} to go on from")
-            return newest
-        if given:
-            check_complete(Path(given))
-            return Path(given)
-        if self.args.save_strategy != "no" and (found := first_decides(lambda: self._of_others(run))):
-            raise ValueError(
-                f"output_dir {run} holds {found[-1].name} of another run: set resume_from_checkpoint=true to go on "
-                "from it, or another output_dir"
-            )
-        return None
-
-    def _of_others(self, run: Path) -> list[Path]:
-        """Checkpoints in a folder that this Trainer has not written, but such as were never finished."""
-        return [p for p in checkpoints(run) if p not in self._checkpoints.written and not is_unfinished(p)]
+        if not given and self.args.save_strategy == "no":  # which writes over nothing
+            return None
+        checkpoint = checkpoint_to_take(run, given, self._checkpoints.written)
+        if given and checkpoint is None:
+            raise ValueError(f"there is no checkpoint in output_dir {run} to go on from")
+        return checkpoint
 
     @contextlib.contextmanager
     def _own_rotation(self) -> Iterator[None]:

@@ -19,7 +19,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_fnl import FactorizedBertForPreTraining, FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.training.checkpoints import MANIFEST_FILE, CompleteCheckpoints, checkpoints, fault, newest_complete
+from hf_fnl.training.checkpoints import (
+    MANIFEST_FILE,
+    CompleteCheckpoints,
+    checkpoints,
+    fault,
+    newest_complete,
+    write_manifest,
+)
 from hf_fnl.training.run_lock import LOCK_FILE, locked
 from hf_fnl.training.runs import check_output_folder, checkpoint_to_resume
 
@@ -97,8 +104,13 @@ TOLD_OF_THE_LIST = {
 }
 
 
-@pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [
+        *(("cut", "model.safetensors"), ("flipped", "optimizer.pt"), ("missing", "scheduler.pt")),
+        *((harm, MANIFEST_FILE) for harm in HARMS),
+    ],
+)
 def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_refused_by_name(copy, caplog, harm, name):
     HARMS[harm](copy / "checkpoint-4" / name)
     told = TOLD_OF_THE_LIST[harm] if name == MANIFEST_FILE else TOLD[harm].format(name)
@@ -112,10 +124,8 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason_and_refused_by_name(cop
         go_on(copy, str(copy / "checkpoint-4"))
 
 
-@pytest.mark.parametrize("harm", HARMS)
-def test_going_on_from_the_one_before_equals_never_having_stopped(copy, run, harm):
-    """As where the list is damaged and the run was begun with fewer steps."""
-    HARMS[harm](copy / "checkpoint-4" / MANIFEST_FILE)
+def test_going_on_from_the_one_before_equals_never_having_stopped(copy, run):
+    (copy / "checkpoint-4" / MANIFEST_FILE).unlink()
     again = go_on(copy)
     assert_same_run(again, run)
     assert [fault(path) for path in checkpoints(copy)] == [None, None]
@@ -143,11 +153,10 @@ class Kill(TrainerCallback):
             raise Killed
 
 
-@pytest.mark.parametrize("stage", ["begun", "weights", "files", "list", "removal"])
+@pytest.mark.parametrize("stage", ["weights", "files", "list", "removal"])
 def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch, run, stage):
     trainer = tiny_trainer(tmp_path, **SAVES, save_total_limit=1)
     module, name = {
-        "begun": (Trainer, "save_model"),
         "weights": (torch, "save"),
         "files": (CompleteCheckpoints, "on_save"),
         "list": (json, "dumps"),
@@ -186,13 +195,8 @@ def test_a_run_killed_in_its_first_save_starts_afresh(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"optim": "flambe", "frobenius_decay": ["ov", "linear"]},
-        {"optim": "adamw_torch", "frobenius_decay": ["linear"]},
-        {"optim": "sgd", "optim_args": "momentum=0.9"},
-        {"optim": "adafactor"},
-    ],
-    ids=["flambe", "adamw", "sgd", "adafactor"],
+    [{"optim": "flambe", "frobenius_decay": ["ov", "linear"]}, {"optim": "adamw_torch", "frobenius_decay": ["linear"]}],
+    ids=["flambe", "adamw"],
 )
 def test_a_resumed_run_is_the_same_bit_by_bit(tmp_path, options):
     options = {**SAVES, **options, "lr_scheduler_type": "cosine", "warmup_steps": 3}
@@ -261,13 +265,11 @@ def test_a_checkpoint_of_another_optimizer_or_model_is_refused_by_name(copy, tmp
         go_on(tmp_path / "stock", checkpoint, tiny_model(stock=True))
 
 
-def test_a_checkpoint_of_the_model_only_starts_the_optimizer_anew(tmp_path, caplog):
-    options = {"lr_scheduler_type": "linear", "max_steps": 6}
-    tiny_trainer(tmp_path / "first", **{**SAVES, **options}, save_only_model=True).train()
-    again = go_on(tmp_path / "again", str(tmp_path / "first" / "checkpoint-4"), **options)
-    assert "holds no state of an optimizer, which starts anew" in caplog.text
-    rates = [entry["learning_rate"] for entry in again.state.log_history if "loss" in entry]
-    assert rates == pytest.approx([0.02 * (1 - step / 6) for step in range(6)])
+def test_a_checkpoint_of_the_model_only_is_refused(copy, tmp_path):
+    (copy / "checkpoint-4" / "optimizer.pt").unlink()
+    write_manifest(copy / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"does not go on from .*checkpoint-4, which holds no state of an optimizer"):
+        go_on(tmp_path / "again", str(copy / "checkpoint-4"))
 
 
 def test_no_space_left_while_saving_leaves_the_earlier_checkpoint_complete(tmp_path, monkeypatch):
@@ -331,7 +333,7 @@ def test_what_an_earlier_attempt_left_ahead_goes_first(copy):
 
 def test_a_fresh_run_into_the_folder_of_another_is_refused(copy, run):
     with pytest.raises(
-        ValueError, match=r"holds checkpoint-4 of another run: set resume_from_checkpoint=true .* or an"
+        ValueError, match=r"holds checkpoint-4 of an earlier run: set resume_from_checkpoint=true .* or an"
     ):
         tiny_trainer(copy, **SAVES).train()
     assert [fault(path) for path in checkpoints(copy)] == [None, None]

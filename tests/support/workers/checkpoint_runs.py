@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import sys
 import traceback
 from pathlib import Path
@@ -24,30 +23,25 @@ from engine_runs import forget_engine, full
 from training_cases import losses
 
 
-class Messages(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 def record(trainer: FLAMBeTrainer, resume: str | None) -> None:
-    """Do one run and write its facts and weights."""
-    folder, messages = Path(trainer.args.output_dir), Messages()
-    logging.getLogger("hf_fnl").addHandler(messages)
+    """Do one run and write its losses and weights."""
+    folder = Path(trainer.args.output_dir)
     trainer.train(resume_from_checkpoint=resume)
-    logging.getLogger("hf_fnl").removeHandler(messages)
     trainer.save_model(str(folder / "final"))
     weights = {name: full(parameter) for name, parameter in trainer.model.named_parameters()}
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
         torch.save(weights, folder / "weights.pt")
-        facts = {"losses": losses(trainer), "rates": rates, "messages": messages.texts}
-        (folder / "facts.json").write_text(json.dumps(facts))
+        (folder / "facts.json").write_text(json.dumps({"losses": losses(trainer)}))
+
+
+def run(job: dict[str, str], number: int, world_size: int) -> None:
+    """Do what a job says, as process ``number``, and write down what went wrong."""
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        record(checkpoint_trainer(folder, job["engine"], world_size), job["resume"])
+    except Exception:
+        (folder / f"error-{number}.txt").write_text(traceback.format_exc())
 
 
 def main(plan: str) -> None:
@@ -55,11 +49,7 @@ def main(plan: str) -> None:
     number, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for job in json.loads(Path(plan).read_text()):
         forget_engine()
-        Path(job["folder"]).mkdir(parents=True, exist_ok=True)
-        try:
-            record(checkpoint_trainer(Path(job["folder"]), job["engine"], world_size), job["resume"])
-        except Exception:
-            (Path(job["folder"]) / f"error-{number}.txt").write_text(traceback.format_exc())
+        run(job, number, world_size)
         gc.collect()
 
 
