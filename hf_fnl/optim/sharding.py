@@ -141,8 +141,11 @@ class Sharding:
             ValueError: If the parameters are sharded, or flattened, in a way that is not supported.
             RuntimeError: If the weights of an engine are not where they are looked for.
         """
-        if len(groups) >= len(self._groups):  # while ZeRO-1 and 2 step they show one group only
+        if len(groups) >= len(self._groups):
             self._groups = list(groups)
+        else:  # ZeRO-1 and 2 show one group at a time, which is another dict after a state was loaded
+            shown = {_key(group): group for group in groups}
+            self._groups = [shown.get(_key(group), group) for group in self._groups]
         stage = self._stage() if dist.is_initialized() else 0
         if not stage and not any(
             issubclass(kind, DTensor) for group in self._groups for kind in set(map(type, group["params"]))
