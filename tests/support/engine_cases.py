@@ -41,7 +41,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
     "fsdp2-shards": {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
-    "hsdp": {"fsdp": True, "fsdp_config": {"version": 2}},
+    "hsdp": {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}},
     **{f"zero{stage}": _zero(stage) for stage in range(4)},
     **{f"zero{stage}-offload": _zero(stage, **_OFFLOAD) for stage in (2, 3)},
 }
