@@ -32,7 +32,8 @@ from benchmarks.harness.record import revision, write_result
 from benchmarks.harness.tables import markdown_table, without_origin
 from benchmarks.harness.timing import interleave
 from hf_fnl import Factorized, FactorizedBertModel, RankRule, find_products
-from hf_fnl.tasks.documents import load_documents, split_sentences
+from hf_fnl.tasks.documents import load_documents
+from hf_fnl.tasks.sentences import split_sentences
 from hf_fnl.utils.files import write_text
 
 SHARES = (0.5, 0.9, 0.7, 0.3, 0.8, 0.6, 0.4)  # in the order in which they are measured

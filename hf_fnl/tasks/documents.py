@@ -1,4 +1,4 @@
-"""Raw documents as a ``datasets`` data set with the one column ``text``, and their sentences."""
+"""Raw documents as a ``datasets`` data set with the one column ``text``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
-import numpy as np
-from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.training.command_line import check_at_least, named
@@ -29,62 +26,9 @@ SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 
-# A stop closes a sentence unless it follows an initial ("J. Smith") or the text goes on in lower case ("e.g. this").
-_STOP = r"""(?:(?<=[.!?])|(?<=[.!?]["')\]\u201d\u2019]))(?<!\b[A-Z]\.)\s+(?![a-zß-öø-ÿ])"""
-_CHINESE_STOP = r"(?<=[\u3002\uff01\uff1f])"
-_SENTENCE_END = re.compile(rf"\s*\n\s*|{_STOP}|{_CHINESE_STOP}")
 # Over a stream; a finite number, so that a stream in which nothing is found ends.
 PASSES = 1000
 _BLANK_LINES = re.compile(r"\n\s*\n")
-
-
-class Document(NamedTuple):
-    """Token ids of a document; its sentence ``i`` is ``tokens[bounds[i]:bounds[i + 1]]``."""
-
-    tokens: NDArray[np.int32]
-    bounds: NDArray[np.int64]
-
-
-def split_sentences(text: str) -> list[str]:
-    """Split a document into sentences.
-
-    A sentence ends at a line break (so text with one sentence a line keeps its lines); at ``.``, ``!`` or ``?``, a
-    closing quote or bracket after it or not, before white space that no lower-case letter follows; and at a Chinese or
-    Japanese full stop, exclamation or question mark.
-
-    Args:
-        text: One document.
-
-    Returns:
-        The sentences in their order, without the white space between them and without empty ones.
-    """
-    return [sentence for piece in _SENTENCE_END.split(text) if (sentence := piece.strip())]
-
-
-def tokenize_documents(texts: Sequence[str | None], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """Split documents into sentences and these into token ids; documents without any token are left out."""
-    sentences = [split_sentences(text or "") for text in texts]
-    flat = list(chain.from_iterable(sentences))
-    if not flat:
-        return []
-    ids = _token_ids(flat, tokenizer)
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    bounds = np.concatenate([[0], lengths.cumsum()])
-    tokens = np.fromiter(chain.from_iterable(ids), np.int32, bounds[-1])
-    ends = np.cumsum([len(document) for document in sentences])
-    spans = [bounds[end - len(document) : end + 1] for end, document in zip(ends, sentences, strict=True)]
-    return [Document(tokens[span[0] : span[-1]], np.unique(span - span[0])) for span in spans if span[-1] > span[0]]
-
-
-def _token_ids(sentences: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    as_called = backend is not None and backend.encode_special_tokens == tokenizer.split_special_tokens
-    if as_called and backend.truncation is None and backend.padding is None:
-        # What the call below does, without the offsets and masks that nobody reads.
-        return [encoding.ids for encoding in backend.encode_batch_fast(sentences, add_special_tokens=False)]
-    only_ids = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    found: list[list[int]] = tokenizer(sentences, verbose=False, **only_ids)["input_ids"]
-    return found
 
 
 def load_documents(

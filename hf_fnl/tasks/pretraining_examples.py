@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from hf_fnl.tasks.documents import Document
+from hf_fnl.tasks.sentences import Document
 
 MIN_SEQ_LENGTH = 8
 

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_fnl.tasks.documents import Document, load_documents, split_sentences, tokenize_documents
+from hf_fnl.tasks.documents import load_documents
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.tasks.pretraining_examples import (
     PretrainingOptions,
@@ -19,13 +19,14 @@ from hf_fnl.tasks.pretraining_examples import (
     sentence_pairs,
 )
 from hf_fnl.tasks.pretraining_examples import _truncate as truncate
+from hf_fnl.tasks.sentences import Document, split_sentences, tokenize_documents
 from hf_fnl.tasks.tokenization import train_wordpiece
 
 TEXTS = ["The first one. It has two sentences.", "A second\none, of two lines.", "The third."]
 CORPUS = embedded_documents()[:4]
 FULL = PretrainingOptions(short_sequence_probability=0.0)
 CLS, SEP, MASK, FIRST_ID = 1, 2, 3, 5
-VOCABULARY = Vocabulary(CLS, SEP, MASK, *[np.zeros(0, dtype=int)] * 3)
+VOCABULARY = Vocabulary(CLS, SEP, MASK, *[np.zeros(0, dtype=int)] * 2)
 
 
 @pytest.fixture(autouse=True)
@@ -343,19 +344,3 @@ def test_packing_loses_no_token_and_cuts_no_sentence_that_fits(limit, longest):
 )
 def test_packing_by_hand(sentences, limit, packed):
     assert [part.tolist() for part in pack_sentences(numbered_documents(*sentences), limit, SEP)] == packed
-
-
-@pytest.mark.parametrize("change", ["none", "truncation", "padding", "special tokens"])
-def test_tokens_are_those_of_the_tokenizer_called_whatever_it_was_used_for_before(change):
-    tokenizer = train_wordpiece(CORPUS, vocab_size=400)
-    if change == "truncation":
-        tokenizer.backend_tokenizer.enable_truncation(3)
-    if change == "padding":
-        tokenizer.backend_tokenizer.enable_padding(length=99)
-    if change == "special tokens":
-        tokenizer.backend_tokenizer.encode_special_tokens = True
-    texts = [*CORPUS[:2], "A [SEP] inside. And [MASK] too."]
-    found = [document.tokens.tolist() for document in tokenize_documents(texts, tokenizer)]
-    only_ids = {"add_special_tokens": False, "verbose": False}
-    called = [tokenizer(split_sentences(text), **only_ids)["input_ids"] for text in texts]
-    assert found == [[token for sentence in sentences for token in sentence] for sentences in called]
