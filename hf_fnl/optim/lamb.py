@@ -16,11 +16,8 @@ from torch.optim.adam import adam
 from hf_fnl.optim.sharding import Sharding, Shards, names_of
 from hf_fnl.optim.state import check_parameter, check_state
 
-# On a CPU, tensors of up to the first number of elements are updated together, because calls cost more than their
-# arithmetic. Larger ones go alone, in chunks of the second number of elements, so that the cache still holds what one
-# operation wrote when the next one reads it.
+# On a CPU, tensors of up to so many elements are updated together, because calls cost more than their arithmetic.
 _SMALL = 2**14
-_CHUNK = 2**20
 
 # Returns what is decayed, given names, parameters, and memory that may be overwritten with it.
 Terms = Callable[[list[str], list[Tensor], list[Tensor]], list[Tensor]]
@@ -54,11 +51,6 @@ def lamb_directions_(batch: Batch, *, betas: tuple[float, float], eps: float, we
     """
     params, grads, exp_avgs, exp_avg_sqs, steps, terms, updates = batch
     compiling = torch.compiler.is_compiling()
-    if len(params) == 1 and params[0].is_cpu and params[0].numel() > _CHUNK and not compiling:
-        flat = [column[0].reshape(-1).split(_CHUNK) for column in batch if column is not steps]
-        chunks = [Batch([p], [g], [m], [v], steps, [t], [u]) for p, g, m, v, t, u in zip(*flat, strict=True)]
-        each = [lamb_directions_(chunk, betas=betas, eps=eps, weight_decay=weight_decay) for chunk in chunks]
-        return torch.stack(each).sum(0)
     for term, update in zip(terms, updates, strict=True):
         torch.mul(term, weight_decay, out=update)
     adam(
@@ -186,7 +178,7 @@ class Lamb(Optimizer):
         for number, group in enumerate(self.param_groups):
             for name, parameter in zip(names_of(group, number), group["params"], strict=False):  # ZeRO: one for all
                 if parameter.grad is not None:
-                    check_parameter(name, parameter, clips=self.max_grad_norm is not None)
+                    check_parameter(name, parameter)
                     if state := self.state.get(parameter):
                         check_state(name, parameter, state)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_fnl.optim.sharding import to_local
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REMEDY = (
@@ -20,17 +22,16 @@ _REMEDY = (
 )
 
 
-def check_parameter(name: str, parameter: Tensor, *, clips: bool = False) -> None:
-    """Raise unless a parameter, and its gradient, are real numbers in memory of their own.
+def check_parameter(name: str, parameter: Tensor) -> None:
+    """Raise unless a parameter and its gradient are real numbers, and the gradient is one of this parameter.
 
     Args:
         name: How the error calls the parameter.
         parameter: With a gradient.
-        clips: Whether the gradient will be clipped in place.
 
     Raises:
         RuntimeError: If the gradient is sparse.
-        ValueError: If the gradient is not one of this parameter, or one of the two cannot be read or written.
+        ValueError: If the gradient differs in shape, dtype or device.
     """
     gradient: Any = parameter.grad
     if gradient.layout is not torch.strided:
@@ -42,13 +43,6 @@ def check_parameter(name: str, parameter: Tensor, *, clips: bool = False) -> Non
         raise ValueError(f"{name} is of {parameter.dtype}; LAMB updates {', '.join(map(str, _DTYPES))}")
     if not _is_like(parameter, gradient):
         raise ValueError(f"the gradient of {name} is {_shown(gradient)}, and the parameter {_shown(parameter)}")
-    for what, tensor, is_written in ((name, parameter, True), (f"the gradient of {name}", gradient, clips)):
-        if problem := _problem_of_memory(tensor):
-            raise ValueError(f"{what} has shape {tuple(tensor.shape)} but {problem}")
-        if is_written and not tensor.is_contiguous() and _shares_elements(tensor):
-            raise ValueError(
-                f"elements of {what} share memory, as after expand(): give it memory of its own by clone()"
-            )
 
 
 def check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
@@ -66,7 +60,7 @@ def check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
         moment = state[key]
         if not _is_like(parameter, moment):
             raise ValueError(f"{key} of {name} is {_shown(moment)}, and the parameter {_shown(parameter)}; {_REMEDY}")
-        if not moment.is_contiguous() or _problem_of_memory(moment):
+        if not moment.is_contiguous():
             raise ValueError(f"{key} of {name} does not lie in memory as LAMB keeps it, contiguous; {_REMEDY}")
     step = state["step"]
     wanted = (torch.Size(), torch.float32, parameter.device)
@@ -81,41 +75,11 @@ def _is_like(parameter: Tensor, other: Any) -> bool:
     """Return whether a tensor has the shape, dtype and device of a parameter, and is distributed alike."""
     if not isinstance(other, Tensor) or isinstance(other, DTensor) != isinstance(parameter, DTensor):
         return False
-    if isinstance(parameter, DTensor) and not _is_like(parameter.to_local(), other.to_local()):  # type: ignore[attr-defined]
-        return False
-    return (other.shape, other.dtype, other.device, other.layout) == (
-        parameter.shape,
-        parameter.dtype,
-        parameter.device,
-        parameter.layout,
-    )
+    pairs = [(parameter, other), (to_local(parameter), to_local(other))]
+    return all((o.shape, o.dtype, o.device, o.layout) == (p.shape, p.dtype, p.device, p.layout) for p, o in pairs)
 
 
 def _shown(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"{value!r} of type {type(value).__name__}"
     return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-
-
-def _shares_elements(tensor: Tensor) -> bool:
-    """Return whether two indices of a tensor may be one place in memory."""
-    reach = 0  # how far the axes with smaller strides go
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += stride * (size - 1)
-    return False
-
-
-def _problem_of_memory(tensor: Tensor) -> str:
-    """Return what is wrong if the storage of a tensor is smaller than its shape and strides say."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if not local.numel():
-        return ""
-    if local.is_contiguous():
-        last = local.storage_offset() + local.numel() - 1
-    else:
-        last = local.storage_offset() + sum(s * (n - 1) for s, n in zip(local.stride(), local.shape, strict=True))
-    has_memory = local.untyped_storage().nbytes() >= (last + 1) * local.element_size()
-    return "" if has_memory else "no memory for that: its storage was resized"

@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_fnl.layers.whole import is_partitioned
+from hf_fnl.optim.sharding import to_local
 from hf_fnl.optim.zero import zero3_range
 from hf_fnl.training.engines import is_sharded
 
@@ -106,7 +106,7 @@ class FiniteSteps(TrainerCallback):
 
 def _norm_of(model: nn.Module) -> Tensor | None:
     """The norm of what this process holds of the gradients."""
-    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    gradients = [to_local(p.grad) for p in model.parameters() if p.grad is not None]
     dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     return torch.nn.utils.get_total_norm(dense) if dense else None
 
@@ -155,11 +155,7 @@ def check_finite(model: nn.Module, accelerator: Accelerator, when: str) -> None:
 def _held(parameter: Any) -> Tensor:
     """What this process holds of a parameter; under ZeRO-3 without the end of its range, which may be empty memory."""
     if not is_partitioned(parameter):
-        return _local(parameter)
+        return to_local(parameter)
     start, stop = zero3_range(parameter)
     held: Tensor = parameter.ds_tensor[: stop - start]
     return held
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

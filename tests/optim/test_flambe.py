@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 
 import pytest
 import torch
-from attention_cases import CASES as STOCK
-from flambe_cases import CASES, build, groups_of, set_gradients, stock_bert
+from flambe_cases import CASES, build, groups_of, set_gradients
 from reference.flambe import ReferenceFLAMBe
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
-from transformers import LlamaForCausalLM
 
 from hf_fnl.attention import find_products
 from hf_fnl.layers import FactorizedLinear, TensorizedConv2d
 from hf_fnl.optim import FLAMBe, Lamb, lamb
 
 
-@pytest.fixture(params=["together", "in-chunks"])
+@pytest.fixture(params=["together", "alone"])
 def way(request, monkeypatch) -> None:
-    """Both ways through the parameters: small ones together, and one after the other in chunks."""
-    if request.param == "in-chunks":
+    """Both ways through the parameters: small ones together, and one after the other."""
+    if request.param == "alone":
         monkeypatch.setattr(lamb, "_SMALL", 0)
-        monkeypatch.setattr(lamb, "_CHUNK", 4)
 
 
 def train(optimizer: torch.optim.Optimizer, model: nn.Module, seeds: range) -> None:
@@ -67,7 +63,7 @@ def test_a_factor_without_gradient_stays_and_its_partners_move_as_ever():
         assert_close(parameter.detach(), oracle.parameters[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize(("model", "kinds"), CASES)
+@pytest.mark.parametrize(("model", "kinds"), [("stock-bert", ["ov", "qk"]), ("gpt2", ["ov"])])
 @pytest.mark.usefixtures("way")
 def test_without_decay_it_is_lamb(model, kinds):
     ours, products = build(model, kinds, torch.float32)
@@ -90,21 +86,6 @@ def test_replaced_parameters_are_followed():
     train(optimizer, replaced, range(2))
     train(FLAMBe(groups_of(theirs, products), products=products), theirs, range(2))
     assert_same(replaced, theirs)
-
-
-def test_save_load_step_equals_step():
-    module, products = build("stock-bert", ["ov"], torch.float32)
-    optimizer = FLAMBe(groups_of(module, products), products=products)
-    train(optimizer, module, range(2))
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    resumed = copy.deepcopy(module)
-    fresh = FLAMBe(groups_of(resumed, products), products=products)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
-    train(optimizer, module, range(2, 4))
-    train(fresh, resumed, range(2, 4))
-    assert_same(resumed, module)
 
 
 def test_bfloat16_stays_close():
@@ -141,21 +122,6 @@ def test_what_is_no_factor_moves_as_in_lamb(name):
             assert_close(moved, ratio * expected, rtol=1e-9, atol=1e-12)
 
 
-def test_it_trains_a_stock_llama():
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(STOCK["llama"].config())
-    optimizer = FLAMBe(model.named_parameters(), products=find_products(model, ["ov"]), lr=0.05)
-    tokens = torch.randint(3, 13, (5, 7))
-    losses = []
-    for _ in range(30):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
-
-
 @pytest.mark.parametrize("model", ["stock-bert", "llama", "gpt2"])
 def test_a_step_on_a_gpu_never_waits_for_it(model):
     """Fake tensors have no values, so reading one, by ``.item()`` or by a branch, is an error."""
@@ -171,21 +137,10 @@ OV = "bert.encoder.layer.1.attention.ov"
 VALUE = "bert.encoder.layer.1.attention.self.value.weight"
 
 
-def test_no_products():
-    with pytest.raises(ValueError, match=r"there are no products to decay; find_products\(model\) lists those"):
-        FLAMBe(stock_bert().named_parameters(), products=[])
-
-
 def test_tensors():
     model = nn.Sequential(TensorizedConv2d(3, 5, 2, 2, init="default"), FactorizedLinear(5, 7, 3))
     with pytest.raises(ValueError, match="and 0 are tensors; use Lamb or another optimizer with FrobeniusDecay"):
         FLAMBe(model.named_parameters(), products=find_products(model))
-
-
-def test_parameters_without_names():
-    module, products = build("stock-bert", ["ov"])
-    with pytest.raises(ValueError, match=r"the parameters have none: build .* from model.named_parameters\(\), or"):
-        FLAMBe(module.parameters(), products=products)
 
 
 def test_factors_with_different_decay():
@@ -194,12 +149,6 @@ def test_factors_with_different_decay():
     groups = [{"params": rest}, {"params": [(VALUE, module.get_parameter(VALUE))], "weight_decay": 0.5}]
     with pytest.raises(ValueError, match=rf"product {OV}: its factors have different weight_decay \({VALUE}: 0.5, "):
         FLAMBe(groups, products=products)
-
-
-def test_a_factor_of_two_products():
-    module, products = build("stock-bert", ["ov"])
-    with pytest.raises(ValueError, match=f"product {OV}: its factor {VALUE} belongs to more than one product"):
-        FLAMBe(module.named_parameters(), products=[products[1], products[1]])
 
 
 def test_a_section_of_two_products():

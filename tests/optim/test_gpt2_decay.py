@@ -15,10 +15,8 @@ from hf_fnl.layers.heads import HeadConv1D
 WEIGHT_DECAY = 0.3
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 CASES = {
-    "unequal-heads": (LM, LOW),
     "one-rank-in-each-layer": (LM, {"qk_rank": [3, None], "ov_rank": [None, 6]}),
     "cross-attention": (CROSS_LM, LOW),
-    "one-product-for-all": (LM, LOW_QKV),
     "cross-attention-of-one-product": (CROSS_LM, LOW_QKV),
 }
 each_case = pytest.mark.parametrize(("head", "ranks"), CASES.values(), ids=CASES)

@@ -28,9 +28,9 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
-def as_zero2(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Lay parameters out as ZeRO-2 does for one process: views of a flat buffer, a copy of which is optimized."""
-    group = optimizer.param_groups[0]
+def as_zero2(module: nn.Module, optimizer: torch.optim.Optimizer, number: int = 0) -> None:
+    """Lay a group of parameters out as ZeRO-2 does for one process: views of a flat buffer; a copy is optimized."""
+    group = optimizer.param_groups[number]
     flat = torch.cat([p.detach().view(-1) for p in group["params"]])
     offset = 0
     for parameter in module.parameters():
@@ -55,6 +55,26 @@ def test_zero2_is_followed_to_its_flat_weights():
     assert shards.keys() == dict(plain.named_parameters()).keys()
     for name, shard in shards.items():
         assert_close(shard.of(owner.detach()).view(shard.shape), plain.get_parameter(name).detach())
+
+
+@pytest.mark.usefixtures("mesh")
+def test_zero2_steps_by_the_rate_that_was_loaded():
+    """It shows one group at a time, which is another dict after a state was loaded."""
+    module = model()
+    names = [[(f"{i}.{name}", p) for name, p in layer.named_parameters()] for i, layer in enumerate(module)]
+    optimizer = Lamb([{"params": each, "lr": 0.1} for each in names])
+    for number, layer in enumerate(module):
+        as_zero2(layer, optimizer, number)
+    optimizer.step()
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({**state, "param_groups": [{**group, "lr": 0.0} for group in state["param_groups"]]})
+    groups = optimizer.param_groups
+    for group in groups:
+        (owner,) = group["params"]
+        owner.grad, before = torch.ones_like(owner), owner.detach().clone()
+        optimizer.param_groups = [group]
+        optimizer.step()
+        assert torch.equal(owner, before)
 
 
 @pytest.mark.usefixtures("mesh")

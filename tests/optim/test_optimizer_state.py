@@ -86,10 +86,6 @@ def remove(key: str) -> Callable[[nn.Parameter, dict[str, Any]], None]:
     return lambda parameter, state: state.pop(key)
 
 
-def add(key: str) -> Callable[[nn.Parameter, dict[str, Any]], None]:
-    return lambda parameter, state: state.update({key: torch.zeros_like(parameter)})
-
-
 def other_gradient(parameter: nn.Parameter, state: dict[str, Any]) -> None:
     parameter.grad_dtype = None
     parameter.grad = torch.ones_like(parameter, dtype=torch.float64)
@@ -100,48 +96,22 @@ def stale_gradient(parameter: nn.Parameter, state: dict[str, Any]) -> None:
     state.clear()
 
 
-def freed_moment(parameter: nn.Parameter, state: dict[str, Any]) -> None:
-    state["exp_avg"].untyped_storage().resize_(0)
-
-
-def freed(parameter: nn.Parameter, state: dict[str, Any]) -> None:
-    parameter.data = parameter.data.clone()
-    parameter.untyped_storage().resize_(4)
-
-
 HARMS: dict[str, tuple[Callable[[nn.Parameter, dict[str, Any]], None], str]] = {
     "moment-of-another-shape": (replace("exp_avg", lambda x: x.new_zeros(2, 2)), r"exp_avg of .* \(2, 2\)"),
-    "moment-transposed": (replace("exp_avg_sq", lambda x: x.mT), "exp_avg_sq of"),
     "moment-in-other-order": (replace("exp_avg", lambda x: x.mT.contiguous().mT), "exp_avg of .*contiguous"),
-    "moment-expanded": (replace("exp_avg", lambda x: x[:1].expand_as(x)), "exp_avg of .*contiguous"),
     "moment-in-float64": (replace("exp_avg", Tensor.double), r"exp_avg of .*torch.float64"),
-    "moment-in-bfloat16": (replace("exp_avg_sq", Tensor.bfloat16), r"exp_avg_sq of .*torch.bfloat16"),
-    "moment-on-meta": (replace("exp_avg", lambda x: x.to("meta")), "exp_avg of .* on meta"),
-    "moment-freed": (freed_moment, "exp_avg of .*memory"),
-    "moment-a-list": (replace("exp_avg", Tensor.tolist), "exp_avg of .*list"),
     "moment-missing": (remove("exp_avg_sq"), r"the state of .* holds step, exp_avg, and"),
-    "step-missing": (remove("step"), "the state of .* holds exp_avg, exp_avg_sq, and"),
-    "foreign-moment": (add("max_exp_avg_sq"), "the state of .* max_exp_avg_sq"),
     "step-a-number": (replace("step", int), "step of .* is 1 of type int"),
-    "step-in-int64": (replace("step", Tensor.long), "step of .*torch.int64"),
-    "step-in-float64": (replace("step", Tensor.double), "step of .*torch.float64"),
-    "step-a-vector": (replace("step", lambda x: x[None]), r"step of .*\(1,\)"),
-    "parameter-of-another-shape": (new_data(lambda p: torch.randn(4, 4)), r"exp_avg of .*\(4, 4\)"),
-    "parameter-larger": (new_data(lambda p: torch.randn(512, 512)), r"exp_avg of .*\(512, 512\)"),
     "parameter-in-float64": (new_data(Tensor.double), r"exp_avg of .*torch.float64"),
-    "parameter-expanded": (new_data(lambda p: p[:1].expand_as(p)), "share memory"),
-    "parameter-overlapping": (new_data(lambda p: p.as_strided(p.shape, (1, 1))), "share memory"),
     "gradient-in-float64": (other_gradient, "the gradient of .*torch.float64"),
-    "parameter-freed": (freed, "2.weight has shape .* no memory"),
     "gradient-of-another-shape": (stale_gradient, r"the gradient of .*\(3, 11\).*\(2, 2\)"),
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize(("harm", "message"), HARMS.values(), ids=HARMS)
-def test_what_does_not_fit_is_named_and_nothing_moves(harm, message, optimizer):
+def test_what_does_not_fit_is_named_and_nothing_moves(harm, message):
     model = network()
-    ours = optimizer(model)
+    ours = flambe(model)
     run_back(model)
     ours.step()
     before = snapshot(model, ours, but="2.weight")
@@ -152,21 +122,14 @@ def test_what_does_not_fit_is_named_and_nothing_moves(harm, message, optimizer):
     assert_unmoved(model, ours, before)
 
 
-CASTS = {
-    "double": lambda model: model.double(),
-    "half": lambda model: model.half(),
-    "bfloat16": lambda model: model.to(torch.bfloat16),
-}
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
-def test_a_cast_model_is_refused_until_its_state_is_cast(cast, optimizer):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_cast_model_is_refused_until_its_state_is_cast(dtype, optimizer):
     model = network()
     ours = optimizer(model, lr=0.1)
     run_back(model)
     ours.step()
-    cast(model)
+    model.to(dtype)
     run_back(model)
     before = snapshot(model, ours)
     with pytest.raises(ValueError, match=r"exp_avg of 0\.weight is torch.float32.*load_state_dict"):
@@ -235,11 +198,10 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize(("state", "message"), FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_state_is_refused_when_it_is_loaded(state, message, optimizer):
+def test_a_foreign_state_is_refused_when_it_is_loaded(state, message):
     model = network()
-    foreign, ours = state(copy.deepcopy(model), optimizer), optimizer(model)
+    foreign, ours = state(copy.deepcopy(model), flambe), flambe(model)
     run_back(model)
     ours.step()
     before, groups = snapshot(model, ours), copy.deepcopy(ours.state_dict()["param_groups"])
@@ -250,11 +212,10 @@ def test_a_foreign_state_is_refused_when_it_is_loaded(state, message, optimizer)
     ours.step()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_a_copy_refuses_what_the_original_refuses(duplicate, optimizer):
+def test_a_copy_refuses_what_the_original_refuses(duplicate):
     model = network()
-    ours = optimizer(model)
+    ours = flambe(model)
     run_back(model)
     ours.step()
     copied = duplicate(ours)
@@ -294,8 +255,6 @@ def test_numbers_that_lamb_cannot_update_are_refused(dtype):
 GRADIENTS = {
     "expanded": lambda shape: torch.randn(1, 1).expand(shape),
     "transposed": lambda shape: torch.randn(shape[::-1]).mT,
-    "strided": lambda shape: torch.randn(shape[0], 2 * shape[1])[:, ::2],
-    "overlapping": lambda shape: torch.randn(20).as_strided(shape, (1, 1)),
 }
 
 
@@ -312,13 +271,6 @@ def test_the_order_of_a_gradient_in_memory_does_not_matter(gradient):
         optimizer.step()
         results.append(parameter.detach())
     assert_close(*results)
-
-
-def test_a_gradient_that_cannot_be_clipped_in_place_is_refused():
-    parameter = nn.Parameter(torch.ones(5, 7))
-    parameter.grad = torch.ones(1, 1).expand(5, 7)
-    with pytest.raises(ValueError, match="the gradient of weight share memory"):
-        Lamb([("weight", parameter)], max_grad_norm=1.0).step()
 
 
 def test_factors_that_do_not_belong_together_are_refused():

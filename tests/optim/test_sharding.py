@@ -163,7 +163,7 @@ def sharded(optimizer: Any, sharding: CutSharding) -> Any:
     return optimizer
 
 
-@pytest.mark.parametrize(("world_size", "in_parts"), [(2, False), (4, False), (7, False), (3, True)])
+@pytest.mark.parametrize(("world_size", "in_parts"), [(4, False), (3, True)])
 @pytest.mark.parametrize(("model", "kinds"), CASES)
 def test_flambe_at_random_cuts_equals_the_oracle(model, kinds, world_size, in_parts):
     """In parts, as under ZeRO, the factors of a product move in different calls, in any order."""
@@ -185,11 +185,7 @@ def test_flambe_at_random_cuts_equals_the_oracle(model, kinds, world_size, in_pa
         assert_equal_to(module, oracle.parameters)
 
 
-@pytest.mark.parametrize("way", ["together", "in-chunks"])
-def test_lamb_at_random_cuts_equals_the_oracle(way, monkeypatch):
-    if way == "in-chunks":
-        monkeypatch.setattr("hf_fnl.optim.lamb._SMALL", 2)
-        monkeypatch.setattr("hf_fnl.optim.lamb._CHUNK", 3)
+def test_lamb_at_random_cuts_equals_the_oracle():
     module, products = build("factorized", ["linear"])
     oracle = ReferenceLamb(groups_of(module, products))
     cuts = random_cuts(module, 3, random.Random(1))

@@ -29,8 +29,6 @@ LAYERS = {
 }
 OPTIMIZERS = {
     "adamw": functools.partial(torch.optim.AdamW, lr=0.01, amsgrad=True),
-    "adamw foreach": functools.partial(torch.optim.AdamW, lr=0.01, foreach=True),
-    "adamw fused": functools.partial(torch.optim.AdamW, lr=0.01, fused=True),
     "sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
     "sgd without momentum": functools.partial(torch.optim.SGD, lr=0.1),
     "lamb": functools.partial(Lamb, lr=0.01),
