@@ -36,15 +36,13 @@ def expected_matrices(case: Case, attention: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def test_every_attention_has_a_qk_and_an_ov_product(stock):
+def test_every_attention_has_two_products_that_are_slices_multiplied_by_hand(stock):
     case, model = stock
-    names = {f"{name}.{kind}": kind for name in case.names() for kind in ("qk", "ov")}
-    assert {product.name: product.kind for product in find_products(model, ["qk", "ov"])} == names
-
-
-def test_products_are_slices_multiplied_by_hand(stock):
-    case, model = stock
-    for product in find_products(model):
+    products = find_products(model)
+    assert {product.name: product.kind for product in products} == {
+        f"{name}.{kind}": kind for name in case.names() for kind in ("qk", "ov")
+    }
+    for product in products:
         expected = expected_matrices(case, model.get_submodule(product.name.rpartition(".")[0]))[product.kind]
         assert_close(product.matrix(model).flatten(0, -3), expected)
         assert_close(product.frobenius_norm(model).flatten(), torch.linalg.matrix_norm(expected))
@@ -111,9 +109,8 @@ class GPT2LikeAttention(nn.Module):
         return self.c_proj(context.transpose(1, 2).flatten(-2))
 
 
-@pytest.mark.parametrize("is_cross", [False, True], ids=["self", "cross"])
-@pytest.mark.parametrize(("qk", "ov"), [(6, 15), (12, 9), (3, 21)])
-def test_heads_of_gpt2_may_have_two_widths(is_cross, qk, ov):
+@pytest.mark.parametrize(("qk", "ov", "is_cross"), [(6, 15, False), (12, 9, True)], ids=["self", "cross"])
+def test_heads_of_gpt2_may_have_two_widths(qk, ov, is_cross):
     torch.manual_seed(0)
     attention = GPT2LikeAttention(qk, ov, is_cross)
     inputs = list(attention.c_attn.weight.split([qk] * (2 - is_cross) + [ov], dim=1))
@@ -249,16 +246,12 @@ class HeadAttention(nn.Module):
     ("build", "kinds"),
     [
         pytest.param(lambda: HeadAttention(), "ov qk", id="plain"),
-        pytest.param(lambda: HeadAttention(lambda heads: 2 * heads), "ov qk", id="scaled"),
         pytest.param(lambda: HeadAttention(lambda heads: heads - heads.mean(-2, keepdim=True)), "ov qk", id="centered"),
         pytest.param(lambda: HeadAttention(lambda heads: heads.roll(1, -3)), "qk", id="heads-exchanged"),
-        pytest.param(lambda: HeadAttention(lambda heads: heads + heads.mean(-3, keepdim=True)), "qk", id="heads-mixed"),
         pytest.param(lambda: HeadAttention(torch.relu), "qk", id="relu"),
-        pytest.param(lambda: HeadAttention(lambda heads: heads * heads.sigmoid()), "qk", id="gated"),
         pytest.param(lambda: HeadAttention(lambda x: nn.functional.normalize(x, dim=-1)), "qk", id="normalized"),
         pytest.param(lambda: HeadAttention(gain=True), "qk", id="gain-that-starts-at-one"),
         pytest.param(lambda: T.LlamaModel(T.LlamaConfig(**SMALL, attention_bias=True)), "ov", id="llama-rotates"),
-        pytest.param(lambda: T.Qwen2Model(T.Qwen2Config(**SMALL)), "ov", id="qwen2-rotates"),
         pytest.param(lambda: T.MarianModel(MARIAN), "ov qk", id="marian"),
         pytest.param(lambda: T.DebertaV2Model(T.DebertaV2Config(**SMALL, relative_attention=True,
                      pos_att_type=["p2c", "c2p"])), "ov", id="deberta-v2-queries-have-positions-of-their-own"),
@@ -405,17 +398,16 @@ class GatedAttention(nn.Module):
         pytest.param(lambda: nn.Sequential(OwnAttention()), r"OwnAttention \(0\)", id="own"),
     ],
 )
-@pytest.mark.parametrize("kinds", [["ov"], ["qk", "ov"], None], ids=["ov", "both", "any"])
-def test_unknown_attentions_are_named_where_there_is_no_other(build, listed, kinds):
-    with pytest.raises(ValueError, match=f"it has: none.*unknown layout.*{listed}; .*register_attention"):
-        find_products(build(), kinds)
+def test_unknown_attentions_are_named_where_there_is_no_other(build, listed):
+    for kinds in (["ov"], None):
+        with pytest.raises(ValueError, match=f"it has: none.*unknown layout.*{listed}; .*register_attention"):
+            find_products(build(), kinds)
 
 
-@pytest.mark.parametrize("kinds", [["ov"], None], ids=["ov", "any"])
-def test_unknown_attentions_among_others_are_a_warning(kinds):
+def test_unknown_attentions_among_others_are_a_warning():
     model = nn.ModuleList([BertModel(CASES["bert"].config()).encoder.layer[0], OwnAttention(), OwnAttention()])
     with pytest.warns(UserWarning, match=r"ModuleList has attentions of unknown layout.*OwnAttention \(1, 2\)") as seen:
-        products = find_products(model, kinds)
+        products = find_products(model)
     assert len(seen) == 1
     assert seen[0].filename == __file__
     assert {p.name.rpartition(".")[0] for p in products} == {"0.attention"}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForPreTraining, BertModel
+from transformers import BertConfig, BertForPreTraining
 
 from hf_fnl.attention import KINDS, find_products
 from hf_fnl.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
@@ -64,61 +64,6 @@ def test_tensors_are_found_with_their_kernels_as_matrices(scheme, cores):
     assert torch.equal(matrix, model[0].dense_weight().flatten(1))
     torch.testing.assert_close(tensor.frobenius_norm(model), matrix.norm())
     torch.testing.assert_close(tensor.squared_frobenius_norm(model), matrix.norm() ** 2)
-
-
-def test_stock_bert_has_a_qk_and_an_ov_product_in_every_layer(bert):
-    products = find_products(bert, ("ov", "qk"))
-    assert [(p.name, p.kind) for p in products] == [
-        (f"bert.encoder.layer.{layer}.attention.{kind}", kind) for layer in (0, 1) for kind in ("qk", "ov")
-    ]
-    assert products[1].parameter_names == (
-        "bert.encoder.layer.0.attention.self.value.weight",
-        "bert.encoder.layer.0.attention.output.dense.weight",
-    )
-
-
-@pytest.mark.parametrize("kind", ["qk", "ov"])
-def test_head_products_are_slices_multiplied_by_hand(bert, kind):
-    for layer, product in enumerate(find_products(bert, [kind])):
-        attention = bert.bert.encoder.layer[layer].attention
-        matrices = product.matrix(bert)
-        assert matrices.shape == (HEADS, HIDDEN, HIDDEN)
-        for head in range(HEADS):
-            rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-            if kind == "qk":
-                expected = attention.self.query.weight[rows].T @ attention.self.key.weight[rows]
-            else:
-                expected = attention.self.value.weight[rows].T @ attention.output.dense.weight[:, rows].T
-            torch.testing.assert_close(matrices[head], expected)
-        torch.testing.assert_close(product.frobenius_norm(bert), torch.linalg.matrix_norm(matrices))
-
-
-def test_products_are_what_an_attention_computes(bert):
-    """Scores are ``x Q_h K_h^T x^T`` and the output is a weighted sum of ``x V_h O_h^T``, biases apart."""
-    attention = bert.bert.encoder.layer[0].attention
-    qk, ov = (p.matrix(bert) for p in find_products(bert, ["qk", "ov"])[:2])
-    x = torch.randn(1, 11, HIDDEN)
-    with torch.no_grad():
-        weights = torch.softmax(x @ qk @ x.mT / HEAD_DIM**0.5, -1)
-        expected = (weights @ x @ ov).sum(0, keepdim=True)
-        context, _ = attention.self.eval()(x)  # the biases of a fresh model are zero
-        torch.testing.assert_close(attention.output.dense(context), expected)
-
-
-@pytest.mark.parametrize("kind", ["qk", "ov"])
-def test_writing_to_a_factor_writes_to_the_parameter(kind):
-    model = BertModel(BertConfig(vocab_size=13, hidden_size=15, num_attention_heads=3, num_hidden_layers=1))
-    product = find_products(model, [kind])[0]
-    with torch.no_grad():
-        for number, factor in enumerate(product.factors(model)):
-            factor[1] = number + 1.0
-    for number, name in enumerate(product.parameter_names):
-        parameter = model.get_parameter(name)
-        heads_first = not name.endswith("output.dense.weight")
-        head = parameter[5:10] if heads_first else parameter[:, 5:10]
-        others = parameter[:5] if heads_first else parameter[:, :5]
-        assert (head == number + 1).all()
-        assert not (others == number + 1).any()
 
 
 def test_factors_come_from_a_mapping_as_from_the_model(bert):

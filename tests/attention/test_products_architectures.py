@@ -1,7 +1,7 @@
 """The products of every architecture of Transformers that can be built small are what its model computes by.
 
-An eighth of them by default; all, in some minutes, and the counts of what became of them, by
-``ALL_ARCHITECTURES=1 ./run_scripts/test.sh tests/test_products_architectures.py -rP``.
+A twentieth of them by default; all, in some minutes, and the counts of what became of them, by
+``ALL_ARCHITECTURES=1 ./run_scripts/test.sh tests/attention/test_products_architectures.py -rP``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_fnl.attention import Factor, Product, find_products
 
 TOLERANCE = 1e-3  # of what one factor alone changes; some steps of many models are in float32
 SECONDS = 30  # for one architecture
-SHARDS = 8
+SHARDS = 20
 
 
 @contextmanager

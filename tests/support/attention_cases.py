@@ -93,8 +93,6 @@ _llama = _linear("q_proj", "k_proj", "v_proj", "o_proj")
 
 CASES = {
     "bert": Case(lambda: T.BertConfig(**_COMMON), ("encoder.layer.{}.attention",), _bert),
-    "roberta": Case(lambda: T.RobertaConfig(**_COMMON), ("encoder.layer.{}.attention",), _bert),
-    "electra": Case(lambda: T.ElectraConfig(**_COMMON, embedding_size=5), ("encoder.layer.{}.attention",), _bert),
     "distilbert": Case(
         lambda: T.DistilBertConfig(dim=HIDDEN, n_layers=LAYERS, n_heads=HEADS, hidden_dim=7, vocab_size=VOCABULARY),
         ("transformer.layer.{}.attention",),
@@ -106,11 +104,6 @@ CASES = {
         _linear("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
     ),
     "gpt2": Case(lambda: T.GPT2Config(**_GPT2), ("h.{}.attn",), _gpt2),
-    "opt": Case(
-        lambda: T.OPTConfig(**{**_COMMON, **TOKENS}, ffn_dim=7, word_embed_proj_dim=HIDDEN),
-        ("decoder.layers.{}.self_attn",),
-        _linear("q_proj", "k_proj", "v_proj", "out_proj"),
-    ),
     "llama": Case(
         lambda: T.LlamaConfig(**{**_GROUPED, "hidden_size": 18}, head_dim=4), ("layers.{}.self_attn",), _llama, 6, 2
     ),
