@@ -93,6 +93,7 @@ _llama = _linear("q_proj", "k_proj", "v_proj", "o_proj")
 
 CASES = {
     "bert": Case(lambda: T.BertConfig(**_COMMON), ("encoder.layer.{}.attention",), _bert),
+    "roberta": Case(lambda: T.RobertaConfig(**_COMMON), ("encoder.layer.{}.attention",), _bert),
     "distilbert": Case(
         lambda: T.DistilBertConfig(dim=HIDDEN, n_layers=LAYERS, n_heads=HEADS, hidden_dim=7, vocab_size=VOCABULARY),
         ("transformer.layer.{}.attention",),

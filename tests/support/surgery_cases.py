@@ -65,28 +65,6 @@ class Architecture:
 ARCHITECTURES = {
     "bert": Architecture("BertForPreTraining", _BERT, backbone="BertModel", tied=("cls.predictions.decoder",)),
     "roberta": Architecture("RobertaForMaskedLM", _BERT, backbone="RobertaModel", tied=("lm_head.decoder",)),
-    "distilbert": Architecture(
-        "DistilBertForMaskedLM",
-        {
-            "vocab_size": 53,
-            "dim": 21,
-            "n_layers": 2,
-            "n_heads": 3,
-            "hidden_dim": 32,
-            "max_position_embeddings": 40,
-        },
-        backbone="DistilBertModel",
-        tied=("vocab_projector",),
-    ),
-    "electra": Architecture(
-        "ElectraForMaskedLM", {**_BERT, "embedding_size": 13}, backbone="ElectraModel", tied=("generator_lm_head",)
-    ),
-    "deberta-v2": Architecture(
-        "DebertaV2ForMaskedLM",
-        {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-        backbone="DebertaV2Model",
-        tied=("cls.predictions.decoder",),
-    ),
     "gpt2": Architecture(
         "GPT2LMHeadModel",
         {

@@ -45,7 +45,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "llama": ("LlamaForCausalLM", _DECODER, ("ov",)),
     "llama-biases": ("LlamaForCausalLM", {**_DECODER, "attention_bias": True}, ("ov",)),
     "mistral-sliding": ("MistralForCausalLM", {**_DECODER, "sliding_window": 3}, ("ov",)),
-    "qwen2": ("Qwen2ForCausalLM", {k: v for k, v in _DECODER.items() if k != "head_dim"}, ("ov",)),
     "qwen3": ("Qwen3ForCausalLM", _DECODER, ("ov",)),
     "phi3": ("Phi3ForCausalLM", {k: v for k, v in _DECODER.items() if k != "head_dim"}, ("ov",)),
     "gpt2": ("GPT2LMHeadModel", _GPT2, ("qk", "ov")),
@@ -53,8 +52,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "opt": ("OPTForCausalLM", {**_ENCODER, "word_embed_proj_dim": HIDDEN, "ffn_dim": 23}, ("qk", "ov")),
     "t5": ("T5ForConditionalGeneration", _T5, ("qk", "ov")),
 }
-CAUSAL = ("llama", "llama-biases", "mistral-sliding", "qwen2", "qwen3", "phi3", "gpt2", "opt")
-each_model = pytest.mark.parametrize("name", MODELS)
+each_model = pytest.mark.parametrize("name", ["llama-biases", "qwen3", "phi3", "gpt2", "bert", "t5"])
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -88,14 +86,14 @@ def narrow_layers(model: nn.Module) -> dict[str, HeadProjection]:
 
 
 @each_model
-@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
-def test_heads_of_full_rank_compute_what_they_did(name, calibrated):
-    model = build(name)
-    before = logits(model)
-    done = cut(name, model, batch(model, 40) if calibrated else None, rank_scale=1.0)
-    assert {replacement.kind for replacement in done.replacements} == set(MODELS[name][2])
-    # The ridge of the metric moves what is cut by 1e-5 of it.
-    assert_close(logits(model), before, rtol=1e-3 if calibrated else 1e-8, atol=1e-3 if calibrated else 1e-8)
+def test_heads_of_full_rank_compute_what_they_did(name):
+    # The ridge of the metric of data moves what is cut by 1e-5 of it.
+    for calibrated, tolerance in ((False, 1e-8), (True, 1e-3)):
+        model = build(name)
+        before = logits(model)
+        done = cut(name, model, batch(model, 40) if calibrated else None, rank_scale=1.0)
+        assert {replacement.kind for replacement in done.replacements} == set(MODELS[name][2])
+        assert_close(logits(model), before, rtol=tolerance, atol=tolerance)
 
 
 @each_model
@@ -142,8 +140,10 @@ def test_it_is_saved_and_loaded_and_merged(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
-@pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("llama-biases", "eager"), ("mistral-sliding", "sdpa"), ("phi3", "sdpa"), ("gpt2", "sdpa"), ("opt", "eager")],
+)
 def test_it_generates_as_the_merged_model_does(name, attention):
     model = build(name)
     model.set_attn_implementation(attention)
@@ -211,7 +211,7 @@ def test_data_reach_the_heads_that_are_cut_first():
     ("rule", "reached"),
     [
         ({"ratio": 0.9}, lambda done, total: (total - done.parameters_before + done.parameters_after) / total),
-        ({"layer_ratio": 0.5}, lambda done, total: done.parameters_after / done.parameters_before),
+        ({"layer_ratio": 0.5}, lambda done, _: done.parameters_after / done.parameters_before),
     ],
     ids=["ratio", "layer_ratio"],
 )

@@ -19,7 +19,6 @@ from torch.testing import assert_close
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -90,37 +89,18 @@ TRANSPOSED = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
 ADAPTERS = {
     "lora": Adapter("LoraConfig", {"r": 2, **LLAMA, "init_lora_weights": False}),
     "lora-bias": Adapter("LoraConfig", {"r": 2, **TRANSPOSED, "lora_bias": True}, gpt2),
-    "lora-conv1d": Adapter("LoraConfig", {"r": 2, **TRANSPOSED}, gpt2),
     "lora-embedding": Adapter("LoraConfig", {"r": 2, "target_modules": ["embed_tokens"]}),
     "lora-conv2d": Adapter("LoraConfig", {"r": 2, **CONV}, resnet, IMAGES),
     "dora": Adapter("LoraConfig", {"r": 2, **LLAMA, "use_dora": True}),
-    "dora-conv1d": Adapter("LoraConfig", {"r": 2, **TRANSPOSED, "use_dora": True}, gpt2),
-    "dora-embedding": Adapter("LoraConfig", {"r": 2, "target_modules": ["embed_tokens"], "use_dora": True}),
     "dora-conv2d": Adapter("LoraConfig", {"r": 2, **CONV, "use_dora": True}, resnet, IMAGES),
     "pissa": Adapter("LoraConfig", {"r": 2, **LLAMA, "init_lora_weights": "pissa"}),
-    "olora": Adapter("LoraConfig", {"r": 2, **LLAMA, "init_lora_weights": "olora"}),
     "ia3": Adapter("IA3Config", {**LLAMA, "feedforward_modules": ["down_proj"]}),
-    "ia3-conv2d": Adapter("IA3Config", {**CONV, "feedforward_modules": []}, resnet, IMAGES),
-    "loha": Adapter("LoHaConfig", {"r": 2, **LLAMA}),
     "loha-conv2d": Adapter("LoHaConfig", {"r": 2, **CONV}, resnet, IMAGES),
-    "lokr": Adapter("LoKrConfig", {"r": 2, **LLAMA}),
     "lokr-conv2d": Adapter("LoKrConfig", {"r": 2, **CONV}, resnet, IMAGES),
     "oft": Adapter("OFTConfig", {"oft_block_size": 4, **LLAMA}),
-    "boft": Adapter("BOFTConfig", {"boft_block_size": 4, **LLAMA}),
-    "hra": Adapter("HRAConfig", {"r": 2, **LLAMA}),
     "adalora": Adapter("AdaLoraConfig", {"init_r": 2, "target_r": 2, "total_step": 10, **LLAMA}),
     "vera": Adapter("VeraConfig", {"r": 2, **SQUARE}),
-    "randlora": Adapter("RandLoraConfig", {"r": 2, **SQUARE}),
-    "fourierft": Adapter("FourierFTConfig", {"n_frequency": 10, **LLAMA}),
-    "waveft": Adapter("WaveFTConfig", {"n_frequency": 10, **LLAMA}),
-    "shira": Adapter("ShiraConfig", {"r": 2, **LLAMA}),
-    "miss": Adapter("MissConfig", {"r": 2, **LLAMA}),
-    "c3a": Adapter("C3AConfig", {"block_size": 4, **SQUARE}),
-    "road": Adapter("RoadConfig", {"group_size": 4, **LLAMA}),
-    "vblora": Adapter("VBLoRAConfig", {"r": 2, "num_vectors": 4, "vector_length": 4, "topk": 2, **SQUARE}),
     "delora": Adapter("DeloraConfig", {"r": 2, **LLAMA}),
-    "gralora": Adapter("GraloraConfig", {"r": 4, "gralora_k": 2, **LLAMA}),
-    "osf": Adapter("OSFConfig", LLAMA),
 }
 each_adapter = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 # PEFT warns of its own plans and options; what is ours is asserted.
@@ -131,25 +111,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 
 @each_adapter
-def test_a_merge_into_factors_is_refused_and_loses_nothing(adapter):
+def test_a_merge_into_factors_is_refused_and_loses_nothing_and_after_merge_it_is_exact(adapter):
     adapted = adapter.factorized()
     outputs = adapter.outputs(adapted)
-    for merge in ("merge_and_unload", "merge_adapter"):
-        for options in ({}, {"safe_merge": True}):
-            with pytest.raises(RuntimeError, match=r"holds only its factors .* hf_fnl.merge_\(model\)"):
-                getattr(adapted, merge)(**options)
-            assert_close(adapter.outputs(adapted), outputs)
-
-
-@each_adapter
-def test_after_merge_an_adapter_is_merged_exactly(adapter):
-    adapted = adapter.factorized()
-    outputs = adapter.outputs(adapted)
+    for merge, options in (("merge_and_unload", {}), ("merge_and_unload", {"safe_merge": True}), ("merge_adapter", {})):
+        with pytest.raises(RuntimeError, match=r"holds only its factors .* hf_fnl.merge_\(model\)"):
+            getattr(adapted, merge)(**options)
+        assert_close(adapter.outputs(adapted), outputs)
     merge_(adapted)
     assert_close(adapter.outputs(adapted), outputs)
-    with_merged = copy.deepcopy(adapted)
-    with_merged.merge_adapter()
-    assert_close(adapter.outputs(with_merged), outputs)
     merged = adapted.merge_and_unload(safe_merge=True)
     assert_close(adapter.outputs(merged), outputs)
     assert not any(isinstance(module, Factorized) for module in merged.modules())
@@ -169,22 +139,17 @@ def test_what_was_merged_before_the_refusal_stays_right():
 
 
 def test_a_layer_with_a_merged_adapter_stays_dense():
-    adapter = ADAPTERS["lora"]
-    adapted = adapter.put_on(llama().eval())
-    outputs = adapter.outputs(adapted)
+    adapted = ADAPTERS["lora"].put_on(llama().eval())
     adapted.merge_adapter()
-    with pytest.raises(
-        ValueError, match=r"base_layer cannot be factorized: an adapter is merged .* unmerge_adapter\(\)"
-    ):
+    message = r"base_layer cannot be factorized: an adapter is merged .* unmerge_adapter\(\)"
+    with pytest.raises(ValueError, match=message):
         factorize_(adapted, FactorizationConfig(rank_scale=0.5, include=["*base_layer"]))
-    adapted.unmerge_adapter()
-    assert_close(adapter.outputs(adapted), outputs)
 
 
 WITH_A_HEAD = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
 
 
-@pytest.mark.parametrize("options", [LLAMA, {**LLAMA, "use_dora": True}, WITH_A_HEAD], ids=["lora", "dora", "head"])
+@pytest.mark.parametrize("options", [{**LLAMA, "use_dora": True}, WITH_A_HEAD], ids=["dora", "head"])
 def test_what_peft_added_stays_as_it_saves_it(options, tmp_path):
     adapter = Adapter("LoraConfig", {"r": 4, **options})
     adapted = adapter.put_on(llama().eval())
@@ -239,10 +204,9 @@ def vocabulary(**options: Any) -> nn.Module:
     return FactorizedGPT2LMHeadModel(FactorizedGPT2Config(**sizes, **special, embedding_rank=16, **options))
 
 
-@pytest.mark.parametrize("holes", [0, 2, 3])
-def test_a_tied_head_stays_tied(holes, tmp_path):
+def test_a_tied_head_stays_tied(tmp_path):
     memory = [torch.empty(1600) for _ in range(64)]
-    del memory[:: holes or 65]
+    del memory[::3]  # places that one of two weights could come to lie in
     adapted = get_peft_model(vocabulary(), LoraConfig(target_modules=["c_attn"], init_lora_weights=False)).eval()
     outputs = adapted(IDS).logits
     merged = adapted.merge_and_unload()
@@ -287,7 +251,6 @@ def test_a_saved_head_that_was_tied_is_so_no_longer(tmp_path):
 
 LOW = {"qk_rank": 2, "ov_rank": 2, "ffn_rank": 5, "embedding_rank": 6}  # heads of one width, which adapters share
 BASES = {
-    "bert": (BERT_HEADS["masked-lm"], AutoModelForMaskedLM, "query"),
     "bert-backbone": (BERT_HEADS["backbone"], AutoModel, "value"),
     "gpt2": (GPT2_HEADS["lm"], AutoModelForCausalLM, "c_attn"),
 }
@@ -321,11 +284,10 @@ def test_an_adapter_is_loaded_in_every_way(head, auto, target, tmp_path):
 
 
 @each_base
-@pytest.mark.parametrize("rank", [4, None])
-def test_a_base_that_does_not_fit_is_refused_also_below_an_adapter(head, auto, target, rank, tmp_path):
+def test_a_base_that_does_not_fit_is_refused_also_below_an_adapter(head, auto, target, tmp_path):
     saved(head, target, tmp_path)
     path = tmp_path / "base" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"ffn_rank": rank}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ffn_rank": 4}))
     for from_pretrained in (head.ours.from_pretrained, auto.from_pretrained):
         with pytest.raises(CheckpointMismatchError, match="does not fit"):
             from_pretrained(tmp_path / "adapter")
@@ -367,15 +329,15 @@ def test_an_adapter_is_merged_before_the_class_is(head, auto, target):
 # Prompts
 
 
-@pytest.mark.parametrize("name", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
 @pytest.mark.parametrize(
-    ("head", "task"),
-    [(GPT2_HEADS["lm"], "CAUSAL_LM"), (BERT_HEADS["sequence"], "SEQ_CLS")],
+    ("name", "head", "task"),
+    [
+        ("PrefixTuningConfig", GPT2_HEADS["lm"], "CAUSAL_LM"),
+        ("PromptTuningConfig", BERT_HEADS["sequence"], "SEQ_CLS"),
+    ],
     ids=["gpt2", "bert"],
 )
 def test_prompts_before_a_factorized_embedding(name, head, task):
-    if name == "PrefixTuningConfig" and task == "SEQ_CLS":
-        pytest.skip("PEFT has no prefix for an encoder")
     model = head.build({"embedding_rank": 6})
     prompted = get_peft_model(model, getattr(peft, name)(task_type=task, num_virtual_tokens=3))
     assert prompted.word_embeddings is model.get_input_embeddings()

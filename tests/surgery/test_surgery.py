@@ -10,10 +10,9 @@ from safetensors.torch import load_model, save_model
 from surgery_cases import ALL_KINDS, ARCHITECTURES, TiedToy
 from torch import nn
 from torch.testing import assert_close
-from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
+from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import factorize_, merge_, restore_
 from hf_fnl.surgery.config import FactorizationConfig
@@ -116,14 +115,6 @@ def test_what_is_passed_over_is_told_with_the_reason():
     assert "6: dense, an embedding with max_norm" in str(done)
 
 
-@pytest.mark.parametrize(("scheme", "rows"), [("spatial", 24), ("channel", 8)])
-def test_the_scheme_of_convolutions_is_that_of_the_configuration(scheme, rows):
-    model = mixed()
-    factorize_(model, FactorizationConfig(rank=2, kinds=("conv",), conv_scheme=scheme))
-    assert isinstance(model[0], FactorizedConv2d)
-    assert model[0].U.shape == (rows, 2)
-
-
 @pytest.mark.parametrize(
     ("options", "heads"),
     [
@@ -187,8 +178,7 @@ def test_what_cannot_be_done_is_an_error_and_changes_nothing(model, options, mes
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize(("bad", "calibrated"), [(torch.nan, False), (torch.inf, True)], ids=["nan", "inf"])
 def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(bad, calibrated):
     model = BERT.build()
     name = "bert.encoder.layer.1.output.dense"
@@ -218,19 +208,6 @@ def test_an_error_while_layers_are_cut_changes_nothing(monkeypatch, calibration)
 
 
 # Ranks
-
-
-@pytest.mark.parametrize("rule", [{"ratio": 0.5}, {"budget": 0.5}], ids=["ratio", "budget"])
-def test_a_share_of_parameters_is_met(rule):
-    model = nn.Sequential(nn.Linear(90, 110), nn.Linear(110, 70), nn.Conv2d(20, 30, 3))
-    done = factorize_(model, FactorizationConfig(**rule, kinds=("linear", "conv")))
-    assert done.parameters_before == 90 * 110 + 110 * 70 + 20 * 30 * 9
-    assert sum(layer.U.numel() + layer.V.numel() for layer in model if isinstance(layer, Factorized)) == (
-        done.parameters_after
-    )
-    dense = sum(p.numel() for layer in model if not isinstance(layer, Factorized) for p in layer.parameters())
-    assert not dense
-    assert done.parameters_after == pytest.approx(0.5 * done.parameters_before, rel=0.02)
 
 
 def test_a_share_of_energy_is_kept_and_what_would_not_shrink_stays_dense():
@@ -354,19 +331,6 @@ def test_surgery_twice_records_both_and_merging_removes_the_record():
         merge_(model)
 
 
-def test_conv1d_comes_back_as_conv1d():
-    model = GPT2.build()
-    dense = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, Conv1D)}
-    factorize_(model, FactorizationConfig(rank_scale=0.5))
-    assert {n: model.get_submodule(n).weight.shape for n in dense} == dense
-    merge_(model)
-    assert {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, Conv1D)} == dense
-    stock = GPT2LMHeadModel(model.config).eval()
-    stock.load_state_dict(model.state_dict())
-    batch = GPT2.batch()
-    assert_close(stock(**batch).logits, model(**batch).logits)
-
-
 def test_device_dtype_mode_and_what_is_trained_are_kept():
     model = BERT.build(torch.bfloat16).train()
     model.bert.encoder.layer[0].eval().requires_grad_(False)
@@ -379,8 +343,8 @@ def test_device_dtype_mode_and_what_is_trained_are_kept():
 
 
 def test_the_model_compiles_without_graph_breaks_before_and_after():
-    model = BERT.build()
-    batch = BERT.batch()
+    model, batch = T5.build(), T5.batch()  # which looks at the dtype of weights
+    model.config.use_cache = False
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled(**batch)
     done = factorize_(compiled, FactorizationConfig(rank_scale=0.3, kinds=ALL_KINDS))
@@ -418,66 +382,24 @@ def test_a_model_of_ours_has_its_own_way_back():
         merge_(model)
 
 
-# The weight that other code reads
-
-
-@pytest.mark.parametrize(
-    "dense",
-    [nn.Linear(5, 7), Conv1D(7, 5), nn.Embedding(7, 5), nn.Conv2d(5, 7, 3)],
-    ids=["linear", "conv1d", "embedding", "conv"],
-)
-def test_a_glance_at_the_weight_costs_no_product_and_its_values_carry_gradients(dense, monkeypatch):
-    model = nn.Sequential(copy.deepcopy(dense))
-    factorize_(model, FactorizationConfig(rank=3, kinds=ALL_KINDS))
-    layer = model[0]
-    assert "0.weight" not in model.state_dict()
-    with monkeypatch.context() as patch:
-        patch.setattr(type(layer), "weight_from", lambda self, *factors: pytest.fail("multiplied out"))
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        assert (weight.shape, weight.dtype, weight.device) == (dense.weight.shape, torch.float32, torch.device("cpu"))
-    assert_close(layer.weight + 0, layer.dense_weight())
-    (layer.weight * 2).sum().backward()
-    assert layer.U.grad.any()
-    assert layer.V.grad.any()
-    with pytest.raises(RuntimeError, match=f"weight of a {type(layer).__name__}, which holds only its factors"):
-        layer.weight = nn.Parameter(torch.zeros(2))
-
-
-def test_t5_which_looks_at_weights_compiles_without_graph_breaks():
-    model, batch = T5.build(), T5.batch()
-    factorize_(model, FactorizationConfig(rank_scale=0.3))
-    model.config.use_cache = False
-    compiled = torch.compile(model.encoder, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        inputs = {"input_ids": batch["input_ids"]}
-        assert_close(compiled(**inputs)[0], model.encoder(**inputs)[0])
-
-
 # Restoring without Transformers
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_plain_model_is_restored_from_the_record(device):
+def test_a_plain_model_is_restored_from_the_record_and_a_file(tmp_path):
     model, ids = TiedToy(), torch.randint(11, (2, 3))
     record = json.loads(json.dumps(factorize_(model, FactorizationConfig(rank=3, kinds=ALL_KINDS)).to_dict()))
-    with torch.device(device):
-        other = TiedToy()
-    restore_(other, record)
-    assert other.head.U is other.embedding.U
-    other.load_state_dict(model.state_dict(), assign=device == "meta")
-    assert_close(other(ids), model(ids))
-
-
-def test_a_plain_model_comes_back_from_a_file(tmp_path):
-    model, ids = TiedToy(), torch.randint(11, (2, 3))
-    record = factorize_(model, FactorizationConfig(rank=3, kinds=ALL_KINDS)).to_dict()
     save_model(model, tmp_path / "model.safetensors")
     other = TiedToy()
-    restore_(other, record)
+    with torch.device("meta"):
+        shapes = TiedToy()
+    for each in (other, shapes):
+        restore_(each, record)
+        assert each.head.U is each.embedding.U
     load_model(other, tmp_path / "model.safetensors")
-    assert_close(dict(other.state_dict()), dict(model.state_dict()), **EXACT)
-    assert_close(other(ids), model(ids))
+    shapes.load_state_dict(model.state_dict(), assign=True)
+    for each in (other, shapes):
+        assert_close(dict(each.state_dict()), dict(model.state_dict()), **EXACT)
+        assert_close(each(ids), model(ids))
 
 
 @pytest.mark.parametrize(
@@ -526,9 +448,7 @@ def named_layers() -> nn.Module:
     return nn.ModuleDict({"attn": nn.Linear(20, 20), "mlp": nn.ModuleDict({"up": nn.Linear(20, 30)})})
 
 
-@pytest.mark.parametrize(
-    ("given", "meant"), [("*mpl*", r"\*mlp\*"), ("atn", "attn"), ("mlp.upp", "mlp.up"), ("*.mpl.*", r"\*.mlp.\*")]
-)
+@pytest.mark.parametrize(("given", "meant"), [("atn", "attn"), ("*.mpl.*", r"\*.mlp.\*")])
 def test_a_pattern_that_matches_nothing_is_an_error_with_a_suggestion(given, meant):
     for include in ([given], [given, "mlp.up"]):
         with pytest.raises(ValueError, match=rf"include={re.escape(given)} matches nothing .*did you mean {meant}"):

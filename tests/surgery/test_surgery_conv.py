@@ -16,7 +16,6 @@ from vision_cases import OURS
 from hf_fnl import FactorizationConfig, factorize_, find_products, merge_, vision_model
 from hf_fnl.layers import Factorized, TensorizedConv2d
 from hf_fnl.surgery import restore_
-from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.vision.models import inner_convolutions
 
 CASE = OURS["resnet-pad"]
@@ -32,14 +31,12 @@ def convolutions(model: nn.Module) -> dict[str, nn.Module]:
 
 FULL = {"overcomplete": True, "init": "default", "rank_scale": 1}
 WAYS = {
-    "full": FULL,
     "deep": {**FULL, "deep": True},
     "wide": {**FULL, "rank_scale": 3},
     "low-rank-deep": {"rank_scale": 0.3, "deep": True},
     "channel": {"rank_scale": 0.5, "conv_scheme": "channel"},
     "tt": {"rank_scale": 0.4, "conv_scheme": "tt"},
     "tucker": {"rank": 3, "conv_scheme": "tucker"},
-    "tt-default": {"rank": 3, "conv_scheme": "tt", "init": "default"},
 }
 
 
@@ -62,8 +59,7 @@ def test_a_network_in_every_form_saves_loads_and_merges(way, tmp_path):
     assert torch.allclose(loaded(**batch).logits, before.logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["spatial", "channel"])
-@pytest.mark.parametrize("scale", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize(("scheme", "scale"), [("spatial", 0.1), ("channel", 0.5)])
 def test_ranks_of_resnet50_are_those_of_the_papers(scheme, scale):
     """K21, Sec. 3: a share of ``out k``. K22, Sec. 3.1.2: of ``min(in k k, out)``, which is never more than dense."""
     with torch.device("meta"):
@@ -98,7 +94,7 @@ def test_a_rank_scale_is_a_share_of_the_rank_of_the_scheme(sizes, options, ranks
         assert model[0].rank == rank
 
 
-@pytest.mark.parametrize(("way", "scale"), [("full", 1), ("deep", 1), ("wide", 3)])
+@pytest.mark.parametrize(("way", "scale"), [("deep", 1), ("wide", 3)])
 def test_overcomplete_ranks_are_those_of_the_paper(way, scale):
     model = CASE.build()
     shapes = {name: layer.weight.shape for name, layer in convolutions(model).items()}
@@ -123,8 +119,7 @@ def test_factors_are_drawn_as_the_model_draws_its_kernels(scheme):
         assert kernel.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.15)  # He et al. 2015
 
 
-@pytest.mark.parametrize("scheme", ["spatial", "channel", "tt", "tucker"])
-@pytest.mark.parametrize("ratio", [0.3, 0.7])
+@pytest.mark.parametrize(("scheme", "ratio"), [("spatial", 0.3), ("channel", 0.7), ("tt", 0.3), ("tucker", 0.7)])
 def test_a_ratio_of_the_whole_network_is_met(scheme, ratio):
     model = CASE.build(width=24)
     total = sum(p.numel() for p in model.parameters())
@@ -166,7 +161,7 @@ def test_a_rank_above_the_matrix_is_an_error_unless_overcomplete():
     assert {layer.rank for layer in convolutions(model).values() if isinstance(layer, Factorized)} == {16}
 
 
-@pytest.mark.parametrize(("options", "rank"), [(FULL, 5), ({**FULL, "deep": True}, 5), ({**FULL, "rank_scale": 3}, 15)])
+@pytest.mark.parametrize(("options", "rank"), [({**FULL, "deep": True}, 5), ({**FULL, "rank_scale": 3}, 15)])
 def test_linear_layers_are_overcomplete_as_well(options, rank):
     model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 11))
     record = factorize_(model, FactorizationConfig(**options)).to_dict()
@@ -192,7 +187,7 @@ def test_a_deep_product_of_a_trained_weight_is_its_truncation():
     assert first.parameters_after == second.parameters_after + 4 * 4
 
 
-@pytest.mark.parametrize("scheme", [*CONV_SCHEMES, *TENSOR_SCHEMES])
+@pytest.mark.parametrize("scheme", ["spatial", "tucker"])
 def test_kernels_on_disk_are_read_from_there(scheme, tmp_path):
     torch.manual_seed(0)
     model = ResNetForImageClassification(
