@@ -1,6 +1,5 @@
 """Loading what went through surgery: by any stock class, by name, and with errors that say what is wrong."""
 
-import importlib
 import json
 import logging
 from pathlib import Path
@@ -13,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from surgery_cases import ALL_KINDS, ARCHITECTURES
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertModel, PreTrainedModel, Trainer
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertModel, PreTrainedModel
 
-import hf_fnl.models.checkpoint
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.models.checkpoint import load
-from hf_fnl.surgery import factorize_, merge_
+from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.config import FactorizationConfig
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -79,16 +77,6 @@ def test_it_is_an_ordinary_model(folder, tmp_path):
     assert_close(dict(load(tmp_path / "again").state_dict()), dict(loaded.state_dict()), **EXACT)
 
 
-def test_the_trainer_trains_it(folder, tmp_path):
-    loaded = load(folder)
-    before = loaded.get_submodule(LAYER).U.detach().clone()
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 53, (8, 5)).tolist()]
-    options = {"report_to": [], "use_cpu": True, "max_steps": 1, "disable_tqdm": True, "save_strategy": "no"}
-    arguments = transformers.TrainingArguments(tmp_path / "out", **options)
-    Trainer(loaded, arguments, train_dataset=rows).train()
-    assert not torch.equal(loaded.get_submodule(LAYER).U, before)
-
-
 def test_the_record_is_short_and_readable(folder):
     record = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert record["quant_method"] == "hf_fnl"
@@ -109,16 +97,6 @@ def test_dtype_and_shards(model, folder, tmp_path):
     model.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert_close(dict(load(tmp_path / "shards").state_dict()), dict(model.state_dict()), **EXACT)
-
-
-def test_a_merged_model_is_stock_again(folder, tmp_path):
-    loaded = load(folder)
-    merge_(loaded)
-    loaded.save_pretrained(tmp_path / "merged")
-    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
-    stock = AutoModelForMaskedLM.from_pretrained(tmp_path / "merged")
-    assert not any(isinstance(module, Factorized) for module in stock.modules())
-    assert_close(stock(**CASE.batch()).logits, loaded(**CASE.batch()).logits)
 
 
 def test_a_new_head_on_a_factorized_backbone(model, folder):
@@ -173,11 +151,6 @@ def test_surgery_on_a_model_of_ours_is_read_too(tmp_path):
     assert loaded.cls.predictions.transform.dense.rank == 5
 
 
-def test_the_module_may_be_imported_again(model, folder):
-    importlib.reload(hf_fnl.models.checkpoint)
-    assert_close(dict(AutoModelForMaskedLM.from_pretrained(folder).state_dict()), dict(model.state_dict()), **EXACT)
-
-
 # Errors
 
 
@@ -228,7 +201,7 @@ def test_a_dense_weight_where_the_record_has_factors_stays_dense(folder, model, 
     assert_close(loaded(**CASE.batch()).logits, model(**CASE.batch()).logits)
 
 
-@pytest.mark.parametrize("size", [7, 400, -100], ids=["header", "middle-of-header", "end"])
+@pytest.mark.parametrize("size", [7, -100], ids=["header", "end"])
 def test_a_truncated_file_is_named(folder, size):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])

@@ -29,12 +29,12 @@ def test_a_rule_is_exactly_one_and_in_range(cls: type[RankRule], options: dict[s
         cls(**options)
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.01, 50, math.nan, math.inf])
 @pytest.mark.parametrize("option", SHARES)
-def test_a_share_is_above_0_and_at_most_1(option: str, share: float) -> None:
+def test_a_share_is_above_0_and_at_most_1(option: str) -> None:
     assert getattr(RankRule(**{option: 1}), option) == 1
-    with pytest.raises(ValueError, match=f"{option} must be above 0 and at most 1, got {share}"):
-        RankRule(**{option: share})
+    for share in (0, -0.1, 1.01, math.nan):
+        with pytest.raises(ValueError, match=f"{option} must be above 0 and at most 1, got {share}"):
+            RankRule(**{option: share})
 
 
 TENSORS: dict[str, Any] = {"kinds": ["conv"], "conv_scheme": "tt"}
@@ -133,8 +133,7 @@ def test_numbers_hold_for_every_layer() -> None:
     ]
 
 
-@pytest.mark.parametrize("heads", [3, [3, None, None]], ids=["a-number", "a-list"])
-@pytest.mark.parametrize("option", ["qk_rank", "ov_rank"])
+@pytest.mark.parametrize(("option", "heads"), [("qk_rank", 3), ("ov_rank", [3, None, None])])
 def test_a_matrix_is_factorized_in_one_way(option: str, heads: int | list[int | None]) -> None:
     with pytest.raises(ValueError, match=f"qkv_rank factorizes .* as a whole and {option} cuts its heads: give one"):
         TransformerRanks(**{option: heads}, qkv_rank=[None, 3, 3])

@@ -12,7 +12,6 @@ from hf_fnl.surgery.config import RankRule
 from hf_fnl.surgery.ranks import Candidate, UnreachableShare, choose_ranks
 
 RULES = ("ratio", "budget")  # with no other parameters, shares of the model are those of the candidates
-MULTIPLES = (1, 8, 64)
 
 
 def candidate(name: str, m: int, n: int, power: float = 1.0, copies: int = 1) -> Candidate:
@@ -113,8 +112,7 @@ def test_spectra_are_taken_only_where_the_rule_needs_them() -> None:
 # A share of the energy
 
 
-@pytest.mark.parametrize("multiple_of", [1, 8])
-@pytest.mark.parametrize("energy", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize(("energy", "multiple_of"), [(0.3, 8), (0.9, 1)])
 @each_set
 def test_energy_is_the_smallest_rank_that_keeps_it(
     candidates: list[Candidate], energy: float, multiple_of: int
@@ -146,21 +144,15 @@ def test_a_product_that_is_zero_gets_the_smallest_rank(rule: RankRule) -> None:
 # A share of the parameters
 
 
-@pytest.mark.parametrize("multiple_of", MULTIPLES)
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.75])
+@pytest.mark.parametrize(("share", "multiple_of"), [(0.3, 1), (0.5, 8), (0.75, 64)])
 @pytest.mark.parametrize("option", RULES)
-def test_a_share_of_parameters_is_met(option: str, share: float, multiple_of: int) -> None:
-    ranks = choose_ranks(LINEARS, RankRule(**{option: share}, multiple_of=multiple_of))
-    assert_allowed(LINEARS, ranks, multiple_of)
-    assert 0.99 * share <= parameters(LINEARS, ranks) / dense(LINEARS) <= share
-
-
-@pytest.mark.parametrize(("share", "multiple_of"), [(0.1, 1), (0.3, 1), (0.3, 8), (0.5, 8), (0.9, 1), (0.9, 8)])
-@pytest.mark.parametrize("option", RULES)
-def test_a_share_is_met_where_heads_share_ranks(option: str, share: float, multiple_of: int) -> None:
-    ranks = choose_ranks(SHARED, RankRule(**{option: share}, multiple_of=multiple_of))
-    assert_allowed(SHARED, ranks, multiple_of)
-    assert 0.99 * share <= parameters(SHARED, ranks) / dense(SHARED) <= share
+@each_set
+def test_a_share_of_parameters_is_met(candidates: list[Candidate], option: str, share: float, multiple_of: int) -> None:
+    if candidates is SHARED and multiple_of == 64:
+        share, multiple_of = 0.9, 1  # heads are as wide as that
+    ranks = choose_ranks(candidates, RankRule(**{option: share}, multiple_of=multiple_of))
+    assert_allowed(candidates, ranks, multiple_of)
+    assert 0.99 * share <= parameters(candidates, ranks) / dense(candidates) <= share
 
 
 def test_a_ratio_that_is_met_from_above_only_is_met() -> None:
@@ -176,7 +168,7 @@ def test_a_ratio_is_one_scale_for_all() -> None:
     assert max(scales) - min(scales) <= 2 / min(c.limit for c in SHARED)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @each_set
 def test_a_budget_keeps_more_energy_than_one_scale(candidates: list[Candidate], share: float) -> None:
     by_scale, by_spectra = (choose_ranks(candidates, RankRule(**{option: share})) for option in RULES)
@@ -231,7 +223,7 @@ def test_the_order_of_the_candidates_does_not_matter(option: str) -> None:
     rule = RankRule(**{option: 0.475})
     expected = choose_ranks(candidates, rule)
     assert option not in RULES or len(set(expected.values())) > 2
-    for seed in range(5):
+    for seed in range(2):
         torch.manual_seed(seed)
         shuffled = [candidates[i] for i in torch.randperm(len(candidates))]
         assert choose_ranks(shuffled, rule) == expected
@@ -276,8 +268,7 @@ def test_what_cannot_be_met_is_an_error(rule: RankRule, message: str) -> None:
         choose_ranks(candidates, rule)
 
 
-@pytest.mark.parametrize("others", [0, 1_000_000, 40_000_000])
-@pytest.mark.parametrize("share", [0.6, 0.8])
+@pytest.mark.parametrize(("others", "share"), [(1_000_000, 0.8), (40_000_000, 0.6)])
 def test_a_ratio_and_a_budget_are_shares_of_all_parameters(others: int, share: float) -> None:
     everything = others + dense(LINEARS)
     for option in RULES:

@@ -103,19 +103,13 @@ def test_a_scaled_embedding_is_not_reached_through_a_tie(include):
     assert model["head"].weight is model["table"].weight
 
 
-def test_gemma_and_bart_keep_their_scaled_embeddings():
+def test_gemma_keeps_its_scaled_embedding():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     gemma = transformers.Gemma3ForCausalLM(
         transformers.Gemma3TextConfig(vocab_size=60, num_key_value_heads=1, head_dim=8, **sizes)
     )
     done = factorize_(gemma, FactorizationConfig(rank=4, kinds=("linear", "embedding")))
     assert "Gemma3TextScaledWordEmbedding does not compute" in done.skipped["lm_head"]
-    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 20}
-    bart = transformers.BartModel(transformers.BartConfig(vocab_size=60, d_model=16, **layers, **heads)).eval()
-    before = bart(torch.arange(5)[None]).last_hidden_state
-    factorize_(bart, FULL)
-    assert_close(bart(torch.arange(5)[None]).last_hidden_state, before, rtol=1e-3, atol=1e-4)
 
 
 def test_an_attention_of_torch_keeps_what_it_reads_itself():
@@ -135,12 +129,8 @@ def test_an_attention_of_torch_keeps_what_it_reads_itself():
 
 
 HOOKS = {
-    "forward": lambda layer: layer.register_forward_hook(lambda m, args, out: 2 * out),
     "forward-kwargs": lambda layer: layer.register_forward_hook(lambda m, a, k, out: out + 1, with_kwargs=True),
     "forward-pre": lambda layer: layer.register_forward_pre_hook(lambda m, args: (3 * args[0],)),
-    "forward-pre-kwargs": lambda layer: layer.register_forward_pre_hook(
-        lambda m, a, k: ((5 * a[0],), k), with_kwargs=True
-    ),
     "full-backward": lambda layer: layer.register_full_backward_hook(lambda m, into, out: (7 * into[0],)),
     "full-backward-pre": lambda layer: layer.register_full_backward_pre_hook(lambda m, out: (2 * out[0],)),
 }
@@ -230,23 +220,17 @@ COMPUTED = {
 
 
 @pytest.mark.parametrize(("hang", "reason"), (HANGING | COMPUTED).values(), ids=HANGING | COMPUTED)
-def test_what_would_be_lost_keeps_a_layer_dense_and_stands_in_skipped(hang, reason):
+def test_what_would_be_lost_keeps_a_layer_dense_and_is_told_or_refused_where_it_is_named(hang, reason):
     model = net(torch.float32)
     hang(model[0])
     before = model[0]
+    with pytest.raises(ValueError, match=f"{reason}"):
+        factorize_(model, FactorizationConfig(rank=2, include=("0", "0.*")))
     done = factorize_(model, LOW)
     assert list(done.skipped) == ["0"]
     assert reason in done.skipped["0"]
     assert model[0] is before
     assert reason in str(done)
-
-
-@pytest.mark.parametrize(("hang", "reason"), HANGING.values(), ids=HANGING)
-def test_a_layer_that_is_named_is_refused(hang, reason):
-    model = net(torch.float32)
-    hang(model[0])
-    with pytest.raises(ValueError, match=f"^0 cannot be factorized: .*{reason}"):
-        factorize_(model, FactorizationConfig(rank=2, include=("0",)))
 
 
 MERGED = {name: HANGING[name] for name in ("load-hook", "buffer", "parameter", "module", "forward", "compiled")}
@@ -265,16 +249,13 @@ def test_merging_refuses_likewise_and_changes_nothing(hang, reason):
     assert list(model) == layers
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["all", "by-name"])
-def test_a_layer_that_is_compiled_alone_is_not_taken(named):
+def test_a_layer_that_is_compiled_alone_is_not_taken():
     model = net(torch.float32)
     model[0] = torch.compile(model[0], backend="eager")
     message = "torch.compile wraps this layer alone: compile the model afterwards"
-    if named:
-        with pytest.raises(ValueError, match=message):
-            factorize_(model, FactorizationConfig(rank=2, include=("0.*",)))
-    else:
-        assert factorize_(model, LOW).skipped == {"0._orig_mod": message}
+    with pytest.raises(ValueError, match=message):
+        factorize_(model, FactorizationConfig(rank=2, include=("0.*",)))
+    assert factorize_(model, LOW).skipped == {"0._orig_mod": message}
 
 
 @pytest.mark.parametrize("how", ["block", "in-place"])
@@ -296,28 +277,20 @@ def test_what_is_compiled_around_a_layer_sees_the_new_one(how):
 # Values elsewhere
 
 
-def offloaded(model: nn.Module, to: str, folder: object) -> nn.Module:
-    if to == "cpu":
-        return accelerate.cpu_offload(model, execution_device=CPU)
-    return accelerate.disk_offload(model, str(folder), execution_device=CPU)
-
-
-@pytest.mark.parametrize("to", ["cpu", "disk"])
-def test_offloaded_weights_are_refused_with_a_way_out_that_works(to, tmp_path):
+def test_offloaded_weights_are_refused_with_a_way_out_that_works():
     case = ARCHITECTURES["llama"]
     model = case.build()
     expected = model(**case.batch()).logits
-    offloaded(model, to, tmp_path)
+    accelerate.cpu_offload(model, execution_device=CPU)
     for part in (model, model.model.layers[1], nn.DataParallel(model)):
         with pytest.raises(ValueError, match=r"accelerate offloads: call accelerate.hooks.remove_hook_from_submodules"):
             factorize_(part, FULL)
-    if to == "cpu":
-        remove_hook_from_submodules(model)
-        factorize_(model, FULL)
-        assert_close(model(**case.batch()).logits, expected, rtol=1e-3, atol=1e-4)
-        offloaded(model, to, tmp_path)
-        with pytest.raises(ValueError, match=r"merge_ needs the parameters of .*, which accelerate offloads"):
-            merge_(model)
+    remove_hook_from_submodules(model)
+    factorize_(model, FULL)
+    assert_close(model(**case.batch()).logits, expected, rtol=1e-3, atol=1e-4)
+    accelerate.cpu_offload(model, execution_device=CPU)
+    with pytest.raises(ValueError, match=r"merge_ needs the parameters of .*, which accelerate offloads"):
+        merge_(model)
 
 
 def test_a_device_map_with_a_disk_is_refused(tmp_path):
