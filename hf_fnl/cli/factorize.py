@@ -9,27 +9,26 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import ModelCardData
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_fnl.attention import find_products
 from hf_fnl.cli.folders import carry_files, local_files, new_folder
 from hf_fnl.cli.sources import factorized_classes, load_model
 from hf_fnl.cli.terminal import Terminal
-from hf_fnl.cli.texts import Texts, calibration_batch, read_texts
+from hf_fnl.cli.texts import Texts, calibration_batches, read_texts
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.cards import CARD_FILE, stated_in, write_card
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import factorize_
+from hf_fnl.surgery.calibration import Calibration
 from hf_fnl.surgery.config import FactorizationConfig, RankRule
 from hf_fnl.tasks.documents import looks_like_path
 from hf_fnl.utils.files import write_json
 from hf_fnl.utils.run_files import FACTORIZATION_FILE
 from hf_fnl.utils.suggest import listed
 
-Calibration = Mapping[str, Tensor] | None
 Layer = dict[str, Any]
 
 _COLUMNS = ("name", "kind", "shape", "rank", "parameters_before", "parameters_after", "energy")
@@ -82,15 +81,15 @@ def factorize(
         dense = load_model(source, terminal)
         ours = _class_for(dense, source, how)
         before = int(parameter_count(dense)["total"])
-        batch, tokens = None, None
+        batches, tokens = None, None
         if texts is not None and read is not None:
             with terminal.step("reading texts"):
-                batch = calibration_batch(dense, read, texts)
-            tokens = int(batch["attention_mask"].sum())
+                batches = calibration_batches(dense, read, texts)
+            tokens = sum(batch["input_ids"].numel() for batch in batches)
             if tokens < (asked := texts.samples * texts.length):
                 terminal.note(f"note: {texts.source} gives {tokens:,} tokens to calibrate with, not {asked:,}")
         with terminal.step("factorizing"):
-            model, layers = _convert(dense, ours, how, batch) if ours else _operate(dense, how, batch, terminal)
+            model, layers = _convert(dense, ours, how, batches) if ours else _operate(dense, how, batches, terminal)
         after = int(parameter_count(model)["total"])
         record = {
             "base_model": source,
@@ -126,7 +125,7 @@ def _class_for(dense: PreTrainedModel, source: str, how: How) -> type[Factorized
 
 
 def _convert(
-    dense: PreTrainedModel, ours: type[FactorizedPreTrainedModel], how: How, calibration: Calibration
+    dense: PreTrainedModel, ours: type[FactorizedPreTrainedModel], how: How, calibration: Calibration | None
 ) -> tuple[PreTrainedModel, list[Layer]]:
     """A model of our class, and what became of the products of the dense one."""
     options: dict[str, Any] = {**how.ranks, "rule": how.rule, "calibration": calibration}
@@ -137,7 +136,7 @@ def _convert(
 
 
 def _operate(
-    dense: PreTrainedModel, how: How, calibration: Calibration, terminal: Terminal
+    dense: PreTrainedModel, how: How, calibration: Calibration | None, terminal: Terminal
 ) -> tuple[PreTrainedModel, list[Layer]]:
     """The model itself after surgery, and what became of its layers."""
     patterns = {"kinds": how.kinds, "include": how.include, "exclude": how.exclude}

@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from hf_fnl.tasks.documents import common_kind, data_files, load_documents, look
 from hf_fnl.tasks.tokenization import load_tokenizer
 
 _CHARACTERS = 16  # of a token, at most: what is kept of a document is enough for all samples
+_BATCH = 4096  # tokens that run through the model at once
 _BLOCK = 1 << 16  # characters that are read at once
 
 
@@ -80,8 +82,8 @@ def read_texts(tokenizer_source: str, texts: Texts) -> Read:
     return load_tokenizer(tokenizer_source), documents
 
 
-def calibration_batch(model: PreTrainedModel, read: Read, texts: Texts) -> dict[str, Tensor]:
-    """One batch of text for a model, with a mask.
+def calibration_batches(model: PreTrainedModel, read: Read, texts: Texts) -> list[dict[str, Tensor]]:
+    """Batches of text for a model, each of samples of one length: there is no padding.
 
     Args:
         model: The model.
@@ -104,10 +106,11 @@ def calibration_batch(model: PreTrainedModel, read: Read, texts: Texts) -> dict[
             f"the tokenizer in {tokenizer.name_or_path} is not that of the model, which knows {known:,} tokens: it "
             f"gives the token {largest}"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(samples[0][0])
-    batch = tokenizer.pad({"input_ids": samples}, return_attention_mask=True, return_tensors="pt")
-    return text_inputs(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    by_length: dict[int, list[list[int]]] = {}
+    for ids in samples:
+        by_length.setdefault(len(ids), []).append(ids)
+    rows = (part for ids in by_length.values() for part in torch.tensor(ids).split(max(1, _BATCH // len(ids[0]))))
+    return [text_inputs(model, part) for part in rows]
 
 
 def text_inputs(model: PreTrainedModel, ids: Tensor, **more: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from hf_fnl.math.spectral import check_rank, check_split_method, spectral_init, 
 
 # Share of the mean variance that is added to every direction: data seldom span all of them.
 _RIDGE = 1e-5
+_BLOCK = 2048  # vectors whose products are summed in float32, or their own dtype if that is wider
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Moments:
             raise ValueError("no calibration vectors: is every position of the batch masked?")
         if not samples.isfinite().all():
             raise ValueError("calibration vectors hold NaN or Inf")
-        # Centered before they are squared, and in float64: a covariance is often far smaller than the mean's square.
-        samples = samples.detach().double()
-        mean = samples.mean(-2, keepdim=True)
-        centered = samples - mean
-        return cls(mean.squeeze(-2), centered.mT @ centered / samples.shape[-2], samples.shape[-2])
+        samples, count = samples.detach(), samples.shape[-2]
+        mean = samples.mean(-2, keepdim=True, dtype=torch.float64)
+        covariance = mean.new_zeros(*samples.shape[:-2], samples.shape[-1], samples.shape[-1])
+        for block in samples.split(_BLOCK, dim=-2):
+            # Centered before they are squared: a covariance is often far smaller than the mean's square.
+            centered = (block - mean).to(torch.promote_types(block.dtype, torch.float32))
+            covariance += centered.mT @ centered
+        return cls(mean.squeeze(-2), covariance / count, count)
 
     def about_zero(self) -> Moments:
         """The second moment as that of vectors without a mean."""
@@ -66,7 +70,11 @@ def metric_root(moment: Tensor) -> Tensor:
     """A root ``L`` of a positive semidefinite ``moment = L L^T``, slightly ridged, shape ``(..., n, n)``."""
     ridge = _RIDGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
     ridge = ridge.clamp(min=torch.finfo(moment.dtype).tiny)[..., None, None]
-    return torch.linalg.cholesky(moment + ridge * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device))
+    root, failed = torch.linalg.cholesky_ex(moment + ridge * torch.eye(moment.shape[-1]).to(moment))
+    if failed.any():  # rounding of a direction that dominates all others outweighs the ridge
+        eigenvalues, directions = torch.linalg.eigh(moment)
+        root = directions * (eigenvalues.clamp(min=0) + ridge.squeeze(-1)).sqrt().unsqueeze(-2)
+    return root
 
 
 @torch.no_grad()

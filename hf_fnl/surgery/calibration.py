@@ -1,35 +1,42 @@
-"""Truncation while data run through a model: every layer is replaced when the data reach it.
+"""Truncation while data run through a model: every layer is replaced when the data have reached it.
 
-A forward pass over one batch visits the layers in the order of execution, and what a layer sees comes from layers that
-are replaced already. Only one layer's moments are in memory at a time. A layer that the pass calls several times, as
-those that ALBERT shares between its depths, is first left as it is for a pass of its own, in which the moments of all
-its calls are pooled; what it sees there comes from the layers replaced so far, itself not among them.
+Batches run one at a time, and what is measured adds up over them. Layers are visited in the order of execution; what a
+layer sees comes from layers that are replaced already. Layers that are given the same tensor, as queries, keys and
+values are, are visited together and share its moments; nobody else's are in memory then. What blocks gave that are
+done is kept on disk (:mod:`hf_fnl.surgery.blocks`), so that all visits together cost a few passes over the data.
+
+A layer that a pass calls several times, as those that ALBERT shares between its depths, sees at all its calls what the
+layers replaced so far give, itself not among them.
 
 Padding counts nowhere; see :mod:`hf_fnl.surgery.padding`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 
 from hf_fnl.layers.span import Span
 from hf_fnl.math.truncation import HeadMoments, Moments
+from hf_fnl.surgery.blocks import BlockStore
 from hf_fnl.surgery.padding import Visible, hidden_marked
 from hf_fnl.utils.suggest import did_you_mean, listed
 
 Batch: TypeAlias = Mapping[str, Tensor]
-Calibration: TypeAlias = Batch | Sequence[Batch]
+Calibration: TypeAlias = Batch | Iterable[Batch]
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def for_each(
 @torch.no_grad()
 def visit(
     model: nn.Module,
-    batch: Calibration,
+    batches: Calibration,
     requests: Mapping[str, Request],
     handle: Handler,
     ties: Ties | None = None,
@@ -97,10 +104,10 @@ def visit(
     The model itself stays as it is: what a handler returns answers in these passes only. Dropout is off.
 
     Args:
-        model: Any model; called with the batch as keyword arguments.
-        batch: Inputs, or several batches that are joined into one: all of it runs at once, so memory is that of its
-            widest activation. Masks, ``(sequences, length)`` under names that end in ``attention_mask``, tell padding,
-            and so does a ``pixel_mask`` of images.
+        model: Any model; called with each batch as keyword arguments.
+        batches: Inputs: one batch, or several that run one after the other, several times. Masks,
+            ``(sequences, length)`` under names that end in ``attention_mask``, tell padding, and so does a
+            ``pixel_mask`` of images.
         requests: What to measure at each module that is named.
         handle: As :func:`for_each` takes it.
         ties: Likewise.
@@ -109,37 +116,36 @@ def visit(
         The modules that answered, by name, in the order of execution.
 
     Raises:
-        ValueError: If no token reaches a module that is named, or there are no data, or they cannot be joined, are not
-            finite, hide positions that cannot be followed, or are under a name that the model would ignore.
+        ValueError: If no token reaches a module that is named, or there are no data, or they are not finite, hide
+            positions that cannot be followed, or are under a name that the model would ignore.
         TypeError: If the data are no mappings from names to tensors.
 
     Warns:
         UserWarning: If fewer vectors reach a module than they are wide.
     """
-    batch = join_batches(batch)
-    device = next(model.parameters()).device
-    _check_taken(model, batch)
-    inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
-    if hasattr(getattr(model, "config", None), "use_cache"):
-        inputs["use_cache"] = False
-    with _evaluating(model), hidden_marked(model, inputs) as (marked, visible):
-        visited = _Visited(model, requests, handle, visible, ties or {})
-        with visited.answering():
-            while visited.is_unfinished():
-                model(**marked)
-    visited.warn_of_few()
-    return visited.found
+    batches = checked_batches(model, batches)
+    with _evaluating(model), tempfile.TemporaryDirectory(prefix="hf_fnl-") as folder:
+        visits = _Visits(model, batches, requests, handle, ties or {}, BlockStore(model, Path(folder)))
+        with visits.answering(), visits.store.answering():
+            visits.run()
+    visits.warn_of_few()
+    return visits.found
+
+
+class _Reached(Exception):
+    """Ends a pass of which nothing more is needed."""
 
 
 @dataclass
-class _Visited:
+class _Visits:
     """The modules that are handled, over as many passes as it takes."""
 
     model: nn.Module
+    batches: Sequence[Batch]
     requests: Mapping[str, Request]
     handle: Handler
-    visible: Visible
     ties: Ties
+    store: BlockStore
     found: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -149,32 +155,93 @@ class _Visited:
             self.model.get_submodule(tied): name for name in self.modules for tied in self.ties.get(name, ())
         }
         self.replacements: dict[nn.Module, nn.Module] = {}
-        self.repeated: set[str] = set()  # called several times in a pass
-        self.calls: Counter[str] = Counter()  # of this pass
-        self.fresh: list[str] = []  # handled in this pass
-        self.pooled: tuple[str, Any] | None = None  # the module whose calls this pass pools, and their moments so far
-        self.few: dict[str, str] = {}  # how many vectors reached these, where that is fewer than they are wide
+        self.visible: Visible
+        self.traced: list[tuple[str, bool]] | None = None  # calls, and whether each is given what the last was given
+        self.given: Any = None  # to the last call
+        self.stage: Sequence[str] = ()  # what is visited now
+        self.measured: dict[str, Any] = {}  # of these
+        self.remaining: Counter[str] = Counter()  # calls of these that the pass still has to see, where it ends then
+        self.shared: Moments | None = None  # of what was given to the last call
+        self.is_inside = False  # of an attention that is measured
         self.hidden: set[str] = set()  # all that reached these was hidden by a mask
-        self.has_begun = self.is_measuring = False
+        self.few: dict[str, str] = {}  # how many vectors reached these, where that is fewer than they are wide
 
-    def is_unfinished(self) -> bool:
-        """Close the pass that is over, if any, and tell whether it takes another."""
-        last, self.has_begun = self.has_begun, True
-        if last:
-            again = [name for name in self.fresh if self.calls[name] > 1 and self.requests[name] is not None]
-            self.repeated.update(name for name, count in self.calls.items() if count > 1)
-            if again:
-                # From the first of them on everything has seen what cannot count.
-                order = list(self.found)
-                for name in order[order.index(again[0]) :]:
-                    del self.found[name]
-            elif self.pooled is not None:
-                self._handle(*self.pooled)
-            elif missed := [name for name in self.requests if name not in self.found]:
-                raise ValueError(self._complaint(missed))
-        self.calls.clear()
-        self.fresh, self.pooled = [], None
-        return len(self.found) < len(self.requests) or not last
+    def run(self) -> None:
+        """Visit all modules."""
+        stages = self._stages()
+        total = sum(self.requests[stage[0]] is not None for stage, _ in stages) * len(self.batches)
+        with logging.tqdm(total=total, desc="calibrating", unit="batch", delay=5) as progress:
+            for self.stage, is_once in stages:
+                if self.requests[self.stage[0]] is not None:
+                    self._measure_stage(is_once, progress)
+                for name in self.stage:
+                    self._handle(name, self.measured.pop(name, None))
+
+    def _stages(self) -> list[tuple[list[str], bool]]:
+        """Modules that are visited together, in the order of execution, and whether a pass calls them once."""
+        order: list[str] = []
+        joining: set[str] = set()  # modules that are given what the one before them in the order is given
+        counts: Counter[str] = Counter()
+        for number in range(len(self.batches)):
+            before: str | None = None
+            for name, shares in self._trace(number):
+                if name not in order:
+                    order.insert(0 if before is None else order.index(before) + 1, name)
+                    if shares and self.requests[name] == "inputs" == self.requests[before or name]:
+                        joining.add(name)
+                before = name
+                counts[name] += 1
+            if len(order) == len(self.requests):
+                break
+        if missed := [name for name in self.requests if name not in order]:
+            raise ValueError(self._complaint(missed))
+        stages: list[tuple[list[str], bool]] = []
+        for name in order:
+            is_once = counts[name] == 1
+            if name in joining and is_once and stages[-1][1]:
+                stages[-1][0].append(name)
+            else:
+                stages.append(([name], is_once))
+        return stages
+
+    def _trace(self, number: int) -> list[tuple[str, bool]]:
+        """Calls of a whole pass; the first one also finds the chains of blocks."""
+        traces: list[list[tuple[str, bool]]] = []
+
+        def run() -> Any:
+            self.traced, self.given = [], None
+            output = self._pass(number)
+            traces.append(self.traced)
+            return output
+
+        if number == 0:
+            self.store.find_chains(run)
+        else:
+            run()
+        self.traced, self.given = None, None
+        return traces[0]
+
+    def _pass(self, number: int) -> Any:
+        """Run the model over a batch and return what it returns."""
+        device = next(self.model.parameters()).device
+        inputs: dict[str, Any] = {name: value.to(device) for name, value in self.batches[number].items()}
+        if hasattr(getattr(self.model, "config", None), "use_cache"):
+            inputs["use_cache"] = False
+        with hidden_marked(self.model, inputs) as (marked, self.visible):
+            return self.model(**marked)
+
+    def _measure_stage(self, is_once: bool, progress: Any) -> None:
+        pending = {module for module, name in self.names.items() if name not in self.found}
+        with self.store.passes(lambda block: not pending.isdisjoint(block.modules())):
+            for number in range(len(self.batches)):
+                self.remaining = Counter(self.stage if is_once else ())
+                self.store.begin(number)
+                with contextlib.suppress(_Reached):
+                    self._pass(number)
+                self.given, self.shared = None, None
+                progress.update()
+        if missed := [name for name in self.stage if name not in self.measured]:
+            raise ValueError(self._complaint(missed))
 
     def _complaint(self, missed: Sequence[str]) -> str:
         if hidden := [name for name in missed if name in self.hidden]:
@@ -191,7 +258,6 @@ class _Visited:
         module, answering = self.modules[name], self.handle(name, measured)
         self.replacements.update({module: answering} if isinstance(answering, nn.Module) else answering or {})
         self.found[name] = self.replacements.get(module, module)
-        self.fresh.append(name)
         several = () if measured is None else vars(measured).values()
         for moments in (measured,) if isinstance(measured, Moments) else several:
             if moments is not None and moments.count < (width := moments.mean.shape[-1]):
@@ -212,22 +278,36 @@ class _Visited:
         given = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(given, Tensor) and given.numel() == 0:
             return forward(*args, **kwargs)  # an expert without tokens
-        if self.is_measuring:  # around this module, which is called again afterwards
-            return (self.replacements.get(module, forward) if name in self.found else forward)(*args, **kwargs)
-        self.calls[name] += 1
-        if name not in self.found and (self.pooled is None or self.pooled[0] == name):
-            call = functools.partial(forward, *args, **kwargs)
-            self.is_measuring = True
-            measured = _measure(name, self.requests[name], given, call, self.visible)
-            self.is_measuring = False
-            if measured is None and self.requests[name] is not None:
-                self.hidden.add(name)
-            elif name in self.repeated and self.requests[name] is not None:
-                self.pooled = name, measured if self.pooled is None else self.pooled[1].joined(measured)
-            else:
-                self._handle(name, measured)
+        if self.traced is not None:
+            self.traced.append((name, given is self.given))
+            self.given = given
+        elif name in self.stage and name not in self.found and not self.is_inside:
+            self._measure(name, given, functools.partial(forward, *args, **kwargs))
         new = self.replacements.get(module) if name in self.found else None
         return forward(*args, **kwargs) if new is None else new(*args, **kwargs)
+
+    def _measure(self, name: str, given: Any, call: Callable[[], Any]) -> None:
+        """Add what one call of a module shows; ends the pass after the last call."""
+        request = self.requests[name]
+        try:
+            measured: Measured
+            if not isinstance(request, Heads):
+                measured = self.shared if given is self.given else _input_moments(given, self.visible)
+                self.given, self.shared = given, measured
+            else:
+                self.is_inside = True
+                measured = _head_moments(request, call, self.visible)
+                self.is_inside = False
+        except ValueError as error:
+            raise ValueError(f"what reaches {name} cannot be used: {error}") from error
+        if measured is None:
+            self.hidden.add(name)
+        else:
+            self.measured[name] = self.measured[name].joined(measured) if name in self.measured else measured
+        if self.remaining:
+            self.remaining -= Counter([name])
+            if not self.remaining:
+                raise _Reached
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -244,15 +324,10 @@ class _Visited:
                     module.forward = forward
 
 
-def _measure(name: str, request: Request, given: Any, call: Callable[[], Any], visible: Visible) -> Measured:
-    """What is asked for, of one call of a module; ``None`` if there is nothing to see in it."""
-    try:
-        if request == "inputs":
-            samples = _samples(given, visible)
-            return Moments.of(samples) if len(samples) else None
-        return None if request is None else _head_moments(request, call, visible)
-    except ValueError as error:
-        raise ValueError(f"what reaches {name} cannot be used: {error}") from error
+def _input_moments(given: Any, visible: Visible) -> Moments | None:
+    """Moments of what a layer is given; ``None`` if there is nothing to see in it."""
+    samples = _samples(given, visible)
+    return Moments.of(samples) if len(samples) else None
 
 
 def _head_moments(heads: Heads, call: Callable[[], Any], visible: Visible) -> HeadMoments | None:
@@ -321,11 +396,11 @@ def _check_taken(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def join_batches(batches: Calibration) -> Batch:
-    """One batch from several, padded with zeros at the end of each dimension to the size of the largest.
+def checked_batches(model: nn.Module, batches: Calibration) -> Sequence[Batch]:
+    """Return the batches one by one.
 
     Raises:
-        ValueError: If there is none, their keys differ, values are not finite, or there is padding and no mask to tell.
+        ValueError: If there is none, their keys differ, values are not finite, or the model would ignore an input.
         TypeError: If a batch is no mapping from names to tensors.
     """
     batches = [batches] if isinstance(batches, Mapping) else list(batches)
@@ -338,15 +413,8 @@ def join_batches(batches: Calibration) -> Batch:
                 f"calibration batches have different keys: {', '.join(batches[0]) or 'none'} in the first, "
                 f"{', '.join(batch) or 'none'} in number {number}"
             )
-    if len(batches) == 1:
-        return batches[0]
-    joined = {name: _joined([batch[name] for batch in batches]) for name in batches[0]}
-    padded = [
-        name for name, whole in joined.items() if {batch[name].shape[1:] for batch in batches} != {whole.shape[1:]}
-    ]
-    if padded and not any(name.endswith("attention_mask") for name in padded):
-        raise ValueError(f"calibration batches differ in the length of {', '.join(padded)}: give an attention_mask")
-    return joined
+    _check_taken(model, batches[0])
+    return batches
 
 
 def _check(which: str, batch: Any) -> None:
@@ -357,13 +425,3 @@ def _check(which: str, batch: Any) -> None:
             raise TypeError(f"{name} in {which} must be a tensor, got {type(value).__name__}")
         if value.is_floating_point() and not name.endswith("mask") and not value.isfinite().all():
             raise ValueError(f"{name} in {which} holds NaN or Inf")
-
-
-def _joined(values: Sequence[Tensor]) -> Tensor:
-    if len({value.ndim for value in values}) > 1:
-        raise ValueError(f"calibration batches of shapes {[tuple(value.shape) for value in values]} cannot be joined")
-    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    joined = values[0].new_zeros(sum(len(value) for value in values), *shape)
-    for part, value in zip(joined.split([len(value) for value in values]), values, strict=True):
-        part[tuple(slice(size) for size in value.shape)] = value
-    return joined

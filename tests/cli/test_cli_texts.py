@@ -5,7 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from typer.testing import CliRunner
 
 from hf_fnl.cli import app
-from hf_fnl.cli.texts import Texts, calibration_batch, read_texts
+from hf_fnl.cli.texts import Texts, calibration_batches, read_texts
 
 WORDS = [f"w{number}" for number in range(40)]
 
@@ -51,11 +51,13 @@ def words(count: int, start: int = 0) -> list[str]:
     return [WORDS[(7 * i + i // 40) % 40] for i in range(start, start + count)]
 
 
-def batch_of(monkeypatch, source: Path, samples: int, length: int, *, special: bool = False, model=None):
+def rows_of(monkeypatch, source: Path, samples: int, length: int, *, special: bool = False, model=None):
     monkeypatch.setattr("hf_fnl.cli.texts.load_tokenizer", lambda _: tokenizer(special))
     seen.clear()
     texts = Texts(source=str(source), column="text", samples=samples, length=length)
-    return calibration_batch(model or llama(), read_texts("the model", texts), texts)
+    batches = calibration_batches(model or llama(), read_texts("the model", texts), texts)
+    assert all(set(batch) == {"input_ids"} for batch in batches)  # samples of one length: there is no padding
+    return [row for batch in batches for row in batch["input_ids"].tolist()]
 
 
 def ids(text: list[str]) -> list[int]:
@@ -77,10 +79,8 @@ def test_one_document_that_just_suffices_gives_every_sample(tmp_path, monkeypatc
     room = 11 - 2 * special
     text = words(7 * room)
     (tmp_path / "t.txt").write_text(shape(text), newline="")
-    batch = batch_of(monkeypatch, tmp_path / "t.txt", 7, 11, special=special)
-    assert batch["input_ids"].shape == (7, 11)
-    assert batch["attention_mask"].all()
-    rows = batch["input_ids"].tolist()
+    rows = rows_of(monkeypatch, tmp_path / "t.txt", 7, 11, special=special)
+    assert list(map(len, rows)) == [11] * 7
     assert [row[0] == 2 and row[-1] == 3 for row in rows] == [special] * 7
     assert [token for row in rows for token in (row[1:-1] if special else row)] == ids(text)
 
@@ -90,8 +90,8 @@ def test_compressed_texts_are_read_as_they_are(tmp_path, monkeypatch, opened):
     suffix = {gzip.open: "gz", bz2.open: "bz2"}[opened]
     with opened(tmp_path / f"t.txt.{suffix}", "wt") as file:
         file.write(" ".join(words(50)))
-    batch = batch_of(monkeypatch, tmp_path / f"t.txt.{suffix}", 5, 10)
-    assert batch["input_ids"].flatten().tolist() == ids(words(50))
+    rows = rows_of(monkeypatch, tmp_path / f"t.txt.{suffix}", 5, 10)
+    assert list(chain.from_iterable(rows)) == ids(words(50))
 
 
 def test_first_samples_of_all_documents_come_before_second_ones(tmp_path, monkeypatch):
@@ -100,9 +100,8 @@ def test_first_samples_of_all_documents_come_before_second_ones(tmp_path, monkey
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": " ".join(text)}) + "\n" for text in documents))
     expected = [documents[0][:10], documents[1], documents[2][:10], documents[0][10:20], documents[2][10:]]
     for name in ("t.txt", "t.jsonl"):
-        batch = batch_of(monkeypatch, tmp_path / name, 5, 10)
-        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
-        assert [row[mask].tolist() for row, mask in rows] == [ids(text) for text in expected]
+        rows = rows_of(monkeypatch, tmp_path / name, 5, 10)
+        assert sorted(rows) == sorted(ids(text) for text in expected)
 
 
 def test_a_long_line_is_neither_read_nor_tokenized_further_than_needed(tmp_path, monkeypatch):
@@ -110,8 +109,7 @@ def test_a_long_line_is_neither_read_nor_tokenized_further_than_needed(tmp_path,
     with path.open("w") as file:
         for _ in range(300):
             file.write(" ".join(words(2_000)) + " ")  # 2 MB without an end of a line
-    batch = batch_of(monkeypatch, path, 8, 16)
-    assert batch["attention_mask"].sum() == 8 * 16
+    assert list(map(len, rows_of(monkeypatch, path, 8, 16))) == [16] * 8
     assert sum(seen) < 10 * 8 * 16 * 16
     texts = list(Texts(source=str(path), column="text", samples=8, length=16).documents())
     assert [len(text) for text in texts] == [8 * 16 * 16]
@@ -120,8 +118,8 @@ def test_a_long_line_is_neither_read_nor_tokenized_further_than_needed(tmp_path,
 def test_slices_of_a_document_join_to_the_whole(tmp_path, monkeypatch):
     text = words(6_000)
     (tmp_path / "t.txt").write_text(" ".join(text))
-    batch = batch_of(monkeypatch, tmp_path / "t.txt", 500, 12)
-    assert batch["input_ids"].flatten().tolist() == ids(text)
+    rows = rows_of(monkeypatch, tmp_path / "t.txt", 500, 12)
+    assert list(chain.from_iterable(rows)) == ids(text)
     assert len(seen) > 50
     assert all(first <= 256 for first, _ in pairwise(seen[2:]))
 
@@ -139,24 +137,23 @@ def test_slices_of_a_document_join_to_the_whole(tmp_path, monkeypatch):
 def test_what_is_no_text_is_an_error(tmp_path, monkeypatch, content, message):
     (tmp_path / "t.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        batch_of(monkeypatch, tmp_path / "t.txt", 2, 4)
+        rows_of(monkeypatch, tmp_path / "t.txt", 2, 4)
 
 
 @pytest.mark.parametrize("vocab_size", [10, 43])
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, monkeypatch, vocab_size):
     (tmp_path / "t.txt").write_text(" ".join(WORDS))
     with pytest.raises(ValueError, match=f"knows {vocab_size} tokens: it gives the token 43"):
-        batch_of(monkeypatch, tmp_path / "t.txt", 2, 64, model=llama(vocab_size=vocab_size))
+        rows_of(monkeypatch, tmp_path / "t.txt", 2, 64, model=llama(vocab_size=vocab_size))
 
 
 def test_a_model_with_fewer_positions_reads_shorter_samples(tmp_path, monkeypatch):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     model = BertModel(BertConfig(vocab_size=50, max_position_embeddings=6, **sizes))
     (tmp_path / "t.txt").write_text(" ".join(words(40)))
-    batch = batch_of(monkeypatch, tmp_path / "t.txt", 3, 100, special=True, model=model)
-    assert batch["input_ids"].shape == (3, 6)
+    assert list(map(len, rows_of(monkeypatch, tmp_path / "t.txt", 3, 100, special=True, model=model))) == [6] * 3
     with pytest.raises(ValueError, match="--calibration-length 2 has no room for text beside 2 special tokens"):
-        batch_of(monkeypatch, tmp_path / "t.txt", 3, 2, special=True, model=model)
+        rows_of(monkeypatch, tmp_path / "t.txt", 3, 2, special=True, model=model)
 
 
 @pytest.mark.parametrize(("count", "warned"), [(64, False), (63, True)])

@@ -1,0 +1,229 @@
+"""Blocks of a model that are done, whose outputs stand on disk: a pass over data goes on where the last one ended.
+
+Most models are chains of blocks, each of which is given what the one before it gave. Where the first ``n`` blocks of a
+chain will not change any more, a pass needs their output only, not them: so all passes that visit one block after the
+other cost about one pass through the model, in the memory of one batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+Run = Callable[[], Any]  # one pass of the model over one batch, and what it returns
+
+
+@dataclass(eq=False)
+class Chain:
+    """Blocks that run one after the other.
+
+    Args:
+        blocks: The blocks in the order in which they run.
+        finished: How many of the first blocks will not change any more.
+        stored: How many of them stand on disk, as the output of the last of these for every batch.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    finished: int = 0
+    stored: int = 0
+
+
+@dataclass
+class BlockStore:
+    """Runs finished blocks once and answers for them from then on.
+
+    Args:
+        model: Any model; its lists of modules are taken for chains where :meth:`find_chains` finds that they are.
+        folder: Where outputs are kept.
+    """
+
+    model: nn.Module
+    folder: Path
+    chains: list[Chain] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        lists: list[nn.Module] = []
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList | nn.Sequential) and not any(_holds(each, module) for each in lists):
+                lists.append(module)
+        blocks = [tuple(each.children()) for each in lists]
+        repeated = {b for each in blocks for b in each if sum(b in others for others in blocks) > 1}
+        self._possible = [Chain(each) for each in blocks if not repeated & set(each) and len(set(each)) == len(each)]
+        self._places = {block: (chain, i) for chain in self._possible for i, block in enumerate(chain.blocks)}
+        self._batch = 0
+        self._written: dict[Chain, int] = {}
+        self._observe: Callable[[Chain, int, Any, Any, Run], Any] | None = None
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Have the blocks answered for, their own forwards being as before afterwards."""
+        own = {block: block.__dict__.get("forward") for block in self._places}
+        for block in self._places:
+            block.forward = functools.partial(self._answer, block, block.forward)
+        try:
+            yield
+        finally:
+            for block, forward in own.items():
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+    def find_chains(self, run: Run) -> Any:
+        """Find the lists whose blocks run once each, in order, each given exactly what the one before it gave.
+
+        Nothing else may use what a block gave, but for the last one of a list. It is found out by two passes: one in
+        which all run, and one for each list in which its blocks, but for the last, answer with NaN: none of it may
+        arrive anywhere but in the block that comes next.
+
+        Returns:
+            What the first pass returned.
+        """
+        called: dict[Chain, list[int]] = {}
+        outputs: dict[tuple[Chain, int], Any] = {}
+
+        def note(chain: Chain, index: int, args: Any, kwargs: Any, forward: Run) -> Any:
+            called.setdefault(chain, []).append(index)
+            output = forward()
+            is_last = index == len(chain.blocks) - 1
+            outputs[chain, index] = output if is_last else _mapped(output, lambda x: _NaN(x.shape, x.dtype, x.device))
+            return output
+
+        with self._observed(note):
+            result = run()
+        for chain in self._possible:
+            is_once = called.get(chain) == list(range(len(chain.blocks))) and len(chain.blocks) > 1
+            if is_once and self._is_chain(chain, outputs, run):
+                self.chains.append(chain)
+        return result
+
+    def _is_chain(self, chain: Chain, outputs: Mapping[tuple[Chain, int], Any], run: Run) -> bool:
+        given: list[Tensor] = []
+        leaks = False
+
+        def answer(other: Chain, index: int, args: Any, kwargs: Any, forward: Run) -> Any:
+            nonlocal given, leaks
+            arrived = [x for x in _tensors((args, kwargs)) if _has_nan(x)]
+            if other is not chain:
+                leaks |= len(arrived) > 0
+                return forward()
+            leaks |= any(all(x is not y for y in given) for x in arrived) or (index > 0 and not arrived)
+            output = _mapped(outputs[chain, index], lambda x: x.filled() if isinstance(x, _NaN) else x)
+            given = list(_tensors(output))
+            leaks |= any(not x.is_floating_point() for x in given)
+            return output
+
+        with self._observed(answer):
+            try:
+                result = run()
+            except (ArithmeticError, IndexError, RuntimeError, ValueError):  # of a model that refuses NaN
+                return False
+        return not leaks and not any(map(_has_nan, _tensors(result)))
+
+    @contextmanager
+    def _observed(self, observe: Callable[[Chain, int, Any, Any, Run], Any]) -> Iterator[None]:
+        self._observe = observe
+        try:
+            yield
+        finally:
+            self._observe = None
+
+    @contextmanager
+    def passes(self, unfinished: Callable[[nn.Module], bool]) -> Iterator[None]:
+        """Make ready for passes over all batches, after which more blocks stand on disk.
+
+        Args:
+            unfinished: Tells of a block whether it will still change.
+        """
+        for chain in self.chains:
+            changing = (i for i, block in enumerate(chain.blocks) if unfinished(block))
+            chain.finished = next(changing, len(chain.blocks))
+        self._written = dict.fromkeys(self.chains, 0)
+        self._batches = 0
+        yield
+        for chain, written in self._written.items():
+            if written == self._batches and chain.finished > chain.stored:
+                chain.stored = chain.finished
+
+    def begin(self, batch: int) -> None:
+        """Begin a pass over the batch of a number; inside :meth:`passes`."""
+        self._batch = batch
+        self._batches += 1
+
+    def _answer(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        chain, index = self._places[block]
+        run = functools.partial(forward, *args, **kwargs)
+        if self._observe is not None:
+            return self._observe(chain, index, args, kwargs, run)
+        file = self.folder / f"{self._possible.index(chain)}-{self._batch}.pt"
+        if index < chain.stored:
+            return _mapped(torch.load(file, weights_only=False), _dual)
+        output = run()
+        if chain in self._written and index == chain.finished - 1:
+            torch.save(_mapped(output, _Stored), file)
+            self._written[chain] += 1
+        return output
+
+
+class _NaN:
+    """Stands for a tensor of NaN."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self._like = shape, dtype, device
+
+    def filled(self) -> Tensor:
+        shape, dtype, device = self._like
+        return torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype, device=device)
+
+
+class _Stored:
+    """A tensor and its tangent, if it has one."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.primal: Tensor = x
+        self.tangent: Tensor | None = None
+        if x.is_floating_point():
+            self.primal, self.tangent = forward_ad.unpack_dual(x)
+
+
+def _dual(x: Any) -> Any:
+    return x.primal if x.tangent is None else forward_ad.make_dual(x.primal, x.tangent)
+
+
+def _holds(outer: nn.Module, module: nn.Module) -> bool:
+    return any(each is module for each in outer.modules())
+
+
+def _mapped(value: Any, by: Callable[[Any], Any]) -> Any:
+    """What a module returned, with every tensor, or what stands for one, mapped."""
+    if isinstance(value, Tensor | _NaN | _Stored):
+        return by(value)
+    if isinstance(value, Mapping):
+        mapped = {key: _mapped(each, by) for key, each in value.items()}
+        return mapped if type(value) is dict else type(value)(**mapped)
+    if isinstance(value, tuple | list):
+        items = [_mapped(each, by) for each in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _has_nan(x: Tensor) -> bool:
+    return x.is_floating_point() and bool(x.isnan().any())

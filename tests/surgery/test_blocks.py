@@ -1,0 +1,128 @@
+"""What finished blocks gave is kept: passes go on from there, and measure the same as if all had run."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from hf_fnl import FactorizationConfig, factorize_
+from hf_fnl.surgery.blocks import BlockStore
+from hf_fnl.surgery.calibration import visit
+
+TEXT = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 17}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def llama() -> nn.Module:
+    return T.LlamaForCausalLM(T.LlamaConfig(**TEXT))
+
+
+def bert() -> nn.Module:
+    return T.BertForMaskedLM(T.BertConfig(**TEXT))
+
+
+def marian() -> nn.Module:
+    sizes = {"encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = T.MarianConfig(vocab_size=50, d_model=12, encoder_ffn_dim=17, decoder_ffn_dim=17, **sizes, pad_token_id=0)
+    return T.MarianMTModel(config)
+
+
+def t5() -> nn.Module:
+    return T.T5ForConditionalGeneration(
+        T.T5Config(vocab_size=50, d_model=12, d_kv=6, d_ff=17, num_layers=3, num_heads=2, dropout_rate=0.0)
+    )
+
+
+class Skipping(nn.Module):
+    """A stack whose first block is heard again after the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(5, 5) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x = self.blocks[0](x).tanh()
+        for block in self.blocks[1:]:
+            x = block(x).tanh()
+        return x + kept
+
+
+class Dense(Skipping):
+    """A stack of which every block is given the sum of all before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def inputs_of(model: nn.Module, rows: int = 3, padded: bool = False) -> dict[str, Tensor]:
+    if isinstance(model, Skipping):
+        return {"x": torch.randn(rows, 5)}
+    ids = torch.randint(3, 50, (rows, 7))
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    return {"input_ids": ids, **both} | ({"attention_mask": mask} if padded else {})
+
+
+@pytest.mark.parametrize(
+    ("build", "chains"),
+    [(llama, [3]), (bert, [3]), (marian, [2, 3]), (t5, [3, 3]), (Skipping, []), (Dense, [])],
+    ids=["llama", "bert", "marian", "t5", "skipping", "dense"],
+)
+def test_stacks_are_chains_where_each_block_is_given_the_last_ones_output(
+    tmp_path: Any, build: Callable[[], nn.Module], chains: list[int]
+) -> None:
+    model = build().eval()
+    inputs = inputs_of(model)
+    store = BlockStore(model, tmp_path)
+    with torch.no_grad(), store.answering():
+        store.find_chains(lambda: model(**inputs))
+    assert [len(chain.blocks) for chain in store.chains] == chains
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("build", [llama, bert, marian, t5, Skipping], ids=lambda build: build.__name__)
+def test_what_is_kept_on_disk_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, build: Callable[[], nn.Module], padded: bool
+) -> None:
+    stock = build().eval()
+    batches = [inputs_of(stock, rows, padded) for rows in (3, 2)]
+    state, cut = stock.state_dict(), []
+    for has_chains in (True, False):
+        if not has_chains:
+            monkeypatch.setattr(BlockStore, "find_chains", lambda self, run: run())
+        model = build()
+        model.load_state_dict(state)
+        factorize_(model, FactorizationConfig(rank=3), calibration=batches)
+        cut.append(model.state_dict())
+    for name, value in cut[0].items():
+        assert_close(value, cut[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_that_is_done_runs_once_more_for_each_batch() -> None:
+    """Each pass runs the block before, whose output is then kept, and the one that it measures; no head runs."""
+    model = llama().eval()
+    runs: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: runs.update([name]))
+    blocks = range(3)
+    requests = {f"model.layers.{i}.mlp.down_proj": "inputs" for i in blocks}
+    visit(model, [inputs_of(model, rows) for rows in (2, 3, 4)], requests, lambda name, moments: None)
+    looks = 2  # at the first batch, which find the chains; of the second only the last block's output is used
+    assert runs["lm_head"] == looks
+    assert runs["model.layers.0.self_attn.q_proj"] == 1 + 2 * 3
+    assert runs["model.layers.2.self_attn.q_proj"] == 1 + 3
+    assert runs["model.layers.2.mlp.down_proj"] == 1
