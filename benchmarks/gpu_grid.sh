@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Grids of trainings, packed onto one GPU within a time; call it again and it goes on where its time ended. It needs torch,
-# transformers, accelerate, pyarrow and pillow, and nothing is installed. benchmarks/grid.py says what a plan is.
+# transformers, accelerate, pyarrow and pillow, and nothing is installed. benchmarks/grid_runs.py says what a plan is.
 #
 #   benchmarks/gpu_grid.sh PLAN... [--minutes N] [--out DIR] [--workers N] [--data DIR] [--archive FILE.tar.gz] [--status]
 #   benchmarks/gpu_grid.sh PLAN... --device cpu --tiny --out DIR     # only to see that it runs

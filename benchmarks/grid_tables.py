@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.grid import Plan
+    from benchmarks.grid_runs import Plan
 
 # Two-sided 5 % critical values of Student's t with 1 to 30 degrees of freedom.
 CRITICAL = (

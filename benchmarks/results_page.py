@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.grid import Plan, folder_of, read_plan, read_result
+from benchmarks.grid_runs import Plan, folder_of, read_plan, read_result
 from benchmarks.grid_tables import NOT_DECIDED, NOT_SEEN, SEEN, write_tables, write_text
 
 ROOT = Path(__file__).parents[1]

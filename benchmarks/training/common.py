@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.grid import commit
+from benchmarks.grid_runs import commit
 from benchmarks.grid_tables import write_text
 from benchmarks.harness.machine import machine
 

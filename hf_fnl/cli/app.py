@@ -25,7 +25,7 @@ from hf_fnl.cli.options import (
     QkvRank,
 )
 from hf_fnl.cli.plan import plan
-from hf_fnl.cli.tables import SortKey, layers_table, matrices_table, share_left, size_change, sort_rows
+from hf_fnl.cli.tables import layers_table, matrices_table, share_left, size_change
 from hf_fnl.cli.terminal import session, usage
 from hf_fnl.utils.suggest import did_you_mean
 
@@ -218,12 +218,9 @@ def merge(
         terminal.show(result | {"out": str(out)}, f"{classes}: {sizes}\n{checked}\n{out}")
 
 
-@app.command(
-    short_help="Show every matrix of a model.", epilog="Example: hf-fnl inspect bert-half --sort effective-rank"
-)
+@app.command(short_help="Show every matrix of a model.", epilog="Example: hf-fnl inspect bert-half")
 def inspect(
     model: Model,
-    sort: Annotated[SortKey | None, typer.Option(help="Largest first; in the order of the model unless given.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -240,7 +237,7 @@ def inspect(
         loaded = load_model(model, terminal)
         with terminal.step("decomposing") as advance:
             found, energies = inspect_model(loaded, advance), read_energies(model)
-        rows = sort_rows([matrix.figures(energies.get(matrix.name)) for matrix in found], sort)
+        rows = [matrix.figures(energies.get(matrix.name)) for matrix in found]
         count = parameter_count(loaded)
         total, dense = int(count["total"]), int(count["dense_equivalent"])
         sizes = {"parameters": total, "parameters_dense": dense, "ratio": count["ratio"]}

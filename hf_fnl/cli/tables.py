@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,24 +13,6 @@ if TYPE_CHECKING:
 ABSENT = "-"
 
 
-class SortKey(str, enum.Enum):
-    """Columns by which ``hf-fnl inspect`` sorts; the largest comes first."""
-
-    RANK = "rank"
-    PARAMETERS = "parameters"
-    FLOPS = "flops"
-    FROBENIUS = "frobenius"
-    NUCLEAR = "nuclear"
-    EFFECTIVE_RANK = "effective-rank"
-    ENERGY = "energy"
-
-    @property
-    def field(self) -> str:
-        """Name of the figure in a row."""
-        return _FIELDS.get(self.value, self.value)
-
-
-_FIELDS = {"frobenius": "frobenius_norm", "nuclear": "nuclear_norm", "effective-rank": "effective_rank"}
 _COLUMNS = {
     "product": "name",
     "kind": "kind",
@@ -45,13 +26,6 @@ _COLUMNS = {
     "energy": "energy",
 }
 _LEFT = ("product", "kind", "layers", "shape")
-
-
-def sort_rows(rows: Sequence[Mapping[str, Any]], key: SortKey | None) -> list[Mapping[str, Any]]:
-    """Rows by a figure, largest first and those without it last; as they are where there is no key."""
-    if key is None:
-        return list(rows)
-    return sorted(rows, key=lambda row: (row[key.field] is None, -(row[key.field] or 0)))
 
 
 def matrices_table(rows: Sequence[Mapping[str, Any]], parameters: int) -> Table:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import grid, mps
+from benchmarks import grid, grid_runs, mps
 from benchmarks.grid_tables import NOT_DECIDED, NOT_SEEN, SEEN, paired_difference
 
 # A training of which the options say how it ends; it counts how often it was begun.
@@ -216,7 +216,7 @@ def test_without_the_multi_process_service_there_is_none(monkeypatch):
 
 def test_the_runner_imports_no_torch():
     code = "import benchmarks.grid, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=grid.ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=grid_runs.ROOT).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
-from benchmarks.grid import _words, read_plan
+from benchmarks.grid_runs import _words, read_plan
 from benchmarks.training import bert, gpt2
 from benchmarks.training.common import Broken, Run
 from benchmarks.training.squad_data import MAX_ANSWER_LENGTH, best_spans, read_questions, score_answers

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from benchmarks import grid
+from benchmarks import grid, grid_runs
 from benchmarks.training import vision
 from benchmarks.training.common import Broken
 from benchmarks.training.images import Batches, read_images
@@ -247,7 +247,7 @@ def test_missing_images_are_named(tmp_path):
 
 def test_a_grid_trains_it_without_datasets(cifar, monkeypatch):
     (cifar / "sitecustomize.py").write_text("import sys\nsys.modules.update(datasets=None, evaluate=None)\n")
-    monkeypatch.setenv("PYTHONPATH", f"{cifar}:{grid.ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{cifar}:{grid_runs.ROOT}")
     plan = {
         "title": "t",
         "program": "benchmarks.training.vision",
@@ -268,7 +268,7 @@ def test_a_grid_trains_it_without_datasets(cifar, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(grid.PLANS.glob("k2*_resnet20*.yaml")) + sorted(grid.PLANS.glob("k22*wrn*.yaml"))
+    "path", sorted(grid_runs.PLANS.glob("k2*_resnet20*.yaml")) + sorted(grid.PLANS.glob("k22*wrn*.yaml"))
 )
 def test_plans_have_options_that_the_program_knows(path, tmp_path):
     plan = grid.read_plan(path.stem)

@@ -54,7 +54,7 @@ def test_nothing_but_the_record_writes_results():
             if "write_json" in names or dumps:
                 writers.add(path.relative_to(ROOT).as_posix())
     # The runner of grids writes tables of what ran; each result in them names the commit of its training.
-    assert writers == {"benchmarks/harness/record.py", "benchmarks/grid.py"}
+    assert writers == {"benchmarks/harness/record.py", "benchmarks/grid_runs.py"}
 
 
 @pytest.mark.parametrize(

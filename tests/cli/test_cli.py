@@ -295,16 +295,6 @@ def test_inspect_lists_what_the_library_says_and_energies_that_were_recorded(hal
     assert energies == {layer["name"]: layer["energy"] for layer in record(half)["layers"]}
 
 
-@pytest.mark.parametrize(
-    ("key", "field"),
-    [("rank", "rank"), ("parameters", "parameters"), ("effective-rank", "effective_rank"), ("energy", "energy")],
-)
-def test_inspect_sorts_with_the_largest_first_and_the_unknown_last(half, key, field):
-    rows = json.loads(cli("inspect", half, "--json", "--sort", key).stdout)["matrices"]
-    values = [-1 if row[field] is None else row[field] for row in rows]
-    assert values == sorted(values, reverse=True)
-
-
 def test_inspect_shows_whole_names_and_totals_in_a_table(half):
     lines = cli("inspect", half).stdout.splitlines()
     model = FactorizedBertModel.from_pretrained(half)

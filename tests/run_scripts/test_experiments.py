@@ -191,16 +191,9 @@ def test_what_is_done_is_not_run_again(table, run, tmp_path):
     run(folder)
     logs = {log: log.read_text() for log in tmp_path.glob("runs/**/*.log")}
     assert len(logs) == 2
-    outcome = run(folder)
+    outcome = run(folder, seeds=(2, 1))
     assert set(outcome["states"].values()) == {"done"}
     assert {log: log.read_text() for log in tmp_path.glob("runs/**/*.log")} == logs
-
-
-def test_seeds_add_up(table, run, tmp_path):
-    folder = table()
-    run(folder, seeds=(10,))
-    run(folder, seeds=(9,))
-    assert list(result(tmp_path)["cells"]["dense birds_10"]["seeds"]) == ["9", "10"]
 
 
 def test_what_was_broken_off_goes_on(table, run, tmp_path):
@@ -306,12 +299,6 @@ def test_a_row_with_an_unknown_flag_is_refused(table, run):
         run(table({"one": row(small={"depth": 3})}))
 
 
-def test_no_seeds_are_refused(table, run, capsys):
-    with pytest.raises(SystemExit):
-        run(table(), seeds=())
-    assert "argument --seeds: expected at least one argument" in capsys.readouterr().err
-
-
 def test_a_script_that_leaves_no_metrics_has_failed(tmp_path):
     (tmp_path / "idle.py").touch()
     with pytest.raises(RuntimeError, match=r"idle.py failed; its output is in .*run.log"):
@@ -349,40 +336,42 @@ OPTIONS = {
 }
 
 
-def published_runs(folder, scale):
-    """The trainings of all rows that are trained, each with its options and training arguments."""
-    rows = published_rows()
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """The trainings of all rows that are trained, by scale, each with its options and training arguments."""
+    rows, folder = published_rows(), tmp_path_factory.mktemp("published")
     places = {name: "data" if known.hub is None else None for row in rows for name, known in row.table.datasets.items()}
-    for run in Launch(runs=folder, places=places, scale=scale).plan(rows, [1]):
-        script = run.row.table.script
-        assert run.command[0] == f"run_scripts/{script}"
-        options, *_, args = HfArgumentParser(OPTIONS[script]).parse_args_into_dataclasses(list(run.command[1:]))
-        yield run, options, args
+    parsers = {script: HfArgumentParser(classes) for script, classes in OPTIONS.items()}
+    found = {}
+    for scale in SCALES:
+        runs = Launch(runs=folder, places=places, scale=scale).plan(rows, [1])
+        assert all(run.command[0] == f"run_scripts/{run.row.table.script}" for run in runs)
+        parsed = [parsers[run.row.table.script].parse_args_into_dataclasses(list(run.command[1:])) for run in runs]
+        found[scale] = [(run, options, args) for run, (options, *_, args) in zip(runs, parsed, strict=True)]
+    return found
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_the_scripts_take_all_published_rows(tmp_path, scale):
-    for run, options, args in published_runs(tmp_path, scale):
+def test_the_scripts_take_all_published_rows(published, scale):
+    for run, options, args in published[scale]:
         assert args.learning_rate == run.settings["learning_rate"], run.name
         for flag in ("model", "rank_scale", "factor_init"):
             given = run.settings.get(flag, getattr(options, flag, None))
             assert getattr(options, flag, None) in (given, [given]), run.name
+        steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs
+        assert max(args.dense_steps, getattr(args, "dense_epochs", 0)) < steps, run.name
 
 
-def test_the_second_papers_runs_on_imagenet_have_its_batch_and_a_rate_that_fits(tmp_path):
-    for run, _, args in published_runs(tmp_path, "full"):
+def test_the_second_papers_runs_on_imagenet_have_its_batch_and_a_rate_that_fits(published):
+    for run, _, args in published["full"]:
         if run.row.table.name.startswith("k22") and run.row.data(run.column) == "imagenet":
             assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 1024, run.name
             half = 0.5 if "lr_0.5" in run.row.name else 1
             assert args.learning_rate == pytest.approx(0.1 * 1024 / 256 * half), run.name
 
 
-def test_the_first_papers_translations_have_the_settings_of_its_code(tmp_path):
-    found = [
-        (run, options, args)
-        for run, options, args in published_runs(tmp_path, "full")
-        if run.row.table.name.startswith("k21_figure4")
-    ]
+def test_the_first_papers_translations_have_the_settings_of_its_code(published):
+    found = [each for each in published["full"] if each[0].row.table.name.startswith("k21_figure4")]
     assert {run.row.table.name for run, _, _ in found} == {"k21_figure4_decay", "k21_figure4_rank"}
     for run, options, args in found:
         assert (options.normalize_before, options.dropout, args.max_tokens) == (True, 0.2, 4000)
@@ -395,13 +384,6 @@ def test_the_first_papers_translations_have_the_settings_of_its_code(tmp_path):
         else:
             assert args.frobenius_decay == []
             assert args.weight_decay == (0 if "none" in run.column else float(run.column.rpartition("_")[2]))
-
-
-def test_dense_phases_end_before_the_training_does(tmp_path):
-    for scale in SCALES:
-        for run, _, args in published_runs(tmp_path, scale):
-            steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs
-            assert max(args.dense_steps, getattr(args, "dense_epochs", 0)) < steps, run.name
 
 
 def test_a_row_that_is_not_trained_stands_in_the_table(table, run, tmp_path):

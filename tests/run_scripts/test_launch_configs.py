@@ -14,7 +14,6 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from launching import free_port
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "run_scripts" / "launch"
@@ -32,18 +31,6 @@ EXPECTED = {
     "hsdp": ("FSDP", 16, 2),
     "multi_node": ("MULTI_GPU", 16, 2),
     **{f"zero{stage}{more}": ("DEEPSPEED", 8, 1) for stage in (1, 2, 3) for more in ("", "_offload")},
-}
-TINY = """
-    --vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 2 --num_attention_heads 3 --ov_rank 5
-    --intermediate_size 40 --max_position_embeddings 64 --phases 16:2 --per_device_train_batch_size 4 --use_cpu
-    --report_to none --disable_tqdm true --logging_steps 1 --save_strategy no
-"""
-# What runs without a GPU, and what must come of it.
-RUNS = {
-    "one_process": ("DistributedType.NO", 1, None),
-    "two_cpu_processes": ("DistributedType.MULTI_CPU", 2, None),
-    "zero2": ("DistributedType.DEEPSPEED", 2, 2),
-    "fsdp2": ("DistributedType.FSDP", 2, None),
 }
 
 
@@ -142,26 +129,3 @@ def test_shell_scripts_are_bash_and_resume(path):
     assert f"run_scripts/launch/{path.name} run_scripts/" in text.splitlines()[1]
     assert "--resume_from_checkpoint true" in text
     assert os.access(path, os.X_OK)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_launcher_trains_under_the_engine_that_it_names(name, tmp_path):
-    if name.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    processes = RUNS[name][1]
-    sharing = ["--num_processes", str(processes), "--main_process_port", str(free_port())] if processes > 1 else []
-    config = ["--config_file", str(FOLDER / f"{name}.yaml"), "--num_cpu_threads_per_process", "1", *sharing]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "tests/support/workers/launched.py"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *TINY.split(), "--output_dir", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert (tmp_path / "engine.json").is_file(), done.stderr[-3000:]
-    facts = json.loads((tmp_path / "engine.json").read_text())
-    assert tuple(facts.values()) == RUNS[name]
-    assert (tmp_path / "model.safetensors").is_file()

@@ -48,6 +48,7 @@ RUNS = {
         --per_device_eval_batch_size 100 --eval_strategy no --save_strategy no""",
 }
 LAUNCHES = {"fsdp2": ("train_translation", "train_vision"), "zero3": ("pretrain_bert", "train_clm")}
+ENGINES = {"fsdp2": "DistributedType.FSDP", "zero3": "DistributedType.DEEPSPEED"}
 ALIKE_IN_ONE_PROCESS = {"pretrain_bert": pretrain_bert, "train_clm": train_clm}
 MEASURES = ("train_loss", "eval_mlm_loss", "eval_nats_per_token")  # eval_loss is a mean of batches, whatever their size
 
@@ -73,6 +74,9 @@ def launch(engine: str, folder: Path) -> None:
         text=True,
         timeout=240,
     )
+    for script in LAUNCHES[engine]:  # accelerate takes another engine without a word where it cannot have one
+        found = [path.read_text() for path in sorted((folder / script).glob("engine-*.json"))]
+        assert found == [json.dumps((ENGINES[engine], 2))] * 2, done.stderr[-4000:]
     missing = [script for script in LAUNCHES[engine] if not (folder / script / "model.safetensors").is_file()]
     assert not missing, f"{missing}\n{done.stderr[-4000:]}"
 

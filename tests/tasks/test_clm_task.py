@@ -41,7 +41,7 @@ from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [text[:length] for text, length in zip(embedded_documents(), (300, 5, 700, 90, 41, 256, 1, 403), strict=False)]
-STRIDES = pytest.mark.parametrize(("block_size", "stride"), [(2, 1), (13, 12), (13, 5), (13, 1), (900, 899), (64, 63)])
+STRIDES = pytest.mark.parametrize(("block_size", "stride"), [(2, 1), (13, 12), (13, 5), (900, 899)])
 STREAMING = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -226,8 +226,7 @@ def nats_token_by_token(model, tokens, block_size: int, stride: int) -> float:
     return total
 
 
-@pytest.mark.parametrize("stride", [63, 17])
-@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize(("stride", "batch_size"), [(63, 5), (17, 3)])
 def test_perplexity_is_that_of_the_whole_text(tmp_path, tokenizer, tokens, stride, batch_size):
     model = tiny_model(tokenizer).eval()
     found = evaluate(tmp_path, model, build_blocks(documents(), tokenizer, block_size=64, stride=stride), batch_size)
@@ -338,7 +337,7 @@ def test_the_script_writes_a_model_its_tokenizer_metrics_and_settings(tmp_path, 
     assert again["eval_nats_per_token"] == pytest.approx(metrics["eval_nats_per_token"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("size", "evaluated", "warned"), [(16, 32, True), (32, 16, False), (16, None, False)])
+@pytest.mark.parametrize(("size", "evaluated", "warned"), [(16, 32, True), (16, None, False)])
 def test_the_script_evaluates_at_another_length_than_it_trains(tmp_path, held_out, caplog, size, evaluated, warned):
     flags = ["--block_size", str(size), *(["--eval_block_size", str(evaluated)] if evaluated else [])]
     found = run(tmp_path / "run", *flags, *held_out)

@@ -19,6 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "run_scripts"))
 def main(path: str) -> None:
     for script, flags in json.loads(Path(path).read_text()).items():
         importlib.import_module(script).main(flags)
+        state = AcceleratorState()
+        engine = (str(state.distributed_type), state.num_processes)
+        (Path(flags[flags.index("--output_dir") + 1]) / f"engine-{state.process_index}.json").write_text(
+            json.dumps(engine)
+        )
         if getattr(AcceleratorState(), "deepspeed_plugin", None) is not None:
             AcceleratorState._reset_state()  # as if the next script were started anew
 
