@@ -26,6 +26,7 @@ SPLIT_WORDS = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 
+FEW_SHARDS = 8  # fewer files of a stream than these are divided further
 # Over a stream; a finite number, so that a stream in which nothing is found ends.
 PASSES = 1000
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -39,7 +40,6 @@ def load_documents(
     text_column: str = "text",
     streaming: bool = False,
     limit: int | None = None,
-    shards: int = 1,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load raw documents, one a row, from wherever they lie.
 
@@ -55,21 +55,18 @@ def load_documents(
         text_column: Column that holds the text.
         streaming: Read while training instead of beforehand; memory and disk use do not grow with the corpus.
         limit: Take this many documents at most, the first ones.
-        shards: When ``streaming``: in how many shards at least, for processes and data loader workers to share. Where
-            there are fewer files, or row groups of parquet files, each is divided by the numbers of its documents.
 
     Returns:
-        A data set with the single column ``text``; an iterable one when ``streaming``.
+        A data set with the single column ``text``; an iterable one when ``streaming``, whose shards are files or, where
+        these are few, row groups of parquet files. With a ``limit`` it has one shard.
 
     Raises:
         FileNotFoundError: If a path does not exist.
         ValueError: If a file cannot be read, the files are of several kinds or of none that is known, the data set is
-            empty, ``text_column`` is not in it or holds no text, or ``limit`` or ``shards`` is below 1.
+            empty, ``text_column`` is not in it or holds no text, or ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 document or None for all, got {limit}")
-    if shards < 1:
-        raise ValueError(f"stream_shards must be at least 1, got {shards}")
     if source == "embedded":
         documents, first = _embedded(streaming)
     elif isinstance(source, str) and not looks_like_path(source):
@@ -83,37 +80,20 @@ def load_documents(
     documents = documents.select_columns([text_column])
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
-    if limit is not None:
-        documents = documents.take(limit if streaming else min(limit, len(documents)))
-    return _in_shards(documents, shards, is_one=limit is not None) if streaming else documents
+    if streaming and limit is not None:  # `take` would take some of each shard
+        features = datasets.Features({"text": datasets.Value("string")})
+        sources = {"documents": documents, "limit": limit}
+        return datasets.IterableDataset.from_generator(_first, gen_kwargs=sources, features=features)
+    if streaming:
+        return documents.reshard() if documents.num_shards < FEW_SHARDS else documents
+    return documents if limit is None else documents.take(min(limit, len(documents)))
 
 
-def _in_shards(documents: datasets.IterableDataset, shards: int, *, is_one: bool) -> datasets.IterableDataset:
-    """Documents in so many shards at least; ``take`` would take some of each shard, so its documents are one source."""
-    if documents.num_shards < shards and not is_one:
-        documents = documents.reshard()
-    sources = 1 if is_one else documents.num_shards
-    parts = -(-shards // sources)
-    if parts == 1 and not is_one:
-        return documents
-    numbers = [(source, part) for source in range(sources) for part in range(parts)]
-    rest = {"documents": documents, "sources": sources, "parts": parts}
-    return datasets.IterableDataset.from_generator(
-        _read_parts,
-        gen_kwargs={"numbers": numbers, **rest},
-        features=datasets.Features({"text": datasets.Value("string")}),
-    )
-
-
-def _read_parts(
-    numbers: list[tuple[int, int]], documents: datasets.IterableDataset, sources: int, parts: int
-) -> Iterator[dict[str, Any]]:
-    """Read the documents ``part``, ``part + parts``, ... of a source, for each pair of a source and a part."""
-    for source, part in numbers:
-        rows = documents if sources == 1 else documents.shard(sources, source)
-        # Other than iter(rows), this does not divide the documents among the workers of torch's data loader.
-        for row in islice(rows.iter(batch_size=1), part, None, parts):
-            yield {"text": row["text"][0]}
+def _first(documents: datasets.IterableDataset, limit: int) -> Iterator[dict[str, Any]]:
+    """The first documents of a stream."""
+    # Other than iter(documents), this does not divide them among the workers of torch's data loader.
+    for row in islice(documents.iter(batch_size=1), limit):
+        yield {"text": row["text"][0]}
 
 
 @dataclass
@@ -129,18 +109,11 @@ class DocumentOptions:
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     max_documents: int | None = field(default=None, metadata={"help": "Take the first so many documents."})
     streaming: bool = field(default=False, metadata={"help": "Read while training; memory does not grow."})
-    stream_shards: int = field(
-        default=8,
-        metadata={
-            "help": "Divide streamed data into so many shards at least, that is as many processes times data loader "
-            "workers as are to read it; the same in a resumed run."
-        },
-    )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     tokenizer: str | None = field(default=None, metadata={"help": "Hub id or folder. Default: train one."})
 
     def __post_init__(self) -> None:
-        check_at_least(1, self, "max_documents", "max_validation_documents", "stream_shards", "num_proc")
+        check_at_least(1, self, "max_documents", "max_validation_documents", "num_proc")
 
     def training(self, *, streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:
         """The documents to train on; all of them at once unless ``streaming``, and then over and over again.
@@ -159,7 +132,7 @@ class DocumentOptions:
                 check_same_files(raise_on_all(lambda: data_files([Path(self.dataset).expanduser()], self.split)))
             if not streaming:
                 return raise_on_all(lambda: load_documents(**source))
-            documents = raise_on_all(lambda: load_documents(streaming=True, shards=self.stream_shards, **source))
+            documents = raise_on_all(lambda: load_documents(streaming=True, **source))
             return documents.repeat(PASSES)
 
     def validation(self) -> datasets.Dataset | None:

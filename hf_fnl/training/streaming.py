@@ -72,9 +72,7 @@ def stream_loader(dataset: Any, collate: Any, args: TrainingArguments) -> DataLo
 
 def _check_not_empty(own: Any, rank: int) -> None:
     if next(iter(own), None) is None:
-        raise ValueError(
-            f"there is no example in the stream for process {rank}: give more data, or lower stream_shards"
-        )
+        raise ValueError(f"there is no example in the stream for process {rank}: give more data")
 
 
 class StreamPosition(TrainerCallback):

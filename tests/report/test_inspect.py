@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
     Qwen3Model,
 )
+from transformers.pytorch_utils import Conv1D
 
 from hf_fnl import FactorizationConfig, FactorizedLinear, factorize_
 from hf_fnl.attention import find_products
@@ -105,10 +106,12 @@ def test_plain_matrices_have_the_figures_of_their_singular_values(dtype):
         "wide": nn.Linear(13, 5),
         "table": nn.Embedding(11, 4),
         "patch": nn.Conv2d(2, 7, 3),
+        "transposed": Conv1D(6, 10),
     }
     model = nn.ModuleDict(layers).to(dtype)
     for row in inspect_model(model):
         weight = layers[row.name].weight.detach().double().flatten(1)
+        weight = weight.mT if row.name == "transposed" else weight
         s = torch.linalg.svdvals(weight)
         kept = s.square().cumsum(0) / s.square().sum()
         assert (row.kind, row.shape, row.rank) == ("dense", tuple(weight.shape), min(weight.shape))
