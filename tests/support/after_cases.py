@@ -36,7 +36,7 @@ def check_next_steps(folder: Path, out: Path) -> dict[str, Any]:
         assert not AutoConfig.from_pretrained(out / "merged").architectures[0].startswith("Factorized")
         assert "# merged" in (out / "merged" / "README.md").read_text()
     hf_fnl("report", folder, "--out", out / "report.html")
-    assert "<svg" in (out / "report.html").read_text()
+    assert "image/svg+xml" in (out / "report.html").read_text()
     card = model_card(model, name="someone/model", record=folder)
     (out / "card.md").write_text(str(card))
     assert card_problems(str(card)) == []

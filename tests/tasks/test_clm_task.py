@@ -348,7 +348,8 @@ def test_the_script_evaluates_at_another_length_than_it_trains(tmp_path, held_ou
     assert ("positions in between are evaluated as they were drawn" in caplog.text) == warned
 
 
-def test_the_script_on_the_stock_class_while_streaming_and_further_from_its_model(tmp_path):
+def test_the_script_on_the_stock_class_while_streaming_and_further_from_its_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(clm, "DOCUMENTS_PER_GROUP", 4)
     stock = ("--stock", "true", "--streaming", "true", "--optim", "adamw_torch", "--block_size", "16")
     assert "eval_loss" not in run(tmp_path / "one", *stock)
     run(tmp_path / "two", *stock, "--init_from", str(tmp_path / "one"), "--learning_rate", "0")

@@ -53,7 +53,12 @@ def serialized() -> list[str]:
 
 def test_the_same_text_gives_the_same_tokenizer_in_every_process():
     code = "import json, test_tokenization as test; print(json.dumps(test.serialized()))"
-    paths = [str(ROOT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [
+        str(ROOT),
+        str(ROOT / "tests/support"),
+        str(Path(__file__).parent),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert json.loads(done.stdout) == serialized()
