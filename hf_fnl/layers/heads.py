@@ -76,9 +76,8 @@ class HeadProjection(nn.Module):
             raise ValueError(f"{dense} has no heads {[*heads]} of width {width} in its {weight.shape[dim]}")
         shape = list(weight.shape)
         shape[dim] = sum(count * rank for count, rank in heads)
-        layer: Any = (HeadConv1D if isinstance(dense, Conv1D) else HeadLinear).__new__(
-            HeadConv1D if isinstance(dense, Conv1D) else HeadLinear
-        )
+        ours = HeadConv1D if isinstance(dense, Conv1D) else HeadLinear
+        layer: Any = ours.__new__(ours)
         nn.Module.__init__(layer)
         layer.heads, layer.width, layer.dense_width, layer.is_output = heads, width, dense_width, is_output
         layer.weight = nn.Parameter(weight.detach().new_empty(shape), requires_grad=weight.requires_grad)

@@ -29,11 +29,12 @@ from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery.calibration import Calibration
 from hf_fnl.surgery.config import LayerRank, RankRule
 from hf_fnl.surgery.cut import candidate, check_values, cut, parameters_beside, spectra_of
+from hf_fnl.surgery.heads import Attention, HeadTarget, Target
 from hf_fnl.surgery.ranks import UnreachableShare, choose_ranks
 from hf_fnl.surgery.record import models_in
 from hf_fnl.surgery.select import first_names, weights
 from hf_fnl.surgery.swap import check_present, swap_
-from hf_fnl.surgery.targets import Attention, Cut, HeadTarget, LayerTarget, Target
+from hf_fnl.surgery.targets import Cut, LayerTarget
 from hf_fnl.utils.suggest import did_you_mean, listed
 from hf_fnl.workarounds import whole_parameters
 

@@ -154,6 +154,10 @@ class FactorizationConfig(RankRule):
         """Return whether a module of this name is meant."""
         return _matches(name, self.include) and not self.excludes(name)
 
+    def singles_out(self, name: str) -> bool:
+        """Return whether a module of this name is meant by a pattern other than ``"*"``."""
+        return self.names(name) and _matches(name, [pattern for pattern in self.include if pattern != "*"])
+
     def excludes(self, name: str) -> bool:
         """Return whether a module of this name is excluded."""
         return _matches(name, self.exclude)

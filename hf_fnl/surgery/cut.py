@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_fnl.surgery.calibration import Calibration, Heads, Request, for_each
+from hf_fnl.surgery.heads import HeadTarget, Target, cut_heads
 from hf_fnl.surgery.ranks import Candidate
-from hf_fnl.surgery.targets import Cut, Draw, HeadTarget, LayerTarget, Replacements, Target, cut_heads
+from hf_fnl.surgery.targets import Cut, Draw, LayerTarget, Replacements
 
 Spectra = Callable[[], Mapping[str, Tensor]]
 

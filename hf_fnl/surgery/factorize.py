@@ -13,11 +13,12 @@ from torch import nn
 from hf_fnl.surgery.calibration import Calibration
 from hf_fnl.surgery.config import LAYER_KINDS, FactorizationConfig
 from hf_fnl.surgery.cut import candidate, check_values, cut, parameters_beside, spectra_of
+from hf_fnl.surgery.heads import HeadTarget, Target
 from hf_fnl.surgery.ranks import Candidate, UnreachableShare, choose_ranks
 from hf_fnl.surgery.record import QUANT_METHOD, layer_record, models_near
 from hf_fnl.surgery.select import by_reason, listed, select
 from hf_fnl.surgery.swap import check_not_quantized, check_present, swap_and_record_, unwrapped
-from hf_fnl.surgery.targets import Cut, HeadTarget, Replacements, Target
+from hf_fnl.surgery.targets import Cut, Replacements
 
 
 @dataclass(frozen=True)
@@ -173,11 +174,10 @@ def _below_rank(
     targets: Sequence[Target], candidates: Sequence[Candidate], config: FactorizationConfig
 ) -> dict[str, str]:
     """Why what only ``"*"`` names stays dense where ``rank`` is above its largest; nothing if that holds for all."""
-    named = dataclasses.replace(config, include=[pattern for pattern in config.include if pattern != "*"]).names
     reasons = {
         each.name: f"its rank can be at most {each.limit}"
         for target, each in zip(targets, candidates, strict=True)
-        if (config.rank or 0) > each.limit and not any(map(named, target.names))
+        if (config.rank or 0) > each.limit and not any(map(config.singles_out, target.names))
     }
     return reasons if len(reasons) < len(candidates) else {}
 

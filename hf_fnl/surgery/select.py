@@ -6,7 +6,6 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -18,13 +17,11 @@ from hf_fnl.attention.adapters import attention_of
 from hf_fnl.attention.selectors import ATTENTION_KINDS
 from hf_fnl.layers import Factorized, HeadProjection
 from hf_fnl.surgery.config import FactorizationConfig
+from hf_fnl.surgery.heads import Attention, HeadTarget, Target
 from hf_fnl.surgery.swap import is_read_by_its_parent, parameters_around, weight_obstacle, what_hangs_on
 from hf_fnl.surgery.targets import (
     FACTORIZED_CLASSES,
-    Attention,
-    HeadTarget,
     LayerTarget,
-    Target,
     computes_otherwise,
     empty_layer,
     factorized_class,
@@ -58,7 +55,6 @@ def select(
         stock for stock, ours in FACTORIZED_CLASSES.items() if ours.kind in config.kinds
     )
     _check_classes(classes)
-    by_name = replace(config, include=[pattern for pattern in config.include if pattern != "*"])
     outputs = _output_embeddings(model)
     outside = parameters_around(model, near)
     wants_embeddings = any(issubclass(cls, nn.Embedding) for cls in classes)
@@ -81,11 +77,11 @@ def select(
         reason = _obstacle(model, holders, config)
         if reason is None and weight in outside:
             reason = f"its weight is also {outside[weight]}, outside of what is factorized: hand over what holds both"
-        if reason is None and is_output and not wants_embeddings and not any(map(by_name.names, chosen)):
+        if reason is None and is_output and not wants_embeddings and not any(map(config.singles_out, chosen)):
             reason = "it is the output embedding: add 'embedding' to kinds, or its name to include"
         if reason is None:
             targets.append(LayerTarget(first_names(holders), config.conv_scheme))
-        elif named := [name for name in chosen if by_name.names(name)]:
+        elif named := [name for name in chosen if config.singles_out(name)]:
             raise ValueError(f"{named[0]} cannot be factorized: {reason}")
         else:
             skipped[chosen[0]] = reason
@@ -106,7 +102,6 @@ def _select_heads(
     """As :func:`select`, the products of heads."""
     targets: list[HeadTarget] = []
     skipped: dict[str, str] = {}
-    by_name = replace(config, include=[pattern for pattern in config.include if pattern != "*"])
     for kind in (kind for kind in ATTENTION_KINDS if kind in config.kinds):
         for path, module in model.named_modules():
             name = f"{path}.{kind}" if path else kind
@@ -120,7 +115,7 @@ def _select_heads(
             }:
                 targets.append(found)
             elif isinstance(found, str):
-                if any(map(by_name.names, (path, name))):
+                if any(map(config.singles_out, (path, name))):
                     raise ValueError(f"{name} cannot be cut: {found}")
                 skipped[name] = found
     return targets, skipped
@@ -285,7 +280,7 @@ def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -
             )
         if not name:
             return "it is the model itself; use the from_dense of its factorized class"
-        if not replace(config, include=("*",)).names(name):
+        if config.excludes(name):
             return f"its weight is also that of {name}, which is excluded"
         if is_read_by_its_parent(layer):
             return _READ_BY_ITS_PARENT

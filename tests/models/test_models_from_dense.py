@@ -17,7 +17,7 @@ from hf_fnl.layers import FactorizedLinear, HeadProjection
 from hf_fnl.layers.heads import trim_heads
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.optim.diagnostics import parameter_count
-from hf_fnl.surgery.targets import Attention
+from hf_fnl.surgery.heads import Attention
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 EXACT = {"rtol": 0, "atol": 0}

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 import hf_fnl
 from hf_fnl.attention.adapters import projections_of
 from hf_fnl.layers import Factorized, HeadProjection
-from hf_fnl.surgery.targets import Attention
+from hf_fnl.surgery.heads import Attention
 
 Ranks = dict[str, Any]
 
