@@ -45,7 +45,8 @@ def vocabulary_loss(
         chunk_size: Positions whose logits are in memory together.
 
     Returns:
-        The loss, a scalar, in float32 or better. It can be differentiated once.
+        The loss, a scalar, in float32 or better. Where gradients are to be differentiated themselves, they are computed
+        from all logits. :mod:`torch.func` does not transform it.
 
     Raises:
         IndexError: If a label is neither in the vocabulary nor ``ignore_index``.
@@ -83,16 +84,27 @@ class _SummedLoss(torch.autograd.Function):
         # A graph of torch.compile that held the loop would have been made for one number of chunks.
         compute = _summed_loss_op if torch.compiler.is_compiling() else _summed_loss
         total, *gradients = compute(rows, weight, bias, labels, wanted, dtype, *options)
-        ctx.wanted = wanted
-        ctx.save_for_backward(*gradients)
+        ctx.wanted, (_, ctx.label_smoothing, ctx.ignore_index) = wanted, options
+        ctx.save_for_backward(rows, weight, bias, labels, *gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which differentiates once itself
-            raise RuntimeError("vocabulary_loss can be differentiated once, and create_graph=True asks for more")
-        pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        rows, weight, bias, labels, *gradients = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated itself
+            gradients = _gradients(rows, weight, bias, labels, ctx.label_smoothing, ctx.ignore_index)
+        pairs = zip(gradients, ctx.wanted, strict=True)
         return *(gradient * d_total if is_wanted else None for gradient, is_wanted in pairs), *[None] * 5
+
+
+def _gradients(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float, ignore_index: int
+) -> list[Tensor]:
+    """Gradients of the summed loss of rows, weight and bias, by operations that autograd follows."""
+    counts = (labels != ignore_index).unsqueeze(-1)
+    target = (labels.unsqueeze(-1) == torch.arange(len(weight), device=labels.device)) * (1 - label_smoothing)
+    d_logits = (F.linear(rows, weight, bias).softmax(-1) - target - label_smoothing / len(weight)) * counts
+    return [d_logits @ weight, d_logits.mT @ rows, d_logits.sum(0)]
 
 
 def _summed_loss(

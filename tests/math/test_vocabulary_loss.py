@@ -115,10 +115,14 @@ def test_the_backward_pass_can_be_repeated():
     assert torch.equal(first, second)
 
 
-def test_it_is_differentiated_once():
-    hidden_states, weight, _, labels = problem()
-    with pytest.raises(RuntimeError, match="vocabulary_loss can be differentiated once"):
-        torch.autograd.grad(vocabulary_loss(hidden_states, weight, labels), weight, create_graph=True)
+def test_a_penalty_on_the_gradient_has_the_gradient_of_the_plain_loss():
+    *tensors, labels = problem()
+    results = []
+    for function in (vocabulary_loss, reference):
+        loss = function(*tensors[:2], labels, bias=tensors[2], label_smoothing=0.1)
+        gradients = torch.autograd.grad(loss, tensors, create_graph=True)
+        results.append(torch.autograd.grad(sum(each.square().sum() for each in gradients), tensors))
+    close(*results)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -147,10 +151,11 @@ def test_no_more_logits_than_those_of_a_chunk_are_ever_in_memory(function, rows,
     assert largest.numel == max(rows * VOCAB, 213 * WIDTH if is_training else 213)
 
 
-def test_gradients_wait_for_the_backward_pass_and_no_logits():
+def test_inputs_and_their_gradients_wait_for_the_backward_pass_and_no_logits():
     *tensors, labels = problem(shape=(213,))
     total = vocabulary_loss(*tensors[:2], labels, bias=tensors[2]).grad_fn.next_functions[0][0]
-    assert [saved.shape for saved in total.saved_tensors] == [tensor.shape for tensor in tensors]
+    shapes = [tensor.shape for tensor in tensors]
+    assert [saved.shape for saved in total.saved_tensors] == [*shapes, labels.shape, *shapes]
 
 
 @pytest.mark.parametrize(
