@@ -86,6 +86,13 @@ def test_flags_override_a_file(tmp_path):
     assert given == Options("m", 5, 0.5, 2, ["linear"], False)
 
 
+def test_a_flag_that_is_wrong_is_not_said_of_the_file(tmp_path):
+    file = written(tmp_path / "a.yaml", "model: '-m'\nrate: -1e-3\n")
+    assert parse(file) == Options("-m", rate=-1e-3)
+    with pytest.raises(UsageError, match=r"^--rate: invalid float value: 'x'$"):
+        parse(file, "--rate", "x")
+
+
 def test_words_of_a_file_stay_words(tmp_path):
     """YAML takes ``no`` and 1_000 for a truth value and a number."""
     assert parse(written(tmp_path / "a.yaml", "model: no\n")).model == "no"
