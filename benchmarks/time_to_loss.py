@@ -27,8 +27,9 @@ from benchmarks.harness.machine import machine
 from benchmarks.harness.record import write_result
 from benchmarks.harness.tables import write_table
 from benchmarks.harness.timing import interleave, ratio
-from hf_fnl.report.drawing import draw_png
+from hf_fnl.report.drawing import draw
 from hf_fnl.report.sections import PALETTE, Line, Panel
+from hf_fnl.utils.files import write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "time_to_loss.json"
@@ -130,7 +131,7 @@ def first_below(curve: Curve, loss: float) -> float | None:
     return None
 
 
-def draw(rows: Sequence[dict[str, Any]], curves: dict[str, Curve], target: Path) -> None:
+def draw_curves(rows: Sequence[dict[str, Any]], curves: dict[str, Curve], target: Path) -> None:
     """Losses by updates and by minutes."""
 
     def panel(xlabel: str, scale: Callable[[dict[str, Any]], float]) -> Panel:
@@ -141,7 +142,7 @@ def draw(rows: Sequence[dict[str, Any]], curves: dict[str, Curve], target: Path)
         return Panel("MLM loss on held-out articles", xlabel, "loss", lines)
 
     panels = [panel("updates", lambda row: 1), panel("minutes", lambda row: row["seconds_per_update"] / 60)]
-    draw_png(panels, target, columns=2)
+    write_bytes(target, draw(panels, "png"))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "curves": curves,
     }
     result = write_result(RESULT, result)
-    draw(rows, curves, RESULT.with_suffix(".png"))
+    draw_curves(rows, curves, RESULT.with_suffix(".png"))
     write_table(RESULT, rows, result["command"])
     return result
 

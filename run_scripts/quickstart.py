@@ -25,7 +25,7 @@ import pretrain_bert
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 from hf_fnl.optim.diagnostics import parameter_count
-from hf_fnl.report import plot_diagnostics, plot_loss
+from hf_fnl.report import write_report
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import UsageError, parse_flags, run_script
 from hf_fnl.utils.files import check_writable, write_json
@@ -44,7 +44,6 @@ FINE_TUNING = """
     --per_device_train_batch_size 16 --per_device_eval_batch_size 32 --logging_steps 10 --diagnostics_steps 10
     --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/squad
 """
-RUNS = {"pretraining": "pretrained/phase-1", "pretraining-512": "pretrained/phase-2", "fine-tuning": "squad"}
 EVALUATION = """
     --model {folder}/merged --dataset embedded --max_seq_length 256 --doc_stride 64
     --output_dir {folder}/merged_evaluation
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_writable("output_dir", folder)
     has_plots, has_tensorboard = (importlib.util.find_spec(name) is not None for name in ("matplotlib", "tensorboard"))
     if not (has_plots and has_tensorboard):
-        print('no pictures or TensorBoard logs will be made without: pip install "hf_fnl[plots]"')
+        print('no reports or TensorBoard logs will be made without: pip install "hf_fnl[plots]"')
     names = {"folder": shlex.quote(str(folder)), "report_to": "tensorboard" if has_tensorboard else "none"}
     seconds: dict[str, float] = {}
     with timed(seconds, "pretraining with FLAMBe"):
@@ -99,11 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         agreement = same_answers(folder / "squad", folder / "merged_evaluation")
     if agreement < 1:
         raise SystemExit(f"the merged model gave other answers to {1 - agreement:.1%} of the questions")
-    pictures = []
-    if has_plots:
-        for name, run in RUNS.items():
-            pictures.append(plot_loss(folder / run, folder / "plots" / f"loss-{name}.png"))
-            pictures.append(plot_diagnostics(folder / run, folder / "plots" / f"products-{name}.png"))
+    pages = [write_report([folder / run], folder / f"{run}.html") for run in ("pretrained", "squad") if has_plots]
     stock = BertForQuestionAnswering.from_pretrained(folder / "merged")
     figures = {
         "parameters, factorized": squad["parameters"]["total"],
@@ -117,11 +112,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         **{f"seconds, {name}": value for name, value in seconds.items()},
     }
     write_json(folder / "summary.json", figures)
-    print_summary(folder, figures, pictures)
+    print_summary(folder, figures, pages)
     return figures
 
 
-def print_summary(folder: Path, figures: dict[str, Any], pictures: list[Path]) -> None:
+def print_summary(folder: Path, figures: dict[str, Any], pages: list[Path]) -> None:
     """Print the figures as a table, and where everything lies."""
     width = max(map(len, figures))
     print("\n" + "\n".join(f"{name:<{width}}  {value:>12,.4g}" for name, value in figures.items()))
@@ -130,11 +125,7 @@ def print_summary(folder: Path, figures: dict[str, Any], pictures: list[Path]) -
         "question answering": folder / "squad",
         "merged stock model": folder / "merged",
         "figures": folder / "summary.json",
-        **(
-            {"pictures": ", ".join(map(str, pictures)), "TensorBoard": f"tensorboard --logdir {folder}"}
-            if pictures
-            else {}
-        ),
+        **({"reports": ", ".join(map(str, pages)), "TensorBoard": f"tensorboard --logdir {folder}"} if pages else {}),
     }
     print("\n" + "\n".join(f"{name:<{width}}  {place}" for name, place in places.items()))
 

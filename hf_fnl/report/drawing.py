@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from hf_fnl.report.sections import Panel
@@ -28,40 +26,14 @@ def require_matplotlib() -> None:
     require("matplotlib", "plots are drawn by", "hf_fnl[plots]")
 
 
-def draw_svg(panels: Sequence[Panel]) -> bytes:
-    """Return panels side by side as an SVG file."""
-    with _figure(panels, columns=min(3, len(panels))) as figure:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return buffer.getvalue()
-
-
-def draw_png(panels: Sequence[Panel], target: str | Path, *, columns: int) -> Path:
-    """Write panels side by side as a picture."""
-    target = Path(target)
-    with _figure(panels, columns=columns) as figure:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, format="png", dpi=120)
-    return target
-
-
-def describe(panel: Panel) -> str:
-    """Return a plot in words: where its lines start and end."""
-    lines = []
-    for line in panel.lines:
-        (start, first), (end, last) = line.points[0], line.points[-1]
-        lines.append(f"{line.label or panel.ylabel}: {first:.3g} at {start}, {last:.3g} at {end}")
-    return f"{panel.title}: {panel.ylabel} against {panel.xlabel}. {'; '.join(lines)}."
-
-
-@contextlib.contextmanager
-def _figure(panels: Sequence[Panel], *, columns: int) -> Iterator[Any]:
-    """Panels with their titles above one legend of all their lines."""
+def draw(panels: Sequence[Panel], kind: str = "svg") -> bytes:
+    """Return panels side by side as a file of a kind that matplotlib writes, such as ``"svg"`` or ``"png"``."""
     require_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+    columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with rc_context(_STYLE):
         figure = Figure(figsize=(4 * columns, 2.8 * rows + 0.3), layout="constrained")
@@ -72,11 +44,24 @@ def _figure(panels: Sequence[Panel], *, columns: int) -> Iterator[Any]:
             axis.set_axis_off()
         keys = {line.label: line for panel in panels for line in panel.lines if line.label}
         handles = [
-            Line2D([], [], color=k.colour, linestyle="--" if k.dashed else "-", label=k.label) for k in keys.values()
+            Line2D([], [], color=key.colour, linestyle="--" if key.dashed else "-", label=key.label)
+            for key in keys.values()
         ]
         if handles:
             figure.legend(handles=handles, loc="outside lower center", ncols=2 * columns, frameon=False)
-        yield figure
+        buffer = io.BytesIO()
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else None
+        figure.savefig(buffer, format=kind, dpi=120, metadata=metadata)
+    return buffer.getvalue()
+
+
+def describe(panel: Panel) -> str:
+    """Return a plot in words: where its lines start and end."""
+    lines = []
+    for line in panel.lines:
+        (start, first), (end, last) = line.points[0], line.points[-1]
+        lines.append(f"{line.label or panel.ylabel}: {first:.3g} at {start}, {last:.3g} at {end}")
+    return f"{panel.title}: {panel.ylabel} against {panel.xlabel}. {'; '.join(lines)}."
 
 
 def _draw(axis: Any, panel: Panel) -> None:

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hf_fnl.report.drawing import describe, draw_svg, require_matplotlib
+from hf_fnl.report.drawing import describe, draw, require_matplotlib
 from hf_fnl.report.inspection import Progress
 from hf_fnl.report.sections import PALETTE, Section, make_chapters
 from hf_fnl.report.sources import Source, read_sources
@@ -118,7 +118,7 @@ def _figures(sources: Sequence[Source]) -> Iterator[str]:
 def _chapter(heading: str, sections: Sequence[Section]) -> Iterator[str]:
     yield f"<h2>{heading}</h2>"
     for section in sections:
-        picture = base64.b64encode(draw_svg(section.panels)).decode()
+        picture = base64.b64encode(draw(section.panels)).decode()
         words = escape(" ".join(map(describe, section.panels)))
         yield f"<h3>{section.heading}</h3><p>{section.meaning}</p>"
         yield f'<img alt="{words}" src="data:image/svg+xml;base64,{picture}">'

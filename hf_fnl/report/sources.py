@@ -84,7 +84,7 @@ def read_sources(sources: Sequence[str | Path], progress: Progress | None = None
     return [_read(source, progress) for source in sources]
 
 
-def read_run(folder: str | Path) -> dict[str, Any]:
+def read_run(folder: Path) -> dict[str, Any]:
     """Return what a Trainer logged, as ``traces``, and diagnostics, as ``history``; phases one after the other.
 
     Args:
@@ -94,7 +94,6 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: If a file is damaged.
     """
-    folder = Path(folder)
     traces: dict[str, Points] = {}
     history: History = []
     start = 0

@@ -22,7 +22,7 @@ from hf_fnl import FactorizedBertForPreTraining
 from hf_fnl.attention import find_products
 from hf_fnl.cli.app import app
 from hf_fnl.optim.diagnostics import diagnose, parameter_count
-from hf_fnl.report import plot_diagnostics, plot_loss, write_report
+from hf_fnl.report import write_report
 from hf_fnl.report.inspection import Matrix
 from hf_fnl.report.page import make_page, summarize
 from hf_fnl.report.sections import (
@@ -286,15 +286,6 @@ def test_a_damaged_file_is_named(tmp_path, file, text):
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path / file} is damaged"):
         read_sources([tmp_path])
-
-
-def test_pictures_of_a_run(runs, tmp_path):
-    for plot, missing in ((plot_loss, "trainer_state.json"), (plot_diagnostics, "diagnostics.jsonl")):
-        picture = plot(runs[0], tmp_path / "plots" / f"{plot.__name__}.png")
-        assert picture.read_bytes().startswith(b"\x89PNG")
-        with pytest.raises(FileNotFoundError, match=f"{tmp_path} holds no {missing}"):
-            plot(tmp_path, tmp_path / "picture.png")
-    assert not (tmp_path / "picture.png").exists()
 
 
 def test_runs_are_compared_on_the_command_line(runs, tmp_path):
