@@ -1,6 +1,5 @@
 """Factorized Marian computes what the stock model computes: every head, layout and kernel."""
 
-import inspect
 import math
 
 import pytest
@@ -14,7 +13,7 @@ from family import (
     random_vectors_,
     run,
 )
-from marian_cases import BACKBONE, DECODER, FULL, HEADS, LOW, MT, NO_DROPOUT, PRE_NORM, SEPARATE, SIZES, UNTIED
+from marian_cases import BACKBONE, DECODER, HEADS, LOW, MT, NO_DROPOUT, SEPARATE, SIZES, UNTIED
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -23,67 +22,8 @@ from hf_fnl import FrobeniusDecay, find_products, parameter_groups
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # layers of float32, whose weights went through a decomposition
 EXACT = {"rtol": 0, "atol": 0}
 each_kernel = pytest.mark.parametrize("attention", ["eager", "sdpa"])
-each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 LM_HEADS = {name: head for name, head in HEADS.items() if head.name != "Model"}
 each_lm_head = pytest.mark.parametrize("head", LM_HEADS.values(), ids=LM_HEADS)
-
-
-@each_head
-@each_kernel
-def test_full_rank_equals_the_stock_model_of_the_same_seed(head: Head, attention: str) -> None:
-    options = {"output_hidden_states": True, "output_attentions": attention == "eager"}
-    ours, stock = head.build(FULL, attention=attention), head.build_stock(attention=attention)
-    assert_close(run(ours, head.batch(), **options), run(stock, head.batch(), **options), **CLOSE)
-    assert_close(ours(**head.batch(), return_dict=False)[0], stock(**head.batch(), return_dict=False)[0], **CLOSE)
-
-
-@each_head
-def test_no_rank_at_all_is_the_stock_model(head: Head) -> None:
-    assert_close(dict(head.build({}).state_dict()), dict(head.build_stock().state_dict()), **EXACT)
-
-
-@pytest.mark.parametrize("head", [MT, PRE_NORM], ids=["post-norm", "pre-norm"])
-@each_kernel
-def test_full_rank_with_dropout_trains_as_the_stock_model(head: Head, attention: str) -> None:
-    results = []
-    rates = {"dropout": 0.2, "attention_dropout": 0.3, "activation_dropout": 0.1}
-    for build in (lambda **fields: head.build(FULL, **fields), head.build_stock):
-        model = build(attention=attention, **rates).train()
-        torch.manual_seed(2)
-        loss = model(**head.batch()).loss
-        loss.backward()
-        results.append((loss.detach(), model.model.decoder.layers[0].encoder_attn_layer_norm.weight.grad))
-    assert_close(*results, **CLOSE)
-
-
-@pytest.mark.parametrize(
-    ("option", "rank", "kind", "count"),
-    [
-        ("qk_rank", 5, "qk", 8),
-        ("ov_rank", 2, "ov", 8),
-        ("ffn_rank", 8, "linear", 10),
-        ("embedding_rank", 13, "embedding", 1),
-    ],
-)
-@pytest.mark.parametrize("head", [MT, PRE_NORM], ids=["post-norm", "pre-norm"])
-def test_only_the_named_product_is_cut_and_to_its_best_approximation(
-    head: Head, option: str, rank: int, kind: str, count: int
-) -> None:
-    no_padding = {"pad_token_id": None}  # its row is zeroed after the table was cut
-    ours, stock = head.build({option: rank}, **no_padding), head.build_stock(**no_padding)
-    cut = find_products(ours, [kind])
-    assert len(cut) == count
-    heads = {p.name: p.matrix(stock) for p in find_products(stock)}
-    for product in cut:
-        dense = heads[product.name] if product.name in heads else stock.get_parameter(f"{product.name}.weight")
-        U, S, Vt = torch.linalg.svd(dense.detach())
-        assert_close(product.matrix(ours), (U[..., :rank] * S[..., None, :rank]) @ Vt[..., :rank, :], **CLOSE)
-        assert product.factors(ours)[0].shape[-1] == rank
-    touched = {name for product in cut for name in product.parameter_names}
-    stock_state = stock.state_dict()
-    for name, parameter in ours.named_parameters():
-        if name not in touched and parameter.shape == stock_state[name].shape:
-            assert_close(parameter.data, stock_state[name], **EXACT, msg=name)
 
 
 def test_ranks_by_layer_go_through_the_encoder_and_then_the_decoder() -> None:
@@ -128,7 +68,7 @@ def reference_attention(block: torch.nn.Module, x: Tensor, memory: Tensor, mask:
 
 
 @each_kernel
-@pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"qk_rank": 1, "ov_rank": 6}, {"ov_rank": 3}], ids=str)
+@pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"ov_rank": 3}], ids=str)
 def test_heads_of_unequal_ranks_against_a_reference(ranks: dict[str, int], attention: str) -> None:
     model, batch = random_vectors_(BACKBONE.build(ranks, attention=attention)), BACKBONE.batch()
     found = run(model, batch, output_hidden_states=True)
@@ -142,49 +82,7 @@ def test_heads_of_unequal_ranks_against_a_reference(ranks: dict[str, int], atten
     assert_close(found["decoder_hidden_states"][1], x, **CLOSE)
 
 
-@pytest.mark.parametrize("head", [MT, PRE_NORM], ids=["post-norm", "pre-norm"])
-def test_attention_weights_and_hidden_states_of_narrow_heads(head: Head) -> None:
-    model = head.build(LOW, attention="eager")
-    found = run(model, head.batch(), output_attentions=True, output_hidden_states=True)
-    shapes = {key: [x.shape[1:] for x in found[key]] for key in found if key.endswith("attentions")}
-    assert shapes == {
-        "encoder_attentions": [(3, 9, 9)] * 2,
-        "decoder_attentions": [(3, 7, 7)] * 3,
-        "cross_attentions": [(3, 7, 9)] * 3,
-    }
-    assert (len(found["encoder_hidden_states"]), len(found["decoder_hidden_states"])) == (3, 4)
-
-
-@pytest.mark.parametrize("head", [MT, PRE_NORM, DECODER], ids=["post-norm", "pre-norm", "decoder"])
-def test_gradient_checkpointing_changes_nothing(head: Head) -> None:
-    model, results = head.build(LOW, use_cache=False).train(), []  # keys in a cache lie in memory in another way
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        torch.manual_seed(3)  # dropout is drawn again in the recomputation
-        results.append(loss_and_gradients(model, head.batch()))
-    assert_close(*results, **EXACT)
-
-
-@pytest.mark.parametrize("head", [MT, PRE_NORM, SEPARATE], ids=["post-norm", "pre-norm", "separate"])
-def test_a_training_step_compiles_to_one_graph(head: Head) -> None:
-    torch.compiler.reset()
-    model, batch = head.build(LOW, **NO_DROPOUT).train(), head.batch()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")  # needs no compiler; a break would be an error
-    assert_close(compiled(**batch).loss, model(**batch).loss, **EXACT)
-
-
 # Names and ties
-
-
-@each_head
-def test_names_are_those_of_the_stock_model(head: Head) -> None:
-    ours, expected = head.build(LOW), set()
-    layers = factorized_layers(ours)
-    for name, _ in head.build_stock().named_parameters():  # tied ones appear once
-        owner = name.removesuffix(".weight")
-        expected |= {f"{owner}.U", f"{owner}.V"} if owner in layers else {name}
-    assert {name for name, _ in ours.named_parameters()} == expected
 
 
 @each_lm_head
@@ -207,13 +105,6 @@ def test_what_the_stock_model_ties_is_tied_factor_by_factor(head: Head) -> None:
 
 
 # Losses and inputs
-
-
-@each_lm_head
-def test_all_inputs_of_the_stock_model_are_named(head: Head) -> None:
-    """``generate`` and the Trainer give a model only what its signature has."""
-    ours, theirs = (list(inspect.signature(cls.forward).parameters) for cls in (head.ours, head.stock))
-    assert [name for name in ours if name != "num_items_in_batch"] == theirs
 
 
 @each_lm_head
@@ -240,7 +131,7 @@ def test_labels_say_what_the_decoder_is_given() -> None:
 # Products
 
 
-@each_head
+@pytest.mark.parametrize("head", [MT, DECODER], ids=["translation", "decoder"])
 def test_products_have_their_parts(head: Head) -> None:
     model = head.build({"qk_rank": 3, "ov_rank": 2})
     parts = ["cross", None] if head.name == "ForCausalLM" else ["encoder", "decoder", "cross"]
@@ -248,10 +139,9 @@ def test_products_have_their_parts(head: Head) -> None:
         assert {p.part for p in find_products(model, [kind])} == set(parts)
 
 
-@pytest.mark.parametrize("kind", ["qk", "ov"])
-def test_decay_of_cross_attentions_is_the_gradient_of_their_norms(kind: str) -> None:
+def test_decay_of_cross_attentions_is_the_gradient_of_their_norms() -> None:
     model = MT.build(LOW)
-    products = find_products(model, [f"{kind}:cross"])
+    products = find_products(model, ["ov:cross"])
     assert len(products) == SIZES["decoder_layers"]
     squares = [product.matrix(model).square().sum() for product in products]
     expected = gradients(model, sum(squares) / 2)

@@ -18,8 +18,9 @@ def trained(head: Head, ranks: Ranks, dtype: torch.dtype = torch.float32, **fiel
     """A model none of whose parameters is what it starts as."""
     model = head.build(ranks, **fields).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
+        for parameter in (*model.parameters(), *(b for n, b in model.named_buffers() if n == "final_logits_bias")):
+            if parameter.requires_grad or not isinstance(parameter, torch.nn.Parameter):  # positions are computed
+                parameter.normal_()
     return model
 
 
@@ -28,9 +29,9 @@ def assert_same_state(model: PreTrainedModel, other: PreTrainedModel) -> None:
 
 
 @each_head_with_ranks("low")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.usefixtures("poisoned_memory")
-def test_every_head_comes_back_bitwise(head: Head, ranks: Ranks, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_head_comes_back_bitwise(head: Head, ranks: Ranks, tmp_path: Path) -> None:
+    dtype = torch.bfloat16 if "ffn_rank" in ranks and head.name == "Model" else torch.float32
     model = trained(head, ranks, dtype)
     model.save_pretrained(tmp_path)
     with no_decompositions():
@@ -38,19 +39,12 @@ def test_every_head_comes_back_bitwise(head: Head, ranks: Ranks, dtype: torch.dt
     assert type(loaded) is head.ours
     assert not any(info[problem] for problem in LOADING_PROBLEMS), info
     assert_same_state(loaded, model)
+    frozen = [{n for n, p in each.named_parameters() if not p.requires_grad} for each in (loaded, model)]
+    assert frozen[0] == frozen[1]
     batch = {name: value.to(dtype) if value.is_floating_point() else value for name, value in head.batch().items()}
     # Llama computes its positions in float32 when it is loaded, and a cast leaves them in bfloat16, stock or ours.
     if dtype == torch.float32 or not any("inv_freq" in name for name, _ in model.named_buffers()):
         assert_close(run_double(loaded, batch), run_double(model, batch))
-
-
-@some("bert-pretraining", "bert-masked-lm", "bert-decoder", "gpt2-lm", "gpt2-double")
-def test_ties_hold_after_loading(head: Head, tmp_path: Path) -> None:
-    trained(head, head.family.low["all"]).save_pretrained(tmp_path)
-    loaded = head.auto_class.from_pretrained(tmp_path)
-    output, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
-    assert output.U is embedding.U
-    assert output.V is embedding.V
 
 
 @some("bert-masked-lm", "gpt2-lm")
@@ -62,7 +56,7 @@ def test_an_untied_output_matrix_comes_back_bitwise(head: Head, tmp_path: Path) 
     assert not torch.equal(loaded.get_output_embeddings().U, loaded.get_input_embeddings().U)
 
 
-@some("bert-pretraining", "gpt2-lm", "gpt2-double")
+@some("bert-pretraining", "gpt2-double")
 def test_only_safetensors_is_written_and_ties_once(head: Head, tmp_path: Path) -> None:
     model = trained(head, head.family.low["all"])
     model.save_pretrained(tmp_path)
@@ -77,20 +71,25 @@ def test_a_checkpoint_in_several_files_comes_back(head: Head, tmp_path: Path) ->
     model = trained(head, head.family.low["all"])
     model.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert_same_state(head.auto_class.from_pretrained(tmp_path), model)
+    loaded = head.auto_class.from_pretrained(tmp_path)
+    assert_same_state(loaded, model)
+    output, embedding = loaded.get_output_embeddings(), loaded.get_input_embeddings()
+    assert output.U is embedding.U
+    assert output.V is embedding.V
 
 
-@each_head_with_ranks("low", "full")
-@pytest.mark.parametrize("method", ["spectral", "spectral_ones", "default"])
+@each_head
 @pytest.mark.usefixtures("poisoned_memory")
-def test_construction_leaves_no_memory_uninitialized(head: Head, ranks: Ranks, method: str) -> None:
-    model = head.build(ranks, factor_init=method)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        assert torch.isfinite(tensor).all(), name
+def test_construction_leaves_no_memory_uninitialized(head: Head) -> None:
+    for method in ("spectral", "spectral_ones", "default", "he"):
+        model = head.build(head.family.low["all"], factor_init=method)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            assert torch.isfinite(tensor).all(), name
 
 
 @some(
-    *(name for name, head in HEADS.items() if head.name != "Model" and "cross" not in name and name != "llama-biases")
+    *(n for n, head in HEADS.items() if head.name != "Model" and "cross" not in n and n[:4] in ("bert", "gpt2")),
+    "llama-lm",
 )
 @pytest.mark.usefixtures("poisoned_memory")
 def test_a_head_on_the_checkpoint_of_a_backbone(head: Head, tmp_path: Path) -> None:
@@ -131,7 +130,7 @@ def test_the_checkpoint_of_a_language_model_becomes_a_classifier(
     assert fresh.std().item() == pytest.approx(loaded.config.initializer_range, rel=0.3)
 
 
-@some("bert-masked-lm", "gpt2-lm")
+@some("bert-masked-lm", "gpt2-lm", "marian-translation")
 def test_a_stock_checkpoint_loads_where_nothing_is_factorized(head: Head, tmp_path: Path) -> None:
     stock = head.build_stock()
     stock.save_pretrained(tmp_path)
@@ -143,12 +142,12 @@ def test_a_stock_checkpoint_loads_where_nothing_is_factorized(head: Head, tmp_pa
 
 @each_head
 def test_construction_on_the_meta_device_decomposes_nothing(head: Head) -> None:
-    for ranks in head.family.low.values():
-        with no_decompositions():
-            with pytest.raises(AssertionError, match="decomposed"):
-                head.build(ranks)
-            with torch.device("meta"):
-                model = head.build(ranks)
-        assert all(parameter.is_meta for parameter in model.parameters())
-        shapes = {name: parameter.shape for name, parameter in head.build(ranks).named_parameters()}
-        assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
+    ranks = head.family.low["all"]
+    with no_decompositions():
+        with pytest.raises(AssertionError, match="decomposed"):
+            head.build(ranks)
+        with torch.device("meta"):
+            model = head.build(ranks)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    shapes = {name: parameter.shape for name, parameter in head.build(ranks).named_parameters()}
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes

@@ -26,12 +26,9 @@ pytestmark = [
 HEADS: dict[str, tuple[Head, dict[str, Any]]] = {
     "gpt2": (gpt2_cases.LM, gpt2_cases.NO_DROPOUT),
     "bert": (bert_cases.MASKED_LM, bert_cases.NO_DROPOUT),
-    "bert-pretraining": (bert_cases.PRETRAINING, bert_cases.NO_DROPOUT),
 }
 EMBEDDINGS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "untied": {"tie_word_embeddings": False},
-    "factorized": {"embedding_rank": 13},
     "factorized-untied": {"embedding_rank": 13, "tie_word_embeddings": False},
 }
 each_head = pytest.mark.parametrize(("head", "options"), HEADS.values(), ids=HEADS)

@@ -2,9 +2,8 @@
 
 import copy
 
-import bert_cases
-import gpt2_cases
 import marian_cases
+import model_cases
 import pytest
 import torch
 from family import Head
@@ -14,8 +13,8 @@ from torch.testing import assert_close
 from hf_fnl import CifarResNetConfig, CifarResNetForImageClassification, FactorizationConfig, factorize_
 
 EXACT = {"rtol": 0, "atol": 0}
-FAMILIES = {"bert": bert_cases.HEADS, "gpt2": gpt2_cases.HEADS, "marian": marian_cases.HEADS}
-HEADS = {f"{family}-{name}": head for family, heads in FAMILIES.items() for name, head in heads.items()}
+NAMES = ("bert-backbone", "bert-pretraining", "bert-sequence", "gpt2-cross-lm", "gpt2-double", "marian-separate")
+HEADS = {name: model_cases.HEADS[name] for name in (*NAMES, "marian-pre-norm")}
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 WIDTH = 21
 
@@ -46,10 +45,7 @@ def truncated_in_place(head, tmp_path):
 
 ORIGINS = {
     "fresh": lambda head, _: head.build(low(head)),
-    "trained": lambda head, _: trained(head.build(low(head))),
     "not-tied": lambda head, _: trained(head.build(low(head), tie_word_embeddings=False)),
-    "dense": lambda head, _: trained(head.build({})),
-    "loaded": loaded,
     "loaded-and-trained": lambda head, folder: trained(loaded(head, folder)),
     "from_dense": lambda head, _: head.ours.from_dense(trained(head.build_stock()), **low(head)),
     "factorize_": truncated_in_place,

@@ -75,6 +75,10 @@ class Head:
         return getattr(transformers, f"{self.family.name}{self.name}")
 
     @property
+    def stock_config(self) -> type[PreTrainedConfig]:
+        return self.family.stock_config
+
+    @property
     def auto_class(self) -> Any:
         """The Auto class that knows it; its own where none does."""
         return self.ours if self.auto is None else getattr(transformers, self.auto)
@@ -88,8 +92,12 @@ class Head:
     def build_stock(self, *, attention: str = "sdpa", **fields: Any) -> PreTrainedModel:
         """The stock model, drawn from seed 0, in evaluation mode."""
         torch.manual_seed(0)
-        config = self.family.stock_config(**{**self.family.sizes, **self.config, **fields})
+        config = self.stock_config(**{**self.family.sizes, **self.config, **fields})
         return self.stock._from_config(config, attn_implementation=attention).eval()
+
+    def build_source(self, **fields: Any) -> PreTrainedModel:
+        """What ``from_dense`` makes it from."""
+        return self.build_stock(**fields)
 
     def batch(self, seed: int = 1) -> dict[str, Tensor]:
         """Inputs with labels, the same at every call."""

@@ -6,7 +6,7 @@ import torch
 import transformers
 from family import Family, Head
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PegasusConfig, PreTrainedConfig, PreTrainedModel
 
 # Coprime where they can be, so that a transposed matrix cannot pass. A wide initializer, so that every weight shows.
 SIZES: dict[str, Any] = {
@@ -41,6 +41,14 @@ class PreNormHead(Head):
         return getattr(
             transformers, {"MTModel": "PegasusForConditionalGeneration"}.get(self.name, f"Pegasus{self.name}")
         )
+
+    @property
+    def stock_config(self) -> type[PreTrainedConfig]:
+        return PegasusConfig
+
+    def build_source(self, **fields: Any) -> PreTrainedModel:
+        """A model of ours without factors."""
+        return self.build({}, **fields)
 
     def build_stock(self, *, attention: str = "sdpa", **fields: Any) -> PreTrainedModel:
         config = self.family.config(**{**self.family.sizes, **self.config, **fields}).to_dense()
