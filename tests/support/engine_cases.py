@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from torch import Tensor
-from training_cases import SIZES, losses, tiny_examples, tiny_model, tiny_trainer
+from training_cases import losses, tiny_examples, tiny_model, tiny_trainer
 
 from hf_fnl import (
-    FactorizedBertConfig,
-    FactorizedBertForPreTraining,
     FactorizedGPT2Config,
     FactorizedGPT2LMHeadModel,
     FactorizedMarianConfig,
@@ -70,16 +68,8 @@ def tiny_marian() -> FactorizedMarianMTModel:
     return FactorizedMarianMTModel(config)
 
 
-def tiny_dense_bert() -> torch.nn.Module:
-    """Our BERT with a dense embedding, which is tied to the decoder as it is."""
-    torch.manual_seed(0)
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return FactorizedBertForPreTraining(FactorizedBertConfig(**SIZES, ov_rank=6, **rates))
-
-
 MODELS = {
     "bert": tiny_model,
-    "dense-bert": tiny_dense_bert,
     "stock-bert": lambda: tiny_model(stock=True),
     "gpt2": tiny_gpt2,
     "marian": tiny_marian,
@@ -106,19 +96,15 @@ class Run:
 _ADAMW = {"optim": "adamw_torch", "learning_rate": 5e-3}
 
 RUNS = {
-    "flambe": Run(),
-    "accumulated": Run(accumulation=2),
     "clipped": Run(options={"max_grad_norm": 0.3}),
     "everything": Run(accumulation=2, options={"max_grad_norm": 0.3, "frobenius_decay": ["ov", "qk", "linear"]}),
     "split groups": Run(options={"frobenius_decay": ["linear", "ov"], "frobenius_coefficient": 0.3}),
-    "adamw": Run(options=_ADAMW),
     "adamw coupled": Run(
         options=_ADAMW | {"frobenius_mode": "coupled", "frobenius_decay": ["ov", "linear"], "max_grad_norm": 0.3},
     ),
     "adamw decoupled": Run(options=_ADAMW | {"frobenius_decay": ["ov", "linear"]}),
     "bf16": Run(options={"bf16": True, "learning_rate": 4e-3}),
     "stock-bert": Run("stock-bert", options={"learning_rate": 1e-2}),
-    "dense-bert": Run("dense-bert"),
     "evaluated": Run(options={"diagnostics_steps": 2}, evaluates=True),
     "gpt2": Run("gpt2", accumulation=2),
     "marian": Run("marian", accumulation=2),

@@ -96,8 +96,9 @@ def test_checkpoints_up_to_the_last_dense_step_are_dense(straight):
         assert torch.equal(weight, final.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("step", [SWITCH - 1, SWITCH, SWITCH + 1])
-@pytest.mark.parametrize("low_rank_model", [False, True], ids=["dense model", "low-rank model"])
+@pytest.mark.parametrize(
+    ("step", "low_rank_model"), [(SWITCH - 1, True), (SWITCH, False), (SWITCH, True), (SWITCH + 1, False)]
+)
 def test_going_on_equals_never_having_stopped(straight, tmp_path, step, low_rank_model):
     model = tiny_gpt2(seed=5)
     if low_rank_model:
@@ -114,9 +115,8 @@ def test_going_on_equals_never_having_stopped(straight, tmp_path, step, low_rank
     [
         {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "frobenius_decay": ["qk"]},
         {"optim": "flambe", "frobenius_decay": ["ov", "linear", "embedding"]},
-        {"optim": "sgd", "optim_args": "momentum=0.9", "frobenius_mode": "penalty"},
     ],
-    ids=["adamw", "flambe", "sgd"],
+    ids=["adamw", "flambe"],
 )
 def test_going_on_with_a_model_of_ours_whose_heads_are_cut(tmp_path, options):
     options = {**SAVING, **options, "factorize": factorize_bert}
@@ -169,11 +169,10 @@ def test_a_trainer_of_transformers_goes_on_with_the_model_in_the_form_of_the_che
         assert_same_run(again, first)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_the_learning_rate_is_scaled_from_the_switch_on(tmp_path, schedule):
+def test_the_learning_rate_is_scaled_from_the_switch_on(tmp_path):
     rates = []
     for scale in (1.0, 0.5):
-        trainer = low_rank_trainer(tmp_path, lr_scheduler_type=schedule, low_rank_lr_scale=scale)
+        trainer = low_rank_trainer(tmp_path, lr_scheduler_type="cosine", low_rank_lr_scale=scale)
         trainer.train()
         rates.append([entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry])
         assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {0.02 * scale}

@@ -29,19 +29,18 @@ def under(engine: str, *names: str) -> list[tuple[str, str]]:
 
 FAMILIES = {
     "torch": [
-        *under("ddp", "everything", "evaluated", "bf16", "adamw coupled"),
-        *under("fsdp2", "everything", "evaluated", "stock-bert", "dense-bert", "gpt2", "marian", "bf16"),
-        *under("fsdp2", "adamw coupled"),
+        *under("ddp", "everything", "evaluated", "adamw coupled"),
+        *under("fsdp2", "everything", "evaluated", "stock-bert", "gpt2", "marian", "bf16"),
+        *under("fsdp2", "adamw coupled", "adamw decoupled"),
     ],
     "deepspeed": [
         *under("zero0", "clipped"),
-        *under("zero1", "everything", "bf16"),
-        *under("zero2", "split groups", "adamw decoupled", "adamw coupled"),
-        *under("zero3", "everything", "evaluated", "gpt2", "bf16"),
+        *under("zero1", "everything"),
+        *under("zero2", "split groups", "adamw coupled"),
+        *under("zero3", "everything", "evaluated", "bf16"),
         *under("zero2-offload", "everything"),
-        *under("zero3-offload", "everything"),
     ],
-    "four processes": under("hsdp", "clipped", "adamw decoupled"),
+    "four processes": under("hsdp", "clipped"),
 }
 EXPECTED_TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "hsdp": "FSDP"}
 

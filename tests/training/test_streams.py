@@ -171,7 +171,7 @@ def knows_its_place(request, monkeypatch) -> bool:
 
 
 @FORKS
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"dataloader_num_workers": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}], ids=str)
 def test_resuming_equals_never_having_stopped(tmp_path, knows_its_place, options):
     whole, read = train(tmp_path / "whole", **options)
     train(tmp_path / "parts", max_steps=3, **options)

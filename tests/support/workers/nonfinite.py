@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
+import torch
 
 from hf_fnl.utils.processes import close_process_group, process
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from engine_cases import ENGINES
+from engine_runs import forget_engine
 from training_cases import tiny_trainer
 
 
@@ -41,7 +44,12 @@ def run(folder: Path, engine: str, action: str) -> dict[str, Any]:
 
 
 def main(output_dir: str, *runs: str) -> None:
-    found = {name: run(Path(output_dir), *name.split("/")) for name in runs}
+    torch.distributed.init_process_group("gloo")
+    found = {}
+    for name in runs:
+        forget_engine()
+        found[name] = run(Path(output_dir), *name.split("/"))
+        gc.collect()
     (Path(output_dir) / f"{process()[0]}.json").write_text(json.dumps(found))
 
 
