@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,57 +14,26 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.attention.adapters import projections_of
-from hf_fnl.attention.parts import parts_of
 from hf_fnl.layers import Factorized, FactorizedLinear, HeadProjection
 from hf_fnl.layers.heads import narrow_
 from hf_fnl.layers.whole import is_partitioned
-from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.models.cards import UploadsCard
 from hf_fnl.models.configuration import FactorizedConfig
+from hf_fnl.models.cuts import Names, check_methods, cuts_of, layer_in, names_in_backbone, ranks_by_rule
 from hf_fnl.models.forwards import refuse_unknown_inputs_
 from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery.calibration import Calibration
 from hf_fnl.surgery.config import LayerRank, RankRule
-from hf_fnl.surgery.cut import candidate, check_values, cut, parameters_beside, spectra_of
-from hf_fnl.surgery.heads import Attention, HeadTarget, Target
-from hf_fnl.surgery.ranks import UnreachableShare, choose_ranks
+from hf_fnl.surgery.cut import check_values, cut
+from hf_fnl.surgery.heads import HeadTarget
 from hf_fnl.surgery.record import models_in
-from hf_fnl.surgery.select import first_names, weights
 from hf_fnl.surgery.swap import check_present, swap_
-from hf_fnl.surgery.targets import Cut, LayerTarget
+from hf_fnl.surgery.targets import Cut
 from hf_fnl.utils.suggest import did_you_mean, listed
 from hf_fnl.workarounds import whole_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass(frozen=True, kw_only=True)
-class Names:
-    """The names that a family's matrices have in its backbone, with ``*`` for the number of a layer.
-
-    Args:
-        attention: Attentions.
-        ffn: Layers of a feed-forward block.
-        embedding: Word embeddings; the output embedding goes with them.
-        qkv: Layers that give queries, keys and values at once.
-        end_of_branch: Layers that the stock model draws with the smaller standard deviation ``branch_std``.
-    """
-
-    attention: tuple[str, ...]
-    ffn: tuple[str, ...]
-    embedding: tuple[str, ...]
-    qkv: tuple[str, ...] = ()
-    end_of_branch: tuple[str, ...] = ()
-
-
-def _number(patterns: Sequence[str], name: str) -> int | None:
-    """The number of the layer in a name that one of some patterns matches, 0 without one; ``None`` if none does."""
-    for pattern in patterns:
-        if found := re.fullmatch(pattern.replace(".", r"\.").replace("*", r"(\d+)"), name):
-            return int(found[1]) if found.groups() else 0
-    return None
 
 
 class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
@@ -116,7 +83,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             name = type(self).__name__
             raise ValueError(f"a {name} is made whole: call {name}(config), and DeepSpeed divides it when it starts")
         if is_first:
-            self._cut_(self._cuts(self.config))
+            self._cut_(cuts_of(self, self.config))
             refuse_unknown_inputs_(self, self.loss_inputs)
 
     def initialize_weights(self) -> None:
@@ -263,13 +230,13 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         if (rule is None) == (not given):
             raise ValueError(f"give ranks or a rule, one of them; got {', '.join(given) or 'neither'}")
         if rule is not None:
-            ranks |= self._ranks_by_rule(rule, kinds, calibration)
+            ranks |= ranks_by_rule(self, rule, kinds, calibration)
         config = copy.deepcopy(self.config)
         for option, value in {**ranks, **({} if factor_init is None else {"factor_init": factor_init})}.items():
             setattr(config, option, value)
         config = type(config).from_dense(config)  # which checks what was set
-        cuts = self._cuts(config)
-        _check_methods(cuts, config.factor_init, calibrated=calibration is not None)
+        cuts = cuts_of(self, config)
+        check_methods(cuts, config.factor_init, calibrated=calibration is not None)
         check_values((each.target for each in cuts), calibrated=calibration is not None)
         self._cut_(cuts, calibration)
         self._hold_config_(config)
@@ -284,8 +251,15 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             if getattr(module, "config", None) is old:
                 module.config = config
 
+    def layer_number(self, name: str, number: int) -> int:
+        """Return the place in a list of ranks of the layer that a name has ``number`` in."""
+        return number
+
     def _cut_(self, cuts: Sequence[Cut], calibration: Calibration | None = None) -> None:
-        stds = {module: self.branch_std for name, module in self._inner() if _is_any(self.names.end_of_branch, name)}
+        ends = (
+            layer for name, layer in names_in_backbone(self) if layer_in(self.names.end_of_branch, name) is not None
+        )
+        stds = dict.fromkeys(ends, self.branch_std)
         replacements = cut(self, cuts, calibration, stds)
         for dense, layer in replacements.items():
             if calibration is not None and isinstance(layer, Factorized) and getattr(dense, "bias", None) is not None:
@@ -294,103 +268,6 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         for target in (each.target for each in cuts) if self.shapes_heads else ():
             if isinstance(target, HeadTarget):
                 narrow_(self.get_submodule(target.module_name))
-
-    def _inner(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules by the names that they have in the backbone."""
-        prefix = "" if self.base_model is self else f"{self.base_model_prefix}."
-        for name, module in self.named_modules():
-            yield name.removeprefix(prefix), module
-
-    def _places(self) -> dict[str, dict[int, list[str]]]:
-        """For each rank of the configuration, by the number of the layer, the names of what has it."""
-        by_option = {
-            "qk_rank": self.names.attention,
-            "ov_rank": self.names.attention,
-            "qkv_rank": self.names.qkv,
-            "ffn_rank": self.names.ffn,
-            "embedding_rank": self.names.embedding,
-        }
-        names = {module: name for name, module in self.named_modules()}
-        output = self.get_output_embeddings()
-        found: dict[str, dict[int, list[str]]] = {option: {} for option in self.config.rank_options()}
-        for option, layers in found.items():
-            for name, module in self._inner():
-                number = _number(by_option[option], name)
-                if number is None and option == "embedding_rank" and module is output:
-                    number = 0
-                if number is not None:
-                    layers.setdefault(self._layer_number(name, number), []).append(names[module])
-        return {option: dict(sorted(layers.items())) for option, layers in found.items()}
-
-    def _layer_number(self, name: str, number: int) -> int:
-        """The place of a layer in a list of ranks."""
-        return number
-
-    def _targets(self, option: str, names: Sequence[str]) -> list[Target]:
-        """What some names of modules mean."""
-        held = weights(self, self.all_tied_weights_keys)
-        of_layers = {name: holders for holders in held.values() for name in holders}
-        targets: list[Target] = []
-        for name in names:
-            if option in ("qk_rank", "ov_rank"):
-                module, kind = self.get_submodule(name), option.removesuffix("_rank")
-                projections = projections_of(module)
-                attention = None if projections is None else Attention.of(name, module, projections, kind)
-                if attention is None:
-                    raise ValueError(f"{name} is no attention whose heads can be cut")
-                targets.append(HeadTarget(attention, kind, ()))
-            elif name in of_layers and not any(name in t.layers for t in targets if isinstance(t, LayerTarget)):
-                targets.append(LayerTarget(first_names(of_layers[name])))
-        return targets
-
-    def _cuts(self, config: FactorizedConfig) -> list[Cut]:
-        """What a configuration says is cut."""
-        parts, ranks = parts_of(self), config.ranks
-        cuts = []
-        for option, layers in self._places().items():
-            for number, names in layers.items():
-                rank = getattr(config, option)
-                rank = rank[number] if isinstance(rank, list) else rank
-                for target in [] if rank is None else self._targets(option, names):
-                    shared = {parts[name] for name in getattr(target, "layers", (target.module_name,))} - {None}
-                    part = shared.pop() if len(shared) == 1 else None
-                    kind = "embedding" if option == "embedding_rank" else target.kind
-                    cuts.append(Cut(target, rank, ranks.method(kind, part)))
-        return cuts
-
-    def _ranks_by_rule(
-        self, rule: RankRule, kinds: Sequence[str] | None, calibration: Calibration | None
-    ) -> dict[str, LayerRank]:
-        places = self._places()
-        known = [option.removesuffix("_rank") for option in places]
-        if kinds is None:
-            kinds = [kind for kind in ("qk", "ov", "ffn") if kind in known]
-        kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-        unknown = sorted(set(kinds) - set(known))
-        if unknown or not kinds:
-            hint = did_you_mean(unknown[0], known) if unknown else ""
-            raise ValueError(f"kinds must be any of {', '.join(known)}, got {', '.join(unknown) or 'none'}{hint}")
-        groups: dict[tuple[str, int], list[Target]] = {}
-        for option in (f"{kind}_rank" for kind in kinds):
-            groups |= {(option, number): self._targets(option, names) for number, names in places[option].items()}
-        targets = [target for group in groups.values() for target in group]
-        spectra = spectra_of(self, targets, calibration)
-        titles = {
-            (option, number): option.removesuffix("_rank") + (f" in layer {number}" if len(places[option]) > 1 else "")
-            for option, number in groups
-        }
-        candidates = [candidate(titles[key], group, spectra) for key, group in groups.items()]
-        try:
-            chosen = choose_ranks(candidates, rule, others=parameters_beside(self, targets))
-        except UnreachableShare as error:
-            more = f". The word embedding stays dense: try kinds={','.join(kinds)},embedding"
-            wanted = "embedding" not in kinds and "stay dense" in str(error)
-            raise UnreachableShare(f"{error}{more if wanted else ''}") from error
-        ranks: dict[str, LayerRank] = {}
-        for option in (f"{kind}_rank" for kind in kinds):
-            values = [chosen[titles[option, number]] for number in places[option]]
-            ranks[option] = values[0] if len(set(values)) == 1 else values
-        return ranks
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:
@@ -437,10 +314,6 @@ def as_class(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreT
     return other
 
 
-def _is_any(patterns: Sequence[str], name: str) -> bool:
-    return _number(patterns, name) is not None
-
-
 @torch.no_grad()
 def _fill_(ours: PreTrainedModel, dense: PreTrainedModel) -> None:
     """Give a model of ours without factors the weights of a stock model; all tensors of both are accounted for."""
@@ -471,22 +344,6 @@ def _fill_(ours: PreTrainedModel, dense: PreTrainedModel) -> None:
             parameter._is_hf_initialized = True  # as of what is loaded: never drawn anew
     if any(name not in trained for name, _ in ours.named_parameters()):
         ours.initialize_weights()
-
-
-def _check_methods(cuts: Sequence[Cut], given: str | Mapping[str, str], *, calibrated: bool) -> None:
-    """Raise a ``ValueError`` that names the kind unless trained weights can be cut as ``factor_init`` says."""
-    for kind, method in ((each.target.kind, each.init) for each in cuts):
-        if method in DRAWN_METHODS:
-            is_named = isinstance(given, str) or kind in {selector.partition(":")[0] for selector in given}
-            because = "" if is_named else f" ({given} leaves {kind} out, and what it leaves out is 'default')"
-            raise ValueError(
-                f"factor_init={method!r} of {kind} draws factors in the place of trained weights{because}: set "
-                f"factor_init of {kind} to 'spectral' or 'spectral_ones' to cut these"
-            )
-        if calibrated and method != "spectral":
-            raise ValueError(
-                f"calibration cuts trained weights and needs factor_init='spectral', got {method!r} of {kind}"
-            )
 
 
 def is_loaded(held: Tensor | nn.Module) -> bool:

@@ -12,8 +12,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert as stock
 
-from hf_fnl.models.base import FactorizedPreTrainedModel, Names, is_loaded
+from hf_fnl.models.base import FactorizedPreTrainedModel, is_loaded
 from hf_fnl.models.configuration import NarrowHeadsConfig
+from hf_fnl.models.cuts import Names
 from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, extends
 from hf_fnl.models.losses import at_labels, masked_lm_loss, next_sentence_loss
 from hf_fnl.models.register import register

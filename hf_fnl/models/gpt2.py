@@ -14,8 +14,9 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2 as stock
 
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
-from hf_fnl.models.base import FactorizedPreTrainedModel, Names
+from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.configuration import NarrowHeadsConfig
+from hf_fnl.models.cuts import Names
 from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, extends
 from hf_fnl.models.losses import head_loss, is_plain
 from hf_fnl.models.register import register

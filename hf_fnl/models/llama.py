@@ -6,8 +6,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama as stock
 
-from hf_fnl.models.base import FactorizedPreTrainedModel, Names
+from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.configuration import FactorizedConfig
+from hf_fnl.models.cuts import Names
 from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS
 from hf_fnl.models.register import register
 

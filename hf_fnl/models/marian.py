@@ -12,8 +12,9 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Seq
 from transformers.models.marian import modeling_marian as stock
 from transformers.models.pegasus import modeling_pegasus as pre_norm
 
-from hf_fnl.models.base import FactorizedPreTrainedModel, Names, as_class
+from hf_fnl.models.base import FactorizedPreTrainedModel, as_class
 from hf_fnl.models.configuration import NarrowHeadsConfig
+from hf_fnl.models.cuts import Names
 from hf_fnl.models.forwards import extends
 from hf_fnl.models.losses import masked_lm_loss
 from hf_fnl.models.register import register
@@ -32,8 +33,6 @@ _PRE_NORM_MODELS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
     stock.MarianMTModel: pre_norm.PegasusForConditionalGeneration,
     stock.MarianForCausalLM: pre_norm.PegasusForCausalLM,
 }
-
-
 _POSITIONS = (stock.MarianSinusoidalPositionalEmbedding, pre_norm.PegasusSinusoidalPositionalEmbedding)
 
 
@@ -136,12 +135,11 @@ class FactorizedMarianPreTrainedModel(FactorizedPreTrainedModel):
         """As in Transformers, which however forgets on loading that positions are computed and not trained."""
         super().initialize_weights()
         for module in self.modules():
-            if isinstance(
-                module, stock.MarianSinusoidalPositionalEmbedding | pre_norm.PegasusSinusoidalPositionalEmbedding
-            ):
+            if isinstance(module, _POSITIONS):
                 module.weight.requires_grad_(False)
 
-    def _layer_number(self, name: str, number: int) -> int:
+    def layer_number(self, name: str, number: int) -> int:
+        """Return the place in a list of ranks, where the decoder's follow the encoder's."""
         return number + self.config.first_decoder_layer * name.startswith("decoder.layers.")
 
 
