@@ -27,13 +27,10 @@ NO_LAYERS = {"qk_rank": 5, "ov_rank": 5}
 CASES: dict[str, tuple[Head, Ranks]] = {
     f"{head_name}-{ranks_name}": (head, {**ranks, **(NO_LAYERS if "ov_rank" in ranks else {})})
     for head_name, head, levels in (
-        ("bert-masked-lm", bert_cases.MASKED_LM, bert_cases.BERT.low),
-        ("bert-cross-decoder", bert_cases.CROSS_DECODER, {"heads": NO_LAYERS}),
-        ("gpt2-lm", gpt2_cases.LM, gpt2_cases.GPT2.low),
-        ("gpt2-cross-lm", gpt2_cases.CROSS_LM, {"heads": NO_LAYERS, "qkv": gpt2_cases.LOW_QKV}),
-        ("marian-mt", marian_cases.MT, marian_cases.MARIAN.low),
-        ("marian-pre-norm", marian_cases.PRE_NORM, {"heads": NO_LAYERS}),
-        ("marian-decoder", marian_cases.DECODER, {"heads": NO_LAYERS}),
+        ("bert-cross-decoder", bert_cases.CROSS_DECODER, {"all": bert_cases.LOW}),
+        ("gpt2-lm", gpt2_cases.LM, {"only-ov": {"ov_rank": 3}}),
+        ("gpt2-cross-lm", gpt2_cases.CROSS_LM, {"all": gpt2_cases.LOW, "qkv": gpt2_cases.LOW_QKV}),
+        ("marian-pre-norm", marian_cases.PRE_NORM, {"all": marian_cases.LOW}),
     )
     for ranks_name, ranks in levels.items()
 }

@@ -17,17 +17,11 @@ from hf_fnl import FactorizedBertConfig
     [
         ({"qk_rank": 0}, r"qk_rank must be at least 1 .*got 0"),
         ({"qk_rank": 8}, r"qk_rank must be in \[1, 7\], got 8"),
-        ({"ov_rank": -1}, r"ov_rank must be at least 1 .*got -1"),
-        ({"ov_rank": 8}, r"ov_rank must be in \[1, 7\], got 8"),
-        ({"ffn_rank": 0}, r"ffn_rank must be at least 1 .*got 0"),
         ({"ffn_rank": 22}, r"ffn_rank must be in \[1, 21\], got 22"),
-        ({"embedding_rank": 0}, r"embedding_rank must be at least 1 .*got 0"),
-        ({"embedding_rank": 22}, r"embedding_rank must be in \[1, 21\], got 22"),
         ({"vocab_size": 15, "embedding_rank": 16}, r"embedding_rank must be in \[1, 15\], got 16"),
         ({"num_attention_heads": 4}, r"multiple of num_attention_heads, got 21 and 4 heads"),
         ({"factor_init": "random"}, r"one of spectral, spectral_ones, default, he, got 'random'"),
         ({"ffn_rank": 2.5}, r"'ffn_rank' expected int"),
-        ({"qk_rank": "7"}, r"'qk_rank' expected int"),
         ({"sparse_prediction": "yes"}, r"'sparse_prediction' expected bool"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
@@ -57,11 +51,8 @@ def without_ffn() -> FactorizedBertConfig:
     ],
     ids=["ffn", "qk", "dense-ov", "embedding", "dense-ffn", "dense-ffn-new-head"],
 )
-@pytest.mark.parametrize("saved", [MASKED_LM, BACKBONE], ids=["from-masked-lm", "from-backbone"])
-def test_a_checkpoint_of_other_ranks(
-    saved: Head, head: Head, fields: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    saved.build(LOW).save_pretrained(tmp_path)
+def test_a_checkpoint_of_other_ranks(head: Head, fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (BACKBONE if "config" in fields else MASKED_LM).build(LOW).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
         head.auto_class.from_pretrained(tmp_path, **fields)
     assert str(tmp_path) in str(error.value)
@@ -69,14 +60,14 @@ def test_a_checkpoint_of_other_ranks(
     assert head.auto_class.from_pretrained(tmp_path, **fields, ignore_mismatched_sizes=True)
 
 
-@pytest.mark.parametrize("ranks", [{"ffn_rank": 8}, {"qk_rank": 5}, {"embedding_rank": 13}], ids=str)
+@pytest.mark.parametrize("ranks", [{"ffn_rank": 8}, {"qk_rank": 5}], ids=str)
 def test_a_stock_checkpoint_is_not_cut_silently(ranks: dict[str, int], tmp_path: Path) -> None:
     MASKED_LM.build_stock().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not fit FactorizedBertForMaskedLM"):
         MASKED_LM.ours.from_pretrained(tmp_path, config=FactorizedBertConfig(**SIZES, **ranks))
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, -1], ids=["empty", "no-header", "half-a-header", "last-byte"])
+@pytest.mark.parametrize("kept", [0, 100, -1], ids=["empty", "half-a-header", "last-byte"])
 def test_a_truncated_file_is_named(kept: int, tmp_path: Path) -> None:
     MASKED_LM.build(LOW).save_pretrained(tmp_path, max_shard_size="8KB")
     file = sorted(tmp_path.glob("model-*.safetensors"))[1]
@@ -86,10 +77,9 @@ def test_a_truncated_file_is_named(kept: int, tmp_path: Path) -> None:
     assert str(file) in str(error.value)
 
 
-@pytest.mark.parametrize("head", [BACKBONE, PRETRAINING, SEQUENCE], ids=["backbone", "pretraining", "sequence"])
-def test_a_factorized_embedding_is_not_resized(head: Head) -> None:
+def test_a_factorized_embedding_is_not_resized() -> None:
     with pytest.raises(ValueError, match="embedding_rank=None"):
-        head.build(LOW).resize_token_embeddings(60)
+        SEQUENCE.build(LOW).resize_token_embeddings(60)
 
 
 @pytest.mark.parametrize("size", [60, 50], ids=["more", "fewer"])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from family import Head, Ranks, factorized_layers, run, run_double
-from gpt2_cases import BACKBONE, CROSS_LM, DOUBLE, FULL, FULL_QKV, GPT2, LM, LOW, LOW_QKV, SEQUENCE, SIZES
+from gpt2_cases import CROSS_LM, FULL, FULL_QKV, GPT2, LM, LOW, LOW_QKV, SIZES
 from torch import Tensor
 from torch.testing import assert_close
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
@@ -46,7 +46,7 @@ def reference_attention(block: GPT2Attention, x: Tensor, states: Tensor, mask: T
 
 
 @each_kernel
-@pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"qk_rank": 1, "ov_rank": 6}, {"ov_rank": 3}], ids=str)
+@pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"ov_rank": 3}], ids=str)
 def test_heads_of_unequal_ranks_against_a_reference(ranks: Ranks, attention: str) -> None:
     model = CROSS_LM.build(ranks, attention=attention).transformer
     for parameter in model.parameters():
@@ -67,13 +67,10 @@ def test_heads_of_unequal_ranks_against_a_reference(ranks: Ranks, attention: str
     assert_close(states[1], x, **CLOSE)
 
 
-@each_kernel
-@pytest.mark.parametrize("ranks", [FULL, FULL_QKV], ids=["heads", "qkv"])
+@pytest.mark.parametrize(("ranks", "attention"), [(FULL, "sdpa"), (FULL_QKV, "eager")], ids=["heads", "qkv"])
 @pytest.mark.parametrize(
     "fields",
     [
-        {"reorder_and_upcast_attn": True},
-        {"scale_attn_by_inverse_layer_idx": True},
         {"scale_attn_weights": False},
         {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
     ],
@@ -90,14 +87,6 @@ def test_the_variants_of_attention_are_those_of_the_stock_model(
     if set(fields) != {"reorder_and_upcast_attn"}:  # which changes a dtype only
         usual = compute(CROSS_LM.build_stock(attention=attention), batch)
         assert not torch.allclose(actual["logits"], usual["logits"], atol=1e-2)
-
-
-@pytest.mark.parametrize("head", [LM, CROSS_LM], ids=["lm", "cross-lm"])
-def test_attention_weights_of_narrow_heads(head: Head) -> None:
-    ours = run(head.build(LOW, attention="eager"), head.batch(), output_attentions=True)
-    assert [a.shape for a in ours["attentions"]] == [(4, 3, 11, 11)] * 2
-    assert_close(ours["attentions"][1].sum(-1), torch.ones(4, 3, 11))
-    assert [a.shape for a in ours.get("cross_attentions", ())] == ([(4, 3, 11, 6)] * 2 if head is CROSS_LM else [])
 
 
 # One product for queries, keys and values
@@ -155,11 +144,9 @@ def test_default_draws_every_factor_as_a_weight_in_its_place(ranks: Ranks) -> No
     ("method", "spectral"),
     [
         ("spectral", {"qk", "qk:cross", "ov", "ov:cross", "linear", "embedding"}),
-        ({"linear": "spectral"}, {"linear"}),
         ({"qk": "spectral", "embedding": "spectral"}, {"qk", "qk:cross", "embedding"}),
         ({"qk": "spectral", "qk:cross": "default"}, {"qk"}),
         ({"ov:cross": "spectral"}, {"ov:cross"}),
-        ({}, set()),
     ],
     ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else str(value),
 )
@@ -190,9 +177,8 @@ def test_a_cross_attention_may_start_otherwise_in_one_product_too() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
-@pytest.mark.parametrize("ranks", [LOW, LOW_QKV], ids=["heads", "qkv"])
+@pytest.mark.parametrize(("ranks", "attention"), [(LOW, "sdpa"), (LOW_QKV, "eager")], ids=["heads", "qkv"])
 @pytest.mark.parametrize("head", [LM, CROSS_LM], ids=["lm", "cross-lm"])
-@each_kernel
 def test_word_by_word_with_a_cache_is_all_at_once(head: Head, ranks: Ranks, attention: str) -> None:
     model, batch = head.build(ranks, attention=attention), head.batch()
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
@@ -215,24 +201,15 @@ def test_word_by_word_with_a_cache_is_all_at_once(head: Head, ranks: Ranks, atte
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"qk_rank": 8}, r"qk_rank must be in \[1, 7\], got 8"),
         ({"ov_rank": [3, 8]}, r"ov_rank must be in \[1, 7\], got 8"),
-        ({"ffn_rank": 22}, r"ffn_rank must be in \[1, 21\], got 22"),
         ({"n_inner": None, "ffn_rank": 22}, r"ffn_rank must be in \[1, 21\], got 22"),
         ({"n_inner": 17, "ffn_rank": 18}, r"ffn_rank must be in \[1, 17\], got 18"),
-        ({"embedding_rank": 22}, r"embedding_rank must be in \[1, 21\], got 22"),
-        ({"qkv_rank": 0}, r"qkv_rank must be at least 1 .*got 0"),
-        ({"qkv_rank": 22}, r"qkv_rank must be in \[1, 21\], got 22"),
         ({"qkv_rank": [3, 22]}, r"qkv_rank must be in \[1, 21\], got 22"),
         ({"qkv_rank": [3]}, "qkv_rank needs a number or one for each of 2 layers, got 1"),
         ({"qkv_rank": 3, "qk_rank": 2}, "qkv_rank factorizes .* as a whole and qk_rank cuts its heads: give one"),
         ({"qkv_rank": 3, "ov_rank": 2}, "as a whole and ov_rank cuts its heads: give one"),
-        ({"n_head": 4}, "multiple of num_attention_heads, got 21 and 4 heads"),
-        ({"factor_init": "random"}, "one of spectral, spectral_ones, default, he, got 'random'"),
         ({"factor_init": {"linear": "random"}}, "one of spectral, spectral_ones, default, he, got 'random'"),
-        ({"factor_init": {"mlp": "spectral"}}, "any of linear, embedding, conv, qk, ov, .* got 'mlp'"),
         ({"factor_init": {"ov:middle": "spectral"}}, "got 'ov:middle'"),
-        ({"qkv_rank": 2.5}, "'qkv_rank' expected int"),
         ({"fused_loss": "yes"}, "'fused_loss' expected bool"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -240,12 +217,6 @@ def test_word_by_word_with_a_cache_is_all_at_once(head: Head, ranks: Ranks, atte
 def test_a_configuration_that_does_not_fit(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
         GPT2.config(**{**SIZES, **fields})
-
-
-@pytest.mark.parametrize("head", [BACKBONE, LM, DOUBLE, SEQUENCE], ids=["backbone", "lm", "double", "sequence"])
-def test_a_factorized_embedding_is_not_resized(head: Head) -> None:
-    with pytest.raises(ValueError, match="embedding_rank=None"):
-        head.build(LOW).resize_token_embeddings(60)
 
 
 @pytest.mark.parametrize("size", [60, 50], ids=["more", "fewer"])

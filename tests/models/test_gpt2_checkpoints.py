@@ -42,27 +42,23 @@ def config_of(ranks: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("saved", "head", "fields", "message"),
     [
-        (LOW, LM, {"ffn_rank": 7}, r"mlp\.c_fc\.U has shape \(32, 8\) in the checkpoint and \(32, 7\) in the model"),
         (LOW, LM, {"qk_rank": 3}, r"c_attn\.bias has shape \(36,\) .* \(24,\) in the model \(and 3 more\)"),
         (LOW, LM, {"ov_rank": None}, r"c_attn\.bias has shape \(36,\) .* \(51,\) in the model"),
-        (LOW, LM, {"embedding_rank": 12}, r"wte\.U has shape \(53, 13\) .* \(53, 12\)"),
         (
             LOW,
             LM,
             {"config": config_of({**LOW, "ffn_rank": None})},
             r"holds .*mlp\.\w+\.V where the model holds .*\.weight",
         ),
-        (LOW_QKV, LM, {"qkv_rank": 3}, r"c_attn\.U has shape \(63, 11\) .* \(63, 3\)"),
         (LOW_QKV, LM, {"config": config_of({"ffn_rank": 8})}, r"c_attn\.V where the model holds .*c_attn\.weight"),
         (LOW_QKV, SEQUENCE, {"config": config_of({})}, r"holds .*\.V where the model holds .*\.weight"),
     ],
-    ids=["ffn", "qk", "dense-ov", "embedding", "dense-ffn", "qkv", "dense-qkv", "dense-new-head"],
+    ids=["qk", "dense-ov", "dense-ffn", "dense-qkv", "dense-new-head"],
 )
-@pytest.mark.parametrize("source", [LM, BACKBONE], ids=["from-lm", "from-backbone"])
 def test_a_checkpoint_of_other_ranks(
-    source: Head, saved: dict[str, int], head: Head, fields: dict[str, Any], message: str, tmp_path: Path
+    saved: dict[str, int], head: Head, fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    source.build(saved).save_pretrained(tmp_path)
+    (BACKBONE if "config" in fields else LM).build(saved).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
         head.auto_class.from_pretrained(tmp_path, **fields)
     assert str(tmp_path) in str(error.value)
@@ -70,7 +66,7 @@ def test_a_checkpoint_of_other_ranks(
     assert head.auto_class.from_pretrained(tmp_path, **fields, ignore_mismatched_sizes=True)
 
 
-@pytest.mark.parametrize("ranks", [{"ffn_rank": 8}, {"qk_rank": 5}, {"qkv_rank": 5}, {"embedding_rank": 13}], ids=str)
+@pytest.mark.parametrize("ranks", [{"qkv_rank": 5}, {"embedding_rank": 13}], ids=str)
 def test_a_stock_checkpoint_is_not_cut_silently(ranks: dict[str, int], tmp_path: Path) -> None:
     LM.build_stock().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not fit FactorizedGPT2LMHeadModel"):
@@ -92,14 +88,11 @@ def test_a_folder_is_as_good_as_a_model_and_a_dense_one_of_ours_as_a_stock_one(t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({}, "give ranks or a rule, one of them; got neither", id="nothing"),
         pytest.param({"qkv_rank": 3, "rule": RankRule(ratio=0.5)}, "one of them; got qkv_rank", id="both"),
-        pytest.param({"qkv_rank": 22}, r"qkv_rank must be in \[1, 21\], got 22", id="qkv-rank"),
         pytest.param({"qkv_rank": 3, "qk_rank": 2}, "qk_rank cuts its heads: give one of them", id="two-ways"),
         pytest.param({"mlp_rank": 3}, "FactorizedGPT2Model has the ranks .*qkv_rank.*, got mlp_rank", id="unknown"),
         pytest.param({"rule": RankRule(rank=3), "kinds": ["attn"]}, "any of .*qkv.*, got attn", id="kind"),
         pytest.param({"rule": RankRule(rank=3), "kinds": ["qkv", "ov"]}, "ov_rank cuts its heads", id="two-kinds"),
-        pytest.param({"qkv_rank": 3, "calibration": []}, "there are no calibration batches", id="no-data"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
@@ -112,9 +105,10 @@ def test_only_the_stock_class_is_truncated() -> None:
         FactorizedGPT2Model.from_dense(LM.build_stock(), **LOW)
 
 
-@pytest.mark.parametrize("name", ["wte", "h.1.mlp.c_proj", "h.1.attn.c_attn", "h.0.crossattention.q_attn"])
+@pytest.mark.parametrize(
+    ("name", "calibrated"), [("wte", False), ("h.1.attn.c_attn", True), ("h.0.crossattention.q_attn", False)]
+)
 @pytest.mark.parametrize("ranks", [LOW, {**LOW_QKV, "embedding_rank": 13}], ids=["heads", "qkv"])
-@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
 def test_weights_that_are_not_finite(name: str, ranks: dict[str, int], calibrated: bool) -> None:
     stock = CROSS_LM.build_stock()
     stock.transformer.get_submodule(name).weight.data[1, 2] = float("nan")
