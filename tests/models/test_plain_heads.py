@@ -186,20 +186,6 @@ def test_function_transforms_of_a_whole_model(head: Head, options: dict[str, Any
     assert_close({name: gradients[name] for name in expected}, expected, **FLOAT32)
 
 
-@each_embedding
-def test_a_penalty_on_gradients_of_a_fused_loss(embedding: dict[str, Any]) -> None:
-    curvatures = []
-    for fused in (False, True):
-        model = build(*HEADS["gpt2"], embedding | {"fused_loss": fused})
-        model.config._attn_implementation = "eager"  # fused kernels of torch are differentiated once
-        model.train()
-        parameters = list(model.parameters())
-        gradients = torch.autograd.grad(model(**gpt2_cases.LM.batch()).loss, parameters, create_graph=True)
-        penalty = sum(gradient.square().sum() for gradient in gradients)
-        curvatures.append(torch.autograd.grad(penalty, parameters))
-    assert_close(*curvatures, **FLOAT32)
-
-
 PLAIN = {
     "linear": lambda: nn.Linear(3, 4),
     "factorized": lambda: FactorizedLinear(3, 4, 2),
