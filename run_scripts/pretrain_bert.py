@@ -32,7 +32,6 @@ from hf_fnl.tasks.pretraining_examples import PretrainingOptions
 from hf_fnl.tasks.pretraining_phases import PHASES_HELP, Phase, describe_phase, plan_phases
 from hf_fnl.tasks.tokenization import load_tokenizer, train_wordpiece
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
 from hf_fnl.training.engines import free_engine
 from hf_fnl.training.runs import (
@@ -97,10 +96,10 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     }
     ranks = {name: getattr(options, name) for name in ("qk_rank", "ov_rank", "ffn_rank", "embedding_rank")}
     if not options.stock:
-        return build(model_class, FactorizedBertConfig(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
+        return model_class(FactorizedBertConfig(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
     if given := [name for name, rank in ranks.items() if rank is not None]:
         raise UsageError(f"stock=True takes no ranks, got {', '.join(given)}")
-    return build(model_class, BertConfig(**sizes))
+    return model_class(BertConfig(**sizes))
 
 
 def check_lengths(phases: list[tuple[Phase, FLAMBeTrainingArguments]], longest: int) -> None:

@@ -23,7 +23,6 @@ from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.tokens import causal_metrics, causal_sums
 from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, named, parse_arguments, run_script
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.runs import (
@@ -147,8 +146,8 @@ def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, int | No
         "attn_pdrop": options.dropout,
     }
     if options.stock:
-        return build(model_class, GPT2Config(**sizes))
-    return build(model_class, FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
+        return model_class(GPT2Config(**sizes))
+    return model_class(FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
 
 
 def block_sizes(data: DataOptions, n_positions: int, *, is_fresh: bool) -> tuple[int, int]:

@@ -39,7 +39,6 @@ from hf_fnl.tasks.tokenization import load_tokenizer, train_joint_bpe
 from hf_fnl.tasks.translation import encode_pairs, load_pairs
 from hf_fnl.tasks.translation_training import TranslationArguments, TranslationTrainer
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
-from hf_fnl.training.building import build
 from hf_fnl.training.command_line import UsageError, check_at_least, named, parse_arguments, run_script
 from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.low_rank_phase import later_ranks
@@ -194,14 +193,14 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks
         "forced_eos_token_id": tokenizer.eos_token_id,
     }
     if options.stock:
-        model = build(MarianMTModel, MarianConfig(**settings))
+        model = MarianMTModel(MarianConfig(**settings))
     else:
         factors = {
             "factor_init": init_methods(options.factor_init),
             "normalize_before": options.normalize_before,
             **ranks,
         }
-        model = build(FactorizedMarianMTModel, FactorizedMarianConfig(**settings, **factors))
+        model = FactorizedMarianMTModel(FactorizedMarianConfig(**settings, **factors))
     # Padding starts a decoder and must not come up again.
     model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
     return model

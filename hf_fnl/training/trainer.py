@@ -29,7 +29,7 @@ from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
 from hf_fnl.training.checkpoints import CompleteCheckpoints, clean, remove
-from hf_fnl.training.engines import check_engine, innermost, is_sharded, set_state_dict_type
+from hf_fnl.training.engines import check_engine, is_sharded, set_state_dict_type
 from hf_fnl.training.finite import FiniteSteps, check_finite
 from hf_fnl.training.form import match_checkpoint_, rewrap_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
@@ -226,11 +226,6 @@ class FLAMBeTrainer(Trainer):
         self._resumption.note(optimizer)
         return optimizer
 
-    def running_optimizer(self) -> Optimizer:
-        """Return the optimizer that runs, without the wrappers of accelerate and DeepSpeed."""
-        optimizer: Optimizer = innermost(self.optimizer)
-        return optimizer
-
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         optimizer, decay = optimizer_and_decay(model, self.args, dense=self._is_dense)
         self._coupled = None
@@ -386,17 +381,14 @@ class FLAMBeTrainer(Trainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self._penalized and model.training):
             return result
-        penalty = self._penalty(model)
+        with record_function(DECAY):
+            penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
         if self.args.frobenius_mode == "coupled":
             penalty = penalty - penalty.detach()  # its gradient, for an engine that clips within its step
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # A loss normalized over the whole batch is not divided by the accumulation steps afterwards.
             penalty = penalty / self.current_gradient_accumulation_steps
         return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
-
-    def _penalty(self, model: nn.Module) -> Tensor:
-        with record_function(DECAY):
-            return frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
 
 
 def _averages_over_its_own_batch(model: nn.Module) -> bool:

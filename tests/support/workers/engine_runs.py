@@ -12,6 +12,7 @@ import cpu_fsdp  # noqa: F401  lets accelerate shard over CPU processes
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from hf_fnl.training.engines import innermost
 from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -29,7 +30,7 @@ def train(folder: Path, engine: str, name: str) -> None:
         facts["units"] = sorted(
             {type(module).__name__ for module in trainer.model.modules() if isinstance(module, FSDPModule)}
         )
-        facts["optimizer"] = type(trainer.running_optimizer()).__name__
+        facts["optimizer"] = type(innermost(trainer.optimizer)).__name__
         (folder / "facts.json").write_text(json.dumps(facts))
 
 
