@@ -182,7 +182,7 @@ def build_optimizer(name: str, model: nn.Module, rate: Tensor, weight_decay: flo
         weight_decay: Decay of all matrices but the factors of output-value products.
         ov_decay: Coefficient of the decay of these factors, or of the Frobenius decay of their products.
     """
-    shared: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.999), "max_grad_norm": 1.0}
+    shared: dict[str, Any] = {"lr": rate, "betas": (0.9, 0.999)}
     products = find_products(model, ["ov"])
     decay = NO_DECAY if name == "lamb_fd" else ov_decay
     groups = parameter_groups(model, weight_decay=weight_decay, products=products, frobenius_decay=decay)
@@ -260,6 +260,7 @@ class Pretraining(TextTraining):
             if penalized is not None:
                 loss = loss + frobenius_penalty(self.products, self.model, penalized)
             loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
 
         return step

@@ -19,8 +19,6 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import AutoModelForImageClassification, MarianConfig
-from transformers.modelcard import TASK_MAPPING
 from transformers.utils import CONFIG_NAME
 
 from hf_fnl.layers import factorized_layers
@@ -49,6 +47,16 @@ _TRAINED_ON = ("dataset", "train_dataset")
 _EVALUATED_ON = ("eval_dataset", "validation_dataset")
 _EMBEDDED = ("embedded", "digits")  # data sets that lie in packages
 _DATA_FILES = {".json", ".jsonl", ".parquet", ".txt", ".gz"}
+_TASKS = {  # by the end of the names of classes
+    "ForMaskedLM": "fill-mask",
+    "LMHeadModel": "text-generation",
+    "ForCausalLM": "text-generation",
+    "MTModel": "translation",
+    "ForQuestionAnswering": "question-answering",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+}
 _SETTINGS = (
     *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay"),
     *("momentum", "lr_milestones", "num_train_epochs"),
@@ -278,18 +286,8 @@ def _metadata(model: nn.Module, record: Record, name: str | None, stated: ModelC
 
 def _task_of(model: nn.Module) -> str | None:
     """The Hub's task for the head of a model, if there is exactly one."""
-    if isinstance(getattr(model, "config", None), MarianConfig):
-        return "translation"
-    if type(model) in AutoModelForImageClassification._model_mapping.values():
-        return "image-classification"
     name = getattr(model, "dense_class", type(model)).__name__
-    tasks = [
-        task
-        for task, heads in TASK_MAPPING.items()
-        if task != "text2text-generation"  # which the Hub has given up
-        and any(name in (head if isinstance(head, tuple | list) else (head,)) for head in heads.values())
-    ]
-    return tasks[0] if len(tasks) == 1 else None
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
 def _sizes(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:

@@ -34,7 +34,6 @@ class FLAMBe(Lamb):
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Coefficient of decay, of products and of all other parameters.
-        max_grad_norm: As in :class:`Lamb`.
         compiled: As in :class:`Lamb`.
 
     Raises:
@@ -52,10 +51,9 @@ class FLAMBe(Lamb):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
-        max_grad_norm: float | None = None,
         compiled: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm, compiled=compiled)
+        super().__init__(params, lr, betas, eps, weight_decay, compiled=compiled)
         self.products = tuple(products)
         _check_matrices(self.products)
         check_factors(self.products, self.param_groups)

@@ -105,8 +105,6 @@ class Lamb(Optimizer):
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Coefficient of decay.
-        max_grad_norm: Gradients are first clipped, in place, to this norm over all groups. ``None`` leaves them as
-            they are, which is right wherever a Trainer or an engine clips.
         compiled: Compiles the update with ``torch.compile``, once for each group: worth it on a GPU. States are the
             same, results differ by rounding.
 
@@ -122,12 +120,9 @@ class Lamb(Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         *,
-        max_grad_norm: float | None = None,
         compiled: bool = False,
     ) -> None:
-        if max_grad_norm is not None and not (isinstance(max_grad_norm, int | float) and max_grad_norm > 0):
-            raise ValueError(f"max_grad_norm must be positive, or None for no clipping, got {max_grad_norm!r}")
-        self.max_grad_norm, self.compiled = max_grad_norm, compiled
+        self.compiled = compiled
         self._sharding = Sharding()
         self._buffers: dict[torch.dtype, Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -159,8 +154,6 @@ class Lamb(Optimizer):
         shards = self._sharding.find(self.param_groups)
         self.check()
         terms = self._take_terms(shards)
-        if self.max_grad_norm is not None:
-            self._clip(shards)
         if shards is not None:
             self._step_shards(shards, terms)
             return loss
@@ -256,17 +249,8 @@ class Lamb(Optimizer):
         lr: float | Tensor = group["lr"]
         return torch.full((), lr, device=batch.params[0].device) if self.compiled and not isinstance(lr, Tensor) else lr
 
-    def _clip(self, shards: Shards | None) -> None:
-        if shards is not None and shards.steps_in_parts:
-            raise ValueError(
-                f"max_grad_norm={self.max_grad_norm}: under ZeRO no step sees all gradients, so DeepSpeed has to clip; "
-                "set gradient_clipping in its configuration, and max_grad_norm=None here"
-            )
-        owners = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        torch.nn.utils.clip_grad_norm_(owners, self.max_grad_norm)  # type: ignore[arg-type]
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "compiled": self.compiled}
+        return {**super().__getstate__(), "compiled": self.compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also called by ``load_state_dict``, which takes steps and the order in memory as they were saved.

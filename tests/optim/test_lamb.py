@@ -96,18 +96,6 @@ def test_order_in_memory_does_not_matter():
     assert_close(parameter, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_max_grad_norm_is_clipping_before_the_step():
-    ours, theirs = parameters(), parameters()
-    clipping, plain = Lamb(groups_of(ours), max_grad_norm=0.7), Lamb(groups_of(theirs))
-    for seed in range(3):
-        set_gradients(ours, seed)
-        set_gradients(theirs, seed)
-        clipping.step()
-        torch.nn.utils.clip_grad_norm_(theirs.values(), 0.7)
-        plain.step()
-    assert_same(ours, theirs)
-
-
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state, file)
@@ -144,7 +132,7 @@ def test_state_is_tensors_in_the_shape_of_their_parameters():
 
 def test_a_copy_goes_on_as_the_original():
     named = parameters()
-    optimizer = Lamb(named.values(), lr=0.1, max_grad_norm=0.7)
+    optimizer = Lamb(named.values(), lr=0.1)
     train(optimizer, named, range(2))
     again = copy.deepcopy(optimizer)
     copied = dict(zip(named, again.param_groups[0]["params"], strict=True))
@@ -155,7 +143,7 @@ def test_a_copy_goes_on_as_the_original():
 
 def test_parameters_without_gradient_stay_and_have_no_state():
     named = parameters()
-    optimizer = Lamb(named.values(), max_grad_norm=1.0)
+    optimizer = Lamb(named.values())
     set_gradients(named, 0)
     named["matrix"].grad = None
     before = named["matrix"].detach().clone()
@@ -234,7 +222,7 @@ def test_sparse_gradients_are_refused_before_anything_moves():
     dense.grad, before = torch.ones(5), dense.detach().clone()
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match=r"Lamb takes dense gradients only.*\(7, 3\).*sparse=False"):
-        Lamb([{"params": [dense]}, {"params": embedding.parameters()}], max_grad_norm=1.0).step()
+        Lamb([{"params": [dense]}, {"params": embedding.parameters()}]).step()
     assert torch.equal(dense, before)
 
 
@@ -247,23 +235,21 @@ def test_sparse_gradients_are_refused_before_anything_moves():
         ({"eps": float("inf")}, "eps must be a finite number, got inf"),
         ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, or None for no clipping, got 0.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         Lamb(parameters().values(), **options)
-    if "max_grad_norm" not in options:
-        with pytest.raises(ValueError, match=message):
-            Lamb([{"params": parameters().values(), **options}])
+    with pytest.raises(ValueError, match=message):
+        Lamb([{"params": parameters().values(), **options}])
 
 
 def test_a_step_on_a_gpu_never_waits_for_it():
     """Fake tensors have no values, so reading one, by ``.item()`` or by a branch, is an error."""
     with FakeTensorMode():
         named = {name: nn.Parameter(torch.empty(shape, device="cuda")) for name, shape in SHAPES.items()}
-        optimizer = Lamb(groups_of(named), max_grad_norm=1.0)
+        optimizer = Lamb(groups_of(named))
         for parameter in named.values():
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
