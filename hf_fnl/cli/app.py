@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from hf_fnl.cli.evaluate import evaluate
 from hf_fnl.cli.options import (
     Debug,
     EmbeddingRank,
@@ -275,6 +276,10 @@ def report(
         terminal.show({"sources": sources, "out": str(written)}, str(written))
 
 
+app.command(
+    short_help="Measure language models on a text.",
+    epilog="Example: hf-fnl evaluate gpt2 gpt2-small --texts held-out.txt",
+)(evaluate)
 app.command(
     short_help="Say what training a model costs.",
     epilog="Example: hf-fnl plan bert-large --ffn-rank 256 --ov-rank 32 --gpus 64 --memory 24",

@@ -1,0 +1,198 @@
+"""``hf-fnl evaluate``: perplexity, speed, memory and size of language models, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from hf_fnl.cli.options import Debug, Json
+from hf_fnl.cli.terminal import session
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel
+
+_BATCHES = (1, 16)
+_PROMPT, _NEW, _REPEATS = 64, 64, 3
+_READ = 8  # characters of a token, at most: as many are read of the text
+
+
+class Settings(NamedTuple):
+    """How models are evaluated.
+
+    Args:
+        texts: File, folder or Hub id of the text.
+        column: Column that holds it.
+        tokens: So many are predicted, the first.
+        length: Tokens of a window.
+        stride: By how many it moves on.
+        dtype: Of the weights.
+        device: Where the model runs.
+    """
+
+    texts: str
+    column: str
+    tokens: int
+    length: int
+    stride: int
+    dtype: str
+    device: str
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders of models, or ids on the Hub.")],
+    texts: Annotated[str, typer.Option(metavar="TEXTS", help="A .txt, .json(l) or .parquet file, or a data set.")],
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    tokens: Annotated[int, typer.Option(help="Evaluate on the first N tokens.", min=2, metavar="N")] = 32768,
+    length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 1024,
+    stride: Annotated[int, typer.Option(help="By how many tokens the window moves on.", min=1)] = 512,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure causal language models on a text: perplexity, speed of generation, peak memory and size.
+
+    Each model runs in a process of its own, so that its memory is its own. Perplexity per word compares models of
+    different tokenizers. Tokens per second are those of greedy generation, 64 tokens after a prompt of 64, at batch 1
+    and 16: the median of three.
+    """
+    with session(as_json=as_json, debug=debug, sources=models) as terminal:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+
+        settings = Settings(texts, text_column, tokens, length, stride, dtype, device)
+        _check(settings)
+        rows = []
+        for model in models:
+            # A process for each: what one model has held does not count for the next.
+            apart = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            with terminal.step(f"evaluating {model}"), apart as pool:
+                rows.append(pool.submit(measure, model, settings).result())
+        terminal.show({"settings": settings._asdict(), "models": rows}, _table(rows))
+
+
+def _check(settings: Settings) -> None:
+    if settings.stride >= settings.length:
+        raise typer.BadParameter(f"--stride must be below --length, {settings.length}, got {settings.stride}")
+    if settings.dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {settings.dtype}")
+
+
+def measure(source: str, settings: Settings) -> dict[str, Any]:
+    """Load a model and measure it.
+
+    Returns:
+        Name, class, parameters, bytes of weights, perplexities with their numbers of tokens and words, tokens per
+        second by batch, and the peak memory in bytes: of the GPU, or of the process.
+
+    Raises:
+        OSError: If files are missing or damaged.
+        ValueError: If the model is no causal language model, or the text is empty or another tokenizer's.
+    """
+    import torch
+    from transformers import GenerationMixin
+    from transformers.utils import logging
+
+    from hf_fnl.cli.texts import longest_input
+    from hf_fnl.models.checkpoint import load
+    from hf_fnl.tasks.perplexity import perplexity
+    from hf_fnl.tasks.tokenization import load_tokenizer
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = load(source, dtype=getattr(torch, settings.dtype), use_safetensors=True)
+    if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
+        raise ValueError(f"{source} is a {type(model).__name__}, which is no causal language model")
+    model.eval().to(device)
+    text = _text(settings)
+    tokenizer = load_tokenizer(source)
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    ids = torch.tensor(encoded["input_ids"][: settings.tokens])
+    if ids.numel() and (largest := int(ids.max())) >= (known := model.get_input_embeddings().num_embeddings):
+        raise ValueError(f"the tokenizer in {source} gives the token {largest}, and the model knows {known:,}")
+    end = encoded["offset_mapping"][len(ids) - 1][1] if len(ids) else 0
+    length = longest_input(model, settings.length)
+    words = len(text[: end or None].split())
+    found = perplexity(model, ids, words, length=length, stride=min(settings.stride, length - 1))
+    parameters = {id(p): p for p in model.parameters()}.values()
+    return {
+        "model": source,
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in parameters),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "perplexity": found.per_token,
+        "perplexity_per_word": found.per_word,
+        "tokens": found.tokens,
+        "words": found.words,
+        "tokens_per_second": {str(batch): _speed(model, ids, batch) for batch in _BATCHES},
+        "peak_memory": torch.cuda.max_memory_allocated() if device.startswith("cuda") else _resident(),
+        "device": device,
+    }
+
+
+def _text(settings: Settings) -> str:
+    """As many characters of the text as its first tokens can be."""
+    from hf_fnl.tasks.documents import load_documents
+
+    parts: list[str] = []
+    size, needed = 0, settings.tokens * _READ
+    for row in load_documents(settings.texts, text_column=settings.column, streaming=True):
+        parts.append(row["text"])
+        size += len(row["text"])
+        if size >= needed:
+            break
+    return "\n\n".join(parts)[:needed]
+
+
+def _speed(model: PreTrainedModel, ids: Any, batch: int) -> float:
+    """Tokens per second of greedy generation."""
+    import torch
+
+    prompt = ids[: min(_PROMPT, len(ids) // 2)].to(model.device).expand(batch, -1)
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+
+    def generate(new: int) -> float:
+        start = time.perf_counter()
+        model.generate(prompt, min_new_tokens=new, max_new_tokens=new, **options)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    generate(2)
+    return batch * _NEW / statistics.median(generate(_NEW) for _ in range(_REPEATS))
+
+
+def _resident() -> int | None:
+    """Largest memory that this process has had, in bytes; ``None`` where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """One line for each model; shares are of the first."""
+    from rich.table import Table
+
+    columns = ("parameters", "weights", "perplexity", "per word", *(f"tokens/s, batch {n}" for n in _BATCHES), "memory")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        speeds = (f"{row['tokens_per_second'][str(batch)]:,.1f}" for batch in _BATCHES)
+        memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f} MiB"
+        weights = f"{row['bytes'] / 2**20:,.0f} MiB"
+        losses = f"{row['perplexity']:.2f}", f"{row['perplexity_per_word']:.2f}"
+        table.add_row(row["model"], f"{row['parameters']:,}", weights, *losses, *speeds, memory)
+    return table

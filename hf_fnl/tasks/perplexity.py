@@ -1,0 +1,80 @@
+"""Perplexity of a causal language model on a text: windows with a stride, per token and per word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a text costs a model.
+
+    Args:
+        nll: Sum of the negative log-likelihoods of its tokens, in nats.
+        tokens: How many were predicted: all but the first.
+        words: How many words they are, as white space divides them.
+    """
+
+    nll: float
+    tokens: int
+    words: int
+
+    @property
+    def per_token(self) -> float:
+        """``exp(nll / tokens)``, which depends on the tokenizer."""
+        return math.exp(self.nll / self.tokens)
+
+    @property
+    def per_word(self) -> float:
+        """``exp(nll / words)``, by which models of different tokenizers are compared."""
+        return math.exp(self.nll / self.words)
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel,
+    ids: Tensor,
+    words: int,
+    *,
+    length: int = 1024,
+    stride: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Measure how well a causal language model predicts a text.
+
+    A window of ``length`` tokens moves on by ``stride``; of each window those tokens count that no window before it
+    held, so each but the first is predicted once, from ``length - stride`` or more tokens, as far as there are.
+
+    Args:
+        model: Gives ``logits``; it is called as it is, so put it into evaluation mode first.
+        ids: Token ids ``(count,)`` of the text.
+        words: Words of the text.
+        length: Tokens of a window.
+        stride: By how many it moves on.
+        progress: Is told how many tokens are done, and how many there are.
+
+    Raises:
+        ValueError: If there are fewer than two tokens or no word, or not ``1 <= stride < length``.
+    """
+    if ids.numel() < 2 or words < 1:
+        raise ValueError(f"perplexity needs a text of at least 2 tokens and a word, got {ids.numel()} and {words}")
+    if not 1 <= stride < length:
+        raise ValueError(f"stride must be at least 1 and below the length of a window, {length}, got {stride}")
+    nll, done = 0.0, 1
+    for start in range(0, ids.numel(), stride):
+        window = ids[start : start + length].to(model.device)
+        fresh = start + len(window) - done
+        logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, -fresh - 1 : -1]
+        nll += nn.functional.cross_entropy(logits.float(), window[-fresh:], reduction="sum").item()
+        done += fresh
+        if progress is not None:
+            progress(done, ids.numel())
+        if done == ids.numel():
+            break
+    return Perplexity(nll, ids.numel() - 1, words)
