@@ -12,13 +12,13 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fnl.tasks.documents import common_kind, data_files, load_documents, looks_like_path
 from hf_fnl.tasks.tokenization import load_tokenizer
 
 _CHARACTERS = 16  # of a token, at most: what is kept of a document is enough for all samples
-_BATCH = 4096  # tokens that run through the model at once
+_BATCH = 1024  # tokens that run through the model at once
 _BLOCK = 1 << 16  # characters that are read at once
 
 
@@ -85,6 +85,8 @@ def read_texts(tokenizer_source: str, texts: Texts) -> Read:
 def calibration_batches(model: PreTrainedModel, read: Read, texts: Texts) -> list[dict[str, Tensor]]:
     """Batches of text for a model, each of samples of one length: there is no padding.
 
+    For a causal language model they hold labels, so that it is known what its loss feels.
+
     Args:
         model: The model.
         read: What :func:`read_texts` read for it.
@@ -109,8 +111,9 @@ def calibration_batches(model: PreTrainedModel, read: Read, texts: Texts) -> lis
     by_length: dict[int, list[list[int]]] = {}
     for ids in samples:
         by_length.setdefault(len(ids), []).append(ids)
-    rows = (part for ids in by_length.values() for part in torch.tensor(ids).split(max(1, _BATCH // len(ids[0]))))
-    return [text_inputs(model, part) for part in rows]
+    rows = [part for ids in by_length.values() for part in torch.tensor(ids).split(max(1, _BATCH // len(ids[0])))]
+    predicts_next = isinstance(model, GenerationMixin) and not model.config.is_encoder_decoder
+    return [text_inputs(model, part, **({"labels": part} if predicts_next else {})) for part in rows]
 
 
 def text_inputs(model: PreTrainedModel, ids: Tensor, **more: Tensor) -> dict[str, Tensor]:

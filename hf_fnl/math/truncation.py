@@ -8,7 +8,7 @@ is the covariance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,16 +17,26 @@ from hf_fnl.math.spectral import check_rank, check_split_method, spectral_init, 
 
 # Share of the mean variance that is added to every direction: data seldom span all of them.
 _RIDGE = 1e-5
+_OUTPUT_RIDGE = 1e-2  # share of the mean sensitivity that is added to every coordinate
 _BLOCK = 2048  # vectors whose products are summed in float32, or their own dtype if that is wider
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean ``(..., n)`` and covariance ``(..., n, n)`` of ``count`` vectors, in float64."""
+    """Mean ``(..., n)`` and covariance ``(..., n, n)`` of ``count`` vectors, in float64.
+
+    Args:
+        mean: The mean.
+        covariance: The covariance.
+        count: How many vectors.
+        sensitivity: How much a loss feels each coordinate ``(m,)`` of what a layer makes of the vectors: the mean
+            square of its gradient; ``None`` where all count alike.
+    """
 
     mean: Tensor
     covariance: Tensor
     count: int = 1
+    sensitivity: Tensor | None = None
 
     @classmethod
     def of(cls, samples: Tensor) -> Moments:
@@ -50,7 +60,7 @@ class Moments:
 
     def about_zero(self) -> Moments:
         """The second moment as that of vectors without a mean."""
-        return Moments(torch.zeros_like(self.mean), self.second, self.count)
+        return replace(self, mean=torch.zeros_like(self.mean), covariance=self.second)
 
     def joined(self, other: Moments) -> Moments:
         """Moments of the vectors of both."""
@@ -83,6 +93,9 @@ def truncate_linear(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     r"""The rank-``rank`` layer whose outputs are nearest to those of ``y = W x + b`` in mean square.
 
+    Where the sensitivity ``d`` of a loss is known, ``E[sum_i d_i (y_i - z_i)^2]`` is the least, twice the loss that is
+    expected to be lost if its curvature is that of gradients (the Fisher information), diagonal in the outputs.
+
     Args:
         weight: Shape ``(m, n)``.
         bias: Shape ``(m,)``, or ``None``.
@@ -96,9 +109,15 @@ def truncate_linear(
     Raises:
         ValueError: If ``rank`` is out of range or the weight is not finite.
     """
-    P, _, _ = truncated_svd(weight.double() @ _input_root(moments, bias), rank)
-    # P P^T W in spectral form, from the SVD of the small factor.
-    left, V = spectral_init(P.mT @ weight.double(), rank)
+    scale = _output_scale(moments)
+    scaled = weight.double() if scale is None else weight.double() * scale
+    P, _, _ = truncated_svd(scaled @ _input_root(moments, bias), rank)
+    right = P.mT @ scaled
+    if scale is not None:  # D^{-1/2} P P^T D^{1/2} W, with orthogonal columns on the left again
+        P, R = torch.linalg.qr(P / scale)
+        right = R @ right
+    # In spectral form, from the SVD of the small factor.
+    left, V = spectral_init(right, rank)
     U = P @ left
     if bias is not None:
         bias = (bias + weight.double() @ moments.mean - U @ (V.mT @ moments.mean)).to(bias.dtype)
@@ -107,7 +126,7 @@ def truncate_linear(
 
 @torch.no_grad()
 def linear_energies(weight: Tensor, bias: Tensor | None = None, moments: Moments | None = None) -> Tensor:
-    """Squared singular values of ``W``, or of ``W C^{1/2}`` where ``moments`` are given; descending, float64.
+    """Squared singular values of ``W``, or of ``D^{1/2} W C^{1/2}`` where ``moments`` are given; descending, float64.
 
     Raises:
         ValueError: If the weight is not finite.
@@ -116,9 +135,17 @@ def linear_energies(weight: Tensor, bias: Tensor | None = None, moments: Moments
     if not matrix.isfinite().all():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds NaN or Inf")
     if moments is not None:
-        matrix = matrix @ _input_root(moments, bias)
+        scale = _output_scale(moments)
+        matrix = (matrix if scale is None else matrix * scale) @ _input_root(moments, bias)
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
     return torch.linalg.eigvalsh(gram).clamp(min=0).flip(-1)
+
+
+def _output_scale(moments: Moments) -> Tensor | None:
+    """``d^{1/2}`` as a column, ridged so that no coordinate is free; ``None`` where all count alike."""
+    if moments.sensitivity is None or not (mean := moments.sensitivity.double().mean()) > 0:
+        return None
+    return (moments.sensitivity.double() + _OUTPUT_RIDGE * mean).sqrt().unsqueeze(-1)
 
 
 def _input_root(moments: Moments, bias: Tensor | None) -> Tensor:

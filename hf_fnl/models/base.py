@@ -22,7 +22,7 @@ from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.cuts import Names, check_methods, cuts_of, layer_in, names_in_backbone, ranks_by_rule
 from hf_fnl.models.forwards import refuse_unknown_inputs_
 from hf_fnl.models.loading import load_checked
-from hf_fnl.surgery.calibration import Calibration
+from hf_fnl.surgery.calibration import Calibration, CalibrationData
 from hf_fnl.surgery.config import LayerRank, RankRule
 from hf_fnl.surgery.cut import check_values, cut
 from hf_fnl.surgery.heads import HeadTarget
@@ -210,7 +210,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             kinds: What ``rule`` is applied to: any of ``"qk"``, ``"ov"``, ``"ffn"``, ``"embedding"`` and ``"qkv"`` that
                 the configuration has. Heads and feed-forward matrices unless given.
             calibration: Inputs of the model, one batch or several, with an ``attention_mask`` where they are padded.
-                All of it runs through the model at once. Some ten thousand tokens are enough.
+                Some ten thousand tokens are enough. With ``labels`` the outputs count by what the loss feels of them.
             factor_init: As in the configuration, whose it is unless given, but only what cuts weights: ``"spectral"``
                 or ``"spectral_ones"``.
             **ranks: In place of a rule, the fields of the configuration that are ranks, such as ``ov_rank=32``.
@@ -229,8 +229,9 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         given = [name for name, rank in ranks.items() if rank is not None]
         if (rule is None) == (not given):
             raise ValueError(f"give ranks or a rule, one of them; got {', '.join(given) or 'neither'}")
+        data = None if calibration is None else CalibrationData(self, calibration)
         if rule is not None:
-            ranks |= ranks_by_rule(self, rule, kinds, calibration)
+            ranks |= ranks_by_rule(self, rule, kinds, data)
         config = copy.deepcopy(self.config)
         for option, value in {**ranks, **({} if factor_init is None else {"factor_init": factor_init})}.items():
             setattr(config, option, value)
@@ -238,7 +239,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         cuts = cuts_of(self, config)
         check_methods(cuts, config.factor_init, calibrated=calibration is not None)
         check_values((each.target for each in cuts), calibrated=calibration is not None)
-        self._cut_(cuts, calibration)
+        self._cut_(cuts, data)
         self._hold_config_(config)
 
     def _hold_config_(self, config: Any) -> None:
@@ -262,7 +263,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         stds = dict.fromkeys(ends, self.branch_std)
         replacements = cut(self, cuts, calibration, stds)
         for dense, layer in replacements.items():
-            if calibration is not None and isinstance(layer, Factorized) and getattr(dense, "bias", None) is not None:
+            if data is not None and isinstance(layer, Factorized) and getattr(dense, "bias", None) is not None:
                 dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
         swap_(self, replacements, models_in(self))
         for target in (each.target for each in cuts) if self.shapes_heads else ():

@@ -13,9 +13,9 @@ from hf_fnl.attention.adapters import projections_of
 from hf_fnl.attention.parts import parts_of
 from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.models.configuration import FactorizedConfig
-from hf_fnl.surgery.calibration import Calibration
+from hf_fnl.surgery.calibration import CalibrationData
 from hf_fnl.surgery.config import LayerRank, RankRule
-from hf_fnl.surgery.cut import candidate, parameters_beside, spectra_of
+from hf_fnl.surgery.cut import candidates_of, parameters_beside
 from hf_fnl.surgery.heads import Attention, HeadTarget, Target
 from hf_fnl.surgery.ranks import UnreachableShare, choose_ranks
 from hf_fnl.surgery.select import first_names, weights
@@ -74,7 +74,7 @@ def cuts_of(model: Any, config: FactorizedConfig) -> list[Cut]:
 
 
 def ranks_by_rule(
-    model: Any, rule: RankRule, kinds: Sequence[str] | None, calibration: Calibration | None
+    model: Any, rule: RankRule, kinds: Sequence[str] | None, data: CalibrationData | None
 ) -> dict[str, LayerRank]:
     """Return the ranks that a rule chooses for kinds of matrices, as fields of the configuration.
 
@@ -98,8 +98,7 @@ def ranks_by_rule(
         for title, names in zip(titles[kind], layers.values(), strict=True):
             groups[title] = _targets(model, f"{kind}_rank", names)
     targets = [target for group in groups.values() for target in group]
-    spectra = spectra_of(model, targets, calibration)
-    candidates = [candidate(title, group, spectra) for title, group in groups.items()]
+    candidates = candidates_of(model, groups, data)
     try:
         chosen = choose_ranks(candidates, rule, others=parameters_beside(model, targets))
     except UnreachableShare as error:

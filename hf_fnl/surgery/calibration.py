@@ -21,7 +21,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -33,6 +33,7 @@ from hf_fnl.layers.span import Span
 from hf_fnl.math.truncation import HeadMoments, Moments
 from hf_fnl.surgery.blocks import BlockStore
 from hf_fnl.surgery.padding import Visible, hidden_marked
+from hf_fnl.surgery.sensitivity import sensitivities
 from hf_fnl.utils.suggest import did_you_mean, listed
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -67,28 +68,59 @@ Handler: TypeAlias = Callable[[str, Any], nn.Module | Mapping[nn.Module, nn.Modu
 Ties: TypeAlias = Mapping[str, Sequence[str]]
 
 
+class CalibrationData:
+    """Batches that are checked, and what a loss feels of layers where they hold labels, measured once.
+
+    Args:
+        model: The model that is calibrated.
+        batches: Its inputs.
+
+    Raises:
+        ValueError: As :func:`checked_batches`.
+        TypeError: Likewise.
+    """
+
+    def __init__(self, model: nn.Module, batches: Calibration) -> None:
+        self.model, self.batches = model, checked_batches(model, batches)
+        self.has_labels = "labels" in self.batches[0]
+        self._sensitivities: dict[str, Tensor] = {}
+
+    def sensitivities(self, layers: Mapping[str, Sequence[nn.Module]]) -> Mapping[str, Tensor]:
+        """Return :func:`~hf_fnl.surgery.sensitivity.sensitivities` of layers; none where there are no labels."""
+        missing = {name: modules for name, modules in layers.items() if name not in self._sensitivities}
+        if self.has_labels and missing:
+            with _evaluating(self.model):
+                self._sensitivities |= sensitivities(self.model, self.batches, missing)
+        return {name: self._sensitivities[name] for name in layers if name in self._sensitivities}
+
+
 def for_each(
     model: nn.Module,
     requests: Mapping[str, Request],
     handle: Handler,
-    calibration: Calibration | None,
+    data: CalibrationData | None,
     ties: Ties | None = None,
 ) -> None:
-    """Handle modules of a model by name: one after the other, or, given data, each when these reach it.
+    """Handle modules of a model by name: one after the other, or, given data, each when these have reached it.
 
     Args:
         model: Any model.
         requests: What to measure at each module that is named.
-        handle: Gets a name and, where there are data, what was asked for; may be called again for a module that turns
-            out to come after one that is called several times: what it does last counts.
-        calibration: Inputs of the model, one batch or several.
+        handle: Gets a name and, where there are data, what was asked for.
+        data: Inputs of the model.
         ties: Names of other modules whose calls count as calls of one that is named, for they hold its weight.
     """
-    if calibration is None:
+    if data is None:
         for name in requests:
             handle(name, None)
-    else:
-        visit(model, calibration, requests, handle, ties)
+        return
+    names = {name: (name, *(ties or {}).get(name, ())) for name, request in requests.items() if request == "inputs"}
+    felt = data.sensitivities({name: [model.get_submodule(each) for each in tied] for name, tied in names.items()})
+
+    def handle_felt(name: str, measured: Any) -> Any:
+        return handle(name, replace(measured, sensitivity=felt[name]) if name in felt else measured)
+
+    visit(model, data.batches, requests, handle_felt, ties)
 
 
 @torch.no_grad()

@@ -11,16 +11,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fnl.surgery.calibration import Calibration, Heads, Request, for_each
+from hf_fnl.surgery.calibration import CalibrationData, Heads, Request, for_each
 from hf_fnl.surgery.heads import HeadTarget, Target, cut_heads
 from hf_fnl.surgery.ranks import Candidate
 from hf_fnl.surgery.targets import Cut, Draw, LayerTarget, Replacements
 
-Spectra = Callable[[], Mapping[str, Tensor]]
 
+def candidates_of(
+    model: nn.Module, groups: Mapping[str, Sequence[Target]], data: CalibrationData | None, **options: bool
+) -> list[Candidate]:
+    """Return what ranks are chosen for: groups of targets that share one, by what they are called in errors.
 
-def spectra_of(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> Spectra:
-    """Return what gives the squared singular values of every target by name, in the metric of data if any, once."""
+    Their energies are squared singular values, in the metric of data if there are any, and measured when first asked
+    for. Each target counts by its own share; where the data tell what a loss feels of all, by what the loss would lose.
+
+    Args:
+        model: Any model.
+        groups: Targets by names.
+        data: Inputs of the model.
+        **options: ``deep`` and ``overcomplete`` where they are set.
+    """
+    targets = [target for group in groups.values() for target in group]
+    in_loss = data is not None and data.has_labels and all(target.request == "inputs" for target in targets)
 
     @functools.cache
     def spectra() -> dict[str, Tensor]:
@@ -32,33 +44,28 @@ def spectra_of(model: nn.Module, targets: Sequence[Target], calibration: Calibra
                     raise ValueError(f"{target.name} is on the meta device, where ranks cannot depend on spectra")
                 found[target.name] = target.energies(moments)
 
-        for_each(model, _requests(targets), measure, calibration, _ties(targets))
+        for_each(model, _requests(targets), measure, data, _ties(targets))
         return found
 
-    return spectra
-
-
-def candidate(name: str, targets: Sequence[Target], spectra: Spectra, **options: bool) -> Candidate:
-    """Return targets that share a rank as one candidate; each counts by its own share of energy.
-
-    Args:
-        name: What it is called in errors and in the result.
-        targets: The targets.
-        spectra: See :func:`spectra_of`.
-        **options: ``deep`` and ``overcomplete`` where they are set.
-    """
-    limits, counts, full = zip(*(target.sizes(**options) for target in targets), strict=True)
-
-    def energies() -> Tensor:
-        found = [spectra()[target.name] for target in targets]
+    def energies(group: Sequence[Target], limit: int) -> Tensor:
+        found = [spectra()[target.name] for target in group]
         if len(found) == 1:
             return found[0]
-        return torch.stack([e[: min(limits)] / e.sum().clamp(min=torch.finfo(e.dtype).tiny) for e in found]).sum(0)
+        units = (1 if in_loss else e.sum().clamp(min=torch.finfo(e.dtype).tiny) for e in found)
+        return torch.stack([e[:limit] / unit for e, unit in zip(found, units, strict=True)]).sum(0)
 
-    def count(rank: int) -> int:
-        return sum(each(rank) for each in counts)
+    candidates = []
+    for name, group in groups.items():
+        limits, counts, full = zip(*(target.sizes(**options) for target in group), strict=True)
+        count = functools.partial(_sum_of, counts)
+        dense = sum(target.parameters for target in group)
+        of_group = functools.partial(energies, group, min(limits))
+        candidates.append(Candidate(name, min(limits), count, dense, of_group, min(full), in_loss))
+    return candidates
 
-    return Candidate(name, min(limits), count, sum(t.parameters for t in targets), energies, min(full))
+
+def _sum_of(counts: Iterable[Callable[[int], int]], rank: int) -> int:
+    return sum(count(rank) for count in counts)
 
 
 def check_values(targets: Iterable[Target], *, calibrated: bool) -> None:
@@ -75,7 +82,7 @@ def check_values(targets: Iterable[Target], *, calibrated: bool) -> None:
 def cut(
     model: nn.Module,
     cuts: Sequence[Cut],
-    calibration: Calibration | None = None,
+    data: CalibrationData | None = None,
     stds: Mapping[nn.Module, float] | None = None,
 ) -> Replacements:
     """Return new layers by those in whose places they belong; the model stays as it is.
@@ -84,7 +91,7 @@ def cut(
         model: Any model. What is drawn is drawn as it draws its own weights, if it is one of Transformers, and else as
             torch does.
         cuts: What is cut.
-        calibration: Data in whose metric linear layers and heads are truncated when these reach them.
+        data: In whose metric linear layers and heads are truncated when these reach them.
         stds: Standard deviations of what is drawn for layers that the model draws otherwise than their class says.
     """
     stds = stds or {}
@@ -108,7 +115,7 @@ def cut(
         return {**new, attention: _with(attention, {**replacements, **new})}
 
     targets = [each.target for each in cuts]
-    for_each(model, _requests(targets), replace, calibration, _ties(targets))
+    for_each(model, _requests(targets), replace, data, _ties(targets))
     for dense, layer in replacements.items():
         layer.train(training[dense])  # calibration made it while the model was in evaluation mode
     return replacements

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fnl.surgery.calibration import Calibration
+from hf_fnl.surgery.calibration import Calibration, CalibrationData
 from hf_fnl.surgery.config import LAYER_KINDS, FactorizationConfig
-from hf_fnl.surgery.cut import candidate, check_values, cut, parameters_beside, spectra_of
+from hf_fnl.surgery.cut import candidates_of, check_values, cut, parameters_beside
 from hf_fnl.surgery.heads import HeadTarget, Target
 from hf_fnl.surgery.ranks import Candidate, UnreachableShare, choose_ranks
 from hf_fnl.surgery.record import QUANT_METHOD, layer_record, models_near
@@ -126,7 +126,9 @@ def factorize_(
         model: Any module; one that ``torch.compile`` returned compiles anew.
         config: Which layers, at which ranks.
         calibration: Inputs of the model, one batch or several: linear layers are then cut in the metric of what these
-            data are in front of them, and ranks that depend on spectra are chosen in it.
+            data are in front of them, and ranks that depend on spectra are chosen in it. Where they hold ``labels``,
+            the outputs count by what the model's loss feels of them, and a ``budget`` goes where the loss would lose
+            most; a matrix that compresses badly then stays dense.
 
     Returns:
         What was done.
@@ -144,7 +146,8 @@ def factorize_(
     near = models_near(model)
     targets, skipped = select(model, config, near)
     check_values(targets, calibrated=calibration is not None)
-    candidates = _candidates(model, targets, config, calibration)
+    data = None if calibration is None else CalibrationData(model, calibration)
+    candidates = _candidates(model, targets, config, data)
     too_small = _below_rank(targets, candidates, config)
     candidates = [each for each in candidates if each.name not in too_small]
     try:
@@ -156,7 +159,7 @@ def factorize_(
     skipped |= {name: "its factors would hold as many parameters" for name, rank in ranks.items() if rank is None}
     options: dict[str, Any] = {"init": config.init, **_options(config)}
     cuts = [Cut(target, rank, **options) for target in targets if (rank := ranks.get(target.name)) is not None]
-    replacements = cut(model, cuts, calibration)
+    replacements = cut(model, cuts, data)
     done = tuple(_replacement(each, replacements) for each in cuts)
     if calibration is not None:
         for dense, layer in replacements.items():
@@ -199,10 +202,9 @@ def _other_kinds(model: nn.Module, config: FactorizationConfig) -> str:
 
 
 def _candidates(
-    model: nn.Module, targets: Sequence[Target], config: FactorizationConfig, calibration: Calibration | None = None
+    model: nn.Module, targets: Sequence[Target], config: FactorizationConfig, data: CalibrationData | None = None
 ) -> list[Candidate]:
-    spectra = spectra_of(model, targets, calibration)
-    return [candidate(target.name, [target], spectra, **_options(config)) for target in targets]
+    return candidates_of(model, {target.name: [target] for target in targets}, data, **_options(config))
 
 
 def _replacement(cut: Cut, replacements: Replacements) -> Replacement:

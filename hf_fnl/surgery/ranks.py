@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Candidate:
         dense: Parameters of what it replaces: ``m * n``.
         energies: Squared singular values ``(limit,)``, descending; called only where the rule needs them.
         full: The rank that a rank scale of 1 stands for; ``limit`` unless given.
+        in_loss: Energies are of one unit for all candidates, that of a loss; else each counts by its share of its own.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Candidate:
     dense: int
     energies: Callable[[], Tensor]
     full: int | None = None
+    in_loss: bool = False
 
     def cost(self, rank: int) -> int:
         """Parameters at this rank; factors that would hold more than the matrix are not made."""
@@ -173,14 +176,61 @@ def _by_one_scale(candidates: Sequence[Candidate], target: float, multiple_of: i
 def _spend(
     candidates: Sequence[Candidate], smallest: Mapping[str, int], target: float, multiple_of: int
 ) -> dict[str, int]:
-    """Give every next unit of rank to the product where it keeps the largest share of energy per parameter."""
-    shares = {candidate.name: candidate.shares().tolist() for candidate in candidates}
+    """Give every next unit of rank to the product where it keeps the most energy per parameter."""
+    start, shares = smallest, {candidate.name: candidate.shares().tolist() for candidate in candidates}
+    if all(candidate.in_loss for candidate in candidates):
+        start = _least_loss(candidates, smallest, target, multiple_of)
+        shares = {candidate.name: candidate.energies().cumsum(0).tolist() for candidate in candidates}
 
     def negative_gain(candidate: Candidate, rank: int) -> float:
         raised, kept = candidate.raised(rank, multiple_of), shares[candidate.name]
         return (kept[rank - 1] - kept[raised - 1]) / (candidate.count(raised) - candidate.count(rank))
 
-    return _fill(candidates, smallest, target, multiple_of, negative_gain)
+    return _fill(candidates, start, target, multiple_of, negative_gain)
+
+
+def _least_loss(
+    candidates: Sequence[Candidate], smallest: Mapping[str, int], target: float, multiple_of: int
+) -> dict[str, int]:
+    """The ranks that lose the least energy in all; what compresses badly stays dense, which costs no energy.
+
+    What a matrix loses is no convex function of its parameters, for between the rank of equal size and the dense
+    matrix there is nothing. Steps therefore go along the lower convex hull of its points, the steepest first.
+    """
+    steps: list[tuple[float, str, int, int]] = []
+    for candidate in candidates:
+        energies = candidate.energies().double()
+        lost = (energies.sum() - energies.cumsum(0)).clamp(min=0).tolist()
+        rank = smallest[candidate.name]
+        points = [(candidate.cost(rank), lost[rank - 1], rank)]
+        while (rank := candidate.raised(rank, multiple_of)) < candidate.limit and candidate.kept(rank) is not None:
+            points.append((candidate.cost(rank), lost[rank - 1], rank))
+        points.append((candidate.cost(candidate.limit), 0.0, candidate.limit))
+        for before, after in itertools.pairwise(_lower_hull(points)):
+            slope = (after[1] - before[1]) / (after[0] - before[0])
+            steps.append((slope, candidate.name, after[2], after[0] - before[0]))
+    chosen, total, ended = dict(smallest), _total(candidates, smallest), set[str]()
+    for _, name, rank, more in sorted(steps):
+        if name in ended or total + more > target:
+            ended.add(name)
+            continue
+        chosen[name], total = rank, total + more
+    return chosen
+
+
+def _lower_hull(points: Sequence[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+    """Those of points, by increasing cost, that lie on the lower convex hull of cost and loss."""
+    hull: list[tuple[int, float, int]] = []
+    for point in points:
+        while hull and (point[0] <= hull[-1][0] or (len(hull) > 1 and _is_above(hull[-2], hull[-1], point))):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _is_above(first: tuple[int, float, int], middle: tuple[int, float, int], last: tuple[int, float, int]) -> bool:
+    """Whether the point in the middle lies on or above the line through the others."""
+    return (middle[1] - first[1]) * (last[0] - first[0]) >= (last[1] - first[1]) * (middle[0] - first[0])
 
 
 def _fill(

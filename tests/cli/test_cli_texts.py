@@ -56,7 +56,9 @@ def rows_of(monkeypatch, source: Path, samples: int, length: int, *, special: bo
     seen.clear()
     texts = Texts(source=str(source), column="text", samples=samples, length=length)
     batches = calibration_batches(model or llama(), read_texts("the model", texts), texts)
-    assert all(set(batch) == {"input_ids"} for batch in batches)  # samples of one length: there is no padding
+    predicts = model is None or isinstance(model, LlamaForCausalLM)
+    names = {"input_ids", "labels"} if predicts else {"input_ids"}
+    assert all(set(batch) == names for batch in batches)  # samples of one length: there is no padding
     return [row for batch in batches for row in batch["input_ids"].tolist()]
 
 

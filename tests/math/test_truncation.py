@@ -1,5 +1,6 @@
 """Truncation of biased layers and heads, against the singular values of the matrices that are never formed."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -89,6 +90,29 @@ def test_moments_are_those_of_the_samples(dtype: torch.dtype) -> None:
     torch.testing.assert_close(moments.second, exact.mT @ exact / 17)
     for number in range(2):
         torch.testing.assert_close(moments.covariance[number], exact[number].T.cov(correction=0))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_outputs_count_by_what_the_loss_feels_of_them(bias: bool) -> None:
+    """As where rows are scaled before an ordinary cut, and scaled back; no other product of the rank comes nearer."""
+    weight, d = torch.randn(7, 11, dtype=DOUBLE), torch.tensor([1e4, 1, 1e-2, 3, 5, 20, 0.5], dtype=DOUBLE)
+    offset = torch.randn(7, dtype=DOUBLE) if bias else None
+    samples = torch.randn(200, 11, dtype=DOUBLE) * torch.arange(1, 12) + 2
+    moments = dataclasses.replace(Moments.of(samples), sensitivity=d)
+    U, V, new = truncate_linear(weight, offset, 3, moments)
+    scale = (d + 1e-2 * d.mean()).sqrt().unsqueeze(-1)
+    left, right, shifted = truncate_linear(
+        scale * weight, None if offset is None else scale[:, 0] * offset, 3, Moments.of(samples)
+    )
+    torch.testing.assert_close(U @ V.mT, left @ right.mT / scale, rtol=1e-6, atol=1e-6)
+    if bias:
+        torch.testing.assert_close(new, shifted / scale[:, 0], rtol=1e-6, atol=1e-6)
+    columns = U.mT @ U
+    torch.testing.assert_close(columns, columns.diagonal().diag(), rtol=0, atol=1e-8)
+    energies = linear_energies(weight, offset, moments)
+    root = metric_root(moments.covariance if bias else moments.second)
+    lost = (scale * (weight - U @ V.mT) @ root).square().sum()
+    torch.testing.assert_close(lost, energies[3:].sum(), rtol=1e-6, atol=1e-9)
 
 
 def test_a_small_variance_around_a_large_mean_is_not_lost() -> None:

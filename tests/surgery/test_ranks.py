@@ -202,6 +202,32 @@ def test_a_budget_is_the_best_there_is() -> None:
     assert choose_ranks([a, b], RankRule(budget=10 * a.count(1) / dense([a, b]))) == best
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_the_least_loss_for_a_budget_leaves_dense_what_compresses_badly(share: float) -> None:
+    """Near the bound of Lagrange: no choice loses less than the least of loss plus price, less the price of all."""
+    made = [dataclasses.replace(each, in_loss=True) for each in LINEARS]
+    ranks = choose_ranks(made, RankRule(budget=share))
+    assert parameters(made, ranks) <= share * dense(made)
+    lost = sum(lost_energy(each, ranks[each.name]) for each in made)
+    tails = {each.name: [float(each.energies()[rank:].sum()) for rank in range(each.limit)] for each in made}
+
+    def bound(price: float) -> float:
+        least = (
+            min(price * each.dense, *(tails[each.name][r] + price * each.count(r) for r in range(1, each.limit)))
+            for each in made
+        )
+        return sum(least) - price * share * dense(made)
+
+    # Dense matrices come in large pieces: a budget between two of them is not spent as well.
+    assert lost <= 1.05 * max(bound(2.0**-power) for power in torch.arange(14, 40, 0.1).tolist())
+    if share == 0.9:
+        assert {name.split(".")[1] for name, rank in ranks.items() if rank is None} >= {"10", "11"}  # the flattest
+
+
+def lost_energy(candidate: Candidate, rank: int | None) -> float:
+    return 0.0 if rank is None else float(candidate.energies()[rank:].sum())
+
+
 @pytest.mark.parametrize("option", [*RULES, "energy", "rank_scale"])
 @each_set
 def test_more_is_never_less(candidates: list[Candidate], option: str) -> None:

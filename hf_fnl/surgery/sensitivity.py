@@ -1,0 +1,77 @@
+"""What a loss feels of the outputs of layers: squares of its gradients there, from labels in the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_IGNORED = -100  # labels of positions that are in no loss
+
+
+@torch.enable_grad()
+def sensitivities(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], layers: Mapping[str, Sequence[nn.Module]]
+) -> dict[str, Tensor]:
+    r"""Mean squares of a loss's gradient at the outputs of layers, ``E[(\partial L / \partial y_i)^2]``.
+
+    ``L`` is the sum over tokens of the loss that the model computes from the ``labels`` in a batch, as the mean of
+    those that are not ignored. Parameters get no gradient; one batch's activations are in memory at a time.
+
+    Args:
+        model: The model, in the mode that it is to be measured in.
+        batches: Inputs with ``labels``, run one after the other.
+        layers: Modules by names; several of one name are measured in one.
+
+    Returns:
+        A vector ``(m,)`` in float64 for each name, ``m`` being the width of the output.
+
+    Raises:
+        ValueError: If the model returns no loss, or one that is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = dict.fromkeys(layers, 0)
+    scale = 1.0
+
+    def add(name: str, gradient: Tensor) -> None:
+        squares = (gradient.detach() * scale).flatten(0, -2).square().sum(0, dtype=torch.float64)
+        sums[name] = sums[name] + squares if name in sums else squares
+        counts[name] += gradient[..., 0].numel()
+
+    def hook(name: str) -> Callable[..., None]:
+        def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()
+            output.register_hook(lambda gradient: add(name, gradient))
+
+        return watch
+
+    with _frozen(model), ExitStack() as stack:
+        for name, modules in layers.items():
+            for module in modules:
+                stack.enter_context(module.register_forward_hook(hook(name)))
+        device = next(model.parameters()).device
+        for batch in batches:
+            loss = getattr(model(**{name: value.to(device) for name, value in batch.items()}), "loss", None)
+            if loss is None or not loss.isfinite().all():
+                got = "no loss" if loss is None else f"a loss of {loss.item():g}"
+                raise ValueError(f"the calibration data hold labels, for which {type(model).__name__} returned {got}")
+            scale = float((batch["labels"] != _IGNORED).sum())
+            if loss.requires_grad:
+                loss.backward()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters without gradients; afterwards as before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)

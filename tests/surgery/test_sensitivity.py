@@ -1,0 +1,117 @@
+"""What the loss feels of outputs: against autograd row by row, and what follows for cuts and ranks."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_fnl import FactorizationConfig, FactorizedBertForMaskedLM, RankRule, factorize_
+from hf_fnl.surgery.sensitivity import sensitivities
+
+VOCAB = 41
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 23, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes, **options)).eval()
+
+
+def batches(*rows: int, labels: bool = True) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(VOCAB, (count, 7), generator=generator) for count in rows]
+    return [{"input_ids": each, **({"labels": each} if labels else {})} for each in ids]
+
+
+def test_sensitivities_are_mean_squares_of_gradients() -> None:
+    """Of the sum of the losses of a batch, at every position of an output, whatever makes that require a gradient."""
+    model, data = llama().double(), batches(3, 2)
+    names = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
+    model.get_submodule(names[0]).weight.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    found = sensitivities(model, data, {name: [model.get_submodule(name)] for name in names})
+    for name in names:
+        gradients = []
+        for batch in data:
+            outputs: list[Tensor] = []
+            hook = model.get_submodule(name).register_forward_hook(lambda m, args, y, seen=outputs: seen.append(y))
+            loss = model(input_ids=batch["input_ids"]).logits[:, :-1].transpose(1, 2)
+            loss = nn.functional.cross_entropy(loss, batch["labels"][:, 1:], reduction="sum")
+            hook.remove()
+            (gradient,) = torch.autograd.grad(loss, outputs)
+            gradients.append(gradient.flatten(0, 1))
+        # The model's own loss is a mean of six of seven labels, and all seven are counted.
+        expected = (torch.cat(gradients) * 7 / 6).square().mean(0)
+        assert_close(found[name], expected)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Silent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.layer(x)
+
+
+def test_labels_without_a_finite_loss_are_refused() -> None:
+    data = {"x": torch.randn(7, 5), "labels": torch.ones(7)}
+    with pytest.raises(ValueError, match="hold labels, for which Silent returned no loss"):
+        factorize_(Silent(), FactorizationConfig(rank=2), calibration=data)
+    ignored = [
+        {"input_ids": batch["input_ids"], "labels": torch.full_like(batch["labels"], -100)} for batch in batches(3)
+    ]
+    with pytest.raises(ValueError, match="LlamaForCausalLM returned a loss of nan"):
+        factorize_(llama(), FactorizationConfig(rank=2), calibration=ignored)
+
+
+class Branches(nn.Module):
+    """Two layers alike, of which the loss hardly feels the second, and of the first only some outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.strong, self.weak = nn.Linear(20, 20), nn.Linear(20, 20)
+        self.factors = torch.tensor([3.0] * 5 + [0.1] * 15)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        y = self.factors * self.strong(x) + 0.01 * self.weak(x)
+        return SimpleNamespace(loss=None if labels is None else (y - labels).square().mean(), y=y)
+
+
+@pytest.mark.parametrize("options", [{"rank": 6}, {"budget": 0.6}], ids=str)
+def test_what_the_loss_feels_is_kept(options: dict[str, Any]) -> None:
+    model = Branches()
+    x = torch.randn(500, 20)
+    with torch.no_grad():
+        exact = model(x).y
+    labels = exact + 0.1 * torch.randn(500, 20)
+    lost: list[float] = []
+    for felt in (True, False):
+        small = copy.deepcopy(model)
+        data = {"x": x, "labels": labels} if felt else {"x": x}
+        done = factorize_(small, FactorizationConfig(**options), calibration=data)
+        with torch.no_grad():
+            lost.append(float((small(x).y - exact).square().mean()))
+        if felt and "budget" in options:
+            ranks = {each.name: each.rank for each in done.replacements}
+            assert "strong" not in ranks or ranks["strong"] > ranks["weak"]
+    assert lost[0] < 0.5 * lost[1]
+
+
+def test_classes_of_ours_choose_by_the_loss_too() -> None:
+    from bert_cases import MASKED_LM
+
+    stock, batch = MASKED_LM.build_stock(), MASKED_LM.batch()
+    data = [{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}]
+    options = {"rule": RankRule(budget=0.8), "kinds": ["ffn"]}
+    plain = [{name: value for name, value in data[0].items() if name != "labels"}]
+    ours, theirs = (FactorizedBertForMaskedLM.from_dense(stock, **options, calibration=each) for each in (data, plain))
+    assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=False))
