@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def describe(panel: Panel) -> str:
 
 
 def _draw(axis: Any, panel: Panel) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     for line in panel.lines:
         if line.band:
@@ -74,8 +75,13 @@ def _draw(axis: Any, panel: Panel) -> None:
         style = {"linestyle": "--" if line.dashed else "-", "marker": marker, "markersize": 3}
         axis.plot(*zip(*line.points, strict=True), color=line.colour, **style)
     axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, yscale="log" if panel.log else "linear")
-    axis.set_title(panel.title, fontsize="medium")
+    axis.set_title(textwrap.fill(panel.title, 44), fontsize="medium")
     whole = all(isinstance(x, int) for line in panel.lines for x, _ in line.points)
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=whole, steps=[1, 2, 5, 10]))
+    if panel.log:
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
     if panel.from_zero:
         axis.set_ylim(bottom=0)
+    axis.yaxis.set_major_formatter("{x:g}")
