@@ -259,6 +259,7 @@ def test_calibration_lowers_the_error_of_the_outputs_and_the_biases_stay_the_sam
         biases = [layer.bias for layer in model.layers[::2]]
         factorize_(model, FactorizationConfig(rank=4), calibration=calibration)
         assert all(layer.bias is bias for layer, bias in zip(model.layers[::2], biases, strict=True))
+        assert all(module.training for module in model.modules())
         errors.append((model(**data) - dense(**data)).square().mean().item())
     assert errors[1] < 0.3 * errors[0]
 

@@ -380,6 +380,7 @@ def test_a_layer_that_is_too_small_for_the_rank_stays_dense_unless_it_is_named()
     assert factorize_(net, FactorizationConfig(rank=5)).skipped == dict.fromkeys("12", "its rank can be at most 3")
     assert isinstance(net[0], FactorizedLinear)
     assert type(net[1]) is type(net[2]) is nn.Linear
+    assert not factorize_(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 5)), FactorizationConfig(rank=5)).skipped
     empty = nn.Linear(9, 1)
     empty.weight = nn.Parameter(torch.empty(0, 9))  # as nn.Linear(9, 0) has it, with a warning of torch
     assert factorize_(nn.Sequential(nn.Linear(9, 9), empty), LOW).skipped == {"1": "its weight is empty"}
