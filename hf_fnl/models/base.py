@@ -256,12 +256,12 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         """Return the place in a list of ranks of the layer that a name has ``number`` in."""
         return number
 
-    def _cut_(self, cuts: Sequence[Cut], calibration: Calibration | None = None) -> None:
+    def _cut_(self, cuts: Sequence[Cut], data: CalibrationData | None = None) -> None:
         ends = (
             layer for name, layer in names_in_backbone(self) if layer_in(self.names.end_of_branch, name) is not None
         )
         stds = dict.fromkeys(ends, self.branch_std)
-        replacements = cut(self, cuts, calibration, stds)
+        replacements = cut(self, cuts, data, stds)
         for dense, layer in replacements.items():
             if data is not None and isinstance(layer, Factorized) and getattr(dense, "bias", None) is not None:
                 dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
