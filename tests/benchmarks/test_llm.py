@@ -1,0 +1,63 @@
+"""The peers of the benchmark of language models are what they are called, and its table is of its rows."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.llm import cut, decoder_layers, table
+from benchmarks.peers import svd
+from hf_fnl.math.truncation import Moments, truncate_linear
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, initializer_range=0.2, **SIZES)).eval()
+
+
+@pytest.mark.parametrize("method", svd.METHODS)
+def test_a_peer_cuts_every_layer_to_its_share(model: LlamaForCausalLM, method: str) -> None:
+    layers, ids = decoder_layers(model), torch.randint(40, (20, 19))
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    inputs: dict[str, torch.Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
+        for name, layer in layers.items()
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    ranks = svd.cut_(layers, model, ids.split(2), 0.5, method)
+    for name, layer in layers.items():
+        m, n = layer.weight.shape
+        assert ranks[name] == int(0.5 * m * n / (m + n)) == torch.linalg.matrix_rank(layer.weight, rtol=1e-4)
+        samples = inputs[name].flatten(0, 1)
+        if method == "asvd":
+            scale = samples.abs().mean(0).sqrt()
+            expected = truncate_linear(before[name] * scale, None, ranks[name], identity(n))
+            assert_close(layer.weight, (expected[0] @ expected[1].T) / scale, rtol=1e-3, atol=1e-4)
+        else:
+            moments = Moments.of(samples) if method == "whitening" else identity(n)
+            U, V, _ = truncate_linear(before[name], None, ranks[name], moments)
+            assert_close(layer.weight, U @ V.T, rtol=1e-2, atol=1e-3)
+
+
+def identity(n: int) -> Moments:
+    return Moments(torch.zeros(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64))
+
+
+def test_ours_keeps_to_the_share(model: LlamaForCausalLM) -> None:
+    found = cut(model, 0.7, "ours", torch.randint(40, (4, 512)).flatten())
+    assert 0.55 < found["layer_ratio"] <= 0.7  # ranks are multiples of 8
+
+
+def test_the_table_compares_with_whitening_at_the_same_share() -> None:
+    def row(method: str, share: float, value: float) -> dict:
+        losses = {name: {"perplexity": value} for name in ("wikitext2", "wikipedia")}
+        return {"method": method, "share": share, "layer_ratio": share, **losses}
+
+    lines = table([row("dense", 1.0, 10.0), row("whitening", 0.8, 1000.0), row("ours", 0.8, 100.0)]).splitlines()
+    assert [line.split("|")[5].strip() for line in lines[2:]] == ["", "1.00", "0.50"]
