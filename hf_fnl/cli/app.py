@@ -86,7 +86,9 @@ def factorize(
     ratio: Annotated[
         float | None, _option("Share of all parameters of the model that stay; one scale of ranks for all.", *_SHARE)
     ] = None,
-    budget: Annotated[float | None, _option("The same share, given where spectra, or the loss, need it.", *_SHARE)] = None,
+    budget: Annotated[
+        float | None, _option("The same share, given where spectra or the loss need it.", *_SHARE)
+    ] = None,
     layer_ratio: Annotated[float | None, _option("As --ratio, of the factorized matrices alone.", *_SHARE)] = None,
     energy: Annotated[
         float | None, _option("Smallest ranks that keep this share of every product's energy.", *_SHARE)
