@@ -179,7 +179,7 @@ def digits() -> tuple[ImageTensors, torch.Tensor]:
 
 def test_lines_between_classifiers_end_in_the_networks(image_runs, digits):
     dense, low = image_runs
-    argv = ["--baseline", dense, "--low_rank", low, "--low_rank", dense, "--steps", "3", "--batch_size", "20"]
+    argv = ["--baseline", dense, "--low_rank", low, dense, "--steps", "3", "--batch_size", "20"]
     lines = script.main([*argv, "--use_cpu"])
     images, pixels = digits
     for folder, point in ((dense, lines[low][0]), (low, lines[low][-1]), (dense, lines[dense][1])):
