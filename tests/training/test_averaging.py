@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint import save
 from translation_cases import tiny_marian, tiny_tokenizer
 
 from hf_fnl.training.averaging import average_checkpoints, load_average_, newest_checkpoints
+from hf_fnl.training.stored import FSDP_SHARDS
 
 
 def write(folder, **tensors):
@@ -49,6 +51,15 @@ def test_checkpoints_in_several_files(tmp_path):
     mean = average_checkpoints([tmp_path / "whole", tmp_path / "split"])
     for name, weight in average_checkpoints([tmp_path / "whole"]).items():
         assert torch.equal(mean[name], weight), name
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_shards_as_accelerate_writes_them_under_fsdp2(tmp_path, weights):
+    folders = [tmp_path / str(number) for number in range(2)]
+    for folder, weight in zip(folders, weights, strict=False):
+        save({"model": {"layer.weight": weight}}, checkpoint_id=folder / FSDP_SHARDS, no_dist=True)
+    mean = average_checkpoints(folders)
+    torch.testing.assert_close(mean, {"layer.weight": (weights[0] + weights[1]) / 2})
 
 
 def trained_parameters(model):
