@@ -100,7 +100,7 @@ def measure(row: str, share: float, method: str, args: argparse.Namespace) -> di
         "method": method,
         "command": shlex.join(["python", "-m", "benchmarks.llm", *sys.argv[1:]]),
     }
-    found |= {**revision(), "machine": machine()}
+    found |= {**revision(), "machine": machine("cpu")}
     model, tokenizer = load_smollm2()
     sources = texts(args.data)
     ids, _ = read_tokens(tokenizer, sources["calibration"], args.skip + args.tokens)
