@@ -37,7 +37,7 @@ TESTS = (
 )
 # Flex attention compiles for minutes. Transformers 5.17 compiles no training step of Marian, has no beams where its
 # vocabularies differ, and has another name for checkpointing of activations.
-EXCEPT = "flex_attention or compiles_to_one_graph or beams-separate or gradient_checkpointing"
+EXCEPT = "flex_attention or compiles_to_one_graph or (beams and separate) or gradient_checkpointing"
 
 
 def bounds() -> dict[str, Requirement]:

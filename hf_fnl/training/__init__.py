@@ -5,6 +5,7 @@ import logging
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DiagnosticsCallback
 from hf_fnl.training.form import match_checkpoint_
+from hf_fnl.training.healing import DistillationTrainer, heal_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.optimizers import build_optimizer
 from hf_fnl.training.trainer import FLAMBeTrainer
@@ -12,9 +13,11 @@ from hf_fnl.training.trainer import FLAMBeTrainer
 __all__ = [
     "DenseThenLowRank",
     "DiagnosticsCallback",
+    "DistillationTrainer",
     "FLAMBeTrainer",
     "FLAMBeTrainingArguments",
     "build_optimizer",
+    "heal_",
     "match_checkpoint_",
 ]
 

@@ -1,0 +1,142 @@
+"""Healing a cut model: it is trained to give what the dense model gives."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_fnl.training.arguments import FLAMBeTrainingArguments
+from hf_fnl.training.checkpoints import checkpoints
+from hf_fnl.training.trainer import FLAMBeTrainer
+
+_HELD_OUT = 10  # every tenth batch
+
+
+class DistillationTrainer(FLAMBeTrainer):
+    r"""Trainer whose loss is how far a model is from another on the same inputs.
+
+    Where both give logits, it is the mean over positions of :math:`KL(p_{teacher} \| p_{model})`; else the squared
+    error of the last hidden states over the teacher's squared norm. Positions that ``attention_mask`` hides count for
+    nothing; labels are not looked at.
+
+    Args:
+        model: The model to train.
+        args: How.
+        teacher: The model to learn from; it is put into evaluation mode and onto the device of the run.
+        **kwargs: As in :class:`FLAMBeTrainer`.
+
+    Raises:
+        ValueError: If the Frobenius decay is to be a penalty, which is added to a loss of labels only.
+    """
+
+    def __init__(self, model: nn.Module, args: FLAMBeTrainingArguments, *, teacher: nn.Module, **kwargs: Any) -> None:
+        super().__init__(model, args, **kwargs)
+        if self._penalized:
+            raise ValueError("frobenius_mode must be decoupled where a teacher gives the loss")
+        self.teacher = teacher.eval().to(args.device)
+        self.model_accepts_loss_kwargs = False
+        self.label_names, self.can_return_loss = [], True  # also where batches hold labels
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the distance from the teacher, of the mean of its batch."""
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        with torch.no_grad():
+            target = self.teacher(**inputs)
+        outputs = model(**inputs)
+        loss = distillation_loss(outputs, target, inputs.get("attention_mask"))
+        return (loss, outputs) if return_outputs else loss
+
+
+def distillation_loss(outputs: Any, target: Any, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the distance of a model's outputs from a teacher's, as :class:`DistillationTrainer` says."""
+    if "logits" in target:
+        found, wanted = (each["logits"].float().log_softmax(-1) for each in (outputs, target))
+        distance = nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    else:
+        found, wanted = (each["last_hidden_state"].float() for each in (outputs, target))
+        distance = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
+    return distance.mean() if attention_mask is None else distance[attention_mask.bool()].mean()
+
+
+def heal_(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    steps: int = 300,
+    learning_rate: float = 3e-4,
+    output_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """Train a cut model, in place, to give what the dense one gives (:class:`DistillationTrainer`).
+
+    A step takes one batch, in random order. Every tenth batch is held out, the first one at least.
+
+    Args:
+        model: The cut model.
+        dense: The model that it was cut from.
+        batches: Inputs of both, two or more.
+        steps: How many steps of AdamW, whose rate rises for a tenth of them and then falls to zero.
+        learning_rate: The highest rate.
+        output_dir: Keeps checkpoints there, and goes on from the newest complete one; nothing is kept without it.
+        **options: More of :class:`FLAMBeTrainingArguments`, such as ``frobenius_decay``, ``bf16`` or ``save_steps``.
+
+    Returns:
+        ``held_out_before`` and ``held_out_after``: the loss on the batches that are held out.
+
+    Raises:
+        ValueError: If there are fewer than two batches, or as :class:`FLAMBeTrainer`.
+    """
+    batches = list(batches)
+    if len(batches) < 2:
+        raise ValueError(f"healing needs two batches or more, one of which is held out; got {len(batches)}")
+    held_out = batches[::_HELD_OUT]
+    train = [batch for number, batch in enumerate(batches) if number % _HELD_OUT]
+    with tempfile.TemporaryDirectory(prefix="hf_fnl-") as unkept:
+        settings: dict[str, Any] = {
+            "optim": "adamw_torch",
+            "weight_decay": 0.0,
+            "warmup_steps": steps // 10,
+            "lr_scheduler_type": "cosine",
+            "save_strategy": "no" if output_dir is None else "steps",
+            "save_steps": 100,
+            "save_total_limit": 1,
+            "logging_steps": max(1, steps // 20),
+            "report_to": [],
+        }
+        args = FLAMBeTrainingArguments(
+            output_dir=str(output_dir or unkept),
+            max_steps=steps,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
+            remove_unused_columns=False,
+            prediction_loss_only=True,
+            **{**settings, **options},
+        )
+        trainer = DistillationTrainer(
+            model,
+            args,
+            teacher=dense,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=itemgetter(0),  # an example is a batch already
+        )
+        before = trainer.evaluate()["eval_loss"]
+        goes_on = output_dir is not None and checkpoints(Path(output_dir))
+        trainer.train(resume_from_checkpoint=True if goes_on else None)
+        return {"held_out_before": before, "held_out_after": trainer.evaluate()["eval_loss"]}

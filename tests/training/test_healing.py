@@ -1,0 +1,100 @@
+"""Healing: the loss is the distance from the dense model, it falls from any start, and a run goes on where it was."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from hf_fnl import FactorizationConfig, FactorizedBertModel, factorize_
+from hf_fnl.training import DistillationTrainer, FLAMBeTrainingArguments, heal_
+from hf_fnl.training.healing import distillation_loss
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def batches(count: int, padded: bool = False) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(40, (4, 9), generator=generator)
+        mask = torch.ones_like(ids)
+        if padded:
+            mask[:2, 5:] = 0
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.3)).eval()
+
+
+def bert() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**SIZES, initializer_range=0.3)).eval()
+
+
+def cut(model: PreTrainedModel) -> PreTrainedModel:
+    if isinstance(model, BertModel):
+        return FactorizedBertModel.from_dense(model, ffn_rank=5, ov_rank=4)
+    small = llama()
+    small.load_state_dict(model.state_dict())
+    factorize_(small, FactorizationConfig(rank=5, include=["model.layers.*"]))
+    return small
+
+
+def test_the_loss_is_the_divergence_at_positions_that_count() -> None:
+    logits, wanted = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    p, q = wanted.softmax(-1), logits.softmax(-1)
+    each = (p * (p / q).log()).sum(-1)
+    assert_close(distillation_loss({"logits": logits}, {"logits": wanted}), each.mean())
+    expected = (each[0, 0] + each[0, 1] + each[1, 0]) / 3
+    assert_close(distillation_loss({"logits": logits}, {"logits": wanted}, mask), expected)
+    states = {"last_hidden_state": 2 * wanted}
+    assert_close(distillation_loss(states, {"last_hidden_state": wanted}, mask), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("build", [llama, bert])
+def test_the_held_out_loss_falls(build: Any, padded: bool) -> None:
+    dense = build()
+    small, before = cut(dense), {name: value.clone() for name, value in dense.state_dict().items()}
+    data = batches(40, padded)
+    found = heal_(small, dense, data, steps=120, learning_rate=3e-3, disable_tqdm=True)
+    assert found["held_out_after"] < 0.6 * found["held_out_before"]
+    with torch.no_grad():
+        small.eval()
+        losses = [distillation_loss(small(**b), dense(**b), b["attention_mask"]).item() for b in data[::10]]
+    assert sum(losses) / len(losses) == pytest.approx(found["held_out_after"], rel=1e-4)
+    assert_close(dict(dense.state_dict()), before, rtol=0, atol=0)
+
+
+def test_a_run_that_was_broken_off_goes_on(tmp_path: Path) -> None:
+    dense, options = (
+        llama(),
+        {"learning_rate": 3e-3, "save_steps": 4, "disable_tqdm": True, "lr_scheduler_type": "constant"},
+    )
+    healed = []
+    for stops in (None, 8):
+        small, folder = cut(dense), tmp_path / str(stops)
+        if stops is not None:
+            heal_(small, dense, batches(6), steps=stops, output_dir=folder, **options)
+            small = cut(dense)
+        heal_(small, dense, batches(6), steps=12, output_dir=folder, **options)
+        healed.append(dict(small.state_dict()))
+    assert_close(healed[0], healed[1])
+
+
+def test_what_cannot_be_healed(tmp_path: Path) -> None:
+    dense = llama()
+    with pytest.raises(ValueError, match="two batches or more, one of which is held out; got 1"):
+        heal_(cut(dense), dense, batches(1))
+    options = {"optim": "adamw_torch", "frobenius_decay": ["linear"], "frobenius_mode": "penalty"}
+    args = FLAMBeTrainingArguments(output_dir=str(tmp_path), report_to=[], **options)
+    with pytest.raises(ValueError, match="frobenius_mode must be decoupled where a teacher gives the loss"):
+        DistillationTrainer(cut(dense), args, teacher=dense, train_dataset=batches(2))
