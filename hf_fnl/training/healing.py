@@ -43,7 +43,8 @@ class DistillationTrainer(FLAMBeTrainer):
             raise ValueError("frobenius_mode must be decoupled where a teacher gives the loss")
         self.teacher = teacher.eval().to(args.device)
         self.model_accepts_loss_kwargs = False
-        self.label_names, self.can_return_loss = [], True  # also where batches hold labels
+        self.label_names: list[str] = []  # also where batches hold labels
+        self.can_return_loss = True
 
     def compute_loss(
         self,
