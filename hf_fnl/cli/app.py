@@ -65,7 +65,8 @@ def options(
 
 
 _COMPARED = 5  # the colours of a report that can be told apart
-_RULE, _WHERE, _DATA = "How far (one of these, or ranks)", "What", "Calibration"
+_RULE, _WHERE = "How far (one of these, or ranks)", "What"
+_DATA, _HEAL = "Calibration", "Healing"
 
 
 _SHARE = (_RULE, "SHARE")
@@ -138,6 +139,11 @@ def factorize(
         int, _option("Samples to take; long texts are cut into several.", _DATA, min=1)
     ] = 256,
     calibration_length: Annotated[int, _option("Tokens of each.", _DATA, min=1)] = 128,
+    heal: Annotated[
+        str | None,
+        _option("Train the cut model on these texts to give what the dense one gives.", _HEAL, "TEXTS"),
+    ] = None,
+    heal_steps: Annotated[int, _option("Steps, of some 1,000 tokens each.", _HEAL, min=1)] = 300,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -145,7 +151,8 @@ def factorize(
     """Make a trained model smaller: hold its matrices as products of low rank.
 
     The folder that is written holds the model, its tokenizer, a model card, and factorization.json with the rank of
-    every layer. Say how far with one rule, or give ranks. A calibrated model keeps more of what the dense one knows.
+    every layer. Say how far with one rule, or give ranks. A calibrated model keeps more of what the dense one
+    knows, and a healed one gets more of it back.
     """
     rules: dict[str, Any] = {
         "ratio": ratio,
@@ -179,11 +186,13 @@ def factorize(
         texts = None
         if calibrate is not None:
             texts = Texts(calibrate, column=text_column, samples=calibration_samples, length=calibration_length)
+        healing = None if heal is None else work.Healing.on(heal, text_column, heal_steps)
         record = work.factorize(
             model,
             out,
             how=work.How(rule, ranks, wanted, tuple(include or ()), tuple(exclude or ()), conv_scheme, surgery),
             texts=texts,
+            heal=healing,
             overwrite=overwrite,
             command=_command_line(context),
             terminal=terminal,
@@ -191,6 +200,9 @@ def factorize(
         table = layers_table(record["layers"], record["parameters_before"], record["parameters_after"])
         tokens = record["calibration_tokens"]
         used = [] if tokens is None else [f"calibrated with {tokens:,} tokens"]
+        if (healed := record["healing"]) is not None:
+            losses = f"{healed['held_out_before']:.4g} to {healed['held_out_after']:.4g}"
+            used.append(f"healed with {healed['tokens']:,} tokens: held-out distance from the dense model {losses}")
         terminal.show(record | {"out": str(out)}, table, "\n".join(["", *used, str(out)]))
 
 

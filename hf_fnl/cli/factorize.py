@@ -15,7 +15,7 @@ from hf_fnl.attention import find_products
 from hf_fnl.cli.folders import carry_files, local_files, new_folder
 from hf_fnl.cli.sources import factorized_classes, load_model
 from hf_fnl.cli.terminal import Terminal
-from hf_fnl.cli.texts import Texts, calibration_batches, read_texts
+from hf_fnl.cli.texts import Read, Texts, calibration_batches, read_texts
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.models.base import FactorizedPreTrainedModel
@@ -32,7 +32,20 @@ from hf_fnl.utils.suggest import listed
 Layer = dict[str, Any]
 
 _COLUMNS = ("name", "kind", "shape", "rank", "parameters_before", "parameters_after", "energy")
+_HEALING_LENGTH = 256  # tokens of a sample, of which four make a batch
 _INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
+
+
+class Healing(NamedTuple):
+    """What a cut model is trained with, and for how many steps."""
+
+    texts: Texts
+    steps: int
+
+    @classmethod
+    def on(cls, source: str, column: str, steps: int) -> Healing:
+        """Texts of which no sample is seen twice, with a tenth to hold out, where there are so many."""
+        return cls(Texts(source=source, column=column, samples=5 * steps, length=_HEALING_LENGTH), steps)
 
 
 class How(NamedTuple):
@@ -53,17 +66,19 @@ def factorize(
     *,
     how: How,
     texts: Texts | None,
+    heal: Healing | None,
     overwrite: bool,
     command: str,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """Load, factorize and write a model.
+    """Load, factorize, heal and write a model.
 
     Args:
         source: Folder or Hub id of the dense model.
         target: Folder to write.
         how: What was asked for.
         texts: Text to calibrate with.
+        heal: Text to heal with, and how many steps.
         overwrite: Replace a target that holds files.
         command: The command as it was typed.
         terminal: Where to show progress.
@@ -75,9 +90,11 @@ def factorize(
         OSError: If files are missing, damaged or cannot be written.
         ValueError: If what was asked for does not fit the model.
     """
-    needed = [texts.source] if texts and looks_like_path(texts.source) else []
+    sources = [each.source for each in (texts, heal and heal.texts) if each is not None]
+    needed = [source for source in sources if looks_like_path(source)]
     with new_folder(target, source=source, overwrite=overwrite, needed=needed) as folder:
         read = None if texts is None else read_texts(source, texts)
+        read_to_heal = None if heal is None else read_texts(source, heal.texts)
         dense = load_model(source, terminal)
         ours = _class_for(dense, source, how)
         before = int(parameter_count(dense)["total"])
@@ -90,12 +107,18 @@ def factorize(
                 terminal.note(f"note: {texts.source} gives {tokens:,} tokens to calibrate with, not {asked:,}")
         with terminal.step("factorizing"):
             model, layers = _convert(dense, ours, how, batches) if ours else _operate(dense, how, batches, terminal)
+        healed = None
+        if heal is not None and read_to_heal is not None:
+            teacher = dense if ours else load_model(source, terminal)
+            with terminal.step("healing"):
+                healed = _heal(model, teacher, read_to_heal, heal, terminal)
         after = int(parameter_count(model)["total"])
         record = {
             "base_model": source,
             "command": command,
             "calibration": None if texts is None else asdict(texts),
             "calibration_tokens": tokens,
+            "healing": healed,
             "parameters_before": before,
             "parameters_after": after,
             "ratio": after / before,
@@ -108,6 +131,18 @@ def factorize(
             known = {"record": folder, "metadata": inherited_metadata(source)}
             write_card(folder / CARD_FILE, model, name=target.resolve().name, **known)
     return record
+
+
+def _heal(
+    model: PreTrainedModel, teacher: PreTrainedModel, read: Read, heal: Healing, terminal: Terminal
+) -> dict[str, Any]:
+    """What the model has been trained with, and its distance from the dense one before and after."""
+    from hf_fnl.training import heal_  # which imports much
+
+    batches = calibration_batches(teacher, read, heal.texts)
+    losses = heal_(model, teacher, batches, steps=heal.steps, disable_tqdm=not terminal.interactive)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    return {"texts": asdict(heal.texts), "tokens": tokens, "steps": heal.steps, **losses}
 
 
 def _class_for(dense: PreTrainedModel, source: str, how: How) -> type[FactorizedPreTrainedModel] | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def heal_(
 ) -> dict[str, float]:
     """Train a cut model, in place, to give what the dense one gives (:class:`DistillationTrainer`).
 
-    A step takes one batch, in random order. Every tenth batch is held out, the first one at least.
+    A step takes one batch, in random order. Every tenth batch is held out, the first one at least. Weights of half
+    precision are trained in float32 and rounded at the end.
 
     Args:
         model: The cut model.
@@ -107,7 +109,7 @@ def heal_(
         raise ValueError(f"healing needs two batches or more, one of which is held out; got {len(batches)}")
     held_out = batches[::_HELD_OUT]
     train = [batch for number, batch in enumerate(batches) if number % _HELD_OUT]
-    with tempfile.TemporaryDirectory(prefix="hf_fnl-") as unkept:
+    with tempfile.TemporaryDirectory(prefix="hf_fnl-") as unkept, _in_float32(model):
         settings: dict[str, Any] = {
             "optim": "adamw_torch",
             "weight_decay": 0.0,
@@ -141,3 +143,16 @@ def heal_(
         goes_on = output_dir is not None and checkpoints(Path(output_dir))
         trainer.train(resume_from_checkpoint=True if goes_on else None)
         return {"held_out_before": before, "held_out_after": trainer.evaluate()["eval_loss"]}
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """Parameters in float32, afterwards in their own dtypes; buffers, such as rotary frequencies, stay as they are."""
+    before = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in before:
+            parameter.data = parameter.data.to(dtype)
