@@ -42,7 +42,8 @@ OPTIONS = {
     "train_translation.py": (train_translation.ModelOptions, train_translation.DataOptions, TranslationArguments),
     "train_vision.py": (train_vision.ModelOptions, ImageOptions, ImageTrainingArguments),
 }
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 CARD = (ROOT / "model_cards" / "bert-4x256-flambe.md").read_text(encoding="utf-8")
 
