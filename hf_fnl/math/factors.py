@@ -75,7 +75,9 @@ def _sum_over_shares(matrix: Tensor, gram: Tensor) -> Tensor:
 def decay_gradients(*factors: Tensor) -> tuple[Tensor, ...]:
     r"""Gradients of ``||W||_F^2 / 2`` with respect to every factor (Khodak et al. 2021, Def. 3.2).
 
-    For two factors ``F_U = U V^T V`` and ``F_V = V U^T U``; for three, also ``F_M = U^T U M V^T V``.
+    For two factors ``F_U = U V^T V`` and ``F_V = V U^T U``; for three, also ``F_M = U^T U M V^T V``. This is the
+    formula to read and to test by; the optimizers use :func:`multipliers_from_grams`, whose Gram matrices may be added
+    up over processes.
     Costs ``O(r^2 (m + n))``.
     """
     pairs = zip(factors, decay_multipliers(*factors), strict=True)

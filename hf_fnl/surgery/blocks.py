@@ -1,4 +1,4 @@
-"""Blocks of a model that are done, whose outputs stand on disk: a pass over data goes on where the last one ended.
+"""Outputs of finished blocks, cached on disk: a pass over data goes on where the last one ended.
 
 Most models are chains of blocks, each of which is given what the one before it gave. Where the first ``n`` blocks of a
 chain will not change any more, a pass needs their output only, not them: so all passes that visit one block after the
@@ -28,17 +28,17 @@ class Chain:
     Args:
         blocks: The blocks in the order in which they run.
         finished: How many of the first blocks will not change any more.
-        stored: How many of them stand on disk, as the output of the last of these for every batch.
+        num_cached: How many of them are replaced by the cached output of the last of these.
     """
 
     blocks: tuple[nn.Module, ...]
     finished: int = 0
-    stored: int = 0
+    num_cached: int = 0
 
 
 @dataclass
-class BlockStore:
-    """Runs finished blocks once and answers for them from then on.
+class BlockOutputCache:
+    """Cache of the outputs of finished blocks, which are replayed in their places.
 
     Args:
         model: Any model; its lists of modules are taken for chains where :meth:`find_chains` finds that they are.
@@ -58,16 +58,17 @@ class BlockStore:
         repeated = {b for each in blocks for b in each if sum(b in others for others in blocks) > 1}
         self._possible = [Chain(each) for each in blocks if not repeated & set(each) and len(set(each)) == len(each)]
         self._places = {block: (chain, i) for chain in self._possible for i, block in enumerate(chain.blocks)}
-        self._batch = 0
+        self._batch_index = 0
+        self._num_batches = 0
         self._written: dict[Chain, int] = {}
         self._observe: Callable[[Chain, int, Any, Any, Run], Any] | None = None
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Have the blocks answered for, their own forwards being as before afterwards."""
+    def replacing_forwards(self) -> Iterator[None]:
+        """Run :meth:`_forward` in place of the blocks' own forwards, which are back afterwards."""
         own = {block: block.__dict__.get("forward") for block in self._places}
         for block in self._places:
-            block.forward = functools.partial(self._answer, block, block.forward)
+            block.forward = functools.partial(self._forward, block, block.forward)
         try:
             yield
         finally:
@@ -137,7 +138,7 @@ class BlockStore:
 
     @contextmanager
     def passes(self, unfinished: Callable[[nn.Module], bool]) -> Iterator[None]:
-        """Make ready for passes over all batches, after which more blocks stand on disk.
+        """Make ready for passes over all batches, after which the outputs of more blocks are cached.
 
         Args:
             unfinished: Tells of a block whether it will still change.
@@ -146,24 +147,24 @@ class BlockStore:
             changing = (i for i, block in enumerate(chain.blocks) if unfinished(block))
             chain.finished = next(changing, len(chain.blocks))
         self._written = dict.fromkeys(self.chains, 0)
-        self._batches = 0
+        self._num_batches = 0
         yield
         for chain, written in self._written.items():
-            if written == self._batches and chain.finished > chain.stored:
-                chain.stored = chain.finished
+            if written == self._num_batches and chain.finished > chain.num_cached:
+                chain.num_cached = chain.finished
 
     def begin(self, batch: int) -> None:
         """Begin a pass over the batch of a number; inside :meth:`passes`."""
-        self._batch = batch
-        self._batches += 1
+        self._batch_index = batch
+        self._num_batches += 1
 
-    def _answer(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         chain, index = self._places[block]
         run = functools.partial(forward, *args, **kwargs)
         if self._observe is not None:
             return self._observe(chain, index, args, kwargs, run)
-        file = self.folder / f"{self._possible.index(chain)}-{self._batch}.pt"
-        if index < chain.stored:
+        file = self.folder / f"{self._possible.index(chain)}-{self._batch_index}.pt"
+        if index < chain.num_cached:
             return _mapped(torch.load(file, weights_only=False), _dual)
         output = run()
         if chain in self._written and index == chain.finished - 1:

@@ -31,8 +31,8 @@ from transformers.utils import TransformersKwargs, logging
 
 from hf_fnl.layers.span import Span
 from hf_fnl.math.truncation import HeadMoments, Moments
-from hf_fnl.surgery.blocks import BlockStore
-from hf_fnl.surgery.padding import Visible, hidden_marked
+from hf_fnl.surgery.blocks import BlockOutputCache
+from hf_fnl.surgery.padding import SelectUnmasked, masked_positions_tracked
 from hf_fnl.surgery.sensitivity import sensitivities
 from hf_fnl.utils.suggest import did_you_mean, listed
 
@@ -41,7 +41,7 @@ Calibration: TypeAlias = Batch | Iterable[Batch]
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadMomentsRequest:
     """Asks for the moments of what flows through the heads of an attention.
 
     Args:
@@ -60,16 +60,16 @@ class Heads:
 
 
 # What is measured where a module is called: moments of its inputs, those of its heads, or nothing.
-Request: TypeAlias = Literal["inputs"] | Heads | None
+Request: TypeAlias = Literal["inputs"] | HeadMomentsRequest | None
 Measured: TypeAlias = Moments | HeadMoments | None
-# Gets a name and what was measured there; returns what answers in the module's place, or in the places of several that
-# are handled at once, which may lie inside of it; ``None`` for the module itself.
+# Gets a name and what was measured there; returns the module whose forward runs from then on, or several by those in
+# whose places they run, which may lie inside of it; ``None`` for the module itself.
 Handler: TypeAlias = Callable[[str, Any], nn.Module | Mapping[nn.Module, nn.Module] | None]
 Ties: TypeAlias = Mapping[str, Sequence[str]]
 
 
 class CalibrationData:
-    """Batches that are checked, and what a loss feels of layers where they hold labels, measured once.
+    """Batches that are checked, and the sensitivities of layers where these hold labels, measured once.
 
     Args:
         model: The model that is calibrated.
@@ -94,7 +94,7 @@ class CalibrationData:
         return {name: self._sensitivities[name] for name in layers if name in self._sensitivities}
 
 
-def for_each(
+def visit_modules(
     model: nn.Module,
     requests: Mapping[str, Request],
     handle: Handler,
@@ -115,12 +115,12 @@ def for_each(
             handle(name, None)
         return
     names = {name: (name, *(ties or {}).get(name, ())) for name, request in requests.items() if request == "inputs"}
-    felt = data.sensitivities({name: [model.get_submodule(each) for each in tied] for name, tied in names.items()})
+    by_name = data.sensitivities({name: [model.get_submodule(each) for each in tied] for name, tied in names.items()})
 
-    def handle_felt(name: str, measured: Any) -> Any:
-        return handle(name, replace(measured, sensitivity=felt[name]) if name in felt else measured)
+    def handle_with_sensitivity(name: str, measured: Any) -> Any:
+        return handle(name, replace(measured, sensitivity=by_name[name]) if name in by_name else measured)
 
-    visit(model, data.batches, requests, handle_felt, ties)
+    visit(model, data.batches, requests, handle_with_sensitivity, ties)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def visit(
 ) -> dict[str, nn.Module]:
     """Run data through a model and handle every module that is named when they have reached it.
 
-    The model itself stays as it is: what a handler returns answers in these passes only. Dropout is off.
+    The model itself stays as it is: what a handler returns runs in its place in these passes only. Dropout is off.
 
     Args:
         model: Any model; called with each batch as keyword arguments.
@@ -141,11 +141,11 @@ def visit(
             ``(sequences, length)`` under names that end in ``attention_mask``, tell padding, and so does a
             ``pixel_mask`` of images.
         requests: What to measure at each module that is named.
-        handle: As :func:`for_each` takes it.
+        handle: As :func:`visit_modules` takes it.
         ties: Likewise.
 
     Returns:
-        The modules that answered, by name, in the order of execution.
+        The modules that ran in the end, by name, in the order of execution.
 
     Raises:
         ValueError: If no token reaches a module that is named, or there are no data, or they are not finite, hide
@@ -157,8 +157,8 @@ def visit(
     """
     batches = checked_batches(model, batches)
     with _evaluating(model), tempfile.TemporaryDirectory(prefix="hf_fnl-") as folder:
-        visits = _Visits(model, batches, requests, handle, ties or {}, BlockStore(model, Path(folder)))
-        with visits.answering(), visits.store.answering():
+        visits = _Visits(model, batches, requests, handle, ties or {}, BlockOutputCache(model, Path(folder)))
+        with visits.replacing_forwards(), visits.store.replacing_forwards():
             visits.run()
     visits.warn_of_few()
     return visits.found
@@ -177,7 +177,7 @@ class _Visits:
     requests: Mapping[str, Request]
     handle: Handler
     ties: Ties
-    store: BlockStore
+    store: BlockOutputCache
     found: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -187,7 +187,7 @@ class _Visits:
             self.model.get_submodule(tied): name for name in self.modules for tied in self.ties.get(name, ())
         }
         self.replacements: dict[nn.Module, nn.Module] = {}
-        self.visible: Visible
+        self.select_unmasked: SelectUnmasked
         self.traced: list[tuple[str, bool]] | None = None  # calls, and whether each is given what the last was given
         self.given: Any = None  # to the last call
         self.stage: Sequence[str] = ()  # what is visited now
@@ -195,7 +195,7 @@ class _Visits:
         self.remaining: Counter[str] = Counter()  # calls of these that the pass still has to see, where it ends then
         self.shared: Moments | None = None  # of what was given to the last call
         self.is_inside = False  # of an attention that is measured
-        self.hidden: set[str] = set()  # all that reached these was hidden by a mask
+        self.masked: set[str] = set()  # all that reached these was hidden by a mask
         self.few: dict[str, str] = {}  # how many vectors reached these, where that is fewer than they are wide
 
     def run(self) -> None:
@@ -259,7 +259,7 @@ class _Visits:
         inputs: dict[str, Any] = {name: value.to(device) for name, value in self.batches[number].items()}
         if hasattr(getattr(self.model, "config", None), "use_cache"):
             inputs["use_cache"] = False
-        with hidden_marked(self.model, inputs) as (marked, self.visible):
+        with masked_positions_tracked(self.model, inputs) as (marked, self.select_unmasked):
             return self.model(**marked)
 
     def _measure_stage(self, is_once: bool, progress: Any) -> None:
@@ -276,7 +276,7 @@ class _Visits:
             raise ValueError(self._complaint(missed))
 
     def _complaint(self, missed: Sequence[str]) -> str:
-        if hidden := [name for name in missed if name in self.hidden]:
+        if hidden := [name for name in missed if name in self.masked]:
             return (
                 f"no position that the attention mask leaves reaches {listed(hidden, 8)}, or all depend on those that "
                 "it hides: is every position masked? If the model does not heed the mask, leave it out"
@@ -287,8 +287,8 @@ class _Visits:
         )
 
     def _handle(self, name: str, measured: Measured) -> None:
-        module, answering = self.modules[name], self.handle(name, measured)
-        self.replacements.update({module: answering} if isinstance(answering, nn.Module) else answering or {})
+        module, new = self.modules[name], self.handle(name, measured)
+        self.replacements.update({module: new} if isinstance(new, nn.Module) else new or {})
         self.found[name] = self.replacements.get(module, module)
         several = () if measured is None else vars(measured).values()
         for moments in (measured,) if isinstance(measured, Moments) else several:
@@ -305,7 +305,7 @@ class _Visits:
                 stacklevel=4,
             )
 
-    def _answer(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = self.names[module]
         given = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(given, Tensor) and given.numel() == 0:
@@ -323,17 +323,17 @@ class _Visits:
         request = self.requests[name]
         try:
             measured: Measured
-            if not isinstance(request, Heads):
-                measured = self.shared if given is self.given else _input_moments(given, self.visible)
+            if not isinstance(request, HeadMomentsRequest):
+                measured = self.shared if given is self.given else _input_moments(given, self.select_unmasked)
                 self.given, self.shared = given, measured
             else:
                 self.is_inside = True
-                measured = _head_moments(request, call, self.visible)
+                measured = _head_moments(request, call, self.select_unmasked)
                 self.is_inside = False
         except ValueError as error:
             raise ValueError(f"what reaches {name} cannot be used: {error}") from error
         if measured is None:
-            self.hidden.add(name)
+            self.masked.add(name)
         else:
             self.measured[name] = self.measured[name].joined(measured) if name in self.measured else measured
         if self.remaining:
@@ -342,11 +342,11 @@ class _Visits:
                 raise _Reached
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Have the modules answered for, their own forwards being as before afterwards."""
+    def replacing_forwards(self) -> Iterator[None]:
+        """Run :meth:`_forward` in place of the modules' own forwards, which are back afterwards."""
         own = {module: module.__dict__.get("forward") for module in self.names}
         for module in self.names:
-            module.forward = functools.partial(self._answer, module, module.forward)
+            module.forward = functools.partial(self._forward, module, module.forward)
         try:
             yield
         finally:
@@ -356,19 +356,19 @@ class _Visits:
                     module.forward = forward
 
 
-def _input_moments(given: Any, visible: Visible) -> Moments | None:
+def _input_moments(given: Any, select: SelectUnmasked) -> Moments | None:
     """Moments of what a layer is given; ``None`` if there is nothing to see in it."""
-    samples = _samples(given, visible)
+    samples = _samples(given, select)
     return Moments.of(samples) if len(samples) else None
 
 
-def _head_moments(heads: Heads, call: Callable[[], Any], visible: Visible) -> HeadMoments | None:
+def _head_moments(heads: HeadMomentsRequest, call: Callable[[], Any], select: SelectUnmasked) -> HeadMoments | None:
     """Moments of what flows through the heads of an attention, which runs for it."""
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str, x: Tensor) -> None:
         group = 1 if name == "key" else heads.num_heads // heads.num_kv_heads
-        samples = _samples(x, visible).unflatten(-1, (heads.num_kv_heads, group, -1))
+        samples = _samples(x, select).unflatten(-1, (heads.num_kv_heads, group, -1))
         seen.setdefault(name, []).append(samples.transpose(0, 1).flatten(1, 2))
 
     def note_span(name: str, span: Span, module: nn.Module, args: Any, result: Tensor) -> None:
@@ -391,8 +391,8 @@ def _head_moments(heads: Heads, call: Callable[[], Any], visible: Visible) -> He
     return HeadMoments(**{name: Moments.of(x) for name, x in samples.items()})
 
 
-def _samples(x: Tensor, visible: Visible) -> Tensor:
-    samples = visible(x)
+def _samples(x: Tensor, select: SelectUnmasked) -> Tensor:
+    samples = select(x)
     if not len(samples) and not x.isfinite().all():
         raise ValueError("calibration vectors hold NaN or Inf")  # which would otherwise pass for hidden
     return samples

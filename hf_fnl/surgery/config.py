@@ -150,13 +150,13 @@ class FactorizationConfig(RankRule):
     def _largest(self, option: str) -> float:
         return math.inf if self.overcomplete and option == "rank_scale" else super()._largest(option)
 
-    def names(self, name: str) -> bool:
+    def matches(self, name: str) -> bool:
         """Return whether a module of this name is meant."""
         return _matches(name, self.include) and not self.excludes(name)
 
-    def singles_out(self, name: str) -> bool:
+    def matches_explicitly(self, name: str) -> bool:
         """Return whether a module of this name is meant by a pattern other than ``"*"``."""
-        return self.names(name) and _matches(name, [pattern for pattern in self.include if pattern != "*"])
+        return self.matches(name) and _matches(name, [pattern for pattern in self.include if pattern != "*"])
 
     def excludes(self, name: str) -> bool:
         """Return whether a module of this name is excluded."""

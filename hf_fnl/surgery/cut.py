@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fnl.surgery.calibration import CalibrationData, Heads, Request, for_each
+from hf_fnl.surgery.calibration import CalibrationData, HeadMomentsRequest, Request, visit_modules
 from hf_fnl.surgery.heads import HeadTarget, Target, cut_heads
 from hf_fnl.surgery.ranks import Candidate
 from hf_fnl.surgery.targets import Cut, Draw, LayerTarget, Replacements
@@ -23,7 +23,7 @@ def candidates_of(
     """Return what ranks are chosen for: groups of targets that share one, by what they are called in errors.
 
     Their energies are squared singular values, in the metric of data if there are any, and measured when first asked
-    for. Each target counts by its own share; where the data tell what a loss feels of all, by what the loss would lose.
+    for. Each target counts by its own share; where the data hold labels, by what the loss is expected to lose.
 
     Args:
         model: Any model.
@@ -44,7 +44,7 @@ def candidates_of(
                     raise ValueError(f"{target.name} is on the meta device, where ranks cannot depend on spectra")
                 found[target.name] = target.energies(moments)
 
-        for_each(model, _requests(targets), measure, data, _ties(targets))
+        visit_modules(model, _requests(targets), measure, data, _ties(targets))
         return found
 
     def energies(group: Sequence[Target], limit: int) -> Tensor:
@@ -115,7 +115,7 @@ def cut(
         return {**new, attention: _with(attention, {**replacements, **new})}
 
     targets = [each.target for each in cuts]
-    for_each(model, _requests(targets), replace, data, _ties(targets))
+    visit_modules(model, _requests(targets), replace, data, _ties(targets))
     for dense, layer in replacements.items():
         layer.train(training[dense])  # calibration made it while the model was in evaluation mode
     return replacements
@@ -126,9 +126,9 @@ def _requests(targets: Iterable[Target]) -> dict[str, Request]:
     requests: dict[str, Request] = {}
     for target in targets:
         request, other = target.request, requests.get(target.module_name)
-        if isinstance(request, Heads) and isinstance(other, Heads):
+        if isinstance(request, HeadMomentsRequest) and isinstance(other, HeadMomentsRequest):
             sides = {side: getattr(request, side) or getattr(other, side) for side in ("query", "key", "output")}
-            request = Heads(request.num_heads, request.num_kv_heads, **sides)
+            request = HeadMomentsRequest(request.num_heads, request.num_kv_heads, **sides)
         requests[target.module_name] = request
     return requests
 

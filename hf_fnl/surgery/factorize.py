@@ -15,7 +15,7 @@ from hf_fnl.surgery.config import LAYER_KINDS, FactorizationConfig
 from hf_fnl.surgery.cut import candidates_of, check_values, cut, parameters_beside
 from hf_fnl.surgery.heads import HeadTarget, Target
 from hf_fnl.surgery.ranks import Candidate, UnreachableShare, choose_ranks
-from hf_fnl.surgery.record import QUANT_METHOD, layer_record, models_near
+from hf_fnl.surgery.record import QUANT_METHOD, layer_record, live_models
 from hf_fnl.surgery.select import by_reason, listed, select
 from hf_fnl.surgery.swap import check_not_quantized, check_present, swap_and_record_, unwrapped
 from hf_fnl.surgery.targets import Cut, Replacements
@@ -143,7 +143,7 @@ def factorize_(
     check_present(model, "factorize_")
     if calibration is not None and config.init != "spectral":
         raise ValueError(f"calibration cuts trained weights and needs init='spectral', got {config.init!r}")
-    near = models_near(model)
+    near = live_models(model)
     targets, skipped = select(model, config, near)
     check_values(targets, calibrated=calibration is not None)
     data = None if calibration is None else CalibrationData(model, calibration)
@@ -180,7 +180,7 @@ def _below_rank(
     reasons = {
         each.name: f"its rank can be at most {each.limit}"
         for target, each in zip(targets, candidates, strict=True)
-        if (config.rank or 0) > each.limit and not any(map(config.singles_out, target.names))
+        if (config.rank or 0) > each.limit and not any(map(config.matches_explicitly, target.names))
     }
     return reasons if len(reasons) < len(candidates) else {}
 
@@ -195,7 +195,7 @@ def _other_kinds(model: nn.Module, config: FactorizationConfig) -> str:
             candidates = _candidates(model, select(model, wider)[0], wider)
         except ValueError:  # it has no such layers, or the configuration is of one kind only
             continue
-        smallest = sum(c.cost(c.raised(0, config.multiple_of)) - c.dense for c in candidates)
+        smallest = sum(c.cost(c.next_rank(0, config.multiple_of)) - c.dense for c in candidates)
         if total + smallest <= max(config.ratio or 0.0, config.budget or 0.0) * total:
             return f". Layers of kind {kinds[0]} stay dense as well: try kinds={','.join(kinds)}"
     return ""

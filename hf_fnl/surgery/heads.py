@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +18,20 @@ from hf_fnl.layers.span import Span
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.math.truncation import HeadMoments, Projection, ov_energies, qk_energies, truncate_ov, truncate_qk
-from hf_fnl.surgery.calibration import Heads
+from hf_fnl.surgery.calibration import HeadMomentsRequest
 from hf_fnl.surgery.targets import Cut, Draw, LayerTarget, Replacements
 
-_SIDES = {"qk": (0, 1), "ov": (2, 3)}  # of query, key, value and output
+
+class Side(enum.IntEnum):
+    """The projections of an attention."""
+
+    QUERY = 0
+    KEY = 1
+    VALUE = 2
+    OUTPUT = 3
+
+
+_SIDES: dict[str, tuple[int, int]] = {"qk": (Side.QUERY, Side.KEY), "ov": (Side.VALUE, Side.OUTPUT)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +41,8 @@ class Attention:
     Args:
         name: Name of the module.
         spans: Query, key, value and output.
-        num_heads: Heads of queries.
-        num_kv_heads: Heads of keys and values.
+        num_heads: HeadMomentsRequest of queries.
+        num_kv_heads: HeadMomentsRequest of keys and values.
     """
 
     name: str
@@ -61,16 +72,16 @@ class Attention:
 
     def count(self, side: int) -> int:
         """Return the heads of a projection."""
-        return self.num_heads if side in (0, 3) else self.num_kv_heads
+        return self.num_heads if side in (Side.QUERY, Side.OUTPUT) else self.num_kv_heads
 
     def rank(self, side: int) -> int:
         """Return the present width of the heads of a projection."""
-        return self.spans[side].weight.shape[int(side == 3)] // self.count(side)
+        return self.spans[side].weight.shape[int(side == Side.OUTPUT)] // self.count(side)
 
     def projection(self, side: int) -> Projection:
         """Return a projection head by head: ``(heads, d, r)``, and its bias."""
         span, count = self.spans[side], self.count(side)
-        if side == 3:
+        if side == Side.OUTPUT:
             return Projection(span.weight.unflatten(1, (count, -1)).transpose(0, 1), span.bias)
         bias = None if span.bias is None else span.bias.unflatten(0, (count, -1))
         return Projection(span.weight.unflatten(0, (count, -1)).mT, bias)
@@ -92,7 +103,7 @@ class Attention:
             if not isinstance(new, HeadProjection):
                 continue
             for side, (count, rank) in zip(self._sides_in(layer), new.heads, strict=True):
-                spans[side] = Span(new) if side == 3 else Span(new, start, count * rank)
+                spans[side] = Span(new) if side == Side.OUTPUT else Span(new, start, count * rank)
                 start += count * rank
         query, key, value, output = spans
         return replace(self, spans=(query, key, value, output))
@@ -129,7 +140,7 @@ class HeadTarget:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Heads, and the shape of the product of one."""
+        """HeadMomentsRequest, and the shape of the product of one."""
         left, right = (self.attention.projection(side).weight for side in _SIDES[self.kind])
         return (self.attention.num_heads, left.shape[1], right.shape[1])
 
@@ -158,10 +169,12 @@ class HeadTarget:
         return bool(widths) and self.sizes()[0] < min(widths)
 
     @property
-    def request(self) -> Heads:
+    def request(self) -> HeadMomentsRequest:
         """The moments of what the product is of."""
         (query, key, _, output), counts = self.attention.spans, (self.attention.num_heads, self.attention.num_kv_heads)
-        return Heads(*counts, query=query, key=key) if self.kind == "qk" else Heads(*counts, output=output.layer)
+        if self.kind == "qk":
+            return HeadMomentsRequest(*counts, query=query, key=key)
+        return HeadMomentsRequest(*counts, output=output.layer)
 
     def energies(self, moments: Any) -> Tensor:
         """Return the squared singular values, summed over the heads rank by rank, in the metric of data if any."""
@@ -201,7 +214,7 @@ def cut_heads(cuts: Sequence[Cut], moments: HeadMoments | None, draw: Callable[[
     for layer, sides in layers.items():
         heads = [(attention.count(side), ranks.get(side, attention.rank(side))) for side in sides]
         width = layer.dense_width if isinstance(layer, HeadProjection) else attention.rank(sides[0])
-        new[layer] = HeadProjection.empty_like(layer, heads, width=width, is_output=sides == [3])
+        new[layer] = HeadProjection.empty_like(layer, heads, width=width, is_output=sides == [Side.OUTPUT])
     if next(iter(layers)).get_parameter("weight").is_meta:
         return new
     values = {side: attention.projection(side) for sides in layers.values() for side in sides}
@@ -215,7 +228,7 @@ def cut_heads(cuts: Sequence[Cut], moments: HeadMoments | None, draw: Callable[[
             values[left], values[right] = truncate(values[left], values[right], cut.rank, moments, cut.init)
     after = attention.after(new)
     for side, (weight, bias) in ((side, (value.weight, value.bias)) for side, value in values.items()):
-        if side == 3:
+        if side == Side.OUTPUT:
             after.spans[side].set_(weight.transpose(0, 1).flatten(1), bias)
         else:
             after.spans[side].set_(weight.mT.flatten(0, 1), None if bias is None else bias.flatten())
@@ -225,7 +238,7 @@ def cut_heads(cuts: Sequence[Cut], moments: HeadMoments | None, draw: Callable[[
 def _drawn(attention: Attention, side: int, cut: Cut, draw: Draw) -> Projection:
     """Return a projection that is drawn as a layer of its own; biases of heads start at zero."""
     present, count = attention.projection(side), attention.count(side)
-    size, is_output = present.weight.shape[1], side == 3
+    size, is_output = present.weight.shape[1], side == Side.OUTPUT
     weight = present.weight.new_empty((size, count * cut.rank) if is_output else (count * cut.rank, size))
     if cut.init == "he":
         weight.normal_(0.0, math.sqrt(2 / weight.shape[1]))

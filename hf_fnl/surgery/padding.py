@@ -24,11 +24,13 @@ from hf_fnl.layers import FactorizedEmbedding
 from hf_fnl.utils.suggest import listed
 
 # From vectors of shape (..., n) those that count, (count, n).
-Visible: TypeAlias = Callable[[Tensor], Tensor]
+SelectUnmasked: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def hidden_marked(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Visible]]:
+def masked_positions_tracked(
+    model: nn.Module, inputs: Mapping[str, Any]
+) -> Iterator[tuple[Mapping[str, Any], SelectUnmasked]]:
     """Give all that masks hide a tangent: in the inputs, which are returned, and where the model embeds them.
 
     Returned is also what tells the vectors that do not depend on it.
@@ -42,7 +44,7 @@ def hidden_marked(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[tuple
         yield inputs, _all_vectors
         return
     generator = torch.Generator(next(iter(hidden.values())).device).manual_seed(0)
-    marks = _Marks({name: (inputs[name], where) for name, where in hidden.items()}, generator)
+    marks = _MaskTangents({name: (inputs[name], where) for name, where in hidden.items()}, generator)
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | FactorizedEmbedding)]
     with ExitStack() as stack:
         for embedding in embeddings:
@@ -110,8 +112,8 @@ def _aligned(where: Tensor, value: Tensor) -> Tensor | None:
     return None
 
 
-class _Marks:
-    """Tangents on what masks hide.
+class _MaskTangents:
+    """Forward-mode tangents at masked positions: what has one, further on, depends on padding.
 
     Args:
         hidden: Inputs and where they are hidden, by name.

@@ -49,14 +49,14 @@ class Candidate:
         """The rank that a rank scale comes to."""
         return self.round(scale * (self.limit if self.full is None else self.full), multiple_of)
 
-    def raised(self, rank: int, multiple_of: int) -> int:
+    def next_rank(self, rank: int, multiple_of: int) -> int:
         """The next rank that is allowed: a multiple, or the limit."""
         return min(rank + multiple_of, self.limit)
 
     def round(self, rank: float, multiple_of: int) -> int:
         """The nearest rank that is a multiple, or the limit; a rank in the middle goes up."""
         below = int(rank // multiple_of) * multiple_of
-        above = self.raised(below, multiple_of)
+        above = self.next_rank(below, multiple_of)
         return below if below > 0 and rank - below < above - rank else above
 
     def shares(self) -> Tensor:
@@ -64,7 +64,7 @@ class Candidate:
         cumulated = self.energies().double().cumsum(0)
         return cumulated / cumulated[-1] if cumulated[-1] > 0 else torch.ones_like(cumulated)
 
-    def kept(self, rank: int) -> int | None:
+    def rank_or_dense(self, rank: int) -> int | None:
         """``None`` where the factors would hold as many parameters as the matrix."""
         return rank if self.count(rank) < self.dense else None
 
@@ -102,7 +102,7 @@ def choose_ranks(candidates: Sequence[Candidate], rule: RankRule, *, others: int
         chosen = {c.name: _rank_for_energy(c, rule.energy, rule.multiple_of) for c in candidates}
     else:
         chosen = _ranks_for_share(candidates, rule, others)
-    ranks = {candidate.name: candidate.kept(chosen[candidate.name]) for candidate in candidates}
+    ranks = {candidate.name: candidate.rank_or_dense(chosen[candidate.name]) for candidate in candidates}
     if all(rank is None for rank in ranks.values()):
         raise ValueError(f"{rule} leaves every matrix dense: factors would hold as many parameters; ask for less")
     return ranks
@@ -118,7 +118,7 @@ def _ranks_for_share(candidates: Sequence[Candidate], rule: RankRule, others: in
     def reached(ranks: Mapping[str, int]) -> float:
         return (others + _total(candidates, ranks)) / everything
 
-    smallest = {candidate.name: candidate.raised(0, multiple_of) for candidate in candidates}
+    smallest = {candidate.name: candidate.next_rank(0, multiple_of) for candidate in candidates}
     if (least := reached(smallest)) > share:
         stay = f"{others:,} of {everything:,} parameters stay dense, and " if others else ""
         raise UnreachableShare(
@@ -135,7 +135,7 @@ def _ranks_for_share(candidates: Sequence[Candidate], rule: RankRule, others: in
     ranks = at(share)
     if abs(reached(ranks) - share) <= TOLERANCE * share:
         return ranks
-    steps = [c.cost(c.raised(ranks[c.name], multiple_of)) - c.cost(ranks[c.name]) for c in candidates]
+    steps = [c.cost(c.next_rank(ranks[c.name], multiple_of)) - c.cost(ranks[c.name]) for c in candidates]
     above = _rounded_up(reached(ranks) + min(filter(None, steps), default=0) / everything)
     met = {s: at(s) for s in (_rounded_up(reached(ranks)), above) if s < 1}
     met = {s: ranks for s, ranks in met.items() if abs(reached(ranks) - s) <= TOLERANCE * s}
@@ -183,7 +183,7 @@ def _spend(
         shares = {candidate.name: candidate.energies().cumsum(0).tolist() for candidate in candidates}
 
     def negative_gain(candidate: Candidate, rank: int) -> float:
-        raised, kept = candidate.raised(rank, multiple_of), shares[candidate.name]
+        raised, kept = candidate.next_rank(rank, multiple_of), shares[candidate.name]
         return (kept[rank - 1] - kept[raised - 1]) / (candidate.count(raised) - candidate.count(rank))
 
     return _fill(candidates, start, target, multiple_of, negative_gain)
@@ -203,7 +203,9 @@ def _least_loss(
         lost = (energies.sum() - energies.cumsum(0)).clamp(min=0).tolist()
         rank = smallest[candidate.name]
         points = [(candidate.cost(rank), lost[rank - 1], rank)]
-        while (rank := candidate.raised(rank, multiple_of)) < candidate.limit and candidate.kept(rank) is not None:
+        while (rank := candidate.next_rank(rank, multiple_of)) < candidate.limit:
+            if candidate.rank_or_dense(rank) is None:
+                break
             points.append((candidate.cost(rank), lost[rank - 1], rank))
         points.append((candidate.cost(candidate.limit), 0.0, candidate.limit))
         for before, after in itertools.pairwise(_lower_hull(points)):
@@ -249,7 +251,7 @@ def _fill(
     while queue:
         _, name = heapq.heappop(queue)
         candidate, rank = by_name[name], chosen[name]
-        raised = candidate.raised(rank, multiple_of)
+        raised = candidate.next_rank(rank, multiple_of)
         more = candidate.cost(raised) - candidate.cost(rank)
         if total + more > target:
             continue

@@ -121,7 +121,7 @@ def models_in(module: nn.Module) -> list[PreTrainedModel]:
     return [inner for inner in module.modules() if isinstance(inner, PreTrainedModel)]
 
 
-def models_near(module: nn.Module) -> list[PreTrainedModel]:
+def live_models(module: nn.Module) -> list[PreTrainedModel]:
     """The Transformers models inside a module, and all others that there are: one of them may hold the module.
 
     A module does not know what holds it, so these are looked for among all objects.

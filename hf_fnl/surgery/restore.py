@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import Factorized, HeadProjection
-from hf_fnl.surgery.record import layer_record, models_in, models_near
+from hf_fnl.surgery.record import layer_record, live_models, models_in
 from hf_fnl.surgery.select import weights
 from hf_fnl.surgery.swap import (
     check_present,
     held_weights,
     parameters_around,
+    replacement_obstacle,
     swap_and_record_,
     unwrapped,
-    what_hangs_on,
 )
 from hf_fnl.surgery.targets import Replacements, empty_layer, factorized_class, share_factors_
 
@@ -57,10 +57,10 @@ def merge_(model: nn.Module) -> list[str]:
     if callable(getattr(model, "merge", None)):
         raise ValueError(f"a {type(model).__name__} is factorized by its class; merge() returns the stock model")
     check_present(model, "merge_")
-    near = models_near(model)
+    near = live_models(model)
     outside = parameters_around(model, near)
     for name, layer in layers.items():
-        reason = what_hangs_on(layer)
+        reason = replacement_obstacle(layer)
         if other := next((outside[factor] for factor in held_weights(layer) if factor in outside), None):
             reason = f"its factor is also {other}, outside of what is merged: hand over what holds both"
         if reason is not None:
@@ -143,7 +143,7 @@ def _empty_layer(dense: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Mo
     is_linear = isinstance(dense, nn.Linear | Conv1D)
     if not is_linear if "heads" in entry else factorized_class(type(dense)) is None:
         raise ValueError(f"the record of {name} says {dict(entry)}, where the model has a {type(dense).__name__}")
-    if reason := what_hangs_on(dense):
+    if reason := replacement_obstacle(dense):
         raise ValueError(f"{name} cannot be factorized: {reason}")
     try:
         return HeadProjection.empty_like(dense, **entry) if "heads" in entry else empty_layer(dense, **entry)

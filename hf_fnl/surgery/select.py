@@ -18,7 +18,7 @@ from hf_fnl.attention.selectors import ATTENTION_KINDS
 from hf_fnl.layers import Factorized, HeadProjection
 from hf_fnl.surgery.config import FactorizationConfig
 from hf_fnl.surgery.heads import Attention, HeadTarget, Target
-from hf_fnl.surgery.swap import is_read_by_its_parent, parameters_around, weight_obstacle, what_hangs_on
+from hf_fnl.surgery.swap import is_read_by_its_parent, parameters_around, replacement_obstacle, weight_obstacle
 from hf_fnl.surgery.targets import (
     FACTORIZED_CLASSES,
     LayerTarget,
@@ -68,7 +68,7 @@ def select(
         chosen = [
             name
             for name, layer in holders.items()
-            if type(layer) in classes and config.names(name) and not _is_adapters(model, name)
+            if type(layer) in classes and config.matches(name) and not _is_adapters(model, name)
         ]
         if not chosen:
             skipped |= _not_chosen(model, weight, holders, config)
@@ -77,11 +77,11 @@ def select(
         reason = _obstacle(model, holders, config)
         if reason is None and weight in outside:
             reason = f"its weight is also {outside[weight]}, outside of what is factorized: hand over what holds both"
-        if reason is None and is_output and not wants_embeddings and not any(map(config.singles_out, chosen)):
+        if reason is None and is_output and not wants_embeddings and not any(map(config.matches_explicitly, chosen)):
             reason = "it is the output embedding: add 'embedding' to kinds, or its name to include"
         if reason is None:
             targets.append(LayerTarget(first_names(holders), config.conv_scheme))
-        elif named := [name for name in chosen if config.singles_out(name)]:
+        elif named := [name for name in chosen if config.matches_explicitly(name)]:
             raise ValueError(f"{named[0]} cannot be factorized: {reason}")
         else:
             skipped[chosen[0]] = reason
@@ -105,7 +105,7 @@ def _select_heads(
     for kind in (kind for kind in ATTENTION_KINDS if kind in config.kinds):
         for path, module in model.named_modules():
             name = f"{path}.{kind}" if path else kind
-            if not any(map(config.names, (path, name))) or any(map(config.excludes, (path, name))):
+            if not any(map(config.matches, (path, name))) or any(map(config.excludes, (path, name))):
                 continue
             found = _heads_of(path, module, kind, held, outside)
             if isinstance(found, HeadTarget) and any(map(config.excludes, found.layer_names)):
@@ -115,7 +115,7 @@ def _select_heads(
             }:
                 targets.append(found)
             elif isinstance(found, str):
-                if any(map(config.singles_out, (path, name))):
+                if any(map(config.matches_explicitly, (path, name))):
                     raise ValueError(f"{name} cannot be cut: {found}")
                 skipped[name] = found
     return targets, skipped
@@ -148,7 +148,7 @@ def _heads_of(
             return f"a {type(layer).__name__} does not compute what a stock layer does"
         if is_read_by_its_parent(layer):
             return _READ_BY_ITS_PARENT
-        if reason := weight_obstacle(weight) or what_hangs_on(layer):
+        if reason := weight_obstacle(weight) or replacement_obstacle(layer):
             return reason
     target = HeadTarget(attention, kind, tuple(names))
     return "its heads are cut already" if target.is_cut else target
@@ -199,7 +199,7 @@ def _not_chosen(model: nn.Module, weight: Tensor, holders: Holders, config: Fact
         if parametrization or attribute == "weight" or is_layer:
             name = owner
     reason = "it is an adapter's" if _is_adapters(model, name) else _why_not(layer, attribute)
-    return {name: reason} if config.names(name) else {}
+    return {name: reason} if config.matches(name) else {}
 
 
 def _is_adapters(model: nn.Module, name: str) -> bool:
@@ -288,7 +288,7 @@ def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -
             return "torch.compile wraps this layer alone: compile the model afterwards"
         if getattr(model.get_submodule(name.rpartition(".")[0]), "merged_adapters", None):
             return "an adapter is merged into it, and could not be taken out again: call unmerge_adapter() first"
-        if reason := weight_obstacle(layer.get_parameter("weight")) or what_hangs_on(layer):
+        if reason := weight_obstacle(layer.get_parameter("weight")) or replacement_obstacle(layer):
             return reason
     if len({isinstance(layer, Conv1D) for layer in holders.values()}) > 1:
         return f"{' and '.join(holders)} share a weight that one of them holds transposed"

@@ -1,4 +1,4 @@
-"""What a loss feels of the outputs of layers: squares of its gradients there, from labels in the calibration data."""
+"""Diagonal empirical Fisher information of the outputs of layers, from labels in the calibration data."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from hf_fnl.layers import (
     TensorizedConv2d,
 )
 from hf_fnl.layers.whole import is_partitioned
-from hf_fnl.surgery.record import QUANT_METHOD, method_of, models_near, models_with, update_records_
+from hf_fnl.surgery.record import QUANT_METHOD, live_models, method_of, models_with, update_records_
 
 # What is called before or after a layer's forward or backward pass, and knows nothing of its parameters.
 _CARRIED_HOOKS = (
@@ -86,9 +86,9 @@ def swap_and_record_(
     Args:
         model: What holds the layers.
         replacements: The new layers by the old ones.
-        near: What :func:`~hf_fnl.surgery.record.models_near` returned for ``model``.
+        near: What :func:`~hf_fnl.surgery.record.live_models` returned for ``model``.
     """
-    holders = models_with(models_near(model) if near is None else near, replacements)
+    holders = models_with(live_models(model) if near is None else near, replacements)
     swap_(model, replacements, holders)
     update_records_(holders)
 
@@ -123,8 +123,8 @@ def parameters_around(model: nn.Module, near: Iterable[PreTrainedModel]) -> dict
     }
 
 
-def what_hangs_on(layer: nn.Module) -> str | None:
-    """What would be lost of a layer if another took its place, as the reason why none can; ``None`` if nothing would.
+def replacement_obstacle(layer: nn.Module) -> str | None:
+    """Return why no layer can take the place of this one, as what would be lost of it; ``None`` if one can.
 
     Hooks of forward and backward passes, accelerate's hooks that move inputs, and plain attributes are not lost:
     :func:`swap_` carries them over.

@@ -1,4 +1,4 @@
-"""Healing a cut model: it is trained to give what the dense model gives."""
+"""Healing a cut model by knowledge distillation: it is trained to match the outputs of the dense one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class DistillationTrainer(FLAMBeTrainer):
     r"""Trainer whose loss is how far a model is from another on the same inputs.
 
     Where both give logits, it is the mean over positions of :math:`KL(p_{teacher} \| p_{model})`; else the squared
-    error of the last hidden states over the teacher's squared norm. Positions that ``attention_mask`` hides count for
-    nothing; labels are not looked at.
+    error of the last hidden states over the teacher's squared norm. The models have one output for each token that they
+    are given, as language models and encoders have. Positions that ``attention_mask`` hides count for nothing; labels
+    are not looked at.
 
     Args:
         model: The model to train.
@@ -41,7 +42,7 @@ class DistillationTrainer(FLAMBeTrainer):
     def __init__(self, model: nn.Module, args: FLAMBeTrainingArguments, *, teacher: nn.Module, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
         if self._penalized:
-            raise ValueError("frobenius_mode must be decoupled where a teacher gives the loss")
+            raise ValueError("frobenius_mode cannot be penalty where a teacher gives the loss; decoupled can")
         self.teacher = teacher.eval().to(args.device)
         self.model_accepts_loss_kwargs = False
         self.label_names: list[str] = []  # also where batches hold labels
@@ -64,14 +65,25 @@ class DistillationTrainer(FLAMBeTrainer):
 
 
 def distillation_loss(outputs: Any, target: Any, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the distance of a model's outputs from a teacher's, as :class:`DistillationTrainer` says."""
+    """Return the distance of a model's outputs from a teacher's, as :class:`DistillationTrainer` says.
+
+    Raises:
+        ValueError: If the outputs are not one for each token of ``attention_mask``.
+    """
     if "logits" in target:
         found, wanted = (each["logits"].float().log_softmax(-1) for each in (outputs, target))
         distance = nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
     else:
         found, wanted = (each["last_hidden_state"].float() for each in (outputs, target))
         distance = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
-    return distance.mean() if attention_mask is None else distance[attention_mask.bool()].mean()
+    if attention_mask is None:
+        return distance.mean()
+    if distance.shape != attention_mask.shape:
+        raise ValueError(
+            f"distillation needs an output for each token, and there are outputs {tuple(distance.shape)} for an "
+            f"attention_mask {tuple(attention_mask.shape)}"
+        )
+    return distance[attention_mask.bool()].mean()
 
 
 def heal_(
@@ -84,14 +96,14 @@ def heal_(
     output_dir: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """Train a cut model, in place, to give what the dense one gives (:class:`DistillationTrainer`).
+    """Train a cut model, in place, by distillation from the dense one (:class:`DistillationTrainer`).
 
     A step takes one batch, in random order. Every tenth batch is held out, the first one at least. Weights of half
     precision are trained in float32 and rounded at the end.
 
     Args:
         model: The cut model.
-        dense: The model that it was cut from.
+        dense: The model that it was cut from; it is put into evaluation mode and onto the device of the run.
         batches: Inputs of both, two or more.
         steps: How many steps of AdamW, whose rate rises for a tenth of them and then falls to zero.
         learning_rate: The highest rate.
@@ -109,7 +121,7 @@ def heal_(
         raise ValueError(f"healing needs two batches or more, one of which is held out; got {len(batches)}")
     held_out = batches[::_HELD_OUT]
     train = [batch for number, batch in enumerate(batches) if number % _HELD_OUT]
-    with tempfile.TemporaryDirectory(prefix="hf_fnl-") as unkept, _in_float32(model):
+    with tempfile.TemporaryDirectory(prefix="hf_fnl-") as temporary, _in_float32(model):
         settings: dict[str, Any] = {
             "optim": "adamw_torch",
             "weight_decay": 0.0,
@@ -122,7 +134,7 @@ def heal_(
             "report_to": [],
         }
         args = FLAMBeTrainingArguments(
-            output_dir=str(output_dir or unkept),
+            output_dir=str(output_dir or temporary),
             max_steps=steps,
             learning_rate=learning_rate,
             per_device_train_batch_size=1,
@@ -140,8 +152,8 @@ def heal_(
             data_collator=itemgetter(0),  # an example is a batch already
         )
         before = trainer.evaluate()["eval_loss"]
-        goes_on = output_dir is not None and checkpoints(Path(output_dir))
-        trainer.train(resume_from_checkpoint=True if goes_on else None)
+        resumes = output_dir is not None and checkpoints(Path(output_dir))
+        trainer.train(resume_from_checkpoint=True if resumes else None)
         return {"held_out_before": before, "held_out_after": trainer.evaluate()["eval_loss"]}
 
 

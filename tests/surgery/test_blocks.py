@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_fnl import FactorizationConfig, factorize_
-from hf_fnl.surgery.blocks import BlockStore
+from hf_fnl.surgery.blocks import BlockOutputCache
 from hf_fnl.surgery.calibration import visit
 
 TEXT = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 17}
@@ -85,8 +85,8 @@ def test_stacks_are_chains_where_each_block_is_given_the_last_ones_output(
 ) -> None:
     model = build().eval()
     inputs = inputs_of(model)
-    store = BlockStore(model, tmp_path)
-    with torch.no_grad(), store.answering():
+    store = BlockOutputCache(model, tmp_path)
+    with torch.no_grad(), store.replacing_forwards():
         store.find_chains(lambda: model(**inputs))
     assert [len(chain.blocks) for chain in store.chains] == chains
     assert all("forward" not in vars(module) for module in model.modules())
@@ -102,7 +102,7 @@ def test_what_is_kept_on_disk_changes_nothing(
     state, cut = stock.state_dict(), []
     for has_chains in (True, False):
         if not has_chains:
-            monkeypatch.setattr(BlockStore, "find_chains", lambda self, run: run())
+            monkeypatch.setattr(BlockOutputCache, "find_chains", lambda self, run: run())
         model = build()
         model.load_state_dict(state)
         factorize_(model, FactorizationConfig(rank=3), calibration=batches)

@@ -20,8 +20,7 @@ from hf_fnl.layers import FactorizedLinear
 from hf_fnl.layers.span import Span
 from hf_fnl.math.truncation import Moments
 from hf_fnl.surgery import factorize_
-from hf_fnl.surgery.calibration import Heads as HeadsOf
-from hf_fnl.surgery.calibration import Request, visit
+from hf_fnl.surgery.calibration import HeadMomentsRequest, Request, visit
 from hf_fnl.surgery.config import FactorizationConfig
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -280,7 +279,7 @@ def test_an_exception_in_an_attention_leaves_no_hooks() -> None:
     before = state_of(model)
 
     attention = model.encoder.layer[0].attention
-    heads = HeadsOf(3, 3, Span(attention.self.query), Span(attention.self.key), attention.output.dense)
+    heads = HeadMomentsRequest(3, 3, Span(attention.self.query), Span(attention.self.key), attention.output.dense)
     attention.output.dense.weight.data = attention.output.dense.weight.data[:, :1]  # its forward fails
     with pytest.raises(RuntimeError, match="shapes"):
         visit(model, BACKBONE.batch(), {"encoder.layer.0.attention": heads}, keep)
@@ -451,7 +450,7 @@ def test_an_encoders_mask_is_that_of_cross_attention() -> None:
     model = CROSS_DECODER.build_stock()
     name = "bert.encoder.layer.0.crossattention"
     inner = model.get_submodule(name).self
-    heads = HeadsOf(3, 3, Span(inner.query), Span(inner.key), model.get_submodule(name).output.dense)
+    heads = HeadMomentsRequest(3, 3, Span(inner.query), Span(inner.key), model.get_submodule(name).output.dense)
     seen = seen_in(model, batch, requests={name: heads})[name]
     keys = inner.key(batch["encoder_hidden_states"])
     valid = keys[batch["encoder_attention_mask"].bool()].detach()

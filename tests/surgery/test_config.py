@@ -88,7 +88,7 @@ def test_only_an_overcomplete_scale_is_above_1() -> None:
 def test_patterns_choose_whole_names(include: list[str], exclude: list[str], chosen: list[str]) -> None:
     config = FactorizationConfig(rank=8, include=include, exclude=exclude)
     names = ["encoder.0.mlp.up", "encoder.1.mlp.up", "encoder.1.Out", "head"]
-    assert [name for name in names if config.names(name)] == chosen
+    assert [name for name in names if config.matches(name)] == chosen
 
 
 # Ranks of our own model classes

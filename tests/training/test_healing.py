@@ -57,6 +57,8 @@ def test_the_loss_is_the_divergence_at_positions_that_count() -> None:
     assert_close(distillation_loss({"logits": logits}, {"logits": wanted}, mask), expected)
     states = {"last_hidden_state": 2 * wanted}
     assert_close(distillation_loss(states, {"last_hidden_state": wanted}, mask), torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"outputs \(2,\) for an attention_mask \(2, 3\)"):
+        distillation_loss({"logits": logits[:, 0]}, {"logits": wanted[:, 0]}, mask)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -96,5 +98,5 @@ def test_what_cannot_be_healed(tmp_path: Path) -> None:
         heal_(cut(dense), dense, batches(1))
     options = {"optim": "adamw_torch", "frobenius_decay": ["linear"], "frobenius_mode": "penalty"}
     args = FLAMBeTrainingArguments(output_dir=str(tmp_path), report_to=[], **options)
-    with pytest.raises(ValueError, match="frobenius_mode must be decoupled where a teacher gives the loss"):
+    with pytest.raises(ValueError, match="frobenius_mode cannot be penalty where a teacher gives the loss"):
         DistillationTrainer(cut(dense), args, teacher=dense, train_dataset=batches(2))
