@@ -268,7 +268,7 @@ def test_a_grid_trains_it_without_datasets(cifar, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(grid_runs.PLANS.glob("k2*_resnet20*.yaml")) + sorted(grid.PLANS.glob("k22*wrn*.yaml"))
+    "path", sorted(grid_runs.PLANS.glob("k2*_resnet20*.yaml")) + sorted(grid_runs.PLANS.glob("k22*wrn*.yaml"))
 )
 def test_plans_have_options_that_the_program_knows(path, tmp_path):
     plan = grid.read_plan(path.stem)

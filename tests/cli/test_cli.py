@@ -487,10 +487,21 @@ def test_help_waits_for_no_library():
     package = Path(hf_fnl.__file__).parent / "cli"
     heads = [
         ast.parse((package / name).read_text()).body
-        for name in ("app.py", "options.py", "plan.py", "tables.py", "terminal.py", "../utils/suggest.py")
+        for name in (
+            "app.py",
+            "evaluate.py",
+            "options.py",
+            "plan.py",
+            "tables.py",
+            "terminal.py",
+            "../utils/suggest.py",
+        )
     ]
     froms = {node.module for body in heads for node in body if isinstance(node, ast.ImportFrom)}
     plain = {alias.name for body in heads for node in body if isinstance(node, ast.Import) for alias in node.names}
-    ours = {"hf_fnl.utils.suggest", *(f"hf_fnl.cli.{name}" for name in ("options", "plan", "tables", "terminal"))}
+    ours = {
+        "hf_fnl.utils.suggest",
+        *(f"hf_fnl.cli.{name}" for name in ("evaluate", "options", "plan", "tables", "terminal")),
+    }
     allowed = {"typer", "rich", *ours, *sys.stdlib_module_names}
     assert {n for n in froms | plain if n not in allowed and n.split(".")[0] not in allowed - {"hf_fnl"}} == set()

@@ -35,7 +35,8 @@ def stock_of(head: Head, **fields: Any) -> PreTrainedModel:
 
 
 def truncated(head: Head, stock: PreTrainedModel, ranks: Ranks, calibrated: bool = False) -> PreTrainedModel:
-    return head.ours.from_dense(stock, **ranks, calibration=head.batch() if calibrated else None)
+    data = {name: value for name, value in head.batch().items() if name != "labels"}  # all outputs count alike
+    return head.ours.from_dense(stock, **ranks, calibration=data if calibrated else None)
 
 
 def tail(matrix: Tensor, rank: int) -> Tensor:
