@@ -35,8 +35,7 @@ def stock_of(head: Head, **fields: Any) -> PreTrainedModel:
 
 
 def truncated(head: Head, stock: PreTrainedModel, ranks: Ranks, calibrated: bool = False) -> PreTrainedModel:
-    data = {name: value for name, value in head.batch().items() if name != "labels"}  # all outputs count alike
-    return head.ours.from_dense(stock, **ranks, calibration=data if calibrated else None)
+    return head.ours.from_dense(stock, **ranks, calibration=head.batch() if calibrated else None)
 
 
 def tail(matrix: Tensor, rank: int) -> Tensor:
@@ -261,7 +260,8 @@ def test_a_tied_output_matrix_is_the_embedding(head: Head, calibrated: bool) -> 
 @calibrated_or_not
 def test_an_untied_output_matrix_is_cut_on_its_own(head: Head, calibrated: bool) -> None:
     stock = stock_of(head, tie_word_embeddings=False)
-    model = truncated(head, stock, {"embedding_rank": 13}, calibrated)
+    data = {name: value for name, value in head.batch().items() if name != "labels"}  # all outputs count alike
+    model = head.ours.from_dense(stock, embedding_rank=13, calibration=data if calibrated else None)
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     assert output.U is not embedding.U
     whole, table = stock.get_output_embeddings().weight, stock.get_input_embeddings().weight
