@@ -1,7 +1,9 @@
 """The main job in small, without any network: from raw text to a question-answering model that any Transformers loads.
 
-Trains a tokenizer and a factorized BERT with FLAMBe on the Python language reference, fine-tunes it on questions made
-from that text, evaluates, multiplies the factors back, and checks that the merged model gives the same answers.
+Trains a tokenizer and a factorized BERT with FLAMBe on the Python language reference, first on short sequences, which
+leave the plateau of word frequencies soonest. Then fine-tunes it on questions made from that text, beside a model of
+the same shape that was not pretrained, multiplies the factors back, and checks that the merged model gives the same
+answers.
 """
 
 from __future__ import annotations
@@ -22,30 +24,38 @@ from typing import Any
 import evaluate_squad
 import finetune_squad
 import pretrain_bert
-from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering, BertForQuestionAnswering
 
+from hf_fnl import FactorizedBertConfig, FactorizedBertForQuestionAnswering
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.report import write_report
+from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import UsageError, parse_flags, run_script
 from hf_fnl.utils.files import check_writable, write_json
 
 PRETRAINING = """
-    --dataset embedded --vocab_size 4000 --phases 128:{steps} 512:{long_steps}:1e-3
+    --dataset embedded --vocab_size 2000 --phases 32:{steps}:8e-3:0.1:64 160:{long_steps}:4e-3:0.2:32
     --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4
     --qk_rank 16 --ov_rank 16 --ffn_rank 64 --embedding_rank 64
-    --optim flambe --learning_rate 4e-3 --weight_decay 0.01 --warmup_steps 0.1
-    --per_device_train_batch_size 16 --logging_steps 10 --diagnostics_steps 10
+    --optim flambe --weight_decay 0.01
+    --per_device_train_batch_size 32 --logging_steps 25 --diagnostics_steps 25
     --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/pretrained
 """
 FINE_TUNING = """
-    --model {folder}/pretrained --train_dataset embedded --max_seq_length 256 --doc_stride 64
+    --model {folder}/{model} --train_dataset embedded --max_seq_length 160 --doc_stride 32
     --learning_rate 1e-3 --num_train_epochs {epochs}
-    --per_device_train_batch_size 16 --per_device_eval_batch_size 32 --logging_steps 10 --diagnostics_steps 10
-    --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/squad
+    --per_device_train_batch_size 16 --per_device_eval_batch_size 32 --logging_steps 25 --diagnostics_steps 25
+    --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/{run}
 """
+SENTENCES = (
+    "If the name is not found, a ___ exception is raised.",
+    "The for ___ is used to iterate over the elements of a sequence.",
+    "A class definition is an executable ___ .",
+)
 EVALUATION = """
-    --model {folder}/merged --dataset embedded --max_seq_length 256 --doc_stride 64
+    --model {folder}/merged --dataset embedded --max_seq_length 160 --doc_stride 32
     --output_dir {folder}/merged_evaluation
 """
 
@@ -57,6 +67,53 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
+
+
+def fine_tune(options: argparse.Namespace, names: dict[str, str], model: str, run: str) -> dict[str, Any]:
+    """Fine-tune a model on the questions, and return what it scores."""
+    flags = FINE_TUNING.format(**vars(options), **names, model=model, run=run)
+    return finetune_squad.main(shlex.split(flags))
+
+
+def untrained(source: Path, target: Path) -> None:
+    """Write a model of the same shape and tokenizer with weights that were drawn anew."""
+    torch.manual_seed(0)
+    FactorizedBertForQuestionAnswering(FactorizedBertConfig.from_pretrained(source)).save_pretrained(target)
+    load_tokenizer(source).save_pretrained(target)
+
+
+@torch.inference_mode()
+def what_was_learned(folder: Path) -> dict[str, float]:
+    """Fill in masked words before the eyes, and compare the loss of word pieces with what their frequencies give.
+
+    Returns:
+        The entropy of the corpus's word pieces, which is the loss of a model that knows their frequencies only, and the
+        mean loss of every tenth word piece, masked, in nats.
+    """
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder).eval(), load_tokenizer(folder)
+    ids = [
+        i
+        for text in embedded_documents()
+        for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
+    counts = torch.tensor(ids).bincount().double()
+    rates = counts[counts > 0] / counts.sum()
+    blocks = torch.tensor(ids[: len(ids) // 126 * 126]).view(-1, 126)
+    ends = [torch.full((len(blocks), 1), i) for i in (tokenizer.cls_token_id, tokenizer.sep_token_id)]
+    blocks = torch.cat([ends[0], blocks, ends[1]], 1)
+    masked = torch.zeros_like(blocks, dtype=torch.bool)
+    masked[:, 5:-1:10] = True
+    inputs, losses = blocks.masked_fill(masked, tokenizer.mask_token_id), []
+    for batch, hidden, wanted in zip(inputs.split(32), masked.split(32), blocks.split(32), strict=True):
+        logits = model(input_ids=batch).logits[hidden]
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted[hidden], reduction="none"))
+    print()
+    for sentence in SENTENCES:
+        encoded = tokenizer(sentence.replace("___", tokenizer.mask_token), return_tensors="pt")
+        (place,) = (encoded["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0]
+        best = model(**encoded).logits[0, place].topk(3).indices.tolist()
+        print(f"{sentence}   {', '.join(tokenizer.decode([i]).strip() for i in best)}")
+    return {"entropy": float(-(rates * rates.log()).sum()), "loss": float(torch.cat(losses).mean())}
 
 
 def merge(source: Path, target: Path) -> None:
@@ -75,8 +132,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run everything, print a table, and return the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart_run"), help="where everything goes")
-    parser.add_argument("--steps", type=int, default=500, help="pretraining steps at length 128")
-    parser.add_argument("--long_steps", type=int, default=20, help="pretraining steps at length 512")
+    parser.add_argument("--steps", type=int, default=1000, help="pretraining steps at length 32")
+    parser.add_argument("--long_steps", type=int, default=60, help="pretraining steps at length 160")
     parser.add_argument("--epochs", type=float, default=3, help="fine-tuning epochs")
     options = parse_flags(parser, argv)
     folder = options.output_dir
@@ -89,9 +146,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     names = {"folder": shlex.quote(str(folder)), "report_to": "tensorboard" if has_tensorboard else "none"}
     seconds: dict[str, float] = {}
     with timed(seconds, "pretraining with FLAMBe"):
-        pretrained = pretrain_bert.main(shlex.split(PRETRAINING.format(**vars(options), **names)))
+        pretrain_bert.main(shlex.split(PRETRAINING.format(**vars(options), **names)))
+    words = what_was_learned(folder / "pretrained")
     with timed(seconds, "fine-tuning for questions"):
-        squad = finetune_squad.main(shlex.split(FINE_TUNING.format(**vars(options), **names)))
+        squad = fine_tune(options, names, "pretrained", "squad")
+    untrained(folder / "pretrained", folder / "untrained")
+    with timed(seconds, "the same without pretraining"):
+        scratch = fine_tune(options, names, "untrained", "squad_untrained")
     with timed(seconds, "merging and evaluating the stock model"):
         merge(folder / "squad", folder / "merged")
         merged = evaluate_squad.main(shlex.split(EVALUATION.format(**names)))
@@ -101,14 +162,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     pages = [write_report([folder / run], folder / f"{run}.html") for run in ("pretrained", "squad") if has_plots]
     stock = BertForQuestionAnswering.from_pretrained(folder / "merged")
     figures = {
-        "parameters, factorized": squad["parameters"]["total"],
-        "parameters, merged": parameter_count(stock)["total"],
-        "pretraining loss, length 128": pretrained["phase-1"]["train_loss"],
-        "exact match, factorized": squad["exact_match"],
+        "parameters, factorized": int(squad["parameters"]["total"]),
+        "parameters, merged": int(parameter_count(stock)["total"]),
+        "entropy of word pieces, nats": words["entropy"],
+        "loss of masked word pieces, nats": words["loss"],
+        "exact match, not pretrained": scratch["exact_match"],
+        "exact match, pretrained": squad["exact_match"],
         "exact match, merged": merged["exact_match"],
-        "F1, factorized": squad["f1"],
+        "F1, not pretrained": scratch["f1"],
+        "F1, pretrained": squad["f1"],
         "F1, merged": merged["f1"],
-        "same answers": agreement,
+        "same answers after merging": agreement,
         **{f"seconds, {name}": value for name, value in seconds.items()},
     }
     write_json(folder / "summary.json", figures)
@@ -119,7 +183,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def print_summary(folder: Path, figures: dict[str, Any], pages: list[Path]) -> None:
     """Print the figures as a table, and where everything lies."""
     width = max(map(len, figures))
-    print("\n" + "\n".join(f"{name:<{width}}  {value:>12,.4g}" for name, value in figures.items()))
+    shown = {name: f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" for name, value in figures.items()}
+    print("\n" + "\n".join(f"{name:<{width}}  {value:>10}" for name, value in shown.items()))
     places = {
         "factorized BERT": folder / "pretrained",
         "question answering": folder / "squad",
