@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import statistics
@@ -271,3 +272,18 @@ def test_the_table_of_lamb_and_flambe():
 def test_every_table_of_experiments_is_listed():
     tables = {path.name for path in (ROOT / "run_scripts" / "experiments").iterdir() if path.is_dir()}
     assert {name for name in tables if f"`{name}`" not in BENCHMARKS} == set()
+
+
+def test_what_a_cut_language_model_loses():
+    folder = ROOT / "benchmarks" / "results" / "llm"
+    rows = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("dense", "0.8-whitening", "0.8-ours")}
+    dense, whitening, ours = (row["wikitext2"]["perplexity"] for row in rows.values())
+    assert says(README, f"perplexity {ours:.1f} on WikiText-2, where SVD-LLM's whitening has {whitening:.1f}")
+    assert says(README, f"the dense model {dense:.1f} (n = 1)")
+    lost = [math.log(each / dense) for each in (whitening, ours)]
+    other = [row["wikipedia"]["perplexity"] for row in rows.values()]
+    for name, own, there, loss in zip(
+        ("SVD-LLM's whitening", "`--budget` with `--calibrate`"), (whitening, ours), other[1:], lost, strict=True
+    ):
+        assert says(README, f"| {name} | {own:.1f} | {there:.1f} | {loss:.2f} |")
+    assert lost[1] <= 0.8 * lost[0]
