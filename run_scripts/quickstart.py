@@ -1,7 +1,6 @@
 """The main job in small, without any network: from raw text to a question-answering model that any Transformers loads.
 
-Trains a tokenizer and a factorized BERT with FLAMBe on the Python language reference, first on short sequences, which
-leave the plateau of word frequencies soonest. Then fine-tunes it on questions made from that text, beside a model of
+Trains a tokenizer and a factorized BERT with FLAMBe on the Python language reference, first on short sequences. Then fine-tunes it on questions made from that text, beside a model of
 the same shape that was not pretrained, multiplies the factors back, and checks that the merged model gives the same
 answers.
 """
@@ -36,10 +35,10 @@ from hf_fnl.training.command_line import UsageError, parse_flags, run_script
 from hf_fnl.utils.files import check_writable, write_json
 
 PRETRAINING = """
-    --dataset embedded --vocab_size 2000 --phases 32:{steps}:6e-3:0.05:32 160:{long_steps}:4e-3:0.2:32
+    --dataset embedded --vocab_size 2000 --phases 32:{steps}:8e-3:0.1:64 160:{long_steps}:4e-3:0.2:32
     --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4
     --qk_rank 16 --ov_rank 16 --ffn_rank 64 --embedding_rank 64
-    --optim flambe --weight_decay 0.01 --dropout 0
+    --optim flambe --weight_decay 0.01
     --per_device_train_batch_size 32 --logging_steps 25 --diagnostics_steps 25
     --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/pretrained
 """
@@ -132,8 +131,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run everything, print a table, and return the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart_run"), help="where everything goes")
-    parser.add_argument("--steps", type=int, default=3000, help="pretraining steps at length 32")
-    parser.add_argument("--long_steps", type=int, default=100, help="pretraining steps at length 160")
+    parser.add_argument("--steps", type=int, default=1000, help="pretraining steps at length 32")
+    parser.add_argument("--long_steps", type=int, default=60, help="pretraining steps at length 160")
     parser.add_argument("--epochs", type=float, default=3, help="fine-tuning epochs")
     options = parse_flags(parser, argv)
     folder = options.output_dir
