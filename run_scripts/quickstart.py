@@ -1,8 +1,8 @@
 """The main job in small, without any network: from raw text to a question-answering model that any Transformers loads.
 
-Trains a tokenizer and a factorized BERT with FLAMBe on the Python language reference, first on short sequences. Then fine-tunes it on questions made from that text, beside a model of
-the same shape that was not pretrained, multiplies the factors back, and checks that the merged model gives the same
-answers.
+Trains a tokenizer and a factorized BERT with FLAMBe on the Python language reference, first on short sequences. It is
+then fine-tuned on questions made from that text, beside a model of the same shape that was not pretrained; the factors
+are multiplied back, and the merged model is checked to give the same answers.
 """
 
 from __future__ import annotations
