@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer as Tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.harness.machine import machine
 from benchmarks.harness.record import revision, write_result
@@ -33,7 +32,7 @@ from benchmarks.harness.tables import markdown_table
 from benchmarks.peers import svd
 from hf_fnl import FactorizationConfig, factorize_
 from hf_fnl.tasks.documents import load_documents
-from hf_fnl.tasks.perplexity import perplexity
+from hf_fnl.tasks.perplexity import first_tokens, text_perplexity
 from hf_fnl.utils.files import write_text
 
 SHARES = (0.8, 0.6, 0.4)
@@ -50,17 +49,10 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     (file,) = Path(package.origin).parent.glob("*.gguf")
     source = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     source.config.use_cache = False
-    del source.config.quantization_config  # its weights are whole numbers no more
+    del source.config.quantization_config  # its weights were dequantized when it was read
     model = LlamaForCausalLM(source.config)
     model.load_state_dict(source.state_dict())
-    return model.eval(), Tokenizers.from_pretrained(file.parent, gguf_file=file.name)
-
-
-def read_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> tuple[Tensor, int]:
-    """The first tokens of a text, and how many words they are."""
-    encoded = tokenizer(text[: 8 * count], return_offsets_mapping=True, verbose=False)
-    ids = torch.tensor(encoded["input_ids"][:count])
-    return ids, len(text[: encoded["offset_mapping"][len(ids) - 1][1]].split())
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def texts(data: Path) -> dict[str, str]:
@@ -105,14 +97,14 @@ def measure(row: str, share: float, method: str, args: argparse.Namespace) -> di
     found |= {**revision(), "machine": machine("cpu")}
     model, tokenizer = load_smollm2()
     sources = texts(args.data)
-    ids, _ = read_tokens(tokenizer, sources["calibration"], args.skip + args.tokens)
+    ids, _ = first_tokens(tokenizer, sources["calibration"], args.skip + args.tokens)
     if method != "dense":
         start = time.perf_counter()
         found |= cut(model, share, method, ids[args.skip :])
         found["seconds_to_cut"] = time.perf_counter() - start
     for name in ("wikitext2", "wikipedia"):
-        test, words = read_tokens(tokenizer, sources[name], args.test_tokens)
-        result = perplexity(model, test, words, length=LENGTH, stride=STRIDE)
+        test, words = first_tokens(tokenizer, sources[name], args.test_tokens)
+        result = text_perplexity(model, test, words, length=LENGTH, stride=STRIDE)
         found[name] = {"perplexity": result.per_token, "per_word": result.per_word, "tokens": result.tokens}
     return found
 

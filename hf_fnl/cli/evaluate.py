@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _BATCHES = (1, 16)
 _PROMPT, _NEW, _REPEATS = 64, 64, 3
-_READ = 8  # characters of a token, at most: as many are read of the text
 
 
 class Settings(NamedTuple):
@@ -100,7 +99,7 @@ def measure(source: str, settings: Settings) -> dict[str, Any]:
 
     from hf_fnl.cli.texts import longest_input
     from hf_fnl.models.checkpoint import load
-    from hf_fnl.tasks.perplexity import perplexity
+    from hf_fnl.tasks.perplexity import first_tokens, text_perplexity
     from hf_fnl.tasks.tokenization import load_tokenizer
 
     logging.set_verbosity_error()
@@ -112,17 +111,12 @@ def measure(source: str, settings: Settings) -> dict[str, Any]:
     if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
         raise ValueError(f"{source} is a {type(model).__name__}, which is no causal language model")
     model.eval().to(device)
-    text = _text(settings)
-    tokenizer = load_tokenizer(source)
-    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    ids = torch.tensor(encoded["input_ids"][: settings.tokens])
+    ids, words = first_tokens(load_tokenizer(source), _text(settings), settings.tokens)
     if ids.numel() and (largest := int(ids.max())) >= (known := model.get_input_embeddings().num_embeddings):
         raise ValueError(f"the tokenizer in {source} gives the token {largest}, and the model knows {known:,}")
-    end = encoded["offset_mapping"][len(ids) - 1][1] if len(ids) else 0
     length = longest_input(model, settings.length)
-    words = len(text[: end or None].split())
-    found = perplexity(model, ids, words, length=length, stride=min(settings.stride, length - 1))
-    parameters = {id(p): p for p in model.parameters()}.values()
+    found = text_perplexity(model, ids, words, length=length, stride=min(settings.stride, length - 1))
+    parameters = list(model.parameters())
     return {
         "model": source,
         "class": type(model).__name__,
@@ -141,15 +135,16 @@ def measure(source: str, settings: Settings) -> dict[str, Any]:
 def _text(settings: Settings) -> str:
     """As many characters of the text as its first tokens can be."""
     from hf_fnl.tasks.documents import load_documents
+    from hf_fnl.tasks.perplexity import characters_of
 
     parts: list[str] = []
-    size, needed = 0, settings.tokens * _READ
+    size, needed = 0, characters_of(settings.tokens)
     for row in load_documents(settings.texts, text_column=settings.column, streaming=True):
         parts.append(row["text"])
         size += len(row["text"])
         if size >= needed:
             break
-    return "\n\n".join(parts)[:needed]
+    return "\n\n".join(parts)
 
 
 def _speed(model: PreTrainedModel, ids: Any, batch: int) -> float:
@@ -181,7 +176,7 @@ def _resident() -> int | None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    """One line for each model; shares are of the first."""
+    """One line for each model."""
     from rich.table import Table
 
     columns = ("parameters", "weights", "perplexity", "per word", *(f"tokens/s, batch {n}" for n in _BATCHES), "memory")

@@ -8,8 +8,8 @@ other cost about one pass through the model, in the memory of one batch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,24 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 Run = Callable[[], Any]  # one pass of the model over one batch, and what it returns
+
+
+@contextmanager
+def replaced_forwards(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Call ``forward(module, own, ...)`` in place of the forwards of modules, ``own`` being what is replaced.
+
+    Afterwards the modules have their own forwards again.
+    """
+    own = {module: module.__dict__.get("forward") for module in modules}
+    for module in own:
+        module.forward = functools.partial(forward, module, module.forward)
+    try:
+        yield
+    finally:
+        for module, before in own.items():
+            del module.forward
+            if before is not None:
+                module.forward = before
 
 
 @dataclass(eq=False)
@@ -63,29 +81,16 @@ class BlockOutputCache:
         self._written: dict[Chain, int] = {}
         self._observe: Callable[[Chain, int, Any, Any, Run], Any] | None = None
 
-    @contextmanager
-    def replacing_forwards(self) -> Iterator[None]:
+    def replacing_forwards(self) -> AbstractContextManager[None]:
         """Run :meth:`_forward` in place of the blocks' own forwards, which are back afterwards."""
-        own = {block: block.__dict__.get("forward") for block in self._places}
-        for block in self._places:
-            block.forward = functools.partial(self._forward, block, block.forward)
-        try:
-            yield
-        finally:
-            for block, forward in own.items():
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
+        return replaced_forwards(self._places, self._forward)
 
-    def find_chains(self, run: Run) -> Any:
+    def find_chains(self, run: Run) -> None:
         """Find the lists whose blocks run once each, in order, each given exactly what the one before it gave.
 
         Nothing else may use what a block gave, but for the last one of a list. It is found out by two passes: one in
         which all run, and one for each list in which its blocks, but for the last, answer with NaN: none of it may
         arrive anywhere but in the block that comes next.
-
-        Returns:
-            What the first pass returned.
         """
         called: dict[Chain, list[int]] = {}
         outputs: dict[tuple[Chain, int], Any] = {}
@@ -98,12 +103,11 @@ class BlockOutputCache:
             return output
 
         with self._observed(note):
-            result = run()
+            run()
         for chain in self._possible:
             is_once = called.get(chain) == list(range(len(chain.blocks))) and len(chain.blocks) > 1
             if is_once and self._is_chain(chain, outputs, run):
                 self.chains.append(chain)
-        return result
 
     def _is_chain(self, chain: Chain, outputs: Mapping[tuple[Chain, int], Any], run: Run) -> bool:
         given: list[Tensor] = []

@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -31,7 +31,7 @@ from transformers.utils import TransformersKwargs, logging
 
 from hf_fnl.layers.span import Span
 from hf_fnl.math.truncation import HeadMoments, Moments
-from hf_fnl.surgery.blocks import BlockOutputCache
+from hf_fnl.surgery.blocks import BlockOutputCache, replaced_forwards
 from hf_fnl.surgery.padding import SelectUnmasked, masked_positions_tracked
 from hf_fnl.surgery.sensitivity import sensitivities
 from hf_fnl.utils.suggest import did_you_mean, listed
@@ -341,19 +341,9 @@ class _Visits:
             if not self.remaining:
                 raise _Reached
 
-    @contextmanager
-    def replacing_forwards(self) -> Iterator[None]:
+    def replacing_forwards(self) -> AbstractContextManager[None]:
         """Run :meth:`_forward` in place of the modules' own forwards, which are back afterwards."""
-        own = {module: module.__dict__.get("forward") for module in self.names}
-        for module in self.names:
-            module.forward = functools.partial(self._forward, module, module.forward)
-        try:
-            yield
-        finally:
-            for module, forward in own.items():
-                del module.forward
-                if forward is not None:
-                    module.forward = forward
+        return replaced_forwards(self.names, self._forward)
 
 
 def _input_moments(given: Any, select: SelectUnmasked) -> Moments | None:

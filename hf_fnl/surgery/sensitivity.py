@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_IGNORED = -100  # labels of positions that are in no loss
+from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 
 
 @torch.enable_grad()
@@ -59,7 +59,7 @@ def sensitivities(
             if loss is None or not loss.isfinite().all():
                 got = "no loss" if loss is None else f"a loss of {loss.item():g}"
                 raise ValueError(f"the calibration data hold labels, for which {type(model).__name__} returned {got}")
-            scale = float((batch["labels"] != _IGNORED).sum())
+            scale = float((batch["labels"] != IGNORE_INDEX).sum())
             if loss.requires_grad:
                 loss.backward()
     return {name: total / counts[name] for name, total in sums.items()}

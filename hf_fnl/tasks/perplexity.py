@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_fnl.tasks.metrics.tokens import perplexity
+
+_CHARACTERS = 8  # of a token, at most: as much of a text holds its first tokens
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,31 @@ class Perplexity:
     @property
     def per_token(self) -> float:
         """``exp(nll / tokens)``, which depends on the tokenizer."""
-        return math.exp(self.nll / self.tokens)
+        return perplexity(self.nll / self.tokens)
 
     @property
     def per_word(self) -> float:
         """``exp(nll / words)``, by which models of different tokenizers are compared."""
-        return math.exp(self.nll / self.words)
+        return perplexity(self.nll / self.words)
+
+
+def characters_of(count: int) -> int:
+    """Return how many characters of a text are read for its first tokens."""
+    return count * _CHARACTERS
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> tuple[Tensor, int]:
+    """Return the ids ``(count,)`` of the first tokens of a text, fewer of a shorter one, and the number of words."""
+    text = text[: characters_of(count)]
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    ids = torch.tensor(encoded["input_ids"][:count])
+    end = encoded["offset_mapping"][len(ids) - 1][1] if len(ids) else 0
+    return ids, len(text[: end or None].split())
 
 
 @torch.inference_mode()
-def perplexity(
-    model: PreTrainedModel,
-    ids: Tensor,
-    words: int,
-    *,
-    length: int = 1024,
-    stride: int = 512,
-    progress: Callable[[int, int], None] | None = None,
+def text_perplexity(
+    model: PreTrainedModel, ids: Tensor, words: int, *, length: int = 1024, stride: int = 512
 ) -> Perplexity:
     """Measure how well a causal language model predicts a text.
 
@@ -57,7 +67,6 @@ def perplexity(
         words: Words of the text.
         length: Tokens of a window.
         stride: By how many it moves on.
-        progress: Is told how many tokens are done, and how many there are.
 
     Raises:
         ValueError: If there are fewer than two tokens or no word, or not ``1 <= stride < length``.
@@ -73,8 +82,6 @@ def perplexity(
         logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, -fresh - 1 : -1]
         nll += nn.functional.cross_entropy(logits.float(), window[-fresh:], reduction="sum").item()
         done += fresh
-        if progress is not None:
-            progress(done, ids.numel())
         if done == ids.numel():
             break
     return Perplexity(nll, ids.numel() - 1, words)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from hf_fnl import FactorizationConfig, factorize_
 from hf_fnl.cli import app
 from hf_fnl.cli.evaluate import Settings, measure
-from hf_fnl.tasks.perplexity import perplexity
+from hf_fnl.tasks.perplexity import text_perplexity
 
 WORDS = [f"w{number}" for number in range(40)]
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -33,7 +33,7 @@ def test_each_token_is_predicted_once_from_what_its_window_holds(count: int, len
         start = max(0, math.ceil((i + 1 - length) / stride)) * stride  # of the first window that holds it
         with torch.no_grad():
             nll -= model(input_ids=ids[None, start : i + 1]).logits[0, -2].log_softmax(-1)[ids[i]].item()
-    found = perplexity(model, ids, 9, length=length, stride=stride)
+    found = text_perplexity(model, ids, 9, length=length, stride=stride)
     assert found.nll == pytest.approx(nll, rel=1e-5)
     assert (found.tokens, found.words) == (count - 1, 9)
     assert found.per_token == pytest.approx(math.exp(nll / (count - 1)), rel=1e-5)
@@ -51,7 +51,7 @@ def test_each_token_is_predicted_once_from_what_its_window_holds(count: int, len
 )
 def test_what_has_no_perplexity(count: int, words: int, stride: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        perplexity(llama(), torch.ones(count, dtype=torch.long), words, length=7, stride=stride)
+        text_perplexity(llama(), torch.ones(count, dtype=torch.long), words, length=7, stride=stride)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_two_models_stand_side_by_side(folder: Path) -> None:
     assert code == 0, errors
     dense, small = json.loads(output)["models"]
     ids = torch.tensor([2 + (7 * (i // 9) + i % 9) % 40 for i in range(100)])
-    expected = perplexity(llama(), ids, 100, length=20, stride=10)
+    expected = text_perplexity(llama(), ids, 100, length=20, stride=10)
     assert dense["perplexity"] == pytest.approx(expected.per_token, rel=1e-4)
     assert (dense["tokens"], dense["words"]) == (99, 100)
     assert dense["perplexity_per_word"] == pytest.approx(expected.per_word, rel=1e-4)
