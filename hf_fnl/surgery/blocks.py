@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 Run = Callable[[], Any]  # one pass of the model over one batch, and what it returns
 
@@ -169,10 +168,10 @@ class BlockOutputCache:
             return self._observe(chain, index, args, kwargs, run)
         file = self.folder / f"{self._possible.index(chain)}-{self._batch_index}.pt"
         if index < chain.num_cached:
-            return _mapped(torch.load(file, weights_only=False), _dual)
+            return torch.load(file, weights_only=False)
         output = run()
         if chain in self._written and index == chain.finished - 1:
-            torch.save(_mapped(output, _Stored), file)
+            torch.save(output, file)
             self._written[chain] += 1
         return output
 
@@ -188,27 +187,13 @@ class _NaN:
         return torch.full(shape, torch.nan if dtype.is_floating_point else 0, dtype=dtype, device=device)
 
 
-class _Stored:
-    """A tensor and its tangent, if it has one."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.primal: Tensor = x
-        self.tangent: Tensor | None = None
-        if x.is_floating_point():
-            self.primal, self.tangent = forward_ad.unpack_dual(x)
-
-
-def _dual(x: Any) -> Any:
-    return x.primal if x.tangent is None else forward_ad.make_dual(x.primal, x.tangent)
-
-
 def _holds(outer: nn.Module, module: nn.Module) -> bool:
     return any(each is module for each in outer.modules())
 
 
 def _mapped(value: Any, by: Callable[[Any], Any]) -> Any:
     """What a module returned, with every tensor, or what stands for one, mapped."""
-    if isinstance(value, Tensor | _NaN | _Stored):
+    if isinstance(value, Tensor | _NaN):
         return by(value)
     if isinstance(value, Mapping):
         mapped = {key: _mapped(each, by) for key, each in value.items()}

@@ -8,7 +8,7 @@ done is kept on disk (:mod:`hf_fnl.surgery.blocks`), so that all visits together
 A layer that a pass calls several times, as those that ALBERT shares between its depths, sees at all its calls what the
 layers replaced so far give, itself not among them.
 
-Padding counts nowhere; see :mod:`hf_fnl.surgery.padding`.
+Padding is cut away; see :mod:`hf_fnl.surgery.padding`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ from transformers.utils import TransformersKwargs, logging
 from hf_fnl.layers.span import Span
 from hf_fnl.math.truncation import HeadMoments, Moments
 from hf_fnl.surgery.blocks import BlockOutputCache, replaced_forwards
-from hf_fnl.surgery.padding import SelectUnmasked, masked_positions_tracked
+from hf_fnl.surgery.padding import Batch, unpadded
 from hf_fnl.surgery.sensitivity import sensitivities
 from hf_fnl.utils.suggest import did_you_mean, listed
 
-Batch: TypeAlias = Mapping[str, Tensor]
 Calibration: TypeAlias = Batch | Iterable[Batch]
 
 
@@ -76,7 +75,7 @@ class CalibrationData:
         batches: Its inputs.
 
     Raises:
-        ValueError: As :func:`checked_batches`.
+        ValueError: As :func:`visit`.
         TypeError: Likewise.
     """
 
@@ -90,7 +89,8 @@ class CalibrationData:
         missing = {name: modules for name, modules in layers.items() if name not in self._sensitivities}
         if self.has_labels and missing:
             with _evaluating(self.model):
-                self._sensitivities |= sensitivities(self.model, self.batches, missing)
+                parts = [p for batch in self.batches for p in unpadded(self.model, batch, choices_apart=False)]
+                self._sensitivities |= sensitivities(self.model, parts, missing)
         return {name: self._sensitivities[name] for name in layers if name in self._sensitivities}
 
 
@@ -149,13 +149,13 @@ def visit(
 
     Raises:
         ValueError: If no token reaches a module that is named, or there are no data, or they are not finite, hide
-            positions that cannot be followed, or are under a name that the model would ignore.
+            positions between others, or are under a name that the model would ignore.
         TypeError: If the data are no mappings from names to tensors.
 
     Warns:
         UserWarning: If fewer vectors reach a module than they are wide.
     """
-    batches = checked_batches(model, batches)
+    batches = [part for batch in checked_batches(model, batches) for part in unpadded(model, batch)]
     with _evaluating(model), tempfile.TemporaryDirectory(prefix="hf_fnl-") as folder:
         visits = _Visits(model, batches, requests, handle, ties or {}, BlockOutputCache(model, Path(folder)))
         with visits.replacing_forwards(), visits.store.replacing_forwards():
@@ -187,7 +187,6 @@ class _Visits:
             self.model.get_submodule(tied): name for name in self.modules for tied in self.ties.get(name, ())
         }
         self.replacements: dict[nn.Module, nn.Module] = {}
-        self.select_unmasked: SelectUnmasked
         self.traced: list[tuple[str, bool]] | None = None  # calls, and whether each is given what the last was given
         self.given: Any = None  # to the last call
         self.stage: Sequence[str] = ()  # what is visited now
@@ -195,7 +194,6 @@ class _Visits:
         self.remaining: Counter[str] = Counter()  # calls of these that the pass still has to see, where it ends then
         self.shared: Moments | None = None  # of what was given to the last call
         self.is_inside = False  # of an attention that is measured
-        self.masked: set[str] = set()  # all that reached these was hidden by a mask
         self.few: dict[str, str] = {}  # how many vectors reached these, where that is fewer than they are wide
 
     def run(self) -> None:
@@ -259,8 +257,7 @@ class _Visits:
         inputs: dict[str, Any] = {name: value.to(device) for name, value in self.batches[number].items()}
         if hasattr(getattr(self.model, "config", None), "use_cache"):
             inputs["use_cache"] = False
-        with masked_positions_tracked(self.model, inputs) as (marked, self.select_unmasked):
-            return self.model(**marked)
+        return self.model(**inputs)
 
     def _measure_stage(self, is_once: bool, progress: Any) -> None:
         pending = {module for module, name in self.names.items() if name not in self.found}
@@ -276,11 +273,6 @@ class _Visits:
             raise ValueError(self._complaint(missed))
 
     def _complaint(self, missed: Sequence[str]) -> str:
-        if hidden := [name for name in missed if name in self.masked]:
-            return (
-                f"no position that the attention mask leaves reaches {listed(hidden, 8)}, or all depend on those that "
-                "it hides: is every position masked? If the model does not heed the mask, leave it out"
-            )
         return (
             f"the calibration data never reach {listed(missed, 8)}; no token was routed there, or inputs are missing: "
             "leave it out, or give more data"
@@ -324,17 +316,15 @@ class _Visits:
         try:
             measured: Measured
             if not isinstance(request, HeadMomentsRequest):
-                measured = self.shared if given is self.given else _input_moments(given, self.select_unmasked)
+                measured = self.shared if given is self.given else Moments.of(_samples(given))
                 self.given, self.shared = given, measured
             else:
                 self.is_inside = True
-                measured = _head_moments(request, call, self.select_unmasked)
+                measured = _head_moments(request, call)
                 self.is_inside = False
         except ValueError as error:
             raise ValueError(f"what reaches {name} cannot be used: {error}") from error
-        if measured is None:
-            self.masked.add(name)
-        else:
+        if measured is not None:
             self.measured[name] = self.measured[name].joined(measured) if name in self.measured else measured
         if self.remaining:
             self.remaining -= Counter([name])
@@ -346,19 +336,13 @@ class _Visits:
         return replaced_forwards(self.names, self._forward)
 
 
-def _input_moments(given: Any, select: SelectUnmasked) -> Moments | None:
-    """Moments of what a layer is given; ``None`` if there is nothing to see in it."""
-    samples = _samples(given, select)
-    return Moments.of(samples) if len(samples) else None
-
-
-def _head_moments(heads: HeadMomentsRequest, call: Callable[[], Any], select: SelectUnmasked) -> HeadMoments | None:
+def _head_moments(heads: HeadMomentsRequest, call: Callable[[], Any]) -> HeadMoments | None:
     """Moments of what flows through the heads of an attention, which runs for it."""
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str, x: Tensor) -> None:
         group = 1 if name == "key" else heads.num_heads // heads.num_kv_heads
-        samples = _samples(x, select).unflatten(-1, (heads.num_kv_heads, group, -1))
+        samples = _samples(x).unflatten(-1, (heads.num_kv_heads, group, -1))
         seen.setdefault(name, []).append(samples.transpose(0, 1).flatten(1, 2))
 
     def note_span(name: str, span: Span, module: nn.Module, args: Any, result: Tensor) -> None:
@@ -381,11 +365,9 @@ def _head_moments(heads: HeadMomentsRequest, call: Callable[[], Any], select: Se
     return HeadMoments(**{name: Moments.of(x) for name, x in samples.items()})
 
 
-def _samples(x: Tensor, select: SelectUnmasked) -> Tensor:
-    samples = select(x)
-    if not len(samples) and not x.isfinite().all():
-        raise ValueError("calibration vectors hold NaN or Inf")  # which would otherwise pass for hidden
-    return samples
+def _samples(x: Tensor) -> Tensor:
+    """Vectors ``(..., n)`` as ``(count, n)``."""
+    return x.reshape(-1, x.shape[-1])
 
 
 @contextmanager

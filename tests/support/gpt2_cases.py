@@ -57,7 +57,7 @@ def memory() -> dict[str, Tensor]:
 
 def _choices() -> dict[str, Tensor]:
     batch = tokens(BATCH, 3, LENGTH)
-    ends = torch.randint(LENGTH, (BATCH, 3))
+    ends = torch.randint(7, (BATCH, 3))  # none of them masked
     return {**batch, "mc_token_ids": ends, "mc_labels": torch.randint(3, (BATCH,)), "labels": batch["input_ids"]}
 
 
