@@ -66,8 +66,8 @@ class Moments:
         """Moments of the vectors of both."""
         share = other.count / (self.count + other.count)
         shift = other.mean - self.mean
-        spread = shift.unsqueeze(-1) * shift.unsqueeze(-2) * (share * (1 - share))
-        covariance = self.covariance * (1 - share) + other.covariance * share + spread
+        covariance = self.covariance.lerp(other.covariance, share)
+        covariance.addcmul_(shift.unsqueeze(-1), shift.unsqueeze(-2), value=share * (1 - share))
         return Moments(self.mean + share * shift, covariance, self.count + other.count)
 
     @property
