@@ -103,7 +103,12 @@ def train(model: LlamaForCausalLM, method: str, ids: Tensor, args: argparse.Name
     """Heal a cut model, or train the dense one, on one batch of the tokens a step."""
     samples, length = HEALING_BATCH
     batches = [{"input_ids": part, "labels": part} for part in ids.view(-1, length).split(samples)]
-    options = {"bf16": args.bf16, "use_cpu": not torch.cuda.is_available(), "save_steps": 50, "disable_tqdm": True}
+    options = {
+        "bf16": args.bf16,
+        "use_cpu": not torch.accelerator.is_available(),
+        "save_steps": 50,
+        "disable_tqdm": True,
+    }
     if method == "healed":
         dense, _ = load_smollm2()
         rate = args.heal_rate

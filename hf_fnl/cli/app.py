@@ -144,6 +144,10 @@ def factorize(
         _option("Train the cut model on these texts to give what the dense one gives.", _HEAL, "TEXTS"),
     ] = None,
     heal_steps: Annotated[int, _option("Steps, of some 1,000 tokens each.", _HEAL, min=1)] = 300,
+    heal_bf16: Annotated[
+        bool,
+        typer.Option("--heal-bf16", help="Compute in bfloat16 where autocast allows.", rich_help_panel=_HEAL),
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -186,7 +190,7 @@ def factorize(
         texts = None
         if calibrate is not None:
             texts = Texts(calibrate, column=text_column, samples=calibration_samples, length=calibration_length)
-        healing = None if heal is None else work.Healing.on(heal, text_column, heal_steps)
+        healing = None if heal is None else work.Healing.on(heal, text_column, heal_steps, bf16=heal_bf16)
         record = work.factorize(
             model,
             out,

@@ -37,15 +37,16 @@ _INHERITED = ("license", "license_name", "license_link", "language", "library_na
 
 
 class Healing(NamedTuple):
-    """What a cut model is trained with, and for how many steps."""
+    """What a cut model is trained with, for how many steps, and whether in bfloat16."""
 
     texts: Texts
     steps: int
+    bf16: bool = False
 
     @classmethod
-    def on(cls, source: str, column: str, steps: int) -> Healing:
+    def on(cls, source: str, column: str, steps: int, *, bf16: bool = False) -> Healing:
         """Texts of which no sample is seen twice, with a tenth to hold out, where there are so many."""
-        return cls(Texts(source=source, column=column, samples=5 * steps, length=_HEALING_LENGTH), steps)
+        return cls(Texts(source=source, column=column, samples=5 * steps, length=_HEALING_LENGTH), steps, bf16)
 
 
 class How(NamedTuple):
@@ -140,9 +141,10 @@ def _heal(
     from hf_fnl.training import heal_  # which imports much
 
     batches = calibration_batches(teacher, read, heal.texts)
-    losses = heal_(model, teacher, batches, steps=heal.steps, disable_tqdm=not terminal.interactive)
+    hides_bar = not terminal.interactive
+    losses = heal_(model, teacher, batches, steps=heal.steps, bf16=heal.bf16, disable_tqdm=hides_bar)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    return {"texts": asdict(heal.texts), "tokens": tokens, "steps": heal.steps, **losses}
+    return {"texts": asdict(heal.texts), "tokens": tokens, "steps": heal.steps, "bf16": heal.bf16, **losses}
 
 
 def _class_for(dense: PreTrainedModel, source: str, how: How) -> type[FactorizedPreTrainedModel] | None:

@@ -132,6 +132,7 @@ def heal_(
             "save_total_limit": 1,
             "logging_steps": max(1, steps // 20),
             "report_to": [],
+            "use_cpu": not torch.accelerator.is_available(),  # else the CPU is found not to have bf16
         }
         args = FLAMBeTrainingArguments(
             output_dir=str(output_dir or temporary),

@@ -179,12 +179,12 @@ def test_a_cut_model_is_healed_on_texts(tmp_path):
     model.save_pretrained(tmp_path / "m")
     tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "t.txt").write_text("\n\n".join(" ".join(words(300, start)) for start in range(0, 9_000, 300)))
-    given = f"--rank 4 --heal {tmp_path}/t.txt --heal-steps 30 --out {tmp_path}/o --json".split()
+    given = f"--rank 4 --heal {tmp_path}/t.txt --heal-steps 30 --heal-bf16 --out {tmp_path}/o --json".split()
     result = CliRunner().invoke(app, ["factorize", f"{tmp_path}/m", *given])
     assert result.exit_code == 0, result.output
     healing = json.loads(result.stdout)["healing"]
     assert healing["held_out_after"] < healing["held_out_before"]
-    assert healing["steps"] == 30
+    assert (healing["steps"], healing["bf16"]) == (30, True)
     assert healing["tokens"] == 9_000
     only = ["factorize", f"{tmp_path}/m", "--rank", "4", "--heal", f"{tmp_path}/gone.txt", "--out", f"{tmp_path}/p"]
     refused = CliRunner().invoke(app, only)
