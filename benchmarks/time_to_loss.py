@@ -79,10 +79,9 @@ def train(cell: str, options: argparse.Namespace) -> tuple[Curve, dict[str, Any]
 
 def update(cell: str, options: argparse.Namespace) -> Callable[[], object]:
     """A whole update of a cell's trained model, on batches of its own data."""
-    sys.path.insert(0, str(ROOT / "run_scripts"))
-    from pretrain_bert import DataOptions, ModelOptions, build_model
     from transformers import DataCollatorForTokenClassification
 
+    from hf_fnl.scripts.pretrain_bert import DataOptions, ModelOptions, build_model
     from hf_fnl.tasks.pretraining import build_pretraining_dataset
     from hf_fnl.tasks.pretraining_examples import PretrainingOptions
     from hf_fnl.tasks.tokenization import load_tokenizer

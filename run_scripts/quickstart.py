@@ -20,15 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import evaluate_squad
-import finetune_squad
-import pretrain_bert
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForQuestionAnswering
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.report import write_report
+from hf_fnl.scripts import evaluate_squad, finetune_squad, pretrain_bert
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import UsageError, parse_flags, run_script

@@ -28,6 +28,7 @@ ROOMS = (
     "tasks",
     "vision",
     "report",
+    "scripts",
     "cli",
     "public",
     "__main__",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from hf_fnl.cli.evaluate import evaluate
+from hf_fnl.cli.help import EXAMPLES, Commands
 from hf_fnl.cli.options import (
     Debug,
     EmbeddingRank,
@@ -26,22 +26,16 @@ from hf_fnl.cli.options import (
     QkvRank,
 )
 from hf_fnl.cli.plan import plan
+from hf_fnl.cli.programs import add_programs
 from hf_fnl.cli.tables import layers_table, matrices_table, share_left, size_change
 from hf_fnl.cli.terminal import session, usage
 from hf_fnl.utils.suggest import did_you_mean
 
-
-class _Group(TyperGroup):
-    """The commands, listed without rich: importing that takes as long as all else that ``--help`` does."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{**options, "rich_markup_mode": None})
-
-
 app = typer.Typer(
     name="hf-fnl",
-    cls=_Group,
-    help="Factorized neural layers: make a trained model smaller, look into it, and turn it back into a stock model.",
+    cls=Commands,
+    help="Factorized neural layers: make a trained model smaller, or train a low-rank one.",
+    epilog=EXAMPLES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",  # in which asterisks and underscores are text
@@ -302,6 +296,7 @@ app.command(
     short_help="Say what training a model costs.",
     epilog="Example: hf-fnl plan bert-large --ffn-rank 256 --ov-rank 32 --gpus 64 --memory 24",
 )(plan)
+add_programs(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

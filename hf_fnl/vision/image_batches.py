@@ -100,6 +100,9 @@ class ImageData(Dataset):
         rows = [self[index] for index in indices]
         return [{name: torch.stack([row[name] for row in rows]) for name in rows[0]}]
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     def statistics(self) -> tuple[list[float], list[float]]:
         """Return the mean and standard deviation of each channel, of values from 0 to 1."""
         raise NotImplementedError

@@ -190,7 +190,7 @@ def test_lines_between_classifiers_end_in_the_networks(image_runs, digits):
     record = json.loads((Path(low) / "interpolation.json").read_text())
     assert record["points"] == lines[low]
     assert (record["baseline"], record["batch_norm_images"]) == (dense, 0)
-    assert record["command"].startswith(f"python run_scripts/interpolate.py --baseline {dense}")
+    assert record["command"].startswith(f"hf-fnl interpolate --baseline {dense}")
 
 
 def test_statistics_of_the_training_images_change_the_line(image_runs):

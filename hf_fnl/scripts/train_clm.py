@@ -1,0 +1,216 @@
+"""Train a factorized GPT-2 on raw documents, and measure its perplexity on held-out ones.
+
+hf-fnl train clm --dataset embedded --output_dir runs/gpt2 --ov_rank 32 --ffn_rank 192 --max_steps 1000
+hf-fnl train clm config.yaml
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_data_collator, set_seed
+
+from hf_fnl.models import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
+from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.tasks.clm import BlockDataset, build_blocks
+from hf_fnl.tasks.documents import DocumentOptions
+from hf_fnl.tasks.metrics.tokens import causal_metrics, causal_sums
+from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe
+from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training.command_line import UsageError, named, parse_arguments
+from hf_fnl.training.low_rank_phase import later_ranks
+from hf_fnl.training.runs import (
+    FACTOR_INIT_HELP,
+    announce,
+    check_output_folder,
+    checkpoint_to_resume,
+    finish_run,
+    init_methods,
+    show_run,
+)
+from hf_fnl.utils.hub import check_source
+
+logger = logging.getLogger(__name__)
+
+RANKS = ("qkv_rank", "qk_rank", "ov_rank", "ffn_rank", "embedding_rank")
+
+
+@dataclass
+class ModelOptions:
+    """The model to train; ranks that are not given leave the matrices dense."""
+
+    init_from: str | None = field(default=None, metadata={"help": "Go on from this model; sizes and ranks are its."})
+    n_embd: int = field(default=768, metadata={"help": "Width of the model."})
+    n_layer: int = field(default=12, metadata={"help": "Number of layers."})
+    n_head: int = field(default=12, metadata={"help": "Heads of each layer."})
+    n_inner: int | None = field(default=None, metadata={"help": "Width between FFN matrices. Default: 4 * n_embd."})
+    n_positions: int = field(default=1024, metadata={"help": "Longest sequence of the model."})
+    dropout: float = field(default=0.1, metadata={"help": "Rate of dropout, of hidden states and attention weights."})
+    rank_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "qkv_rank and ffn_rank as a share of the smaller side of their matrices; the attention's output "
+            "projection stays dense. Kamalakara et al. 2022 take 0.625."
+        },
+    )
+    qkv_rank: int | None = field(default=None, metadata={"help": "Rank of the queries', keys' and values' matrix."})
+    qk_rank: int | None = field(default=None, metadata={"help": "Rank of each head's query-key product."})
+    ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
+    ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
+    embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the word embedding."})
+    factor_init: list[str] = field(default_factory=lambda: ["spectral"], metadata={"help": FACTOR_INIT_HELP})
+    stock: bool = field(default=False, metadata={"help": "Train Transformers' own GPT-2 class; takes no ranks."})
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("rank_scale", *RANKS) if getattr(self, name) is not None]
+        if self.stock and given:
+            raise ValueError(f"stock=True takes no ranks, got {', '.join(given)}")
+        if self.rank_scale is None:
+            return
+        if not 0 < self.rank_scale <= 1:
+            raise ValueError(f"rank_scale must be above 0 and at most 1, got {self.rank_scale}")
+        if fixed := sorted({"qkv_rank", "ffn_rank"} & set(given)):
+            raise ValueError(f"rank_scale sets qkv_rank and ffn_rank: leave out rank_scale or {', '.join(fixed)}")
+
+    def ranks(self) -> dict[str, Any]:
+        """All ranks, with those that ``rank_scale`` stands for."""
+        ranks = {name: getattr(self, name) for name in RANKS}
+        if self.rank_scale is not None:
+            ranks["qkv_rank"] = max(1, round(self.rank_scale * self.n_embd))
+            ranks["ffn_rank"] = max(1, round(self.rank_scale * min(self.n_embd, self.n_inner or 4 * self.n_embd)))
+        return ranks
+
+
+@dataclass
+class DataOptions(DocumentOptions):
+    """The documents and what becomes of them."""
+
+    validation_split: str = field(default="validation", metadata={"help": "Split of validation_dataset."})
+    vocab_size: int = field(default=50257, metadata={"help": "Size of a tokenizer that is trained."})
+    block_size: int | None = field(default=None, metadata={"help": "Tokens of an example. Default: n_positions."})
+    eval_block_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a block of the evaluation. Default: block_size. Positions beyond those of the training "
+            "are untrained."
+        },
+    )
+    eval_stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that a block of the evaluation predicts; the others in it are context. Default: "
+            "eval_block_size - 1, the fewest blocks."
+        },
+    )
+
+
+@dataclass
+class LanguageModelArguments(FLAMBeTrainingArguments):
+    """Training arguments whose optimizer asks for no products of heads, which ``qkv_rank`` leaves none of."""
+
+    optim: str = field(default="adamw_torch", metadata=FLAMBeTrainingArguments.__dataclass_fields__["optim"].metadata)
+
+
+def choose_tokenizer(options: ModelOptions, data: DataOptions, args: FLAMBeTrainingArguments) -> Any:
+    """The tokenizer that is named, that of the model to go on from, or one trained on the documents."""
+    if source := data.tokenizer or options.init_from:
+        with named("tokenizer" if data.tokenizer else "init_from", source):
+            return load_tokenizer(source)
+    documents = data.training()
+    with args.main_process_first(desc="training the tokenizer"):
+        return train_byte_bpe(documents["text"], vocab_size=data.vocab_size)
+
+
+def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, Any]) -> PreTrainedModel:
+    """A fresh model of the sizes asked for and of these ranks, or the one to go on from."""
+    model_class = GPT2LMHeadModel if options.stock else FactorizedGPT2LMHeadModel
+    if options.init_from:
+        return model_class.from_pretrained(options.init_from)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "n_embd": options.n_embd,
+        "n_layer": options.n_layer,
+        "n_head": options.n_head,
+        "n_inner": options.n_inner,
+        "n_positions": options.n_positions,
+        "resid_pdrop": options.dropout,
+        "embd_pdrop": options.dropout,
+        "attn_pdrop": options.dropout,
+    }
+    if options.stock:
+        return model_class(GPT2Config(**sizes))
+    return model_class(FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
+
+
+def block_sizes(data: DataOptions, n_positions: int, *, is_fresh: bool) -> tuple[int, int]:
+    """Tokens of a block, in training and in evaluation.
+
+    Raises:
+        ValueError: If the model has fewer positions.
+    """
+    block_size = data.block_size or n_positions
+    eval_block_size = data.eval_block_size or block_size
+    for name, size in (("block_size", block_size), ("eval_block_size", eval_block_size)):
+        if size > n_positions:
+            raise UsageError(f"{name}: the model's n_positions is {n_positions}, got {size}")
+    if is_fresh and eval_block_size > block_size:
+        logger.warning(
+            "eval_block_size=%d is above block_size=%d: the positions in between are evaluated as they were drawn",
+            eval_block_size,
+            block_size,
+        )
+    return block_size, eval_block_size
+
+
+def held_out_blocks(data: DataOptions, tokenizer: Any, block_size: int) -> BlockDataset | None:
+    """The blocks to evaluate on, if any."""
+    documents = data.validation()
+    if documents is None:
+        return None
+    return build_blocks(documents, tokenizer, block_size=block_size, stride=data.eval_stride, num_proc=data.num_proc)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Parse, build, run; returns the metrics."""
+    options, data, args = parse_arguments(argv, ModelOptions, DataOptions, LanguageModelArguments, description=__doc__)
+    check_output_folder(args)
+    ranks = options.ranks()
+    factorize = later_ranks(args.dense_steps, ranks)
+    positions = options.n_positions
+    if options.init_from:
+        with named("init_from", options.init_from):
+            check_source(options.init_from)
+            positions = AutoConfig.from_pretrained(options.init_from).n_positions
+    block_size, eval_block_size = block_sizes(data, positions, is_fresh=options.init_from is None)
+    set_seed(args.seed)
+    tokenizer = choose_tokenizer(options, data, args)
+    model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)
+    held_out = held_out_blocks(data, tokenizer, eval_block_size)
+    documents = data.training(streaming=data.streaming)
+    trainer = FLAMBeTrainer(
+        model,
+        args,
+        factorize=factorize,
+        train_dataset=build_blocks(documents, tokenizer, block_size=block_size, num_proc=data.num_proc),
+        eval_dataset=held_out,
+        data_collator=default_data_collator,
+        compute_metrics=functools.partial(causal_metrics, num_words=held_out.num_words) if held_out else None,
+        preprocess_logits_for_metrics=causal_sums,
+    )
+    announce(trainer)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
+    metrics |= {"parameters": parameter_count(model)}
+    if held_out is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_state()
+    if args.should_save:
+        tokenizer.save_pretrained(args.output_dir)
+        finish_run(args.output_dir, metrics, options, data, args)
+    trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
+    show_run(args, metrics, "hf-fnl report {folder} --out report.html", "hf-fnl merge {folder} --out {folder}-stock")
+    return metrics

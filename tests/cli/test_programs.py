@@ -1,0 +1,69 @@
+"""``hf-fnl train`` and the other programs, which are those of ``run_scripts/``."""
+
+import contextlib
+import importlib
+import io
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hf_fnl.cli import app
+from hf_fnl.scripts import PROGRAMS
+
+ROOT = Path(__file__).parents[2]
+
+
+def shown(*arguments: str) -> str:
+    """What ``hf-fnl`` prints on stdout or stderr, without colours."""
+    return CliRunner().invoke(app, arguments, env={"NO_COLOR": "1"}).output
+
+
+def help_of(name: str) -> str:
+    main = importlib.import_module(f"hf_fnl.scripts.{PROGRAMS[name].module}").main
+    with contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
+        main(["--help"])
+    return text.getvalue()
+
+
+def test_without_a_command_each_has_a_line_and_there_are_examples():
+    lines = shown().splitlines()
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands} | {"train"}
+    found = [line for line in lines if line.startswith("  ") and line.split()[0] in commands]
+    assert sorted(line.split()[0] for line in found) == sorted(commands)
+    assert all(line.endswith(".") and len(line) <= 80 for line in found)
+    examples = [line.split() for line in lines if line.startswith("  hf-fnl ")]
+    assert len(examples) == 3
+    assert {words[1] for words in examples} <= commands
+
+
+def test_train_lists_what_it_trains():
+    text = shown("train")
+    assert all(f"hf-fnl {name} " in text for name in PROGRAMS if name.startswith("train "))
+    assert "Did you mean 'clm'" in shown("train", "clmm")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_takes_its_example_and_says_whether_it_resumes(name):
+    options = set(re.findall(r"--\w+", help_of(name)))
+    assert set(re.findall(r"--\w+", PROGRAMS[name].example)) <= options
+    assert PROGRAMS[name].resumes == ("--resume_from_checkpoint" in options)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_file_of_a_checkout_is_the_same_program(name):
+    module = PROGRAMS[name].module
+    path = ROOT / "run_scripts" / f"{module}.py"
+    assert runpy.run_path(str(path))["main"] is importlib.import_module(f"hf_fnl.scripts.{module}").main
+    assert f'PROGRAMS["{name}"].run()' in path.read_text()
+
+
+def test_a_program_gets_its_arguments_as_they_stand():
+    command = [sys.executable, "-m", "hf_fnl", "train", "vision", "--wdith", "3", "--", "-x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == "error: there is no option --wdith; did you mean --width?"
