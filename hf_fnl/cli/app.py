@@ -231,16 +231,19 @@ def merge(
         terminal.show(result | {"out": str(out)}, f"{classes}: {sizes}\n{checked}\n{out}")
 
 
-@app.command(short_help="Show every matrix of a model.", epilog="Example: hf-fnl inspect bert-half")
+@app.command(short_help="Show the matrices of a model.", epilog="Example: hf-fnl inspect bert-half")
 def inspect(
     model: Model,
+    every: Annotated[bool, typer.Option("--all", help="A line for each matrix, and not for those alike.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show every matrix of a model: shape, rank, parameters, FLOPs, norms, effective rank, energy kept.
+    """Show the matrices of a model: shape, rank, parameters, Frobenius norm, effective rank, energy kept.
 
-    For the heads of an attention norms are means over the heads. The effective rank is the nuclear norm divided by the
-    largest singular value. The energy is the share of the squared Frobenius norm that factorizing kept.
+    Those of one shape in one place are a line: parameters are their sum, norms, effective ranks and energies their
+    means, for the heads of an attention over the heads, too. The effective rank is the nuclear norm divided by the
+    largest singular value. The energy is the share of the squared Frobenius norm that factorizing kept. With --json
+    every matrix has its own figures, among them FLOPs and nuclear norms.
     """
     with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli.sources import load_model
@@ -256,7 +259,8 @@ def inspect(
         sizes = {"parameters": total, "parameters_dense": dense, "ratio": count["ratio"]}
         result = {"model": model, "class": type(loaded).__name__, **sizes, "matrices": rows}
         share = "" if total == dense else f", {share_left(count['ratio'])} of the dense model's {dense:,}"
-        terminal.show(result, matrices_table(rows, total), f"\n{type(loaded).__name__}: {total:,} parameters{share}")
+        summary = f"\n{type(loaded).__name__}: {total:,} parameters{share}"
+        terminal.show(result, matrices_table(rows, total, every=every), summary)
 
 
 @app.command(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hf_fnl.cli.groups import groups_of, module_of
 from hf_fnl.utils.suggest import printable
 
 if TYPE_CHECKING:
@@ -12,41 +14,43 @@ if TYPE_CHECKING:
 
 ABSENT = "-"
 
-
-_COLUMNS = {
-    "product": "name",
-    "kind": "kind",
-    "shape": "shape",
-    "rank": "rank",
-    "parameters": "parameters",
-    "FLOPs/position": "flops",
-    "Frobenius": "frobenius_norm",
-    "nuclear": "nuclear_norm",
-    "eff. rank": "effective_rank",
-    "energy": "energy",
-}
-_LEFT = ("product", "kind", "layers", "shape")
+_COLUMNS = ("product", "kind", "shape", "rank", "parameters", "norm", "eff. rank", "energy")
+_LEFT = ("product", "kind", "shape")
 
 
-def matrices_table(rows: Sequence[Mapping[str, Any]], parameters: int) -> Table:
-    """One line for every matrix of a model, one for its other parameters, and the totals.
+def matrices_table(rows: Sequence[Mapping[str, Any]], parameters: int, *, every: bool = False) -> Table:
+    """One line for the matrices of one shape in one place, one for the model's other parameters, and the total.
+
+    What lies in one module stands below its name; norms, effective ranks and energies are means.
 
     Args:
         rows: The matrices.
         parameters: Of the model, tied ones once.
+        every: Give each matrix a line of its own.
     """
-    table = _table(list(_COLUMNS), footer=True)
-    for row in rows:
-        table.add_row(*(_cell(row[field]) for field in _COLUMNS.values()))
-    in_matrices = sum(row["parameters"] for row in rows)
-    if rest := parameters - in_matrices:
-        others = {"name": "biases, normalizations and others", "kind": "dense", "parameters": rest}
-        table.add_row(*(_cell(others.get(field)) for field in _COLUMNS.values()))
-    totals = {"name": f"{len(rows)} matrices, all parameters"}
-    totals |= {"parameters": f"{parameters:,}", "flops": f"{sum(row['flops'] for row in rows):,}"}
-    for column, field in zip(table.columns, _COLUMNS.values(), strict=True):
-        column.footer = totals.get(field, "")
+    table = _table(_COLUMNS, footer=True)
+    groups = [(row["name"], [row]) for row in rows] if every else groups_of(rows)
+    for above, inside in itertools.groupby(groups, lambda group: module_of(group[0])):
+        several = list(inside)
+        if is_under := bool(above) and len(several) > 1:
+            table.add_row(printable(above))
+        for name, members in several:
+            table.add_row(printable(f"  {name[len(above) + 1 :]}" if is_under else name), *_figures(members))
+    if rest := parameters - sum(row["parameters"] for row in rows):
+        table.add_row("biases, norms, others", "dense", "", "", _cell(rest))
+    for column, total in zip(table.columns, (f"all {len(rows)} matrices", "", "", "", _cell(parameters)), strict=False):
+        column.footer = total
     return table
+
+
+def _figures(members: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What some matrices have in common, and the sums and means of the rest."""
+    yield _cell(members[0]["kind"])
+    yield _cell(members[0]["shape"])
+    yield _span([row["rank"] for row in members])
+    yield _cell(sum(row["parameters"] for row in members))
+    for field in ("frobenius_norm", "effective_rank", "energy"):
+        yield _mean([row[field] for row in members])
 
 
 def layers_table(layers: Sequence[Mapping[str, Any]], before: int, after: int) -> Table:
@@ -62,11 +66,8 @@ def layers_table(layers: Sequence[Mapping[str, Any]], before: int, after: int) -
     for layer in layers:
         groups.setdefault((layer["kind"], tuple(layer["shape"])), []).append(layer)
     for (kind, shape), members in groups.items():
-        ranks = [layer["rank"] for layer in members]
-        rank = str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
-        kept = [layer["energy"] for layer in members if layer["energy"] is not None]
-        energy = sum(kept) / len(kept) if kept else None
-        table.add_row(_cell(kind), _cell(shape), str(len(members)), rank, *_sizes(*_counts(members)), _cell(energy))
+        rank, energy = _span([layer["rank"] for layer in members]), _mean([layer["energy"] for layer in members])
+        table.add_row(_cell(kind), _cell(shape), str(len(members)), rank, *_sizes(*_counts(members)), energy)
     dense = [whole - part for whole, part in zip((before, after), _counts(layers), strict=True)]
     table.add_row("dense", "", "", "", *_sizes(*dense), "")
     for column, total in zip(table.columns, ("all", "", "", "", *_sizes(before, after), ""), strict=True):
@@ -84,6 +85,15 @@ def size_change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} parameters ({share_left(after / before)})"
 
 
+def _span(ranks: Sequence[int]) -> str:
+    return str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)}-{max(ranks)}"
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _cell(sum(known) / len(known) if known else None)
+
+
 def _counts(layers: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     return tuple(sum(layer[f"parameters_{when}"] for layer in layers) for when in ("before", "after"))
 
@@ -95,9 +105,11 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
 def _table(names: Sequence[str], *, footer: bool = False) -> Table:
     from rich.table import Table  # which --help does not wait for
 
-    table = Table(box=None, show_footer=footer, pad_edge=False, header_style="bold", footer_style="bold")
-    for name in names:
-        table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
+    table = Table(
+        box=None, show_footer=footer, pad_edge=False, collapse_padding=True, header_style="bold", footer_style="bold"
+    )
+    for number, name in enumerate(names):  # names are folded where the terminal is narrow, figures are not
+        table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold", no_wrap=number > 0)
     return table
 
 

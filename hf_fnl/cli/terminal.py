@@ -25,7 +25,7 @@ _OPTION = re.compile(
     rf"(?<![\w./'\"-])(?P<name>(?:{_LONG})(?![\w./'\"])|(?:{_SHORT})(?==| must\b| of \S+ must\b))(?P<value>=?)"
 )
 
-_WIDE = 200  # columns of a table, whatever the terminal has: a line that it wraps is better than a name cut short
+_WIDE = 200  # columns of a table that goes into a file or a pipe
 
 
 class Terminal:
@@ -40,8 +40,9 @@ class Terminal:
 
         self.as_json = as_json
         # Names may hold brackets and colons, which are no markup.
-        self._stdout = Console(file=sys.stdout, width=_WIDE, markup=False, emoji=False, highlight=False)
-        self._stderr = Console(file=sys.stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
+        plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
+        self._stdout = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDE, **plain)
+        self._stderr = Console(file=sys.stderr, soft_wrap=True, **plain)
         self.interactive = not as_json and sys.stderr.isatty()
 
     def show(self, result: dict[str, Any], *views: RenderableType) -> None:

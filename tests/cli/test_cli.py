@@ -295,15 +295,23 @@ def test_inspect_lists_what_the_library_says_and_energies_that_were_recorded(hal
     assert energies == {layer["name"]: layer["energy"] for layer in record(half)["layers"]}
 
 
-def test_inspect_shows_whole_names_and_totals_in_a_table(half):
+def test_inspect_has_a_line_for_matrices_alike_and_ends_with_the_total(half):
     lines = cli("inspect", half).stdout.splitlines()
     model = FactorizedBertModel.from_pretrained(half)
     assert lines[0].split()[:5] == ["product", "kind", "shape", "rank", "parameters"]
-    assert any(line.startswith("encoder.layer.1.intermediate.dense ") for line in lines)
+    found = inspect_model(model)
+    alike = [row for row in found if row.name.endswith("intermediate.dense")]
+    start = lines.index(next(line for line in lines if line.strip() == f"encoder.layer.0-{len(alike) - 1}"))
+    (line,) = [line.split() for line in lines[start:] if line.startswith("  intermediate.dense ")]
+    assert line[6] == f"{sum(row.parameters for row in alike):,}"
+    assert line[7] == f"{sum(row.frobenius_norm for row in alike) / len(alike):.4g}"
     total = sum(p.numel() for p in model.parameters())
-    rest = total - sum(row.parameters for row in inspect_model(model))
-    assert lines[-4].split()[-2:-1] == [f"{rest:,}"] or f"{rest:,}" in lines[-4]
-    assert lines[-3].startswith("18 matrices, all parameters") or f"{total:,}" in lines[-3]
+    rest = total - sum(row.parameters for row in found)
+    assert lines[-4].split()[-1] == f"{rest:,}"
+    assert lines[-3].split() == ["all", str(len(found)), "matrices", f"{total:,}"]
+    every = cli("inspect", half, "--all").stdout.splitlines()
+    assert len(every) > len(lines)
+    assert sum(line.startswith("  intermediate.dense ") for line in every) == len(alike)
     dense = sum(p.numel() for p in model.merge().parameters())
     assert lines[-1].endswith(f"{total:,} parameters, {total / dense:.1%} of the dense model's {dense:,}")
 
