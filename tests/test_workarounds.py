@@ -20,7 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_fnl import FactorizedBertForMaskedLM, FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.workarounds import whole_parameters
+from hf_fnl.workarounds import full_parameters
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def zero3() -> Iterator[Any]:
 
 def test_models_are_made_and_loaded_whole_under_zero3(zero3, tmp_path):
     assert is_deepspeed_zero3_enabled()
-    with whole_parameters():
+    with full_parameters():
         assert not is_deepspeed_zero3_enabled()
         model = MASKED_LM.build(LOW)
     assert is_deepspeed_zero3_enabled()
@@ -46,7 +46,7 @@ def test_models_are_made_and_loaded_whole_under_zero3(zero3, tmp_path):
 def test_without_it_layers_are_divided_before_they_are_cut(zero3, monkeypatch, tmp_path):
     """Ends with the release of Transformers in which this fails: then the workaround can go."""
     torch.manual_seed(0)
-    with whole_parameters():
+    with full_parameters():
         MASKED_LM.build(LOW).save_pretrained(tmp_path)
     monkeypatch.setattr("hf_fnl.workarounds.deepspeed.unset_hf_deepspeed_config", lambda: None)
     with pytest.raises(Exception):  # noqa: B017 - whatever DeepSpeed raises here

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fnl.attention.invariance import Adapter, invariant_kinds
 from hf_fnl.attention.projections import AttentionProjections, Projection, Section, size
 from hf_fnl.layers import Factorized, HeadProjection
-from hf_fnl.layers.whole import whole_shape
+from hf_fnl.layers.partitioned import full_shape
 
 # Where query, key, value and output are layers of their own.
 _SEPARATE = (
@@ -93,7 +93,7 @@ def _torch(module: nn.Module) -> AttentionProjections | None:
         return None
     if module.in_proj_weight is None:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        inputs = [section for weight in weights for section in _split(weight, whole_shape(weight)[0])]
+        inputs = [section for weight in weights for section in _split(weight, full_shape(weight)[0])]
     else:
         inputs = _split(module.in_proj_weight, *[module.embed_dim] * 3)
     return _fitted(module, [*inputs, module.out_proj])

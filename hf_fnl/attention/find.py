@@ -14,7 +14,7 @@ from hf_fnl.attention.parts import parts_of
 from hf_fnl.attention.products import Factor, Product
 from hf_fnl.attention.selectors import KINDS, Selector
 from hf_fnl.layers import Factorized
-from hf_fnl.layers.whole import whole_shape
+from hf_fnl.layers.partitioned import full_shape
 
 
 def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[Product]:
@@ -113,7 +113,7 @@ def _looks_like_attention(module: nn.Module) -> bool:
     """Whether a module is called one and holds at least inputs and an output, none of which somebody has factorized."""
     if not type(module).__name__.endswith("Attention"):
         return False
-    matrices = sum(len(whole_shape(parameter)) == 2 for parameter in module.parameters())
+    matrices = sum(len(full_shape(parameter)) == 2 for parameter in module.parameters())
     return matrices >= 2 and not any(isinstance(inner, Factorized) for inner in module.modules())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from hf_fnl.attention.projections import AttentionProjections, inputs_of, size
-from hf_fnl.layers.whole import whole_shape
+from hf_fnl.layers.partitioned import full_shape
 
 _TOLERANCE = 1e-3  # of what one factor alone changes; a factor of a thousand above what float32 rounds
 _WIDTH = 64  # inputs and outputs of an attention that are looked at, which keeps that of a large model cheap
@@ -51,7 +51,7 @@ def invariant_kinds(attention: nn.Module, adapter: Adapter) -> frozenset[str] | 
 def _settings(attention: nn.Module) -> Iterator[Hashable]:
     """All on which the computation of a class can depend, but for the number of the layer."""
     yield str(getattr(attention, "config", None))
-    yield tuple((name, tuple(whole_shape(parameter))) for name, parameter in attention.named_parameters())
+    yield tuple((name, tuple(full_shape(parameter))) for name, parameter in attention.named_parameters())
     for module in attention.modules():
         yield (type(module),)
         for name, value in vars(module).items():
@@ -141,7 +141,7 @@ def _redrawn(module: nn.Module, copied: dict[Any, Any], generator: torch.Generat
         vars(twin)["config"]._attn_implementation = "eager"
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter not in copied:
-            copied[parameter] = nn.Parameter(_draw(name, whole_shape(parameter), generator))
+            copied[parameter] = nn.Parameter(_draw(name, full_shape(parameter), generator))
         twin.register_parameter(name, None if parameter is None else copied[parameter])
     for name, buffer in module._buffers.items():
         if buffer is not None:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention.products import Factor, Product
 from hf_fnl.layers import Factorized
-from hf_fnl.layers.whole import whole_shape
+from hf_fnl.layers.partitioned import full_shape
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Section:
     dim: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.start + self.length <= whole_shape(self.weight)[self.dim]:
+        if not 0 <= self.start < self.start + self.length <= full_shape(self.weight)[self.dim]:
             raise ValueError(
                 f"no section of length {self.length} begins at {self.start} in dimension {self.dim} of a parameter of "
-                f"shape {tuple(whole_shape(self.weight))}"
+                f"shape {tuple(full_shape(self.weight))}"
             )
 
 
@@ -115,14 +115,14 @@ def size(projection: Projection, side: int) -> int:
     """Outputs (``side`` 0) or inputs (1) of a projection."""
     if isinstance(projection, Section):
         return projection.length
-    shape = projection.shape if isinstance(projection, Factorized) else whole_shape(projection.weight)
+    shape = projection.shape if isinstance(projection, Factorized) else full_shape(projection.weight)
     return shape[side ^ isinstance(projection, Conv1D)]
 
 
 def inputs_of(projection: Projection) -> int:
     """Inputs of a projection from inputs to heads."""
     if isinstance(projection, Section):
-        return whole_shape(projection.weight)[1 - projection.dim]
+        return full_shape(projection.weight)[1 - projection.dim]
     return size(projection, 1)
 
 
@@ -137,6 +137,6 @@ def _shared_heads(full: int, part: int, num_heads: int) -> int | None:
 def _factor(projection: Projection, side: int, heads: tuple[int, ...], names: Mapping[int, str]) -> Factor:
     if not isinstance(projection, Section):
         return Factor(names[id(projection.weight)], heads, side ^ isinstance(projection, Conv1D))
-    whole = projection.length == whole_shape(projection.weight)[projection.dim]
+    whole = projection.length == full_shape(projection.weight)[projection.dim]
     section = None if whole else (projection.start, projection.length)
     return Factor(names[id(projection.weight)], heads, projection.dim, section)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import Factorized, FactorizedLinear, HeadProjection
 from hf_fnl.layers.heads import narrow_
-from hf_fnl.layers.whole import is_partitioned
+from hf_fnl.layers.partitioned import is_partitioned
 from hf_fnl.models.cards import UploadsCard
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.cuts import Names, check_methods, cuts_of, layer_in, names_in_backbone, ranks_by_rule
@@ -30,7 +30,7 @@ from hf_fnl.surgery.record import models_in
 from hf_fnl.surgery.swap import check_present, swap_
 from hf_fnl.surgery.targets import Cut
 from hf_fnl.utils.suggest import did_you_mean, listed
-from hf_fnl.workarounds import whole_parameters
+from hf_fnl.workarounds import full_parameters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,7 +112,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
                 than the configuration says, unless ``ignore_mismatched_sizes``. It is a ``ValueError``, and a
                 ``RuntimeError`` as in Transformers.
         """
-        with whole_parameters():
+        with full_parameters():
             return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def get_submodule(self, target: str) -> nn.Module:
@@ -174,7 +174,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         if type(dense) is cls:
             dense._check_dense()
         config = cls.config_class.from_dense(dense.config)
-        with init.no_init_weights(), whole_parameters():
+        with init.no_init_weights(), full_parameters():
             model = cls._from_config(config, dtype=dense.dtype, attn_implementation=dense.config._attn_implementation)
         model.to(dense.device)
         _fill_(model, dense)

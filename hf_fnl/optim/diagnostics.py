@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention import Product
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear, factorized_layers
-from hf_fnl.layers.whole import whole_shape
+from hf_fnl.layers.partitioned import full_shape
 from hf_fnl.math.factors import non_orthogonality, nuclear_norm_bound
 
 Figures = dict[str, float]
@@ -168,7 +168,7 @@ def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
 
 
 def _numel(parameter: Tensor) -> int:
-    return whole_shape(parameter).numel()
+    return full_shape(parameter).numel()
 
 
 def _factor_count(layer: Factorized) -> int:

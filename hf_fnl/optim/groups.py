@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_fnl.attention import Factor, Product
 from hf_fnl.layers import factorized_layers
-from hf_fnl.layers.whole import whole_shape
+from hf_fnl.layers.partitioned import full_shape
 
 FACTOR_DECAYS = ("weight", "crs", "none")
 
@@ -60,8 +60,8 @@ def parameter_groups(
             )
     ordinary = {name: parameter for name, parameter in trainable.items() if name not in factors}
     scale, scaled = _scaled_factors(model, ordinary, factor_decay)
-    matrices = [name for name, parameter in ordinary.items() if len(whole_shape(parameter)) >= 2 and name not in scaled]
-    vectors = [name for name, parameter in ordinary.items() if len(whole_shape(parameter)) < 2]
+    matrices = [name for name, parameter in ordinary.items() if len(full_shape(parameter)) >= 2 and name not in scaled]
+    vectors = [name for name, parameter in ordinary.items() if len(full_shape(parameter)) < 2]
     groups = (
         (matrices, weight_decay),
         (vectors, weight_decay if decay_vectors else 0.0),
@@ -89,7 +89,7 @@ def _scaled_factors(model: nn.Module, ordinary: Mapping[str, Tensor], factor_dec
     if factor_decay == "none":
         return 0.0, [names[factor] for factor in factors]
     dense = sum(math.prod(layer.dense_shape) for layer in chosen)
-    return sum(whole_shape(factor).numel() for factor in factors) / dense, [names[factor] for factor in factors]
+    return sum(full_shape(factor).numel() for factor in factors) / dense, [names[factor] for factor in factors]
 
 
 def by_name(groups: Iterable[dict[str, Any]]) -> dict[str, tuple[Tensor, dict[str, Any]]]:

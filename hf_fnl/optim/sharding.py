@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from hf_fnl.layers.whole import whole_shape
+from hf_fnl.layers.partitioned import full_shape
 from hf_fnl.optim import zero
 
 Group: TypeAlias = dict[str, Any]
@@ -128,7 +128,7 @@ class Sharding:
             if not any(group is known for known in self._groups):
                 self._groups.append(group)
                 pairs = zip(names_of(group, number), group["params"], strict=True)
-                made = [Origin(name, tuple(whole_shape(p)), weakref.ref(p)) for name, p in pairs]
+                made = [Origin(name, tuple(full_shape(p)), weakref.ref(p)) for name, p in pairs]
                 self._origins.setdefault(_key(group), []).extend(made)
 
     def find(self, groups: Sequence[Group]) -> Shards | None:

@@ -21,7 +21,7 @@ from hf_fnl.layers import (
     HeadProjection,
     TensorizedConv2d,
 )
-from hf_fnl.layers.whole import is_partitioned
+from hf_fnl.layers.partitioned import is_partitioned
 from hf_fnl.surgery.record import QUANT_METHOD, live_models, method_of, models_with, update_records_
 
 # What is called before or after a layer's forward or backward pass, and knows nothing of its parameters.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from hf_fnl.layers.whole import is_partitioned, whole_shape
+from hf_fnl.layers.partitioned import full_shape, is_partitioned
 from hf_fnl.training.checkpoints import checkpoints
 from hf_fnl.training.stored import stored_weights
 from hf_fnl.utils.processes import is_first
@@ -84,9 +84,9 @@ def load_average_(model: nn.Module, folders: Sequence[str | os.PathLike[str]]) -
     if unexpected := sorted(mean.keys() - {*model.state_dict(), *parameters}):
         raise ValueError(f"the checkpoints hold weights that the model lacks: {', '.join(unexpected)}")
     for name, parameter in parameters.items():
-        if name in mean and mean[name].shape != whole_shape(parameter):
+        if name in mean and mean[name].shape != full_shape(parameter):
             raise ValueError(
-                f"{name} has shape {tuple(mean[name].shape)} in the checkpoints and {tuple(whole_shape(parameter))} in "
+                f"{name} has shape {tuple(mean[name].shape)} in the checkpoints and {tuple(full_shape(parameter))} in "
                 "the model"
             )
     if any(map(is_partitioned, parameters.values())):

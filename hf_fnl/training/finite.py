@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_fnl.layers.whole import is_partitioned
+from hf_fnl.layers.partitioned import is_partitioned
 from hf_fnl.optim.sharding import to_local
 from hf_fnl.optim.zero import zero3_range
 from hf_fnl.training.engines import is_sharded

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import load as load_distributed
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_fnl.layers.whole import whole_shape
+from hf_fnl.layers.partitioned import full_shape
 from hf_fnl.utils.suggest import listed
 
 FSDP_MODEL = "pytorch_model_fsdp"
@@ -92,9 +92,9 @@ def check_same_model(checkpoint: Path, model: nn.Module) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {id(parameters[name]) for name in stored if name in parameters}  # tied ones are stored under one name
     wrong = [
-        f"{name} has shape {shape} there and {tuple(whole_shape(parameters[name]))} here"
+        f"{name} has shape {shape} there and {tuple(full_shape(parameters[name]))} here"
         for name, shape in stored.items()
-        if name in parameters and shape != tuple(whole_shape(parameters[name]))
+        if name in parameters and shape != tuple(full_shape(parameters[name]))
     ]
     known = {*model.state_dict(), *parameters}
     wrong += [f"{name} is there and not here" for name in stored if name not in known]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def whole_shape(parameter: Tensor) -> torch.Size:
+def full_shape(parameter: Tensor) -> torch.Size:
     """Shape of a parameter before it was divided; DeepSpeed's ZeRO-3 leaves an empty vector in its place."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
