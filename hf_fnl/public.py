@@ -39,7 +39,7 @@ from hf_fnl.models.checkpoint import load
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 from hf_fnl.optim.diagnostics import diagnose
 from hf_fnl.optim.frobenius_decay import FrobeniusDecay
-from hf_fnl.surgery import factorize_, merge_
+from hf_fnl.surgery import factorize_, merge_, to_linear_
 from hf_fnl.surgery.config import FactorizationConfig, RankRule
 
 if TYPE_CHECKING:
@@ -114,4 +114,5 @@ __all__ = [
     "parameter_groups",
     "register_attention",
     "spectral_init",
+    "to_linear_",
 ]

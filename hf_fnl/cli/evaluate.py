@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -31,6 +33,7 @@ class Settings(NamedTuple):
         stride: By how many it moves on.
         dtype: Of the weights.
         device: Where the model runs.
+        int8: Quantize the linear layers.
     """
 
     texts: str
@@ -40,6 +43,7 @@ class Settings(NamedTuple):
     stride: int
     dtype: str
     device: str
+    int8: bool = False
 
 
 def evaluate(
@@ -51,6 +55,9 @@ def evaluate(
     stride: Annotated[int, typer.Option(help="By how many tokens the window moves on.", min=1)] = 512,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Each model a second time, its linear layers in torch's dynamic int8.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -64,14 +71,14 @@ def evaluate(
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
 
-        settings = Settings(texts, text_column, tokens, length, stride, dtype, device)
+        settings = Settings(texts, text_column, tokens, length, stride, dtype, device, int8)
         _check(settings)
         rows = []
-        for model in models:
+        for model, quantized in itertools.product(models, (False, True) if int8 else (False,)):
             # A process for each: what one model has held does not count for the next.
             apart = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-            with terminal.step(f"evaluating {model}"), apart as pool:
-                rows.append(pool.submit(measure, model, settings).result())
+            with terminal.step(f"evaluating {model}{' in int8' if quantized else ''}"), apart as pool:
+                rows.append(pool.submit(measure, model, settings._replace(int8=quantized)).result())
         terminal.show({"settings": settings._asdict(), "models": rows}, _table(rows))
 
 
@@ -80,14 +87,19 @@ def _check(settings: Settings) -> None:
         raise typer.BadParameter(f"--stride must be below --length, {settings.length}, got {settings.stride}")
     if settings.dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {settings.dtype}")
+    if settings.int8 and settings.dtype != "float32":
+        raise typer.BadParameter(f"--int8 quantizes --dtype float32, got {settings.dtype}")
+    if settings.int8 and settings.device not in ("auto", "cpu"):
+        raise typer.BadParameter(f"--int8 runs on --device cpu, got {settings.device}")
 
 
 def measure(source: str, settings: Settings) -> dict[str, Any]:
     """Load a model and measure it.
 
     Returns:
-        Name, class, parameters, bytes of weights, perplexities with their numbers of tokens and words, tokens per
-        second by batch, and the peak memory in bytes: of the GPU, or of the process.
+        Name, class, whether it is in int8, parameters, bytes of weights and of the cache for a token, perplexities with
+        their numbers of tokens and words, tokens per second by batch, and the peak memory in bytes: of the GPU, or of
+        the process.
 
     Raises:
         OSError: If files are missing or damaged.
@@ -106,22 +118,26 @@ def measure(source: str, settings: Settings) -> dict[str, Any]:
     logging.disable_progress_bar()
     device = settings.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and not settings.int8 else "cpu"
     model: Any = load(source, dtype=getattr(torch, settings.dtype), use_safetensors=True)
     if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
         raise ValueError(f"{source} is a {type(model).__name__}, which is no causal language model")
     model.eval().to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if settings.int8:
+        model = _in_int8(model)
     ids, words = first_tokens(load_tokenizer(source), _text(settings), settings.tokens)
     if ids.numel() and (largest := int(ids.max())) >= (known := model.get_input_embeddings().num_embeddings):
         raise ValueError(f"the tokenizer in {source} gives the token {largest}, and the model knows {known:,}")
     length = longest_input(model, settings.length)
     found = text_perplexity(model, ids, words, length=length, stride=min(settings.stride, length - 1))
-    parameters = list(model.parameters())
     return {
         "model": source,
         "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "int8": settings.int8,
+        "parameters": parameters,
+        "bytes": _bytes_of_weights(model),
+        "cache_bytes_per_token": _cache_bytes(model, ids),
         "perplexity": found.per_token,
         "perplexity_per_word": found.per_word,
         "tokens": found.tokens,
@@ -145,6 +161,50 @@ def _text(settings: Settings) -> str:
         if size >= needed:
             break
     return "\n\n".join(parts)
+
+
+def _in_int8(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its linear layers, factors too, in int8; what goes into them is quantized as it comes."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from hf_fnl.surgery.to_linear import layers_with_own_factors, to_linear_
+
+    if layers_with_own_factors(model):
+        to_linear_(model)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is Conv1D:  # a linear layer of GPT-2, which holds its weight transposed
+            linear = torch.nn.Linear(layer.nx, layer.nf)
+            linear.weight, linear.bias = torch.nn.Parameter(layer.weight.mT.contiguous()), layer.bias
+            model.set_submodule(name, linear)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it will move to torchao
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def _bytes_of_weights(model: PreTrainedModel) -> int:
+    """Bytes of parameters, those that share memory once, and of what int8 layers hold in their place."""
+    import torch
+
+    tensors = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    packed = [module for module in model.modules() if isinstance(module, torch.ao.nn.quantized.dynamic.Linear)]
+    for module in packed:
+        for tensor in filter(None.__ne__, module._weight_bias()):
+            tensors[tensor.data_ptr()] = tensor
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _cache_bytes(model: PreTrainedModel, ids: Any) -> float | None:
+    """Bytes of keys and values that a token leaves in the cache of a prompt; ``None`` of a model without."""
+    import torch
+
+    prompt = ids[:_PROMPT].unsqueeze(0).to(model.device)
+    with torch.inference_mode():
+        cache: Any = getattr(model(input_ids=prompt, use_cache=True), "past_key_values", None)
+    if cache is None:
+        return None
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) / prompt.numel()
 
 
 def _speed(model: PreTrainedModel, ids: Any, batch: int) -> float:
@@ -179,7 +239,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     """One line for each model."""
     from rich.table import Table
 
-    columns = ("parameters", "weights", "perplexity", "per word", *(f"tokens/s, batch {n}" for n in _BATCHES), "memory")
+    speeds = (f"tokens/s, batch {n}" for n in _BATCHES)
+    columns = ("parameters", "weights", "cache/token", "perplexity", "per word", *speeds, "memory")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model", overflow="fold")
     for column in columns:
@@ -188,6 +249,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         speeds = (f"{row['tokens_per_second'][str(batch)]:,.1f}" for batch in _BATCHES)
         memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f} MiB"
         weights = f"{row['bytes'] / 2**20:,.0f} MiB"
+        cache = "-" if (size := row["cache_bytes_per_token"]) is None else f"{size / 2**10:,.1f} KiB"
+        name = f"{row['model']}, int8" if row["int8"] else row["model"]
         losses = f"{row['perplexity']:.2f}", f"{row['perplexity_per_word']:.2f}"
-        table.add_row(row["model"], f"{row['parameters']:,}", weights, *losses, *speeds, memory)
+        table.add_row(name, f"{row['parameters']:,}", weights, cache, *losses, *speeds, memory)
     return table

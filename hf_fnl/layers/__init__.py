@@ -6,6 +6,7 @@ from hf_fnl.layers.conv import FactorizedConv2d
 from hf_fnl.layers.embedding import FactorizedEmbedding
 from hf_fnl.layers.heads import HeadProjection
 from hf_fnl.layers.linear import FactorizedLinear
+from hf_fnl.layers.linear_pair import LinearPair
 from hf_fnl.layers.tensorized import TensorizedConv2d
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FactorizedLinear",
     "FactorizedMatrix",
     "HeadProjection",
+    "LinearPair",
     "TensorizedConv2d",
     "factorized_layers",
     "keep_narrow",

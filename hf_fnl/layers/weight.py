@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hf_fnl.layers.base import Factorized
+    from hf_fnl.layers.linear_pair import LinearPair
 
 
-def readable_weight(layer: Factorized) -> Tensor:
+def readable_weight(layer: Factorized | LinearPair) -> Tensor:
     """Return ``W`` of a layer: a :class:`DenseWeight`, or plain values where a compiler or a tracer follows them."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return layer.dense_weight()
@@ -29,10 +30,10 @@ def readable_weight(layer: Factorized) -> Tensor:
     return weight
 
 
-def refuse_write(layer: Factorized, operation: str) -> NoReturn:
+def refuse_write(layer: Factorized | LinearPair, operation: str) -> NoReturn:
     """Raise a ``RuntimeError`` that says what to do in the place of a write into the weight of a layer."""
     kind = type(layer).__name__
-    names = ", ".join(name for name, _ in layer.named_parameters(recurse=False) if name != "bias")
+    names = ", ".join(name for name, _ in layer.named_parameters() if not name.endswith("bias"))
     raise RuntimeError(
         f"{operation} would write into the weight of a {kind}, which holds only its factors ({names}): what is written "
         "there would be lost. Write into the factors (set_factors_), or make the layer dense first: "

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers import Factorized, FactorizedLinear, HeadProjection
+from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.layers.heads import narrow_
 from hf_fnl.layers.partitioned import is_partitioned
 from hf_fnl.models.cards import UploadsCard
@@ -26,7 +26,7 @@ from hf_fnl.surgery.calibration import Calibration, CalibrationData
 from hf_fnl.surgery.config import LayerRank, RankRule
 from hf_fnl.surgery.cut import check_values, cut
 from hf_fnl.surgery.heads import HeadTarget
-from hf_fnl.surgery.record import models_in
+from hf_fnl.surgery.record import MADE, models_in
 from hf_fnl.surgery.swap import check_present, swap_
 from hf_fnl.surgery.targets import Cut
 from hf_fnl.utils.suggest import did_you_mean, listed
@@ -291,8 +291,8 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         dense.to(device=self.device, dtype=self.dtype)
         state = dict(self.state_dict())
         for name, module in self.named_modules():
-            if isinstance(module, Factorized | HeadProjection):
-                for parameter, _ in module.named_parameters(recurse=False):
+            if isinstance(module, MADE):
+                for parameter, _ in module.named_parameters():
                     state.pop(f"{name}.{parameter}", None)
                 state |= {f"{name}.{key}": value for key, value in module.to_dense().state_dict().items()}
         if foreign := [name for name in state if name not in dense.state_dict()]:

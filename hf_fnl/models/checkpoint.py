@@ -2,11 +2,13 @@
 
 Transformers builds a model, lets a *quantization method* change it, and then loads the weights. Surgery is registered
 as such a method under the name ``hf_fnl``: the factorized layers are put in their places before the weights arrive.
-What comes back is no quantized model but an ordinary one, which trains, casts and saves as any other.
+What comes back is no quantized model but an ordinary one, which trains, casts and saves as any other; or, if it was
+quantized afterwards, one that the other method loaded.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +23,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
     register_quantization_config,
     register_quantizer,
 )
@@ -29,7 +33,15 @@ from transformers.quantizers.base import HfQuantizer
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import init_factors
 from hf_fnl.models.loading import load_checked
-from hf_fnl.surgery.record import QUANT_METHOD, Layers, SurgeryConfig, models_in, update_records_
+from hf_fnl.surgery.record import (
+    QUANT_METHOD,
+    Layers,
+    SurgeryConfig,
+    method_of,
+    models_in,
+    quantization_of,
+    update_records_,
+)
 from hf_fnl.surgery.restore import empty_layers
 from hf_fnl.surgery.swap import swap_
 from hf_fnl.utils.folders import check_model
@@ -38,24 +50,57 @@ _FIRST_FACTORS = ("U", "out_core")  # the name of one factor of every factorized
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
-class SurgeryLoader(HfQuantizer):
-    """Puts factorized layers into a model before its weights are loaded."""
+class _Surgery:
+    """Mixin before a quantizer of Transformers: puts factorized layers into a model before its weights are loaded."""
+
+    def __init__(self, record: SurgeryConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
+        self.layers, other = record.layers, record.quantization
+        if isinstance(other, Mapping):
+            other = AutoQuantizationConfig.from_dict(dict(other))
+        is_quantized = pre_quantized and not record.quantize
+        super().__init__(record if other is None else other, pre_quantized=is_quantized, **kwargs)  # type: ignore[call-arg]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
-    ) -> None:
-        layers = _without_dense(self.quantization_config.layers, model, checkpoint_files or ())
+    ) -> Any:
+        layers = _without_dense(self.layers, model, checkpoint_files or ())
         swap_(model, empty_layers(model, layers), models_in(model))
+        return super()._process_model_before_weight_loading(  # type: ignore[misc]
+            model, checkpoint_files=checkpoint_files, **kwargs
+        )
 
     @torch.no_grad()
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Draw what the checkpoint lacks, and leave a model that does not count as quantized."""
+        """Draw what the checkpoint lacks; what no other method quantized does not count as quantized."""
         for layer in model.modules():
             # What is on the meta device now is on disk.
             if isinstance(layer, Factorized) and not layer.factors()[0].is_meta:
                 init_factors(layer, getattr(model.config, "initializer_range", 0.02))
-        self.remove_quantization_config(model)
+        if self.quantization_config.quant_method == QUANT_METHOD:  # type: ignore[attr-defined]
+            self.remove_quantization_config(model)
+        else:
+            super().postprocess_model(model, **kwargs)  # type: ignore[misc]
+            update_records_([model])
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """As in Transformers, for a model that is no longer quantized; its factorized layers stay on record."""
+        super().remove_quantization_config(model)  # type: ignore[misc]
         update_records_([model])
+
+
+class SurgeryLoader(_Surgery, HfQuantizer):
+    """The quantizer of ``quant_method="hf_fnl"``, which quantizes nothing by itself.
+
+    For a model that was quantized after surgery it is the quantizer of that method, with surgery before it.
+    """
+
+    def __new__(cls, record: SurgeryConfig, **kwargs: Any) -> Any:
+        """Return the quantizer for a record."""
+        if record.quantization is None:
+            return super().__new__(cls)
+        other = type(AutoHfQuantizer.from_config(record.quantization, pre_quantized=not record.quantize))
+        combined: Any = type(f"Surgery{other.__name__}", (_Surgery, other), {"__module__": __name__})
+        return combined(record, **kwargs)
 
     def is_serializable(self) -> bool:
         """Whether the model can be saved."""
@@ -86,6 +131,9 @@ def _without_dense(layers: Layers, model: PreTrainedModel, files: Sequence[str |
         weight = f"{name}.weight"
         if "heads" in record:
             return weight in shapes and shapes[weight] == dense.get(weight)
+        if record.get("linear"):
+            first = f".{name.rpartition('.')[2]}.0."
+            return bool(shapes) and not any(first in f".{key}" for key in shapes)
         return not has_factors or weight in shapes
 
     return {name: record for name, record in layers.items() if not is_dense(name, record)}
@@ -104,7 +152,8 @@ def load(path_or_id: str | os.PathLike, auto_class: Any = None, **kwargs: Any) -
     Args:
         path_or_id: Folder or Hub id.
         auto_class: A model class, or an Auto class. The one that the checkpoint was saved from unless given.
-        **kwargs: For its ``from_pretrained``.
+        **kwargs: For its ``from_pretrained``. With ``quantization_config`` the model is quantized when it is loaded,
+            also if it is factorized: its layers that are plain linear ones, as :func:`~hf_fnl.to_linear_` makes them.
 
     Returns:
         The model in evaluation mode; nothing is decomposed on the way.
@@ -113,22 +162,37 @@ def load(path_or_id: str | os.PathLike, auto_class: Any = None, **kwargs: Any) -
         OSError: If there is no such folder or file, the Hub has no such model or cannot be asked, or a weight file is
             truncated or corrupt.
         ValueError: If the checkpoint's parameters are not those that its configuration says, unless
-            ``ignore_mismatched_sizes``; the configuration names no known class, or one that needs code of its own; or a
-            file lies outside of the folder.
+            ``ignore_mismatched_sizes``; it is quantized already; the configuration names no known class, or one that
+            needs code of its own; or a file lies outside of the folder.
     """
     # With these options the Hub need not be asked.
     if not {"cache_dir", "local_files_only"} & set(kwargs) or Path(path_or_id).expanduser().exists():
         check_model(path_or_id, kwargs.get("subfolder") or "", kwargs.get("token"))
     kwargs = {"use_safetensors": True, **kwargs}
     path_or_id = Path(path_or_id).expanduser() if Path(path_or_id).expanduser().is_dir() else path_or_id
+    options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
+    if kwargs.get("quantization_config") is not None:
+        config = kwargs.get("config") or read_config(path_or_id, **options)
+        kwargs |= _with_quantization(config, kwargs.pop("quantization_config"))
     if auto_class is None:
-        options = {name: value for name, value in kwargs.items() if name in _HUB_OPTIONS}
         config = read_config(path_or_id, **options)
         auto_class = saved_class(path_or_id, config)
         if "dtype" not in kwargs and "float8" in str(config.dtype):
             warnings.warn(f"{path_or_id} holds float8 weights, which are read as bfloat16 without a loss", stacklevel=2)
             kwargs["dtype"] = torch.bfloat16
     return load_checked(auto_class.from_pretrained, path_or_id, **kwargs)
+
+
+def _with_quantization(config: PreTrainedConfig, quantization: Any) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` by which a model of a configuration is quantized when it is loaded."""
+    record = getattr(config, "quantization_config", None)
+    if record is None or method_of(record) != QUANT_METHOD:
+        return {"quantization_config": quantization}
+    if (other := quantization_of(record)) is not None:
+        raise ValueError(f"quantization_config: the model is quantized already, with {method_of(other)}")
+    config = copy.deepcopy(config)
+    config.quantization_config = {**record, "quantization": quantization.to_dict(), "quantize": True}
+    return {"config": config}
 
 
 def read_config(path_or_id: str | os.PathLike, **options: Any) -> PreTrainedConfig:

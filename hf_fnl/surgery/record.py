@@ -8,21 +8,32 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_fnl.layers import Factorized, FactorizedConv2d, FactorizedMatrix, HeadProjection, TensorizedConv2d
+from hf_fnl.layers import (
+    Factorized,
+    FactorizedConv2d,
+    FactorizedMatrix,
+    HeadProjection,
+    LinearPair,
+    TensorizedConv2d,
+)
 
 QUANT_METHOD = "hf_fnl"  # what `config.json` calls a model that went through surgery
 
 Layers = Mapping[str, Mapping[str, Any]]
+Quantization: TypeAlias = Mapping[str, Any] | QuantizationConfigMixin
+MADE = (Factorized, HeadProjection, LinearPair)  # what surgery puts into models
 
 
 def layer_record(layer: nn.Module) -> dict[str, Any]:
     """Return what it takes to make a layer with factors or narrow heads again in the place of the dense one."""
+    if isinstance(layer, LinearPair):
+        return {"rank": layer.rank, "linear": True}
     if isinstance(layer, HeadProjection):
         heads = [[count, rank] for count, rank in layer.heads]
         return {"heads": heads, "width": layer.dense_width, "is_output": layer.is_output}
@@ -38,8 +49,7 @@ def layer_record(layer: nn.Module) -> dict[str, Any]:
 
 def layer_records(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the records of all layers of a model that surgery may have made, by name."""
-    layers = model.named_modules()
-    return {name: layer_record(layer) for name, layer in layers if isinstance(layer, Factorized | HeadProjection)}
+    return {name: layer_record(layer) for name, layer in model.named_modules() if isinstance(layer, MADE)}
 
 
 class SurgeryConfig(Mapping[str, Any], QuantizationConfigMixin):
@@ -47,16 +57,26 @@ class SurgeryConfig(Mapping[str, Any], QuantizationConfigMixin):
 
     In a model's configuration it lists the layers that the model has at the moment. That holds, too, after the model
     is copied, wrapped, or changed by other code. In a copy of the configuration alone it is a plain dictionary, and as
-    read from ``config.json`` it lists what stands there.
+    read from ``config.json`` it lists what stands there. A model that was quantized after surgery has the configuration
+    of that inside of this one.
 
     Args:
         layers: Rank, scheme of a convolution and other options, by the name of the layer.
         quant_method: Name of the method, ``"hf_fnl"``.
+        quantization: The ``quantization_config`` of another method that the factorized model went through, if any.
+        quantize: Quantize in loading, for the weights in the files are not.
     """
 
-    def __init__(self, layers: Layers, quant_method: str = QUANT_METHOD) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        quant_method: str = QUANT_METHOD,
+        quantization: Quantization | None = None,
+        quantize: bool = False,
+    ) -> None:
         self.quant_method = quant_method
-        self._written = layers
+        self.quantize = quantize
+        self._written, self._quantization = layers, quantization
         self._model: weakref.ref[PreTrainedModel] | None = None
 
     @classmethod
@@ -82,6 +102,14 @@ class SurgeryConfig(Mapping[str, Any], QuantizationConfigMixin):
         saved = [model for model in holders if [type(model).__name__] == model.config.architectures]
         return layer_records(saved[0] if len(saved) == 1 else holders[0])
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """The configuration of the other method by which the model is quantized, ``None`` if there is none."""
+        if self.model is None:
+            return self._quantization
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        return None if quantizer is None else quantizer.quantization_config
+
     def _holders(self) -> list[PreTrainedModel]:
         """The models that have the configuration, the outermost first."""
         return [] if self.model is None else [m for m in models_in(self.model) if m.config is self.model.config]
@@ -89,7 +117,13 @@ class SurgeryConfig(Mapping[str, Any], QuantizationConfigMixin):
     def to_dict(self) -> Any:
         """The record, ready for JSON; ``None`` where no layer is factorized."""
         layers = {name: dict(record) for name, record in self.layers.items()}
-        return {"quant_method": self.quant_method, "layers": layers} if layers else None
+        if not layers:
+            return None
+        record: dict[str, Any] = {"quant_method": self.quant_method, "layers": layers}
+        if (other := self.quantization) is not None:
+            record["quantization"] = dict(other) if isinstance(other, Mapping) else other.to_dict()
+            record |= {"quantize": True} if self.quantize else {}
+        return record
 
     def __getitem__(self, key: str) -> Any:
         return (self.to_dict() or {})[key]
@@ -103,7 +137,7 @@ class SurgeryConfig(Mapping[str, Any], QuantizationConfigMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         for model in self._holders():
             if id(model) in memo:  # the model is being copied, too
-                record = SurgeryConfig(layer_records(model))
+                record = SurgeryConfig(layer_records(model), quantization=self.quantization)
                 record._model = weakref.ref(memo[id(model)])
                 return record
         return self.to_dict()
@@ -177,12 +211,20 @@ def update_records_(models: Iterable[PreTrainedModel]) -> None:
 
 def method_of(record: Any) -> str:
     """The name of the method that a ``quantization_config`` belongs to, be it an object or a dictionary."""
-    return record.get("quant_method", QUANT_METHOD) if isinstance(record, dict) else record.quant_method
+    method = record.get("quant_method", QUANT_METHOD) if isinstance(record, dict) else record.quant_method
+    return str(getattr(method, "value", method))
+
+
+def quantization_of(record: Any) -> Any:
+    """The ``quantization_config`` of another method that a configuration's is or has inside, ``None`` if none is."""
+    if record is None or method_of(record) != QUANT_METHOD:
+        return record
+    return record.get("quantization") if isinstance(record, dict) else record.quantization
 
 
 def _update_record_(model: PreTrainedModel) -> None:
     record = getattr(model.config, "quantization_config", None)
-    if any(isinstance(layer, Factorized | HeadProjection) for layer in model.modules()):
+    if any(isinstance(layer, MADE) for layer in model.modules()):
         if not isinstance(record, SurgeryConfig) or record.model is not model:
             model.config.quantization_config = SurgeryConfig.of(model)
     elif record is not None and method_of(record) == QUANT_METHOD:

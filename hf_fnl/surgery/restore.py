@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers import Factorized, HeadProjection
-from hf_fnl.surgery.record import layer_record, live_models, models_in
+from hf_fnl.layers import Factorized, FactorizedLinear, HeadProjection, LinearPair
+from hf_fnl.surgery.record import MADE, layer_record, live_models, models_in
 from hf_fnl.surgery.select import weights
 from hf_fnl.surgery.swap import (
     check_present,
@@ -49,8 +49,7 @@ def merge_(model: nn.Module) -> list[str]:
             offloaded or divided among processes, or something would be lost with a factorized layer.
     """
     model = unwrapped(model)
-    made = (Factorized, HeadProjection)
-    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, made)}
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, MADE)}
     if not layers or "" in layers:
         remedy = "; use its to_dense()" if layers else ""
         raise ValueError(f"{type(model).__name__} holds no factorized layer that could be merged{remedy}")
@@ -103,7 +102,7 @@ def empty_layers(model: nn.Module, record: Mapping[str, Mapping[str, Any]]) -> R
     new: Replacements = {}
     first: dict[Tensor, Factorized] = {}
     for dense, (name, entry) in entries.items():
-        if isinstance(dense, Factorized | HeadProjection) and layer_record(dense) == dict(entry):
+        if isinstance(dense, MADE) and layer_record(dense) == dict(entry):
             continue
         layer = _empty_layer(dense, name, entry)
         if isinstance(layer, Factorized):
@@ -140,12 +139,18 @@ def _found(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def _empty_layer(dense: nn.Module, name: str, entry: Mapping[str, Any]) -> nn.Module:
-    is_linear = isinstance(dense, nn.Linear | Conv1D)
-    if not is_linear if "heads" in entry else factorized_class(type(dense)) is None:
+    is_pair = bool(entry.get("linear"))
+    if is_pair:
+        fits = isinstance(dense, nn.Linear | Conv1D | FactorizedLinear)
+    else:
+        fits = isinstance(dense, nn.Linear | Conv1D) if "heads" in entry else bool(factorized_class(type(dense)))
+    if not fits:
         raise ValueError(f"the record of {name} says {dict(entry)}, where the model has a {type(dense).__name__}")
     if reason := replacement_obstacle(dense):
         raise ValueError(f"{name} cannot be factorized: {reason}")
     try:
+        if is_pair:
+            return LinearPair.empty_like(dense, **{key: value for key, value in entry.items() if key != "linear"})
         return HeadProjection.empty_like(dense, **entry) if "heads" in entry else empty_layer(dense, **entry)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the record of {name} says {dict(entry)}, which does not fit {dense}: {error}") from error

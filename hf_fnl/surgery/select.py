@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention.adapters import attention_of
 from hf_fnl.attention.selectors import ATTENTION_KINDS
-from hf_fnl.layers import Factorized, HeadProjection
+from hf_fnl.layers import Factorized, HeadProjection, LinearPair
 from hf_fnl.surgery.config import FactorizationConfig
 from hf_fnl.surgery.heads import Attention, HeadTarget, Target
 from hf_fnl.surgery.swap import is_read_by_its_parent, parameters_around, replacement_obstacle, weight_obstacle
@@ -286,7 +286,10 @@ def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -
             return _READ_BY_ITS_PARENT
         if name.rpartition(".")[2] == "_orig_mod":
             return "torch.compile wraps this layer alone: compile the model afterwards"
-        if getattr(model.get_submodule(name.rpartition(".")[0]), "merged_adapters", None):
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, LinearPair):
+            return "it is one of the two layers of a product: merge_ the model first"
+        if getattr(parent, "merged_adapters", None):
             return "an adapter is merged into it, and could not be taken out again: call unmerge_adapter() first"
         if reason := weight_obstacle(layer.get_parameter("weight")) or replacement_obstacle(layer):
             return reason

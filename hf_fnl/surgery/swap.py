@@ -19,10 +19,11 @@ from hf_fnl.layers import (
     FactorizedEmbedding,
     FactorizedLinear,
     HeadProjection,
+    LinearPair,
     TensorizedConv2d,
 )
 from hf_fnl.layers.partitioned import is_partitioned
-from hf_fnl.surgery.record import QUANT_METHOD, live_models, method_of, models_with, update_records_
+from hf_fnl.surgery.record import live_models, method_of, models_with, quantization_of, update_records_
 
 # What is called before or after a layer's forward or backward pass, and knows nothing of its parameters.
 _CARRIED_HOOKS = (
@@ -129,6 +130,8 @@ def replacement_obstacle(layer: nn.Module) -> str | None:
     Hooks of forward and backward passes, accelerate's hooks that move inputs, and plain attributes are not lost:
     :func:`swap_` carries them over.
     """
+    if isinstance(layer, LinearPair):
+        return _obstacle_in_pair(layer)
     weights = held_weights(layer)
     held = {id(tensor) for tensor in (*weights, getattr(layer, "bias", None))}
     if hasattr(layer, "parametrizations"):
@@ -153,6 +156,18 @@ def replacement_obstacle(layer: nn.Module) -> str | None:
     return f"its {replaced[0]} was replaced on this one layer" if replaced else None
 
 
+def _obstacle_in_pair(pair: LinearPair) -> str | None:
+    """Return why no layer can take the place of two linear ones, ``None`` if one can."""
+    for half in pair:
+        if type(half) is not nn.Linear:
+            return f"one of its two layers is a {type(half).__name__}: merge an adapter first (merge_and_unload)"
+        hooks = [name for name in _CARRIED_HOOKS if isinstance(getattr(half, name), dict) and getattr(half, name)]
+        reason = f"it has {hooks[0].strip('_').replace('_', ' ')}: remove them first" if hooks else None
+        if reason := reason or weight_obstacle(half.weight) or replacement_obstacle(half):
+            return f"of one of its two layers {reason}"
+    return None
+
+
 def _carry_over_(layer: nn.Module, new: nn.Module) -> None:
     """Give a new layer the hooks and the attributes of the one in whose place it is; its weights get those of one."""
     for weight in held_weights(new):
@@ -173,6 +188,8 @@ def _carry_over_(layer: nn.Module, new: nn.Module) -> None:
 
 def held_weights(layer: nn.Module) -> tuple[Tensor, ...]:
     """Return the factors of a layer, or its weight."""
+    if isinstance(layer, LinearPair):
+        return tuple(half.get_parameter("weight") for half in reversed(layer))
     return layer.factors() if isinstance(layer, Factorized) else (layer.get_parameter("weight"),)
 
 
@@ -183,7 +200,8 @@ def _own_attributes() -> frozenset[str]:
         dense = (nn.Linear(1, 1), Conv1D(1, 1), nn.Embedding(1, 1), nn.Conv2d(1, 1, 1))
         factorized = (FactorizedLinear(1, 1, 1), FactorizedEmbedding(1, 1, 1), FactorizedConv2d(2, 2, 1, 1))
         heads = HeadProjection.empty_like(dense[0], [(1, 1)], width=1, is_output=False)
-        layers: tuple[nn.Module, ...] = (*dense, *factorized, heads, TensorizedConv2d(2, 2, 1, 1))
+        others = (heads, TensorizedConv2d(2, 2, 1, 1), LinearPair(1, 1, 1))
+        layers: tuple[nn.Module, ...] = (*dense, *factorized, *others)
     return frozenset(name for layer in layers for name in vars(layer))
 
 
@@ -209,13 +227,14 @@ def check_present(model: nn.Module, action: str) -> None:
 
 
 def check_not_quantized(model: nn.Module) -> None:
-    """Raise a ``ValueError`` if the configuration of a Transformers model holds another method's record."""
+    """Raise a ``ValueError`` if the configuration of a Transformers model says that it is quantized."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            record = getattr(module.config, "quantization_config", None)
-            if record is not None and (method := method_of(record)) != QUANT_METHOD:
+            other = quantization_of(getattr(module.config, "quantization_config", None))
+            if other is not None:
                 raise ValueError(
-                    f"{type(module).__name__} is quantized with {method}; factorize it before it is quantized"
+                    f"{type(module).__name__} is quantized with {method_of(other)}: factorize it before it is "
+                    "quantized, or call its dequantize() first, which Transformers has for some methods"
                 )
 
 

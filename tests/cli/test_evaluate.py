@@ -94,9 +94,26 @@ def test_two_models_stand_side_by_side(folder: Path) -> None:
     assert all(each > 0 for row in (dense, small) for each in (*row["tokens_per_second"].values(), row["peak_memory"]))
 
 
+def test_int8_stands_beside_each_model(folder: Path) -> None:
+    options = ("--texts", folder / "t.txt", "--tokens", 60, "--length", 20, "--stride", 10, "--int8")
+    code, output, errors = run(folder / "dense", folder / "small", *options, "--json")
+    assert code == 0, errors
+    rows = json.loads(output)["models"]
+    assert [row["int8"] for row in rows] == [False, True, False, True]
+    for plain, int8 in (rows[:2], rows[2:]):
+        assert int8["parameters"] == plain["parameters"]
+        assert int8["bytes"] < 0.7 * plain["bytes"]
+        assert int8["perplexity"] != plain["perplexity"]
+        assert int8["perplexity"] == pytest.approx(plain["perplexity"], rel=0.2)
+        assert int8["cache_bytes_per_token"] == plain["cache_bytes_per_token"] == 2 * 2 * 16 * 4  # layers, k and v
+    assert rows[3]["bytes"] < rows[1]["bytes"]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
+        ("--texts t.txt --int8 --dtype bfloat16", 2, "--int8 quantizes --dtype float32, got bfloat16"),
+        ("--texts t.txt --int8 --device cuda", 2, "--int8 runs on --device cpu, got cuda"),
         ("--texts t.txt", 1, "is a BertModel, which is no causal language model"),
         ("--texts t.txt --stride 8 --length 8", 2, "--stride must be below --length, 8, got 8"),
         ("--texts t.txt --dtype int8", 2, "--dtype must be float32"),

@@ -1,0 +1,159 @@
+"""A product of two factors as two plain linear layers, for what knows only these: quantization, adapters, exports."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_fnl.layers.linear import FactorizedLinear, dense_weight
+from hf_fnl.layers.weight import readable_weight, refuse_write
+from hf_fnl.math.factors import product
+from hf_fnl.math.spectral import check_rank
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class LinearPair(nn.Sequential):
+    r"""``y = (x A^T) B^T + b``: two linear layers, ``A (rank, in)`` without a bias and then ``B (out, rank)`` with it.
+
+    They are ``pair[0]`` and ``pair[1]``, of class ``torch.nn.Linear``, so that whatever is done to such layers can be
+    done to them. In a state dict they are ``0.weight``, ``1.weight`` and ``1.bias``.
+
+    Args:
+        in_features: Size of the input.
+        out_features: Size of the output.
+        rank: Size in between.
+        bias: Whether the second layer has a bias.
+        device: As in torch.
+        dtype: As in torch.
+
+    Raises:
+        ValueError: If ``rank`` is less than one.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_rank(rank, sys.maxsize)
+        first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        super().__init__(first, nn.Linear(rank, out_features, bias, device=device, dtype=dtype))
+        self.dense_class: type[nn.Linear | Conv1D] = nn.Linear
+
+    @classmethod
+    @torch.no_grad()
+    def from_factorized(cls, layer: FactorizedLinear) -> Self:
+        """Return the pair that computes what a factorized layer does, with its bias; a middle factor goes into ``A``.
+
+        The layer is left as it is.
+        """
+        U, *middle, V = layer.factors()
+        pair = cls.empty_like(layer, layer.rank)
+        A = V.mT if not middle else middle[0] @ V.mT
+        for half, weight in zip(pair, (A, U), strict=True):
+            half.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), U.requires_grad)
+        pair.second.bias = layer.bias  # type: ignore[assignment]
+        return pair
+
+    @classmethod
+    def empty_like(cls, layer: Any, rank: int) -> Self:
+        """Return a pair in the place of a linear layer, a ``Conv1D`` or a factorized layer, not set yet."""
+        is_factorized, transposed = isinstance(layer, FactorizedLinear), isinstance(layer, Conv1D)
+        out_features, in_features = layer.shape if is_factorized else dense_weight(layer).shape
+        weight = layer.factors()[0] if is_factorized else layer.weight
+        with torch.device("meta"):
+            pair = cls(in_features, out_features, rank, layer.bias is not None, dtype=weight.dtype)
+        pair.to_empty(device=weight.device).requires_grad_(weight.requires_grad)
+        pair.dense_class = layer.dense_class if is_factorized else Conv1D if transposed else nn.Linear
+        return pair.train(layer.training)
+
+    @property
+    def first(self) -> nn.Linear:
+        """The layer ``A``, or what wraps it."""
+        return self[0]  # type: ignore[return-value]
+
+    @property
+    def second(self) -> nn.Linear:
+        """The layer ``B``, or what wraps it."""
+        return self[1]  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        """Size of the input."""
+        return self.first.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the output."""
+        return self.second.out_features
+
+    @property
+    def rank(self) -> int:
+        """Size in between."""
+        return self.first.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of the second layer."""
+        return self.second.bias
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``U (out, rank)`` and ``V (in, rank)`` of the product ``U V^T``."""
+        return self.second.weight, self.first.weight.mT
+
+    @property
+    def dense_shape(self) -> tuple[int, int]:
+        """Shape of the dense layer's weight, which ``Conv1D`` holds transposed."""
+        shape = (self.out_features, self.in_features)
+        return shape[::-1] if self.dense_class is Conv1D else shape
+
+    def weight_from(self, U: Tensor, V: Tensor) -> Tensor:
+        """Return the dense layer's weight, which ``Conv1D`` holds transposed."""
+        return product(U, V).mT if self.dense_class is Conv1D else product(U, V)
+
+    def dense_weight(self) -> Tensor:
+        """Return the dense layer's weight: the two multiplied out."""
+        return self.weight_from(*self.factors())
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense layer's weight, to be read, as that of a factorized layer."""
+        return readable_weight(self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; ``bias`` is that of the second layer.
+
+        Raises:
+            RuntimeError: If the name is ``"weight"``.
+        """
+        if name == "weight":
+            refuse_write(self, "layer.weight = ...")
+        self.second.register_parameter(name, param)
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear | Conv1D:
+        """Return the plain layer, of the class that was split, with the two multiplied out; this one stays as it is."""
+        with torch.device("meta"):
+            if self.dense_class is Conv1D:
+                dense: Any = Conv1D(self.out_features, self.in_features)
+            else:
+                dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        weight = self.second.weight
+        dense.to(weight.dtype).to_empty(device=weight.device)
+        if not weight.is_meta:
+            dense.weight.copy_(self.dense_weight())
+        dense.weight.requires_grad_(weight.requires_grad)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return dense.train(self.training)
