@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_fnl.attention.value_cache import narrow_value_caches_
 from hf_fnl.layers import (
     Factorized,
     FactorizedConv2d,
@@ -73,6 +74,8 @@ def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], nested:
             model.set_submodule(name, new)
     for module, new in replacements.items():
         _carry_over_(module, new)
+    if any(isinstance(layer, HeadProjection) for layer in (*replacements, *replacements.values())):
+        narrow_value_caches_(model)
     for owner, ties in declared.items():
         if (renamed := _renamed(owner, ties)) != ties:
             owner._tied_weights_keys = renamed

@@ -1,0 +1,193 @@
+"""Narrow values are cached as narrow, in every class of cache: shapes, bytes, and the words of the merged model."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from hf_fnl import FactorizationConfig, FactorizedGPT2Config, FactorizedGPT2LMHeadModel, factorize_, load, merge_
+
+HIDDEN, WIDTH, HEADS, GROUPS, VOCAB, RANK = 24, 6, 4, 2, 31, 2
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 23,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "head_dim": WIDTH,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": 2, "n_head": HEADS, "n_positions": 40}
+_OPT = {"word_embed_proj_dim": HIDDEN, "ffn_dim": 23, "max_position_embeddings": 40}
+_T5 = {"vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": WIDTH, "num_heads": HEADS, "num_layers": 2, "d_ff": 23}
+_PHI3 = {key: value for key, value in _DECODER.items() if key != "head_dim"}
+# Class, sizes, heads of keys and values.
+MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "llama": ("LlamaForCausalLM", _DECODER, GROUPS),
+    "mistral-sliding": ("MistralForCausalLM", {**_DECODER, "sliding_window": 5}, GROUPS),
+    "phi3": ("Phi3ForCausalLM", _PHI3, GROUPS),
+    "gpt2": ("GPT2LMHeadModel", {**_GPT2, "initializer_range": 0.3, "eos_token_id": 2}, HEADS),
+    "opt": ("OPTForCausalLM", {**_PHI3, **_OPT}, HEADS),
+    "t5": ("T5ForConditionalGeneration", {**_T5, "decoder_start_token_id": 0}, HEADS),
+}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def build(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model_class = getattr(T, MODELS[name][0])
+    return model_class(model_class.config_class(**MODELS[name][1])).eval()
+
+
+def cut(name: str, rank: int = RANK) -> PreTrainedModel:
+    model = build(name)
+    factorize_(model, FactorizationConfig(kinds=("ov",), rank=rank))
+    return model
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    plain = copy.deepcopy(model)
+    merge_(plain)
+    return plain
+
+
+def prompt() -> Tensor:
+    return torch.randint(3, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def generate(model: PreTrainedModel, **options: Any) -> Any:
+    return model.generate(prompt(), return_dict_in_generate=True, **OPTIONS, **options)
+
+
+def widths(cache: Any) -> set[tuple[int, int]]:
+    """Width of keys and of values in the layers of a cache."""
+    return {(layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers}
+
+
+def size(cache: Any) -> int:
+    """Bytes of the values in a cache."""
+    return sum(layer.values.numel() * layer.values.element_size() for layer in cache.layers)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", MODELS)
+def test_generating_holds_narrow_values_and_gives_the_words_of_the_merged_model(name: str, cache: str | None) -> None:
+    model = cut(name)
+    found, expected = (generate(each, cache_implementation=cache) for each in (model, merged(model)))
+    assert torch.equal(found.sequences, expected.sequences)
+    caches = [getattr(each.past_key_values, "self_attention_cache", each.past_key_values) for each in (found, expected)]
+    assert [widths(each) for each in caches] == [{(WIDTH, RANK)}, {(WIDTH, WIDTH)}]
+    assert [layer.values.shape[:-1] for layer in caches[0].layers] == [
+        each.keys.shape[:-1] for each in caches[0].layers
+    ]
+    assert caches[0].layers[0].values.shape[1] == MODELS[name][2]
+    assert size(caches[0]) * WIDTH == size(caches[1]) * RANK
+
+
+def test_beams_and_a_prompt_in_chunks_and_an_assistant() -> None:
+    model = cut("llama")
+    plain, assistant = merged(model), cut("llama", rank=1)
+    for options in (
+        {"num_beams": 3},
+        {"prefill_chunk_size": 3},
+        {"prefill_chunk_size": 3, "cache_implementation": "static"},
+    ):
+        assert torch.equal(generate(model, **options).sequences, generate(plain, **options).sequences), options
+    one = {"input_ids": prompt()[:1], "attention_mask": torch.ones(1, 7, dtype=torch.long), **OPTIONS}
+    expected = plain.generate(**one)
+    assert torch.equal(model.generate(**one, assistant_model=assistant), expected)
+
+
+def test_the_quantized_cache_is_as_much_smaller() -> None:
+    model = cut("llama")
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    try:
+        found, expected = generate(model, **options), generate(merged(model), **options)
+    except ValueError as error:
+        pytest.skip(f"this Transformers has no such cache: {error}")
+    assert torch.equal(found.sequences, expected.sequences)
+    values, wide = (each.past_key_values.layers[0]._quantized_values[0] for each in (found, expected))
+    assert values.shape == (2, GROUPS, 12, RANK)
+    assert values.nbytes * WIDTH == wide.nbytes * RANK
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Transformers offloads from a GPU only")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache(cache: str) -> None:
+    model = cut("llama").cuda()
+    ids = prompt().cuda()
+    options = {**OPTIONS, "cache_implementation": cache, "return_dict_in_generate": True, "disable_compile": True}
+    found, expected = model.generate(ids, **options), merged(model).generate(ids, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert widths(found.past_key_values) == {(WIDTH, RANK)}
+
+
+def test_a_cache_that_holds_wide_values_keeps_them() -> None:
+    model, ids = cut("llama"), prompt()
+    early = StaticCache(config=model.config, max_cache_len=12)
+    early.early_initialization(2, GROUPS, WIDTH, torch.float32, torch.device("cpu"))
+    filled = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(ids).logits
+        merged(model)(ids[:, :4], past_key_values=filled)
+        for cache, rest in ((early, ids), (filled, ids[:, 4:])):
+            logits = model(rest, past_key_values=cache).logits
+            assert_close(logits, expected[:, -logits.shape[1] :], rtol=1e-4, atol=1e-4)
+            assert widths(cache) == {(WIDTH, WIDTH)}
+
+
+def test_saving_copying_and_merging(tmp_path) -> None:
+    model = cut("llama")
+    model.save_pretrained(tmp_path)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for each in (load(tmp_path), copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert widths(generate(each).past_key_values) == {(WIDTH, RANK)}
+        merge_(each)
+        assert widths(generate(each).past_key_values) == {(WIDTH, WIDTH)}
+        assert not any(module._forward_pre_hooks for module in each.modules())
+
+
+def test_heads_of_two_ranks_in_a_model_of_ours() -> None:
+    torch.manual_seed(0)
+    config = FactorizedGPT2Config(**_GPT2, qk_rank=4, ov_rank=3, initializer_range=0.3, eos_token_id=2)
+    model = FactorizedGPT2LMHeadModel(config).eval()
+    found, expected = generate(model), generate(model.merge())
+    assert widths(found.past_key_values) == {(4, 3)}
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks by a name that Transformers gives up
+@pytest.mark.parametrize(("target", "width"), [("v_proj", WIDTH), ("o_proj", RANK)])
+def test_an_adapter_around_values_widens_them(target: str, width: int) -> None:
+    """LoRA's update of the values is as wide as the attention's heads, and its output matrix reads as much."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+    adapted = peft.get_peft_model(cut("llama"), config).eval()
+    found = generate(adapted)
+    assert widths(found.past_key_values) == {(WIDTH, width)}
+    assert torch.equal(found.sequences, generate(adapted, use_cache=False).sequences)
+
+
+def test_a_compiled_step_is_one_graph() -> None:
+    model, cache = cut("llama"), StaticCache(config=build("llama").config, max_cache_len=9)
+    ids = prompt()
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1]
+        model(ids[:, :-1], past_key_values=cache)
+        assert_close(step(ids[:, -1:], past_key_values=cache).logits[:, -1], expected, rtol=1e-4, atol=1e-4)
+    assert widths(cache) == {(WIDTH, RANK)}
