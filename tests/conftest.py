@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import getpass
 import os
 import tempfile
@@ -36,6 +37,16 @@ def pytest_configure(config: pytest.Config) -> None:
         "torch_export_test",
     ):
         config.addinivalue_line("markers", f"{marker}: of Transformers' own tests")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_for_good() -> None:
+    """What has been imported is left out of garbage collections, of which every training begins with one.
+
+    Each goes through half a million objects of torch and Transformers otherwise, longer than a small training takes.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from training_cases import losses, tiny_examples, tiny_model, tiny_trainer
 
 from hf_fnl import (
@@ -18,8 +22,11 @@ from hf_fnl import (
     FactorizedMarianMTModel,
     FLAMBeTrainer,
 )
+from hf_fnl.training.engines import innermost
+from hf_fnl.utils.processes import process
 
-STEPS = 5
+STEPS, SAVED = 5, 3
+BATCH = 24  # in as many parts as there are processes and parts of a step
 # The tiny matrices are far below DeepSpeed's usual limit, under which ZeRO-3 leaves parameters whole.
 _ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
 _OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
@@ -84,20 +91,32 @@ class Run:
         model: A name in ``MODELS``.
         accumulation: Parts that a batch is split into, one after another.
         options: Training arguments.
-        evaluates: Whether it evaluates and predicts before and after.
+        everything: Whether it evaluates and predicts before and after, saves a checkpoint at step ``SAVED``, and its
+            model at the end.
     """
 
     model: str = "bert"
     accumulation: int = 1
     options: dict[str, Any] = field(default_factory=dict)
-    evaluates: bool = False
+    everything: bool = False
 
 
 _ADAMW = {"optim": "adamw_torch", "learning_rate": 5e-3}
 
 RUNS = {
     "clipped": Run(options={"max_grad_norm": 0.3}),
-    "everything": Run(accumulation=2, options={"max_grad_norm": 0.3, "frobenius_decay": ["ov", "qk", "linear"]}),
+    "everything": Run(
+        accumulation=2,
+        options={
+            "max_grad_norm": 0.3,
+            "frobenius_decay": ["ov", "qk", "linear"],
+            "lr_scheduler_type": "linear",
+            "diagnostics_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": SAVED,
+        },
+        everything=True,
+    ),
     "split groups": Run(options={"frobenius_decay": ["linear", "ov"], "frobenius_coefficient": 0.3}),
     "adamw coupled": Run(
         options=_ADAMW | {"frobenius_mode": "coupled", "frobenius_decay": ["ov", "linear"], "max_grad_norm": 0.3},
@@ -105,51 +124,97 @@ RUNS = {
     "adamw decoupled": Run(options=_ADAMW | {"frobenius_decay": ["ov", "linear"]}),
     "bf16": Run(options={"bf16": True, "learning_rate": 4e-3}),
     "stock-bert": Run("stock-bert", options={"learning_rate": 1e-2}),
-    "evaluated": Run(options={"diagnostics_steps": 2}, evaluates=True),
     "gpt2": Run("gpt2", accumulation=2),
     "marian": Run("marian", accumulation=2),
 }
 
 
-def engine_trainer(folder: Path, engine: str, name: str, world_size: int) -> FLAMBeTrainer:
-    """The trainer of a run under an engine; a batch holds 12 examples, however many processes there are."""
-    run = RUNS[name]
-    assert 12 % (world_size * run.accumulation) == 0
+@dataclass(frozen=True)
+class Job:
+    """A run under an engine, which may go on from a checkpoint that the same run left under another."""
+
+    engine: str
+    run: str = "everything"
+    source: str | None = None
+
+    def folder(self, root: Path) -> Path:
+        """Where it writes."""
+        return root / self.engine / (f"from {self.source}" if self.source else self.run)
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.run}" if self.source is None else f"{self.source} to {self.engine}"
+
+
+def engine_trainer(job: Job, root: Path, world_size: int) -> FLAMBeTrainer:
+    """The trainer of a job."""
+    run = RUNS[job.run]
+    assert BATCH % (world_size * run.accumulation) == 0
     options = {
         "max_steps": STEPS,
         "learning_rate": 1e-2,
-        "per_device_train_batch_size": 12 // world_size // run.accumulation,
+        "per_device_train_batch_size": BATCH // world_size // run.accumulation,
         "per_device_eval_batch_size": 12 // world_size,
         "gradient_accumulation_steps": run.accumulation,
-        **ENGINES[engine],
+        **ENGINES[job.engine],
         **run.options,
     }
-    if engine == "hsdp":
+    if job.engine == "hsdp":
         options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=world_size // 2)
-    trainer = tiny_trainer(folder, MODELS[run.model](), **options)
+    trainer = tiny_trainer(job.folder(root), MODELS[run.model](), **options)
     trainer.train_dataset = trainer.eval_dataset = examples_of(run.model)
     return trainer
 
 
-def train_and_measure(trainer: FLAMBeTrainer, name: str, *, evaluates_before: bool = True) -> dict[str, Any]:
-    """Do a run; what it logged, and what evaluations gave if it has any.
+def do(job: Job, root: Path, world_size: int = 1) -> None:
+    """Do a job in this process, and write its facts and weights, or what went wrong."""
+    forget_engine(job.engine)
+    job.folder(root).mkdir(parents=True, exist_ok=True)
+    try:
+        _do(job, root, world_size)
+    except Exception:
+        (job.folder(root) / f"error-{process()[0]}.txt").write_text(traceback.format_exc())
 
-    Args:
-        trainer: That of the run.
-        name: Name of the run.
-        evaluates_before: Whether the engine can evaluate before a training, which DeepSpeed can in stage 3 only.
-    """
-    facts: dict[str, Any] = {}
-    evaluates = RUNS[name].evaluates
-    if evaluates and evaluates_before:
+
+def _do(job: Job, root: Path, world_size: int) -> None:
+    trainer, folder, facts = engine_trainer(job, root, world_size), job.folder(root), {}
+    everything = RUNS[job.run].everything and job.source is None
+    if everything and not job.engine.startswith("zero"):  # DeepSpeed evaluates before a training in stage 3 only
         facts["before"] = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    if evaluates:
+    trainer.train(resume_from_checkpoint=job.source and str(root / job.source / job.run / f"checkpoint-{SAVED}"))
+    if everything:
         facts["after"] = trainer.evaluate()["eval_loss"]
         outputs = trainer.predict(trainer.eval_dataset).predictions
         facts["predicted"] = sum(float(abs(output).sum()) for output in outputs)
-    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    return {**facts, "losses": losses(trainer), "norms": norms}
+    if RUNS[job.run].everything:
+        trainer.save_model(str(folder / "final"))
+    weights = {key: full(value) for key, value in trainer.model.named_parameters()}
+    if trainer.is_world_process_zero():
+        torch.save(weights, folder / "weights.pt")
+        facts["losses"] = losses(trainer)
+        facts["norms"] = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        facts["distributed_type"] = str(trainer.accelerator.distributed_type)
+        facts["units"] = [type(module).__name__ for module in trainer.model.modules() if isinstance(module, FSDPModule)]
+        facts["optimizer"] = type(innermost(trainer.optimizer)).__name__
+        (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def full(parameter: Tensor) -> Tensor:
+    """All of a parameter; every process must ask for it."""
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor().detach().cpu()
+    if hasattr(parameter, "ds_id"):
+        from deepspeed import zero
+
+        with zero.GatheredParameters(parameter):
+            return parameter.detach().clone()
+    return parameter.detach().clone()
+
+
+def forget_engine(engine: str) -> None:
+    """Remove what accelerate noted of an earlier engine in the environment, unless a launcher chose this one."""
+    if engine != "launched":
+        for variable in [key for key in os.environ if key.startswith(("ACCELERATE_", "FSDP_"))]:
+            del os.environ[variable]
 
 
 def examples_of(model: str) -> list[dict[str, Tensor]]:

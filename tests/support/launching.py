@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -10,19 +11,34 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.ports import free_port
 
+# Tests that launch belong to one group, so that one of pytest's processes alone makes the process to fork from.
+launches = pytest.mark.xdist_group("launches")
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed reads when it is imported
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["datasets", "torch.distributed", "hf_fnl.training.trainer"])
+_FORKS.set_forkserver_preload(["datasets", "torch.distributed.fsdp", "hf_fnl.training.trainer", "hf_fnl", "deepspeed"])
 
 
-def launch(script: Path | str, *arguments: str, processes: int = 2, timeout: float = 300) -> tuple[list[int], str]:
+def launch(
+    script: Path | str, *arguments: str, processes: int = 2, timeout: float = 300, **environment: str
+) -> tuple[list[int], str]:
     """Run a script in some processes, as torchrun does; one process is on its own.
+
+    Args:
+        script: The file, whose ``__name__`` is ``"__main__"``.
+        arguments: Its arguments.
+        processes: How many.
+        timeout: Seconds after which they are ended.
+        environment: Variables beside those of this process and of torchrun.
 
     Returns:
         The exit code of every process, and the end of what they printed. Where one fails, the others are ended.
     """
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
     torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     torchrun |= {"LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0"}
     with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +69,7 @@ def _wait(running: list, until: float) -> None:
 
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    gc.freeze()  # as in conftest.py
     os.environ.clear()
     os.environ.update(environment)
     written = os.open(log, os.O_WRONLY | os.O_CREAT)

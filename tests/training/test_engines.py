@@ -1,62 +1,79 @@
-"""FLAMBeTrainer under every engine gives the losses, gradient norms and weights of one process."""
+"""FLAMBeTrainer under every engine gives what one process gives, and goes on from its checkpoints or says why not."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from engine_cases import MODELS, RUNS, STEPS, engine_trainer, largest_difference, train_and_measure
-from launching import launch
+from engine_cases import MODELS, RUNS, STEPS, Job, do, largest_difference
+from launching import launch, launches
 from torch import nn
 from torch.distributed.tensor import Shard
 from training_cases import tiny_examples, tiny_model, tiny_trainer
 
-from hf_fnl import FLAMBeTrainingArguments
+from hf_fnl import FactorizedBertForPreTraining, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
+from hf_fnl.training.checkpoints import MANIFEST_FILE, checkpoints, fault
 from hf_fnl.training.engines import check_engine, check_optimizer
 
+pytestmark = launches
+pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 WORKER = Path(__file__).parents[1] / "support" / "workers" / "engine_runs.py"
 LIMIT = 1e-5  # of a weight after five steps in fp32: below 2e-6 with AVX-512, 2.7e-6 with AVX2
 
 
-def under(engine: str, *names: str) -> list[tuple[str, str]]:
-    return [(engine, name) for name in names]
-
-
-FAMILIES = {
-    "torch": [
-        *under("ddp", "everything", "evaluated", "adamw coupled"),
-        *under("fsdp2", "everything", "evaluated", "stock-bert", "gpt2", "marian", "bf16"),
-        *under("fsdp2", "adamw coupled", "adamw decoupled"),
-    ],
-    "deepspeed": [
-        *under("zero0", "clipped"),
-        *under("zero1", "everything"),
-        *under("zero2", "split groups", "adamw coupled"),
-        *under("zero3", "everything", "evaluated", "bf16"),
-        *under("zero2-offload", "everything"),
-    ],
-    "four processes": under("hsdp", "clipped"),
+TWO = [
+    *(Job(engine) for engine in ("ddp", "fsdp2", "fsdp2-shards", "zero2", "zero2-offload", "zero3")),
+    Job("ddp", "adamw coupled"),
+    *(Job("fsdp2", run) for run in ("stock-bert", "gpt2", "marian", "bf16", "adamw coupled", "adamw decoupled")),
+    Job("zero0", "clipped"),
+    Job("zero2", "split groups"),
+    Job("zero2", "adamw coupled"),
+    Job("zero3", "bf16"),
+    *(Job(engine, source=engine) for engine in ("ddp", "fsdp2", "zero3")),
+    Job("zero1", source="zero2"),
+]
+FOUR = [Job("hsdp", source="fsdp2-shards")]
+# What an engine cannot go on from, by the number of its processes.
+REFUSED = {
+    2: {
+        Job("fsdp2-shards", source="fsdp2"): "which needs fsdp_state_dict_type=FULL_STATE_DICT in",
+        Job("ddp", source="fsdp2-shards"): "which is of FSDP where this run is of one process or DDP",
+        Job("zero2", source="ddp"): "which is of one process or DDP where this run is of DeepSpeed",
+        Job("zero3", source="zero2"): "which is of another stage of ZeRO than 3",
+    },
+    4: {Job("zero2", source="zero2"): "which is of 2 processes, and this run has 4"},
+    1: {Job("one", source="zero3"): "which is of DeepSpeed where this run is of one process or DDP"},
 }
-EXPECTED_TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "hsdp": "FSDP"}
+ONE = [Job("one", run) for run in sorted({job.run for job in TWO})] + [Job("one", source="ddp")]
+EXPECTED_TYPES = {"one": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP", "fsdp2-shards": "FSDP", "hsdp": "FSDP"}
 
 
-def run_all(folder: Path, runs: list[tuple[str, str]], processes: int) -> None:
-    _, output = launch(WORKER, str(folder), *map("/".join, runs), processes=processes, timeout=600)
-    missing = [run for run in runs if not (folder / "/".join(run) / "facts.json").exists()]
-    assert not missing, f"{missing}\n{output}"
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """The folder in which all jobs were done."""
+    root = tmp_path_factory.mktemp("jobs")
+    for processes, jobs in {2: TWO, 4: FOUR, 1: ONE}.items():
+        jobs = [*jobs, *REFUSED[processes]]
+        if processes == 1:
+            for job in jobs:
+                do(job, root)
+            continue
+        (root / "plan.json").write_text(json.dumps([astuple(job) for job in jobs]))
+        codes, output = launch(WORKER, str(root), str(root / "plan.json"), processes=processes, timeout=600)
+        assert not any(codes), output
+    return root
 
 
-def run_alone(folder: Path, name: str) -> dict[str, Any]:
-    """What one process without any engine makes of a run."""
-    trainer = engine_trainer(folder / "one" / name, "one", name, 1)
-    facts = train_and_measure(trainer, name)
-    weights = {key: parameter.detach().clone() for key, parameter in trainer.model.named_parameters()}
-    return {**facts, "weights": weights}
+def facts_of(job: Job, root: Path) -> dict[str, Any]:
+    for path in job.folder(root).glob("error-*.txt"):
+        pytest.fail(path.read_text()[-3000:])
+    return json.loads((job.folder(root) / "facts.json").read_text())
 
 
 def error_of(name: str, weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -73,37 +90,53 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line)["products"] for line in (folder / DIAGNOSTICS_FILE).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_engine_gives_what_one_process_gives(tmp_path, family):
-    if family == "deepspeed":
-        pytest.importorskip("deepspeed")
-    runs = FAMILIES[family]
-    run_all(tmp_path, runs, processes=4 if family == "four processes" else 2)
-    alone = {name: run_alone(tmp_path, name) for name in {name for _, name in runs}}
-    errors = {}
-    for engine, name in runs:
-        folder, one = tmp_path / engine / name, alone[name]
-        facts = json.loads((folder / "facts.json").read_text())
-        assert facts["distributed_type"] == f"DistributedType.{EXPECTED_TYPES.get(engine, 'DEEPSPEED')}", engine
-        assert facts["optimizer"] == ("AdamW" if name.startswith("adamw") else "FLAMBe"), (engine, name)
-        if "FSDP" in facts["distributed_type"]:  # layers are units, and so gathered one at a time
-            assert any("Layer" in unit or "Block" in unit for unit in facts["units"]), facts["units"]
-        tolerance = 2e-2 if name == "bf16" else 1e-5  # sums of some hundred losses, or of squared gradients
-        assert facts["losses"] == pytest.approx(one["losses"], rel=tolerance), (engine, name)
-        assert len(facts["losses"]) == STEPS
-        if engine != "zero0":  # which does not tell
-            assert facts["norms"] == pytest.approx(one["norms"], rel=2 * tolerance), (engine, name)
-        for measure in {"before", "after", "predicted"} & facts.keys():
-            assert facts[measure] == pytest.approx(one[measure], rel=1e-6), (engine, name, measure)
-        if "after" in facts:
-            for here, there in zip(figures(folder), figures(tmp_path / "one" / name), strict=True):
-                assert here.keys() == there.keys()
-                assert all(here[p] == pytest.approx(there[p], rel=1e-4, abs=1e-5) for p in here), engine
-        error = error_of(name, torch.load(folder / "weights.pt"), one["weights"])
-        # Adam divides gradients that are rounding alone, as those of key biases, by their own size.
-        if error > (0.25 if name == "bf16" else 5e-6 if name.startswith("adamw") else LIMIT):
-            errors[engine, name] = error
-    assert not errors, errors
+@pytest.mark.parametrize("job", [*TWO, *FOUR, ONE[-1]], ids=str)
+def test_every_engine_gives_what_one_process_gives(root, job):
+    """Also where it goes on from a checkpoint, and torch.distributed.checkpoint divides one anew."""
+    facts, one = facts_of(job, root), facts_of(Job("one", job.run), root)
+    assert facts["distributed_type"] == f"DistributedType.{EXPECTED_TYPES.get(job.engine, 'DEEPSPEED')}"
+    assert facts["optimizer"] == ("AdamW" if job.run.startswith("adamw") else "FLAMBe")
+    if "FSDP" in facts["distributed_type"]:  # layers are units, and so gathered one at a time
+        assert any("Layer" in unit or "Block" in unit for unit in facts["units"]), facts["units"]
+    tolerance = 2e-2 if job.run == "bf16" else 1e-5  # sums of some hundred losses, or of squared gradients
+    assert facts["losses"] == pytest.approx(one["losses"], rel=tolerance)
+    assert len(facts["losses"]) == STEPS
+    if job.engine != "zero0":  # which does not tell
+        assert facts["norms"] == pytest.approx(one["norms"], rel=2 * tolerance)
+    for measure in {"before", "after", "predicted"} & facts.keys():
+        assert facts[measure] == pytest.approx(one[measure], rel=1e-6), measure
+    if "after" in facts:
+        pairs = zip(*(figures(each.folder(root)) for each in (job, Job("one", job.run))), strict=True)
+        for here, there in pairs:
+            assert here.keys() == there.keys()
+            assert all(here[p] == pytest.approx(there[p], rel=1e-4, abs=1e-5) for p in here)
+    weights, expected = (torch.load(each.folder(root) / "weights.pt") for each in (job, Job("one", job.run)))
+    # Adam divides gradients that are rounding alone, as those of key biases, by their own size.
+    limit = 0.25 if job.run == "bf16" else 5e-6 if job.run.startswith("adamw") else LIMIT
+    assert error_of(job.run, weights, expected) <= limit
+
+
+@pytest.mark.parametrize(
+    ("processes", "job"), [(processes, job) for processes, jobs in REFUSED.items() for job in jobs], ids=str
+)
+def test_what_an_engine_cannot_go_on_from_is_refused_by_all_processes(root, processes, job):
+    errors = [path.read_text() for path in job.folder(root).glob("error-*.txt")]
+    assert len(errors) == processes
+    assert all(REFUSED[processes][job] in error for error in errors)
+
+
+@pytest.mark.parametrize("job", [job for job in (*TWO, *FOUR, *ONE) if RUNS[job.run].everything], ids=str)
+def test_checkpoints_are_complete_and_the_final_model_is_a_models_folder(root, job):
+    facts_of(job, root)
+    for checkpoint in checkpoints(job.folder(root)):
+        assert fault(checkpoint) is None
+        listed = json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
+        there = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+        assert there == {*listed, MANIFEST_FILE}
+    loaded = FactorizedBertForPreTraining.from_pretrained(job.folder(root) / "final")
+    weights = torch.load(job.folder(root) / "weights.pt")
+    for key, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, weights[key]), key
 
 
 def arguments(tmp_path: Path, **options: Any) -> FLAMBeTrainingArguments:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import launch
 from training_cases import losses, tiny_examples, tiny_model, tiny_trainer
 from transformers import Trainer
 
@@ -24,8 +23,6 @@ from hf_fnl import (
     merge_,
 )
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
-
-WORKER = Path(__file__).parents[1] / "support" / "workers" / "data_parallel.py"
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
@@ -208,22 +205,6 @@ def test_diagnostics_are_logged_and_survive_a_resume(tmp_path):
     records = [json.loads(line) for line in (tmp_path / DIAGNOSTICS_FILE).read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 2, 4]
     assert list(records[0]["products"]) == [p.name for p in find_products(trainer.model, ["ov"])]
-
-
-def run_worker(folder: Path, processes: int, batch_size: int, accumulation: int = 1, stock: bool = False) -> dict:
-    folder.mkdir()
-    arguments = str(folder), str(batch_size), str(accumulation), str(int(stock))
-    codes, output = launch(WORKER, *arguments, processes=processes)
-    assert not any(codes), output
-    return json.loads((folder / "facts.json").read_text()) | {"weights": torch.load(folder / "weights.pt")}
-
-
-def test_two_processes_give_the_losses_and_weights_of_one(tmp_path):
-    one = run_worker(tmp_path / "one", processes=1, batch_size=8)
-    two = run_worker(tmp_path / "two", processes=2, batch_size=4)
-    assert (two["world_size"], two["distributed_type"], two["optimizer"]) == (2, "DistributedType.MULTI_CPU", "FLAMBe")
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert_close(two["weights"], one["weights"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import engine_trainer, largest_difference, train_and_measure
+from engine_cases import Job, do, largest_difference
 
 WORKER = Path(__file__).parents[1] / "support" / "workers" / "engine_runs.py"
 PORT = "29540"  # nobody else listens in a namespace of one's own
-NAME = "everything"
+RUN = "split groups"
 LAUNCH = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 _numbers = itertools.count()
 
@@ -60,7 +60,7 @@ def run_on_both(hosts: list[list[str]], tmp_path: Path) -> Iterator[Callable[[li
             command = [*host, sys.executable, "-m", "accelerate.commands.launch", *options]
             command += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)]
             command += ["--main_process_ip", "10.77.0.1", "--main_process_port", PORT, "--mixed_precision", "no"]
-            command += ["--dynamo_backend", "no", str(WORKER), str(tmp_path), f"launched/{NAME}"]
+            command += ["--dynamo_backend", "no", str(WORKER), str(tmp_path), str(tmp_path / "plan.json")]
             with (tmp_path / f"host{rank}.log").open("w") as log:
                 started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
         for process in started:
@@ -75,13 +75,12 @@ def run_on_both(hosts: list[list[str]], tmp_path: Path) -> Iterator[Callable[[li
 
 
 def test_two_hosts_give_what_one_process_gives(run_on_both, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps([("launched", RUN)]))
     said = run_on_both(LAUNCH)
-    written = tmp_path / "launched" / NAME
+    written, one = (Job(engine, RUN).folder(tmp_path) for engine in ("launched", "one"))
     assert (written / "facts.json").exists(), said
-    facts = json.loads((written / "facts.json").read_text())
-    trainer = engine_trainer(tmp_path / "one", "one", NAME, 1)
-    one = train_and_measure(trainer, NAME)
-    weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    do(Job("one", RUN), tmp_path)
+    facts, expected = (json.loads((folder / "facts.json").read_text()) for folder in (written, one))
     assert (facts["distributed_type"], facts["optimizer"]) == ("DistributedType.FSDP", "FLAMBe")
-    assert facts["losses"] == pytest.approx(one["losses"], rel=1e-6)
-    assert largest_difference(torch.load(written / "weights.pt"), weights) < 2e-6
+    assert facts["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert largest_difference(*(torch.load(folder / "weights.pt") for folder in (written, one))) < 2e-6

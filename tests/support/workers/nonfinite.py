@@ -16,8 +16,7 @@ from hf_fnl.training.engines import innermost
 from hf_fnl.utils.processes import close_process_group, process
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from engine_cases import ENGINES
-from engine_runs import forget_engine
+from engine_cases import ENGINES, forget_engine
 from training_cases import tiny_trainer
 
 
@@ -48,8 +47,9 @@ def main(output_dir: str, *runs: str) -> None:
     torch.distributed.init_process_group("gloo")
     found = {}
     for name in runs:
-        forget_engine()
-        found[name] = run(Path(output_dir), *name.split("/"))
+        engine, action = name.split("/")
+        forget_engine(engine)
+        found[name] = run(Path(output_dir), engine, action)
         gc.collect()
     (Path(output_dir) / f"{process()[0]}.json").write_text(json.dumps(found))
 
