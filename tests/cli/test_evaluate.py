@@ -3,9 +3,11 @@
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from launching import FORKS, launches
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -74,10 +76,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["evaluate", *map(str, words)])
+    with mock.patch("multiprocessing.get_context", lambda method: FORKS):
+        result = CliRunner().invoke(app, ["evaluate", *map(str, words)])
     return result.exit_code, result.stdout, result.stderr
 
 
+@launches
 def test_two_models_stand_side_by_side(folder: Path) -> None:
     options = ("--texts", folder / "t.txt", "--tokens", 100, "--length", 20, "--stride", 10)
     code, output, errors = run(folder / "dense", folder / "small", *options, "--json")
@@ -94,6 +98,7 @@ def test_two_models_stand_side_by_side(folder: Path) -> None:
     assert all(each > 0 for row in (dense, small) for each in (*row["tokens_per_second"].values(), row["peak_memory"]))
 
 
+@launches
 def test_int8_stands_beside_each_model(folder: Path) -> None:
     options = ("--texts", folder / "t.txt", "--tokens", 60, "--length", 20, "--stride", 10, "--int8")
     code, output, errors = run(folder / "dense", folder / "small", *options, "--json")
@@ -109,6 +114,7 @@ def test_int8_stands_beside_each_model(folder: Path) -> None:
     assert rows[3]["bytes"] < rows[1]["bytes"]
 
 
+@launches
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

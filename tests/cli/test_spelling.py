@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
@@ -149,33 +148,12 @@ def test_help_shows_every_text_as_it_is_written(name):
         assert " ".join(text.split()) in shown
 
 
-def modules_after(code: str, *command: object) -> set[str]:
-    """Names of the modules that are there when a program ends; ``-c`` unless it is run as ``command``."""
-    program = f"{code}\nimport sys\nprint(' '.join(sys.modules))"
-    if command:
-        Path(command[0]).write_text(program)
-    words = [sys.executable, *map(str, command or ("-c", program))]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split())
-
-
 def test_the_command_line_imports_no_torch_to_help(tmp_path):
-    call = "import contextlib\nfrom hf_fnl.cli import main\nwith contextlib.suppress(SystemExit): main()"
-    assert not {"torch", "transformers", "datasets"} & modules_after(call, tmp_path / "hf-fnl", "--help")
-
-
-def test_public_names_and_models_are_there_in_a_program_that_is_called_as_ours(tmp_path):
-    code = (
-        "import hf_fnl\nassert hf_fnl.factorize_ and 'FLAMBe' in dir(hf_fnl)\nfrom hf_fnl import Lamb\n"
-        "from transformers import AutoConfig\n"
-        "assert type(AutoConfig.for_model('factorized_bert')).__name__ == 'FactorizedBertConfig'"
-    )
-    assert "datasets" not in modules_after(code, tmp_path / "hf-fnl")
-
-
-def test_no_program_of_a_user_is_taken_for_the_command_line(tmp_path):
-    code = "import sys\nsys.argv = ['hf-fnl', '--help']\nimport hf_fnl"
-    assert "hf_fnl.models" in modules_after(code, tmp_path / "train.py", "-m", "hf_fnl")
+    program = "import contextlib, sys\nfrom hf_fnl.cli import main\nwith contextlib.suppress(SystemExit): main()\n"
+    (tmp_path / "hf-fnl").write_text(f"{program}print(' '.join(sys.modules))")
+    words = [sys.executable, tmp_path / "hf-fnl", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "datasets"} & set(done.stdout.splitlines()[-1].split())
 
 
 def test_python_dash_m_is_told_from_other_modules(monkeypatch):

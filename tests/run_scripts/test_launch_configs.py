@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from launching import launch, launches
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "run_scripts" / "launch"
@@ -101,24 +101,21 @@ def test_deepspeed_reads_the_stage_and_the_offload_of_the_name(path):
     assert {config[name] for name in batch} == {"auto"}
 
 
-def test_deepspeed_itself_accepts_every_json():
+@launches
+def test_deepspeed_itself_accepts_every_json(tmp_path):
     """In a process of its own: importing DeepSpeed changes logging and warns."""
-    code = """
+    (tmp_path / "read.py").write_text("""
 import json, sys
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 for path in sys.argv[1:]:
     zero = json.load(open(path))["zero_optimization"]
     known = {key: 1000 if value == "auto" else value for key, value in zero.items()}
     print("stage", int(DeepSpeedZeroConfig(**known).stage))
-"""
+""")
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, JSONS)], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    stages = re.findall(r"^stage (\d)$", done.stdout, re.MULTILINE)
-    assert stages == [path.stem[4] for path in JSONS]
+    codes, output = launch(tmp_path / "read.py", *JSONS, processes=1)
+    assert codes == [0], output
+    assert re.findall(r"^stage (\d)$", output, re.MULTILINE) == [path.stem[4] for path in JSONS]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=stem)

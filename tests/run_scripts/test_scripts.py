@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import evaluate_squad
@@ -15,7 +12,7 @@ import pytest
 import torch
 import yaml
 from after_cases import check_next_steps, check_settings
-from launching import free_port
+from launching import accelerate_launch, launches
 from transformers import AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
@@ -207,13 +204,11 @@ def test_a_broken_off_run_is_not_overwritten_and_goes_on(tmp_path):
     assert again["parameters"] == whole["parameters"]
 
 
+@launches
 def test_two_launched_processes_have_the_losses_of_one(tmp_path):
     flags = f"{TINY_MODEL} {QUIET} --phases 16:4 --learning_rate 0.01 --dropout 0 --per_device_train_batch_size".split()
-    config = ["--config_file", "run_scripts/launch/two_cpu_processes.yaml", "run_scripts/pretrain_bert.py"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *config, *flags, "4", "--output_dir", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    config = f"--config_file {ROOT}/run_scripts/launch/two_cpu_processes.yaml {pretrain_bert.__file__}".split()
+    accelerate_launch(*config, *flags, "4", "--output_dir", str(tmp_path))
     pretrain_bert.main([*flags, "8", "--output_dir", str(tmp_path / "one")])
 
     def losses(folder: Path) -> list[float]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +13,7 @@ import train_clm
 import train_translation
 import train_vision
 from engine_cases import tiny_gpt2
-from launching import free_port
+from launching import accelerate_launch, launches
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -27,8 +24,7 @@ from hf_fnl.tasks.beam_search import translate
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.averaging import average_checkpoints, newest_checkpoints
 
-# One process launches once for all of these tests.
-pytestmark = pytest.mark.xdist_group("scripts and engines")
+pytestmark = launches
 
 ROOT = Path(__file__).parents[2]
 QUIET = "--use_cpu --report_to none --disable_tqdm true --logging_steps 1"
@@ -59,26 +55,15 @@ def flags(script: str, folder: Path, batch_size: int) -> list[str]:
     return f"{batch} {strategy} {QUIET} {RUNS[script]}".split()
 
 
-def launch(engine: str, folder: Path) -> None:
+def run_under(engine: str, folder: Path) -> None:
     """Run all scripts in two processes, by the configuration of an engine."""
     (folder / "runs.json").write_text(json.dumps({script: flags(script, folder, 4) for script in LAUNCHES[engine]}))
     config = ["--config_file", str(ROOT / "run_scripts" / "launch" / f"{engine}.yaml"), "--num_processes", "2"]
-    config += ["--main_process_port", str(free_port()), "--num_cpu_threads_per_process", "1"]
     config += ["--mixed_precision", "no"] if engine == "fsdp2" else []
-    worker = ["tests/support/workers/script_runs.py", str(folder / "runs.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *config, *worker],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    accelerate_launch(*config, str(ROOT / "tests/support/workers/script_runs.py"), str(folder / "runs.json"))
     for script in LAUNCHES[engine]:  # accelerate takes another engine without a word where it cannot have one
         found = [path.read_text() for path in sorted((folder / script).glob("engine-*.json"))]
-        assert found == [json.dumps((ENGINES[engine], 2))] * 2, done.stderr[-4000:]
-    missing = [script for script in LAUNCHES[engine] if not (folder / script / "model.safetensors").is_file()]
-    assert not missing, f"{missing}\n{done.stderr[-4000:]}"
+        assert found == [json.dumps((ENGINES[engine], 2))] * 2
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +72,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("scripts")
     for engine in LAUNCHES:
         (root / engine).mkdir()
-        launch(engine, root / engine)
+        run_under(engine, root / engine)
     for script, module in ALIKE_IN_ONE_PROCESS.items():
         module.main(flags(script, root / "one", 8))
     return root

@@ -10,7 +10,7 @@ import torch
 import train_translation
 import translate as translate_script
 from after_cases import check_next_steps, check_settings
-from launching import launch
+from launching import launch, launches
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 from translation_cases import PAIRS, phrases, tiny_marian, tiny_tokenizer
 
@@ -175,7 +175,7 @@ def test_a_broken_off_run_is_not_overwritten_and_goes_on(trained):
     assert train(folder, *again, "--resume_from_checkpoint", "true")["parameters"] == metrics["parameters"]
 
 
-@pytest.mark.slow
+@launches
 def test_two_processes_write_what_one_writes(tmp_path):
     flags = [*TINY.split(), "--save_strategy", "no", "--dropout", "0"]
     codes, output = launch(train_translation.__file__, *flags, "--output_dir", str(tmp_path / "two"))

@@ -15,7 +15,7 @@ import torch
 import train_vision
 import yaml
 from after_cases import check_next_steps, check_settings
-from launching import launch
+from launching import launch, launches
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
 from vision_script_cases import (
@@ -250,7 +250,7 @@ def test_two_accumulation_steps_have_the_losses_of_one(one_picture, network, tmp
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
 
-@pytest.mark.slow
+@launches
 def test_two_processes_train_and_merge_as_one(one_picture, tmp_path):
     options = {**one_picture, "overcomplete": "full", "decay": "frobenius"}
     one = train(tmp_path / "one", **options, per_device_train_batch_size=8)

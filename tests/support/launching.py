@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import multiprocessing
 import os
@@ -10,8 +11,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from accelerate.commands.launch import launch_command, launch_command_parser
 
 from benchmarks.ports import free_port
 
@@ -19,8 +22,8 @@ from benchmarks.ports import free_port
 launches = pytest.mark.xdist_group("launches")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed reads when it is imported
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["datasets", "torch.distributed.fsdp", "hf_fnl.training.trainer", "hf_fnl", "deepspeed"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["datasets", "torch.distributed.fsdp", "hf_fnl.training.trainer", "hf_fnl", "deepspeed"])
 
 
 def launch(
@@ -47,12 +50,27 @@ def launch(
         for rank, log in enumerate(logs):
             places = torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             work = str(script), list(map(str, arguments)), common | places, str(log)
-            running.append(_FORKS.Process(target=_run, args=work))
+            running.append(FORKS.Process(target=_run, args=work))
         for process in running:
             process.start()
         _wait(running, time.monotonic() + timeout)
         output = "\n".join(log.read_text()[-4000:] for log in logs if log.exists())
     return [process.exitcode for process in running], output
+
+
+def accelerate_launch(*arguments: str) -> None:
+    """Do what ``accelerate launch`` does with these arguments, but that the processes are forked.
+
+    Raises:
+        AssertionError: If a process fails.
+    """
+
+    def run(args: argparse.Namespace) -> None:
+        codes, output = launch(args.training_script, *args.training_script_args, processes=int(args.nproc_per_node))
+        assert not any(codes), output
+
+    with mock.patch("torch.distributed.run.run", run):
+        launch_command(launch_command_parser().parse_args(arguments))
 
 
 def _wait(running: list, until: float) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import torch
 import train_clm
 from accelerate.data_loader import prepare_data_loader
 from after_cases import check_next_steps, check_settings
-from launching import free_port
+from launching import launch, launches
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
@@ -404,26 +401,13 @@ def test_bad_flags_are_refused_before_anything_is_written(tmp_path, flags, messa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@launches
 def test_two_processes_train_and_evaluate_as_one(tmp_path, held_out):
     flags = ("--dropout", "0", "--frobenius_decay", "none", "--optim", "lamb")
     one = run(tmp_path / "one", *flags, *held_out)
-    config = ROOT / "run_scripts" / "launch" / "two_cpu_processes.yaml"
-    command = ["accelerate.commands.launch", "--config_file", str(config), str(ROOT / "run_scripts" / "train_clm.py")]
-    given = [
-        *TINY.split(),
-        *flags,
-        *held_out,
-        "--output_dir",
-        str(tmp_path / "two"),
-        "--per_device_train_batch_size",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, *given], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = f"--output_dir {tmp_path}/two --per_device_train_batch_size 2".split()
+    codes, output = launch(train_clm.__file__, *TINY.split(), *flags, *held_out, *given)
+    assert not any(codes), output
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (two["eval_tokens"], two["eval_words"]) == (one["eval_tokens"], one["eval_words"])
     assert two["eval_nats_per_token"] == pytest.approx(one["eval_nats_per_token"], rel=1e-4)

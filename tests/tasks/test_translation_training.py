@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import launch
+from launching import launch, launches
 from torch.nn import functional as F
 from translation_cases import losses, tiny_trainer
 
@@ -140,6 +140,7 @@ def run_two_processes(folder: Path) -> dict:
     return json.loads((folder / "facts.json").read_text())
 
 
+@launches
 def test_two_processes_share_the_batches_equal_accumulation_and_resume(tmp_path):
     two = run_two_processes(tmp_path)
     assert two["distributed_type"] == "DistributedType.MULTI_CPU"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -340,25 +340,26 @@ def test_a_fresh_run_into_the_folder_of_another_is_refused(copy, run):
     tiny_trainer(copy, **{**SAVES, "save_strategy": "no"}).train()  # which writes no checkpoints
 
 
-HOLD = """
-import sys, pathlib
-from hf_fnl.training.run_lock import locked
-with locked(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+def hold(folder, is_held):
+    with locked(folder):
+        is_held.set()
+        signal.pause()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_runs_in_one_folder(tmp_path):
-    held = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        message = f"is in use by process {other.pid} on {socket.gethostname()}: choose another output_dir"
-        with pytest.raises(RuntimeError, match=message):
-            tiny_trainer(tmp_path).train()
-        with pytest.raises(RuntimeError, match=message):
-            check_output_folder(FLAMBeTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
-        other.kill()
+    forks = multiprocessing.get_context("fork")
+    is_held = forks.Event()
+    other = forks.Process(target=hold, args=(tmp_path, is_held))
+    other.start()
+    assert is_held.wait(60)
+    message = f"is in use by process {other.pid} on {socket.gethostname()}: choose another output_dir"
+    with pytest.raises(RuntimeError, match=message):
+        tiny_trainer(tmp_path).train()
+    with pytest.raises(RuntimeError, match=message):
+        check_output_folder(FLAMBeTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    other.kill()
+    other.join()
     assert (tmp_path / LOCK_FILE).is_file()
     tiny_trainer(tmp_path, max_steps=1).train()  # takes over the lock of the dead
     assert not (tmp_path / LOCK_FILE).exists()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from launching import launch
+from launching import launch, launches
 from low_rank_cases import (
     DEFAULTS,
     SWITCH,
@@ -231,6 +231,7 @@ def run_worker(folder: Path, processes: int, batch_size: int) -> dict:
     return json.loads((folder / "facts.json").read_text()) | {"weights": torch.load(folder / "weights.pt")}
 
 
+@launches
 def test_two_processes_give_the_losses_and_weights_of_one(tmp_path):
     one = run_worker(tmp_path / "one", processes=1, batch_size=8)
     two = run_worker(tmp_path / "two", processes=2, batch_size=4)

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import launches
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from training_cases import losses, tiny_trainer
 
-WORKER = Path(__file__).parents[1] / "support" / "workers" / "fault_elastic.py"
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+pytestmark = launches
 
 
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(WORKER.parent))
+    """By what torchrun calls, with processes that are forked from one that has imported what they need."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "support" / "workers")
     from fault_elastic import LOST_AT, SAVE_STEPS, STEPS, main
 
     folder = tmp_path / "two"
-    command = [sys.executable, *LAUNCH, "--monitor-interval=0.1", str(WORKER), str(folder), "4"]
-    # As in run_scripts/launch/elastic.sh.
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as in run_scripts/launch/elastic.sh
+    places = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "elastic"}
+    processes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "max_restarts": 3, "start_method": "forkserver"}
+    elastic_launch(LaunchConfig(**places, **processes, monitor_interval=0.1), main)(str(folder), "4")
     events = [json.loads(line) for line in (folder / "events-0.jsonl").read_text().splitlines()]
     assert [event["begin"] for event in events if "begin" in event] == [0, LOST_AT - SAVE_STEPS]
     undisturbed = tiny_trainer(tmp_path / "one", max_steps=STEPS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import launch, launches
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from training_cases import losses, tiny_trainer
@@ -244,6 +244,7 @@ ENGINES = {
 }
 
 
+@launches
 def test_all_processes_decide_alike(tmp_path):
     """The loss is infinite in the second of two processes only."""
     runs = [f"{engine}/{action}" for engine, (_, steps) in ENGINES.items() for action in steps]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from launching import launch, launches
 from reference.flambe import ReferenceFLAMBe
 from sharded_cases import batches, build, groups_of, products_of
 
@@ -80,6 +80,7 @@ def error_of(case: dict[str, Any], weights: dict[str, torch.Tensor]) -> float:
     return (sum(squares[0]) / sum(squares[1])).sqrt().item()
 
 
+@launches
 @pytest.mark.parametrize("family", ["torch", "deepspeed"])
 def test_two_processes_equal_the_oracle(family, tmp_path):
     if family == "deepspeed":

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from launching import launch
+from launching import launch, launches
 from stream_cases import COUNT, TRAINED, Recorder, stream
 from training_cases import losses, tiny_model
 
@@ -203,6 +203,7 @@ def test_other_readers_read_up_to_the_step(tmp_path, caplog):
     assert len(read_again.batches) >= 6
 
 
+@launches
 def test_two_processes_share_a_stream_and_go_on(tmp_path):
     (tmp_path / "here.jsonl").write_text(lines(TEXTS))
     codes, output = launch("tests/support/workers/stream_runs.py", str(tmp_path))

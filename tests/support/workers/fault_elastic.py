@@ -36,8 +36,4 @@ def main(folder: str, batch_size: str) -> None:
     trainer.callback_handler.callbacks.insert(0, Loss())
     trainer.add_callback(Recorder(Path(folder) / f"events-{trainer.args.process_index}.jsonl"))
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
     close_process_group()
