@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: object) -> tuple[int, str, str]:
-    with mock.patch("multiprocessing.get_context", lambda method: FORKS):
+    with mock.patch("multiprocessing.get_context", return_value=FORKS):
         result = CliRunner().invoke(app, ["evaluate", *map(str, words)])
     return result.exit_code, result.stdout, result.stderr
 

@@ -1,186 +1,158 @@
-"""The Hub: the real client against a stand-in server; what goes up comes down, and what breaks says so."""
+"""The Hub, whose repositories lie in memory here: our card goes up with the weights, unless a person wrote one."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, USER, File, HubServer, Repo
-from huggingface_hub import ModelCard
+import torch
+from bert_cases import LOW, SIZES
+from hub_cards import card_problems
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, RepoUrl, repocard
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load
+from training_cases import tiny_trainer
 
+from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM
+from hf_fnl.models import cards
 from hf_fnl.models.cards import MARK, is_automatic
 
-# One process launches once for all of these tests.
-pytestmark = pytest.mark.xdist_group("hub")
-
-WORKER = Path(__file__).parents[1] / "support" / "workers" / "hub_client.py"
 WEIGHTS = "model.safetensors"
 FILES = {"README.md", "config.json", WEIGHTS}
 HAND_WRITTEN = "---\nlicense: mit\n---\n\n# Ours\n\nWritten by hand.\n"
-
-Do = Callable[..., Any]
-
-
-class Failed(Exception):
-    """A step of the client failed."""
+AUTOMATIC = "---\nlicense: mit\n---\n\n<!-- This model card has been generated automatically -->\n"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
+class Hub:
+    """Repositories in memory: files by name, and the tokens and privacy that they were made and written with."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.calls: list[tuple[str, Any, Any]] = []
 
-@pytest.fixture(scope="module")
-def client(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen]:
-    settings = {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(tmp_path_factory.mktemp("hf_home")),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",  # its chunks go to a service of its own, by a compiled client
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-    }
-    with subprocess.Popen(
-        [sys.executable, str(WORKER)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, **settings},
-    ) as process:
-        yield process
-        process.kill()
+    def create_repo(self, repo_id: str, *, token: Any = None, private: Any = None, **_: Any) -> RepoUrl:
+        repo_id = repo_id if "/" in repo_id else f"tester/{repo_id}"
+        self.repos.setdefault(repo_id, {})
+        self.calls.append(("create", token, private))
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def create_commit(self, repo_id: str, operations: Any, *, token: Any = None, **_: Any) -> CommitInfo:
+        for operation in operations:
+            with operation.as_file() as file:
+                self.repos[repo_id][operation.path_in_repo] = file.read()
+        self.calls.append(("commit", token, None))
+        return CommitInfo(f"https://huggingface.co/{repo_id}/commit/0", "", "", "0")
+
+    def upload_folder(self, repo_id: str, folder_path: Path, *, token: Any = None, **_: Any) -> CommitInfo:
+        files = [path for path in Path(folder_path).iterdir() if path.is_file()]
+        return self.create_commit(repo_id, [CommitOperationAdd(path.name, path) for path in files], token=token)
+
+    def download(self, repo_id: str, filename: str, **_: Any) -> str:
+        if filename not in self.repos.get(repo_id, {}):
+            raise EntryNotFoundError("there is no such file")
+        path = self.folder / filename
+        path.write_bytes(self.repos[repo_id][filename])
+        return str(path)
+
+    def card(self, repo_id: str) -> ModelCard:
+        written = ModelCard(self.repos[repo_id]["README.md"].decode())
+        assert card_problems(str(written)) == []
+        return written
 
 
 @pytest.fixture
-def do(server: HubServer, client: subprocess.Popen) -> Do:
-    """Have the client do a step, with an empty cache and an empty Hub when the test starts."""
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path_factory.mktemp("hub"))
+    for name in ("create_repo", "create_commit", "upload_folder"):
 
-    def do(step: str, **options: Any) -> Any:
-        client.stdin.write(json.dumps([step, options]) + "\n")
-        client.stdin.flush()
-        answer = json.loads(client.stdout.readline())
-        if "error" in answer:
-            raise Failed(answer["error"])
-        return answer["result"]
+        def call(api: HfApi, *args: Any, ours: Any = getattr(hub, name), **options: Any) -> Any:
+            return ours(*args, **{**options, "token": options.get("token") or api.token})
 
-    for state in (server.repos, server.storage, server.requests):
-        state.clear()
-    do("forget")
-    return do
+        monkeypatch.setattr(HfApi, name, call)
+    monkeypatch.setattr(ModelCard, "validate", lambda card, *_, **__: card_problems(str(card)))
+    for module in (cards, repocard):
+        monkeypatch.setattr(module, "hf_hub_download", hub.download)
+    return hub
 
 
-def card(server: HubServer, repo: str) -> ModelCard:
-    return ModelCard(server.repos[repo].files["README.md"].content.decode())
+def draw() -> FactorizedBertForMaskedLM:
+    torch.manual_seed(0)
+    return FactorizedBertForMaskedLM(FactorizedBertConfig(**SIZES, **LOW))
 
 
-def put_card(server: HubServer, repo: str, content: str) -> None:
-    server.repos.setdefault(repo, Repo()).commit({"README.md": File(content.encode(), lfs=False)})
-
-
-@pytest.mark.parametrize("auto", [False, True], ids=["our-class", "auto-class"])
-def test_what_is_pushed_comes_down_bit_for_bit(server, do, auto):
-    pushed = do("push", repo="tester/bert")
-    assert set(server.repos["tester/bert"].files) == FILES
-    assert server.repos["tester/bert"].files[WEIGHTS].lfs
-    assert do("load", repo="tester/bert", auto=auto) == {"class": "FactorizedBertForMaskedLM", "digest": pushed}
-
-
-def test_a_push_without_a_change_makes_no_commit(server, do):
-    do("push", repo="tester/bert")
-    commits = len(server.repos["tester/bert"].commits)
-    do("push", repo="tester/bert")
-    assert len(server.repos["tester/bert"].commits) == commits
-
-
-def test_our_card_lies_beside_the_weights(server, do):
-    do("push", repo="bert", tags=["tiny"])
-    written = card(server, f"{USER}/bert")
-    assert "POST /api/validate-yaml" in server.requests
-    assert do("validate", content=str(written)) is None
-    assert written.data.library_name == "transformers"
-    assert written.data.pipeline_tag == "fill-mask"
+def test_our_card_lies_beside_the_weights_and_goes_up_as_they_do(hub):
+    model = draw()
+    model.push_to_hub("bert", tags=["tiny"], token="secret", private=True)
+    assert set(hub.repos["tester/bert"]) == FILES
+    assert {token for _, token, _ in hub.calls} == {"secret"}
+    assert {private for call, _, private in hub.calls if call == "create"} == {True}
+    weights = load(hub.repos["tester/bert"][WEIGHTS])
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    written = hub.card("tester/bert")
+    assert (written.data.library_name, written.data.pipeline_tag) == ("transformers", "fill-mask")
     assert written.data.tags == ["hf_fnl", "low-rank", "tiny"]
     assert "`qk_rank` 5, `ov_rank` 2" in written.text
-    assert f'from_pretrained("{USER}/bert")' in written.text
+    assert 'from_pretrained("tester/bert")' in written.text
 
 
-@pytest.mark.parametrize(
-    ("found", "kept"),
-    [
-        (HAND_WRITTEN, True),
-        ("---\nlicense: mit\n---\n\n<!-- This model card has been generated automatically -->\n", False),
-    ],
-    ids=["by-hand", "automatic"],
-)
-@pytest.mark.parametrize("step", ["push", "train"])
-def test_only_an_automatic_card_of_the_repository_is_replaced(server, do, tmp_path, step, found, kept):
-    put_card(server, "tester/bert", found)
-    do(step, repo="tester/bert", **({"folder": str(tmp_path)} if step == "train" else {}))
-    written = card(server, "tester/bert")
+@pytest.mark.parametrize(("found", "kept"), [(HAND_WRITTEN, True), (AUTOMATIC, False)], ids=["by-hand", "automatic"])
+@pytest.mark.parametrize("trains", [False, True], ids=["model", "run"])
+def test_only_an_automatic_card_of_the_repository_is_replaced(hub, tmp_path, trains, found, kept):
+    hub.repos["tester/bert"] = {"README.md": found.encode()}
+    if trains:
+        trainer = tiny_trainer(tmp_path, max_steps=1, hub_model_id="tester/bert")
+        trainer.train()
+        trainer.push_to_hub()
+    else:
+        draw().push_to_hub("tester/bert")
+    written = hub.card("tester/bert")
     assert (str(written) == found) == kept
     assert (MARK in written.text) != kept
     assert written.data.license == "mit"
-    assert WEIGHTS in server.repos["tester/bert"].files
+    assert WEIGHTS in hub.repos["tester/bert"]
 
 
-def test_saving_writes_a_card_only_if_it_is_to_be_pushed(server, do, tmp_path):
-    do("save", folder=str(tmp_path / "kept"))
+def test_saving_writes_a_card_only_if_it_is_to_be_pushed(hub, tmp_path):
+    draw().save_pretrained(tmp_path / "kept")
     assert not (tmp_path / "kept" / "README.md").exists()
-    saved = do("save", folder=str(tmp_path / "bert"), push_to_hub=True)
+    draw().save_pretrained(tmp_path / "bert", push_to_hub=True)
     assert is_automatic(tmp_path / "bert" / "README.md")
-    assert set(server.repos["tester/bert"].files) == FILES
-    assert do("load", repo="tester/bert")["digest"] == saved
+    assert set(hub.repos["tester/bert"]) == FILES
 
 
-def test_the_record_of_the_folder_that_a_model_was_loaded_from_is_in_its_card(server, do, tmp_path):
-    do("save", folder=str(tmp_path))
+def test_the_record_of_the_folder_that_a_model_was_loaded_from_is_in_its_card(hub, tmp_path):
+    draw().save_pretrained(tmp_path)
     (tmp_path / "metrics.json").write_text('{"phase-1": {"eval_mlm_accuracy": 0.25}}')
     (tmp_path / "run_config.json").write_text('{"optim": "flambe", "validation_dataset": "org/texts"}')
-    do("push_folder", folder=str(tmp_path), repo="tester/bert")
-    written = card(server, "tester/bert")
+    FactorizedBertForMaskedLM.from_pretrained(tmp_path).push_to_hub("tester/bert")
+    written = hub.card("tester/bert")
     assert "flambe" in written.data.tags
     assert "| phase-1 / eval_mlm_accuracy | 0.25 |" in written.text
 
 
-def test_a_trainer_pushes_the_card_of_its_run(server, do, tmp_path):
-    assert do("train", folder=str(tmp_path), repo="tester/run", license="mit", tags="tiny") is None
-    written = card(server, "tester/run")
+def test_a_trainer_pushes_the_card_of_its_run(hub, tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, hub_model_id="tester/run")
+    trainer.train()
+    trainer.push_to_hub(license="mit", tags="tiny")
+    written = hub.card("tester/run")
     assert str(written) == (tmp_path / "README.md").read_text()
     assert written.data.license == "mit"
     assert written.data.tags == ["hf_fnl", "low-rank", "flambe", "tiny"]
     for line in ("| optimizer steps | 2 |", "| `optim` | flambe |", "| `frobenius_decay` | ov |", "| train_loss |"):
         assert line in written.text
-    assert WEIGHTS in server.repos["tester/run"].files
+    assert WEIGHTS in hub.repos["tester/run"]
 
 
-def test_a_card_by_hand_in_the_folder_goes_up_but_no_file_that_it_links_to(server, do, tmp_path):
-    do("save", folder=str(tmp_path / "bert"))
+def test_a_card_by_hand_in_the_folder_goes_up_but_no_file_that_it_links_to(hub, tmp_path):
+    draw().save_pretrained(tmp_path / "bert")
     (tmp_path / "secret").write_text("# Nobody's business\n")
     local = tmp_path / "bert" / "README.md"
     local.symlink_to(tmp_path / "secret")
-    do("push_folder", folder=str(tmp_path / "bert"), repo="tester/linked")
-    assert MARK in card(server, "tester/linked").text
+    FactorizedBertForMaskedLM.from_pretrained(tmp_path / "bert").push_to_hub("tester/linked")
+    assert MARK in hub.card("tester/linked").text
     local.unlink()
     local.write_text(HAND_WRITTEN)
-    do("push_folder", folder=str(tmp_path / "bert"), repo="tester/bert")
-    assert str(card(server, "tester/bert")) == HAND_WRITTEN
-
-
-def test_a_card_is_pushed_as_the_model_is_with_its_token_and_in_private(server, do):
-    with pytest.raises(Failed, match=r"HfHubHTTPError: .*401(.|\n)*Invalid credentials in Authorization header"):
-        do("push", repo="tester/bert", token="hf_the_wrong_one")
-    assert not server.repos
-    pushed = do("push", repo="tester/secret", private=True)
-    assert server.repos["tester/secret"].private
-    assert do("load", repo="tester/secret")["digest"] == pushed
+    FactorizedBertForMaskedLM.from_pretrained(tmp_path / "bert").push_to_hub("tester/bert")
+    assert str(hub.card("tester/bert")) == HAND_WRITTEN
