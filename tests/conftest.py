@@ -49,6 +49,12 @@ def imported_for_good() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same random numbers whenever it runs."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of the real data sets that lie beside the repository; skips where it is absent."""

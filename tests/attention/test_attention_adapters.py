@@ -111,7 +111,6 @@ class GPT2LikeAttention(nn.Module):
 
 @pytest.mark.parametrize(("qk", "ov", "is_cross"), [(6, 15, False), (12, 9, True)], ids=["self", "cross"])
 def test_heads_of_gpt2_may_have_two_widths(qk, ov, is_cross):
-    torch.manual_seed(0)
     attention = GPT2LikeAttention(qk, ov, is_cross)
     inputs = list(attention.c_attn.weight.split([qk] * (2 - is_cross) + [ov], dim=1))
     if is_cross:
@@ -166,7 +165,6 @@ def test_products_are_what_an_attention_computes(name, run, product_name, scale)
 
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 7, "vdim": 5}], ids=["one-size", "three-sizes"])
 def test_torchs_attention(sizes):
-    torch.manual_seed(0)
     attention = nn.MultiheadAttention(HIDDEN, HEADS, batch_first=True, **sizes)
     qk, ov = (product.matrix(attention) for product in find_products(attention, ["qk", "ov"]))
     x, k, v = (torch.randn(1, 4, size) for size in (HIDDEN, sizes.get("kdim", HIDDEN), sizes.get("vdim", HIDDEN)))
@@ -263,7 +261,6 @@ class HeadAttention(nn.Module):
     ],
 )  # fmt: skip
 def test_products_are_found_where_the_attention_computes_by_them(build, kinds):
-    torch.manual_seed(0)
     model = nn.Sequential(build())
     attentions = {name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
     found = {kind: [] for kind in ("ov", "qk")}

@@ -106,7 +106,6 @@ def test_what_heads_of_half_the_width_save(width, layers, saved, blog):
 @pytest.mark.parametrize("weight_decay", [0.01, 0.5, 30.0])
 def test_decay_stands_inside_the_trust_ratio(weight_decay):
     """The length of a step does not depend on the coefficient of decay."""
-    torch.manual_seed(0)
     layer = FactorizedLinear(7, 5, 3)
     before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
     optimizer = FLAMBe(

@@ -140,7 +140,6 @@ def test_factorizing_a_gpt2_is_from_dense(tmp_path, options, expected):
     ],
 )
 def test_other_models_are_factorized_by_surgery(tmp_path, options, expected):
-    torch.manual_seed(0)
     sizes = {"hidden_size": 20, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     dense = OPTForCausalLM(OPTConfig(vocab_size=SIZES["vocab_size"], word_embed_proj_dim=20, **sizes))
     dense.save_pretrained(tmp_path / "dense")
@@ -261,7 +260,6 @@ def test_merging_a_bert_gives_the_stock_class_with_the_same_outputs(half, tmp_pa
 
 
 def test_merging_after_surgery_on_a_model_of_images(tmp_path):
-    torch.manual_seed(0)
     sizes = {"hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
     ViTForImageClassification(ViTConfig(**sizes, image_size=12, patch_size=4)).save_pretrained(tmp_path / "vit")
     cli("factorize", tmp_path / "vit", "--out", tmp_path / "out", "--rank", 2, "--kinds", "linear, conv")

@@ -13,11 +13,6 @@ from hf_fnl.surgery.config import CONV_SCHEMES
 each_scheme = pytest.mark.parametrize("scheme", CONV_SCHEMES)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @each_scheme
 def test_a_kernel_comes_back_from_its_matrix(scheme):
     kernel = torch.randn(7, 3, 2, 5)

@@ -83,11 +83,6 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 # Forward and back
 
 

@@ -35,11 +35,6 @@ DENSE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=DENSE.values(), ids=DENSE.keys())
 def case(request):
     make, x, cls = request.param
@@ -148,7 +143,6 @@ def test_state_dict_names_and_shapes():
 @pytest.mark.parametrize("init", ["spectral", "spectral_ones"])
 @pytest.mark.parametrize(("dense", "ours"), [(nn.Linear, FactorizedLinear), (nn.Embedding, FactorizedEmbedding)])
 def test_a_layer_starts_as_the_split_of_the_dense_layers_weight(dense, ours, init):
-    torch.manual_seed(0)
     drawn = dense(5, 7)
     torch.manual_seed(0)
     layer = ours(5, 7, 3, init=init)
@@ -165,7 +159,6 @@ def test_default_factors_are_drawn_as_linear_layers_of_their_own():
 
 
 def test_deep_layers_start_as_shallow_ones():
-    torch.manual_seed(0)
     shallow = FactorizedLinear(5, 7, 3)
     torch.manual_seed(0)
     deep = FactorizedLinear(5, 7, 3, deep=True)

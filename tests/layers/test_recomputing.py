@@ -15,11 +15,6 @@ WAYS = {"chain": False, "composed": True}
 each_way = pytest.mark.parametrize("compose", WAYS.values(), ids=WAYS)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def kept_elements(layer, x):
     """Numbers that autograd keeps besides the input and the parameters, and the output."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters())}

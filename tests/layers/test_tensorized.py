@@ -25,11 +25,6 @@ each_scheme = pytest.mark.parametrize("scheme", TENSOR_SCHEMES)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def random_cores(shape: tuple[int, ...], rank: int, scheme: str) -> tuple[Tensor, ...]:
     return tuple(torch.randn(core, **DOUBLE) for core in tensors.core_shapes(shape, rank, scheme))
 

@@ -61,11 +61,6 @@ LAYERS: dict[str, tuple[Callable[[], FactorizedMatrix], Callable[..., Tensor], C
 each_layer = pytest.mark.parametrize(("make", "dense", "inputs"), LAYERS.values(), ids=LAYERS)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def smooth_loss(outputs: Tensor) -> Tensor:
     return outputs.sin().sum()
 

@@ -35,11 +35,6 @@ LAYERS = {
 each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def linear() -> FactorizedLinear:
     return FactorizedLinear(5, 7, 3)
 

@@ -21,11 +21,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def factors(request: pytest.FixtureRequest) -> list[torch.Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in request.param]

@@ -20,11 +20,6 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 DOUBLE = {"dtype": torch.float64}
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def grid(shape: tuple[int, int], std: float) -> torch.Tensor:
     """Fine, and finest where the density of a square matrix is: its end at zero is no root."""
     return torch.linspace(0, 1.1 * std * (math.sqrt(shape[0]) + math.sqrt(shape[1])), 400_001, **DOUBLE)

@@ -29,11 +29,6 @@ SPECTRA = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def matrix(spectrum: torch.Tensor, columns: int = 101) -> torch.Tensor:
     P = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), dtype=torch.float64)).Q
     Q = torch.linalg.qr(torch.randn(columns, len(spectrum), dtype=torch.float64)).Q

@@ -30,11 +30,6 @@ RIDGED = {"rtol": 1e-3, "atol": 1e-9}
 each_rank = pytest.mark.parametrize("rank", RANKS, ids="rank-{}".format)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def projection_to_heads(*, bias: bool = True, dtype: torch.dtype = DOUBLE) -> Projection:
     weight = torch.randn(HEADS, HIDDEN, WIDTH, dtype=dtype)
     return Projection(weight, torch.randn(HEADS, WIDTH, dtype=dtype) if bias else None)

@@ -4,19 +4,14 @@ What it shares with the other families is elsewhere.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from bert_cases import (
     BACKBONE,
     LOW,
-    MASKED_LM,
     NO_DROPOUT,
-    SEQUENCE,
     SIZES,
-    tokens,
 )
 from family import Head, random_vectors_, run
 from torch import Tensor
@@ -147,79 +142,3 @@ def test_several_batches_are_one() -> None:
     parts = [{name: value[:2] for name, value in whole.items()}, {name: value[2:, :5] for name, value in whole.items()}]
     one, several = (FactorizedBertModel.from_dense(stock, **LOW, calibration=data) for data in (whole, parts))
     assert_close(run(several, whole), run(one, whole), rtol=1e-3, atol=1e-3)
-
-
-# From a folder
-
-
-def test_a_folder_is_as_good_as_a_model(tmp_path: Path) -> None:
-    stock = stock_of(MASKED_LM)
-    stock.save_pretrained(tmp_path)
-    ours = FactorizedBertForMaskedLM.from_dense(stock, **LOW)
-    for source in (tmp_path, str(tmp_path)):
-        model = FactorizedBertForMaskedLM.from_dense(source, **LOW)
-        assert_close(run(model, MASKED_LM.batch()), run(ours, MASKED_LM.batch()), **CLOSE)
-
-
-def test_folders_that_hold_no_stock_model(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nothing-here"):
-        FactorizedBertModel.from_dense(str(tmp_path / "nothing-here"), **LOW)
-    MASKED_LM.build({"ffn_rank": 8}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"intermediate\.dense\.V where the model holds .*\.weight"):
-        FactorizedBertForMaskedLM.from_dense(tmp_path, **LOW)
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        pytest.param({}, "give ranks or a rule, one of them; got neither", id="nothing"),
-        pytest.param({"qk_rank": 3, "rule": RankRule(ratio=0.5)}, "one of them; got qk_rank", id="both"),
-        pytest.param({"qk_rank": 8}, r"qk_rank must be in \[1, 7\], got 8", id="qk-rank"),
-        pytest.param({"ffn_rank": [3, 22]}, r"ffn_rank must be in \[1, 21\], got 22", id="rank-in-a-list"),
-        pytest.param({"ov_rank": [3]}, "ov_rank needs a number or one for each of 2 layers, got 1", id="short-list"),
-        pytest.param({"rule": RankRule(rank=8)}, r"rank of qk in layer 0 must be in \[1, 7\], got 8", id="rule-rank"),
-        pytest.param(
-            {"rule": RankRule(ratio=0.01)},
-            r"ratio=0\.01 cannot .* embedding .*: try kinds=qk,ov,ffn,embedding",
-            id="ratio",
-        ),
-        pytest.param({"rule": RankRule(energy=1.0)}, "leaves every matrix dense", id="all-dense"),
-        pytest.param(
-            {"rule": RankRule(rank=3), "kinds": ["qk", "mlp"]}, "any of qk, ov, ffn, embedding, got mlp", id="kind"
-        ),
-        pytest.param({"rule": RankRule(rank=3), "kinds": []}, "any of qk, ov, ffn, embedding, got none", id="no-kind"),
-        pytest.param({"ffn_rank": 3, "calibration": []}, "there are no calibration batches", id="no-data"),
-    ],
-)
-def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(Exception, match=message) as error:
-        FactorizedBertModel.from_dense(BACKBONE.build_stock(), **options)
-    assert isinstance(error.value, ValueError) or type(error.value).__name__.startswith("StrictDataclass")
-
-
-def test_only_the_stock_class_is_truncated() -> None:
-    with pytest.raises(TypeError, match="FactorizedBertModel is made from a BertModel, got a "):
-        FactorizedBertModel.from_dense(SEQUENCE.build_stock(), **LOW)
-
-
-def test_unknown_ranks_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"FactorizedBertModel has the ranks .*, got qkv_rank"):
-        FactorizedBertModel.from_dense(BACKBONE.build_stock(), qkv_rank=3)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "calibrated"),
-    [
-        ("embeddings.word_embeddings", LOW, False),
-        ("encoder.layer.1.output.dense", {"rule": RankRule(budget=0.6), "kinds": ["qk", "ffn", "embedding"]}, True),
-        ("encoder.layer.1.attention.self.key", LOW, True),
-    ],
-)
-def test_weights_that_are_not_finite(name: str, options: dict[str, Any], calibrated: bool) -> None:
-    stock = BACKBONE.build_stock()
-    stock.get_submodule(name).weight.data[1, 2] = torch.nan
-    with pytest.raises(ValueError, match="NaN or Inf"):
-        FactorizedBertModel.from_dense(stock, **options, calibration=tokens() if calibrated else None)

@@ -1,12 +1,11 @@
 """Factorized GPT-2: heads of unequal ranks, one product for queries, keys and values, caches, initial scales."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from family import Head, Ranks, factorized_layers, run, run_double
-from gpt2_cases import CROSS_LM, FULL, FULL_QKV, GPT2, LM, LOW, LOW_QKV, SIZES
+from gpt2_cases import CROSS_LM, FULL, FULL_QKV, LM, LOW, LOW_QKV, SIZES
 from torch import Tensor
 from torch.testing import assert_close
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
@@ -193,39 +192,3 @@ def test_word_by_word_with_a_cache_is_all_at_once(head: Head, ranks: Ranks, atte
             cache = output.past_key_values
             steps.append(output.logits)
     assert_close(torch.cat(steps, dim=1), expected, **CLOSE)
-
-
-# What does not fit
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"ov_rank": [3, 8]}, r"ov_rank must be in \[1, 7\], got 8"),
-        ({"n_inner": None, "ffn_rank": 22}, r"ffn_rank must be in \[1, 21\], got 22"),
-        ({"n_inner": 17, "ffn_rank": 18}, r"ffn_rank must be in \[1, 17\], got 18"),
-        ({"qkv_rank": [3, 22]}, r"qkv_rank must be in \[1, 21\], got 22"),
-        ({"qkv_rank": [3]}, "qkv_rank needs a number or one for each of 2 layers, got 1"),
-        ({"qkv_rank": 3, "qk_rank": 2}, "qkv_rank factorizes .* as a whole and qk_rank cuts its heads: give one"),
-        ({"qkv_rank": 3, "ov_rank": 2}, "as a whole and ov_rank cuts its heads: give one"),
-        ({"factor_init": {"linear": "random"}}, "one of spectral, spectral_ones, default, he, got 'random'"),
-        ({"factor_init": {"ov:middle": "spectral"}}, "got 'ov:middle'"),
-        ({"fused_loss": "yes"}, "'fused_loss' expected bool"),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
-)
-def test_a_configuration_that_does_not_fit(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(Exception, match=message):
-        GPT2.config(**{**SIZES, **fields})
-
-
-@pytest.mark.parametrize("size", [60, 50], ids=["more", "fewer"])
-def test_a_dense_embedding_is_resized_with_the_output_matrix(size: int) -> None:
-    model = LM.build(LOW_QKV)
-    before = model.get_input_embeddings().weight.detach().clone()
-    model.resize_token_embeddings(size, mean_resizing=False)
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert model.config.vocab_size == size
-    both = min(size, SIZES["vocab_size"])
-    assert torch.equal(model.lm_head.weight[:both], before[:both])
-    assert run(model.train(), {"input_ids": torch.ones(2, 7).long()})["logits"].shape == (2, 7, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,20 @@ class Hub:
         return written
 
 
+def in_memory(ours: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands for a method of the client, whose own token counts where none is given."""
+
+    def call(api: HfApi, *args: Any, **options: Any) -> Any:
+        return ours(*args, **{**options, "token": options.get("token") or api.token})
+
+    return call
+
+
 @pytest.fixture
 def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path_factory.mktemp("hub"))
     for name in ("create_repo", "create_commit", "upload_folder"):
-
-        def call(api: HfApi, *args: Any, ours: Any = getattr(hub, name), **options: Any) -> Any:
-            return ours(*args, **{**options, "token": options.get("token") or api.token})
-
-        monkeypatch.setattr(HfApi, name, call)
+        monkeypatch.setattr(HfApi, name, in_memory(getattr(hub, name)))
     monkeypatch.setattr(ModelCard, "validate", lambda card, *_, **__: card_problems(str(card)))
     for module in (cards, repocard):
         monkeypatch.setattr(module, "hf_hub_download", hub.download)

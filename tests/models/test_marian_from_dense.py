@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from family import Head, random_vectors_, run
-from marian_cases import BACKBONE, FULL, LOW, MT, PRE_NORM, SEPARATE, UNTIED
+from marian_cases import FULL, LOW, MT, PRE_NORM, SEPARATE, UNTIED
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -64,25 +64,6 @@ def test_a_model_is_factorized_in_place_and_generates() -> None:
 
 def source_batch() -> dict[str, Tensor]:
     return {name: value for name, value in MT.batch().items() if name != "labels"}
-
-
-@pytest.mark.parametrize(
-    ("build", "error", "message"),
-    [
-        (BACKBONE.build_stock, TypeError, "is made from a MarianMTModel, got a MarianModel"),
-        (PRE_NORM.build_stock, TypeError, "is made from a MarianMTModel, got a PegasusForConditionalGeneration"),
-        (lambda: MT.build(LOW), ValueError, "is factorized already, with qk_rank, ov_rank, ffn_rank, embedding_rank"),
-        (
-            lambda: MT.build_stock(d_model=24, decoder_attention_heads=4),
-            ValueError,
-            "encoder_attention_heads and decoder_attention_heads must be the same, got 3 and 4",
-        ),
-    ],
-    ids=["backbone", "pegasus", "factorized", "heads"],
-)
-def test_what_it_is_not_made_from(build: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        MT.ours.from_dense(build(), qk_rank=2)
 
 
 # And back

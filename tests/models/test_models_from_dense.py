@@ -412,6 +412,18 @@ def test_what_was_factorized_in_place_saves_and_trains(head: Head, tmp_path: Pat
 
 
 @some(*LMS)
+def test_a_folder_is_as_good_as_a_model_and_a_dense_one_of_ours_as_a_stock_one(head: Head, tmp_path: Path) -> None:
+    stock, low = stock_of(head), head.family.low["all"]
+    expected = run(truncated(head, stock, low), head.batch())
+    stock.save_pretrained(tmp_path / "stock")
+    dense = head.ours.from_pretrained(tmp_path / "stock", config=head.family.config(**head.family.sizes))
+    for source in (tmp_path / "stock", str(tmp_path / "stock"), dense):
+        assert_close(run(truncated(head, source, low), head.batch()), expected, **CLOSE)
+    dense.save_pretrained(tmp_path / "dense")
+    assert type(head.auto_class.from_pretrained(tmp_path / "dense")) is head.ours
+
+
+@some(*LMS)
 def test_a_factorized_model_is_not_factorized_again(head: Head) -> None:
     for ranks in head.family.low.values():
         model = head.build({})

@@ -20,7 +20,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("device", DEVICES)
 def test_it_is_the_eager_step_to_rounding_and_a_schedule_compiles_once(device):
     """And each goes on from the other's state, and it never waits for a GPU: rates and steps are tensors."""
-    torch.manual_seed(0)
     model = nn.Sequential(FactorizedLinear(7, 5, 3), nn.Linear(5, 2))
     there, products = copy.deepcopy(model).to(device), find_products(model, ["linear"])
     eager, compiled = (

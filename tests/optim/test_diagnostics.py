@@ -97,7 +97,6 @@ def test_half_precision_factors_are_measured_in_float32():
 
 
 def test_spectral_initialization_shows_in_the_figures():
-    torch.manual_seed(0)
     model = nn.Sequential(FactorizedLinear(5, 7, 3), FactorizedLinear(5, 7, 3, init="spectral_ones")).double()
     for layer in model:
         layer.reset_parameters()

@@ -15,11 +15,6 @@ from torch.testing import assert_close
 from hf_fnl import FactorizedLinear, FLAMBe, FrobeniusDecay, Lamb, find_products, parameter_groups
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(7, 5), FactorizedLinear(5, 11, 3), nn.Linear(11, 3))
 

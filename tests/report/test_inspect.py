@@ -75,11 +75,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_every_weight_is_counted_once(build):
     model = build()

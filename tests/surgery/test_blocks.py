@@ -17,11 +17,6 @@ from hf_fnl.surgery.calibration import visit
 TEXT = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 17}
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def llama() -> nn.Module:
     return T.LlamaForCausalLM(T.LlamaConfig(**TEXT))
 

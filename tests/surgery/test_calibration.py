@@ -26,11 +26,6 @@ from hf_fnl.surgery.config import FactorizationConfig
 EXACT = {"rtol": 0, "atol": 0}
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 class Net(nn.Module):
     """Runs ``last`` before ``first``, ``twice`` two times, and ``never`` not at all; has dropout in between."""
 

@@ -63,11 +63,6 @@ RANKS = {"qk_rank": 5, "ov_rank": 7, "ffn_rank": 9, "embedding_rank": 11}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def build(family: str, **options: Any) -> PreTrainedModel:
     config, model, sizes = FAMILIES[family]
     return model(config(**sizes, **ATTENTION_HEADS[family], **options)).eval()

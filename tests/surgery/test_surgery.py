@@ -21,11 +21,6 @@ EXACT = {"rtol": 0, "atol": 0}
 BERT, GPT2, T5 = ARCHITECTURES["bert"], ARCHITECTURES["gpt2"], ARCHITECTURES["t5"]
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 class Named(nn.Linear):
     """A subclass, which is taken only when it is asked for."""
 

@@ -22,11 +22,6 @@ LOW = FactorizationConfig(rank=2)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 7, dtype=dtype), nn.Linear(7, 7, dtype=dtype))
 
@@ -368,7 +363,6 @@ def test_every_matrix_that_stays_dense_is_named_with_the_reason():
 
 
 def test_a_layer_that_is_too_small_for_the_rank_stays_dense_unless_it_is_named():
-    torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     experts = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
     config = transformers.Qwen2MoeConfig(vocab_size=50, num_key_value_heads=2, **sizes, **experts)

@@ -189,7 +189,6 @@ def test_a_deep_product_of_a_trained_weight_is_its_truncation():
 
 @pytest.mark.parametrize("scheme", ["spatial", "tucker"])
 def test_kernels_on_disk_are_read_from_there(scheme, tmp_path):
-    torch.manual_seed(0)
     model = ResNetForImageClassification(
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     ).eval()

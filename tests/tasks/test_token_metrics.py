@@ -13,7 +13,6 @@ from hf_fnl.tasks.metrics.tokens import masked_metrics, masked_sums, token_metri
 
 @pytest.mark.parametrize("pairs", [True, False], ids=["with next sentence", "mlm alone"])
 def test_reduced_batches_give_the_figures_of_all_logits(pairs):
-    torch.manual_seed(0)
     logits, labels = torch.randn(6, 7, 11), torch.randint(0, 11, (6, 7))
     labels[torch.rand(6, 7) < 0.7] = -100
     relationship, next_sentence = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
@@ -40,7 +39,6 @@ def test_nothing_labelled_is_no_division_by_zero():
 
 
 def test_sums_of_sentences_give_metrics_of_all_tokens():
-    torch.manual_seed(0)
     logits, labels = torch.randn(3, 5, 11), torch.randint(11, (3, 5))
     labels[0, 3:] = labels[2, 1:] = -100
     labels[1] = logits[1].argmax(-1)
