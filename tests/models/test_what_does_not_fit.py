@@ -229,9 +229,10 @@ def test_a_dense_embedding_is_resized_with_all_that_share_it(head: Head, size: i
         assert not output.bias[both:].any()
     model.save_pretrained(tmp_path)
     loaded = head.auto_class.from_pretrained(tmp_path)
-    ids = {name: value.clamp(max=both - 1) for name, value in head.batch().items() if name.endswith("ids")}
-    assert_close(run_double(loaded, ids), run_double(model, ids))
-    outputs = run(model.train(), ids)
+    words = ("input_ids", "labels")
+    batch = {name: value.clamp(max=both - 1) for name, value in head.batch().items() if name in words}
+    assert_close(run_double(loaded, batch), run_double(model, batch))
+    outputs = run(model, batch)
     assert outputs.get("logits", outputs.get("prediction_logits")).shape[-1] == size
 
 
