@@ -21,7 +21,6 @@ from hf_fnl.models import (
     FactorizedBertLMHeadModel,
     FactorizedBertModel,
     FactorizedGPT2Config,
-    FactorizedGPT2DoubleHeadsModel,
     FactorizedGPT2ForQuestionAnswering,
     FactorizedGPT2ForSequenceClassification,
     FactorizedGPT2ForTokenClassification,
@@ -31,7 +30,6 @@ from hf_fnl.models import (
     FactorizedLlamaForCausalLM,
     FactorizedLlamaModel,
     FactorizedMarianConfig,
-    FactorizedMarianForCausalLM,
     FactorizedMarianModel,
     FactorizedMarianMTModel,
 )
@@ -43,12 +41,12 @@ from hf_fnl.surgery import factorize_, merge_, to_linear_
 from hf_fnl.surgery.config import FactorizationConfig, RankRule
 
 if TYPE_CHECKING:
-    from hf_fnl.training import DenseThenLowRank, FLAMBeTrainer, FLAMBeTrainingArguments
+    from hf_fnl.training import DenseThenLowRank, FLAMBeTrainer, FLAMBeTrainingArguments, heal_
 
 # Names that stand elsewhere, by module. Transformers' Trainer imports `datasets`: who only wants a model or an
 # optimizer does not wait for it. The others were public in 0.1, whose programs go on.
 _ELSEWHERE = {
-    "hf_fnl.training": ("DenseThenLowRank", "FLAMBeTrainer", "FLAMBeTrainingArguments"),
+    "hf_fnl.training": ("DenseThenLowRank", "FLAMBeTrainer", "FLAMBeTrainingArguments", "heal_"),
     "hf_fnl.vision.models": (
         *("CifarResNetConfig", "CifarResNetForImageClassification", "CifarResNetModel", "VGGConfig"),
         *("VGGForImageClassification", "VGGModel", "WideResNetConfig", "WideResNetForImageClassification"),
@@ -56,6 +54,7 @@ _ELSEWHERE = {
     ),
     "hf_fnl.attention": ("AttentionProjections", "Section"),
     "hf_fnl.layers": ("Factorized", "keep_narrow"),
+    "hf_fnl.models": ("FactorizedGPT2DoubleHeadsModel", "FactorizedMarianForCausalLM"),
     "hf_fnl.models.cards": ("model_card",),
     "hf_fnl.surgery": ("Factorization", "restore_"),
 }
@@ -87,7 +86,6 @@ __all__ = [
     "FactorizedConv2d",
     "FactorizedEmbedding",
     "FactorizedGPT2Config",
-    "FactorizedGPT2DoubleHeadsModel",
     "FactorizedGPT2ForQuestionAnswering",
     "FactorizedGPT2ForSequenceClassification",
     "FactorizedGPT2ForTokenClassification",
@@ -98,7 +96,6 @@ __all__ = [
     "FactorizedLlamaForCausalLM",
     "FactorizedLlamaModel",
     "FactorizedMarianConfig",
-    "FactorizedMarianForCausalLM",
     "FactorizedMarianMTModel",
     "FactorizedMarianModel",
     "FrobeniusDecay",
@@ -109,6 +106,7 @@ __all__ = [
     "diagnose",
     "factorize_",
     "find_products",
+    "heal_",
     "load",
     "merge_",
     "parameter_groups",
