@@ -1,4 +1,7 @@
-"""Models that version 0.1 wrote are read bit for bit; ``fixtures_0_1/write.py`` says how they were made."""
+"""Models that version 0.1 wrote are read bit for bit.
+
+``git show 57546ad:tests/fixtures_0_1/write.py`` is the script that made them with the code of commit fea37fb.
+"""
 
 from __future__ import annotations
 
