@@ -162,7 +162,7 @@ def test_gradient_checkpointing_changes_nothing(head: Head) -> None:
         assert_close(*results, rtol=1e-5, atol=1e-7)  # gradients of a tied table are added up in another order
 
 
-@some("llama-lm", "marian-pre-norm")  # others are in test_compile.py
+@some("llama-lm")  # others are in test_compile.py
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
 def test_a_training_step_compiles_to_one_graph(head: Head) -> None:
     torch.compiler.reset()
