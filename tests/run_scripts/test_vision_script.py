@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +45,6 @@ from hf_fnl.vision.image_training import ImageTrainingArguments
 from hf_fnl.vision.images import load_images
 from hf_fnl.vision.models import inner_convolutions
 from hf_fnl.vision.norms import read_norms
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _imports_are_not_searched_for_garbage() -> Iterator[None]:
-    """Every training begins with a collection, which takes longer than these trainings."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ def test_fewer_tokens_than_an_input_is_wide_are_a_warning(
     mask[:, :masked] = 0
     config = FactorizationConfig(**rule, include=["0", "1"])
     factorize_(model, config, calibration={"inputs_embeds": torch.randn(1, tokens, 11), "attention_mask": mask})
-    told = {str(warning.message)[: len(FEW)] for warning in recwarn}
+    told = {str(warning.message)[: len(FEW)] for warning in recwarn if str(warning.message).startswith("few")}
     assert told == ({FEW} if tokens - masked < 11 else set())
 
 
