@@ -35,6 +35,9 @@ TESTS = (
     "tests/test_workarounds.py",
     "tests/surgery/test_surgery.py",
     "tests/surgery/test_heads.py",
+    "tests/surgery/test_families.py",
+    "tests/surgery/test_to_linear.py",
+    "tests/surgery/test_value_cache.py",
 )
 # Flex attention compiles for minutes. Transformers 5.17 compiles no training step of Marian, has no beams where its
 # vocabularies differ, and has another name for checkpointing of activations.

@@ -197,10 +197,12 @@ def _bytes_of_weights(model: PreTrainedModel) -> int:
 def _cache_bytes(model: PreTrainedModel, ids: Any) -> float | None:
     """Bytes of keys and values that a token leaves in the cache of a prompt; ``None`` of a model without."""
     import torch
+    from transformers import Cache
 
     prompt = ids[:_PROMPT].unsqueeze(0).to(model.device)
     with torch.inference_mode():
-        cache: Any = getattr(model(input_ids=prompt, use_cache=True), "past_key_values", None)
+        outputs = model(input_ids=prompt, use_cache=True)
+    cache: Any = next((value for value in outputs.values() if isinstance(value, Cache)), None)
     if cache is None:
         return None
     held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

@@ -114,6 +114,15 @@ def test_int8_stands_beside_each_model(folder: Path) -> None:
     assert rows[3]["bytes"] < rows[1]["bytes"]
 
 
+def test_narrow_values_take_less_of_the_cache(folder: Path) -> None:
+    model = llama()
+    factorize_(model, FactorizationConfig(kinds=("ov",), rank=3))
+    model.save_pretrained(folder / "heads")
+    PreTrainedTokenizerFast.from_pretrained(folder / "dense").save_pretrained(folder / "heads")
+    found = measure(str(folder / "heads"), Settings(str(folder / "t.txt"), "text", 50, 20, 10, "float32", "cpu"))
+    assert found["cache_bytes_per_token"] == 2 * 2 * (8 + 3) * 4  # layers, heads, keys and values, bytes
+
+
 @launches
 @pytest.mark.parametrize(
     ("options", "code", "message"),

@@ -11,6 +11,7 @@ from surgery_cases import ALL_KINDS, ARCHITECTURES, TiedToy
 from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.optim.diagnostics import parameter_count
@@ -351,11 +352,15 @@ def test_the_model_compiles_without_graph_breaks_before_and_after():
         assert_close(compiled(**batch)[0], model(**batch)[0])
 
 
-def test_a_model_of_another_quantization_is_left_alone():
+@pytest.mark.parametrize("method", ["torchao", "bitsandbytes", "gptq", "gguf"])
+def test_a_model_of_another_quantization_is_left_alone(method):
     model = BERT.build()
-    model.config.quantization_config = {"quant_method": "torchao"}
-    with pytest.raises(ValueError, match="quantized with torchao"):
-        factorize_(model, FactorizationConfig(rank=2))
+    before = str(model)
+    for config in ({"quant_method": method}, QuantizationConfigMixin(quant_method=QuantizationMethod(method))):
+        model.config.quantization_config = config
+        with pytest.raises(ValueError, match=f"BertForPreTraining is quantized with {method}: factorize it before"):
+            factorize_(model, FactorizationConfig(rank=2))
+        assert str(model) == before
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ _PHI3 = {key: value for key, value in _DECODER.items() if key != "head_dim"}
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "llama": ("LlamaForCausalLM", _DECODER, GROUPS),
     "mistral-sliding": ("MistralForCausalLM", {**_DECODER, "sliding_window": 5}, GROUPS),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {**_DECODER, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+        GROUPS,
+    ),
     "phi3": ("Phi3ForCausalLM", _PHI3, GROUPS),
     "gpt2": ("GPT2LMHeadModel", {**_GPT2, "initializer_range": 0.3, "eos_token_id": 2}, HEADS),
     "opt": ("OPTForCausalLM", {**_PHI3, **_OPT}, HEADS),
@@ -134,6 +139,7 @@ def test_an_offloaded_cache(cache: str) -> None:
     assert widths(found.past_key_values) == {(WIDTH, RANK)}
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
 def test_a_cache_that_holds_wide_values_keeps_them() -> None:
     model, ids = cut("llama"), prompt()
     early = StaticCache(config=model.config, max_cache_len=12)
@@ -182,6 +188,7 @@ def test_an_adapter_around_values_widens_them(target: str, width: int) -> None:
     assert torch.equal(found.sequences, generate(adapted, use_cache=False).sequences)
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
 def test_a_compiled_step_is_one_graph() -> None:
     model, cache = cut("llama"), StaticCache(config=build("llama").config, max_cache_len=9)
     ids = prompt()
