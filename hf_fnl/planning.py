@@ -47,6 +47,7 @@ from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.checkpoint import read_config, saved_class
 from hf_fnl.surgery import factorize_, restore_
 from hf_fnl.surgery.config import FactorizationConfig
+from hf_fnl.surgery.record import QUANT_METHOD, method_of
 from hf_fnl.utils.folders import check_model
 
 ENGINES = ("ddp", "zero1", "zero2", "fsdp2", "zero3")
@@ -177,7 +178,7 @@ def meta_model(source: str, *, ratio: float | None = None, dense: bool = False, 
         config = type(config).from_dense(config, **dict.fromkeys(config.rank_options()))
     with torch.device("meta"):
         model = model_class(config)
-        if record is not None and not dense:
+        if record is not None and method_of(record) == QUANT_METHOD and not dense:
             restore_(model, record)
     if ratio is not None:
         factorize_(model, FactorizationConfig(ratio=ratio))
