@@ -39,6 +39,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{marker}: of Transformers' own tests")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one of pytest's processes run a whole file, so that its fixtures are made once; launches come first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "launches")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def imported_for_good() -> None:
     """What has been imported is left out of garbage collections, of which every training begins with one.

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import Job, do, largest_difference
+from launching import launches
 
+pytestmark = launches
 WORKER = Path(__file__).parents[1] / "support" / "workers" / "engine_runs.py"
 PORT = "29540"  # nobody else listens in a namespace of one's own
 RUN = "split groups"
