@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
+import hf_fnl.vision.models  # noqa: F401  (registers them)
 from hf_fnl.models.checkpoint import load
 from hf_fnl.optim.diagnostics import Figures, forward_flops, parameter_count
 from hf_fnl.report.inspection import Matrix, Progress, inspect_model, read_energies

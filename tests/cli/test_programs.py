@@ -67,3 +67,10 @@ def test_a_program_gets_its_arguments_as_they_stand():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip() == "error: there is no option --wdith; did you mean --width?"
+
+
+def test_a_report_knows_the_models_of_images_where_the_public_names_are_not_imported(tmp_path):
+    program = "import sys, hf_fnl.report\nassert 'hf_fnl.public' not in sys.modules\n"
+    (tmp_path / "hf-fnl").write_text(f"{program}print('hf_fnl.vision.models' in sys.modules)")
+    done = subprocess.run([sys.executable, tmp_path / "hf-fnl"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "True"
