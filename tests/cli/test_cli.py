@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import errno
 import json
 import os
@@ -35,7 +34,6 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-import hf_fnl
 from hf_fnl import (
     FactorizationConfig,
     FactorizedBertForMaskedLM,
@@ -487,27 +485,3 @@ def test_a_model_of_the_hub_in_a_process_of_its_own(bert, tmp_path):
     assert json.loads(done.stdout)["base_model"] == "someone/tiny"
     assert "base_model: someone/tiny" in (tmp_path / "out" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == SIZES["vocab_size"]
-
-
-def test_help_waits_for_no_library():
-    package = Path(hf_fnl.__file__).parent / "cli"
-    heads = [
-        ast.parse((package / name).read_text()).body
-        for name in (
-            "app.py",
-            "evaluate.py",
-            "options.py",
-            "plan.py",
-            "tables.py",
-            "terminal.py",
-            "../utils/suggest.py",
-        )
-    ]
-    froms = {node.module for body in heads for node in body if isinstance(node, ast.ImportFrom)}
-    plain = {alias.name for body in heads for node in body if isinstance(node, ast.Import) for alias in node.names}
-    ours = {
-        "hf_fnl.utils.suggest",
-        *(f"hf_fnl.cli.{name}" for name in ("evaluate", "options", "plan", "tables", "terminal")),
-    }
-    allowed = {"typer", "rich", *ours, *sys.stdlib_module_names}
-    assert {n for n in froms | plain if n not in allowed and n.split(".")[0] not in allowed - {"hf_fnl"}} == set()
