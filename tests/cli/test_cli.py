@@ -8,8 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -471,17 +469,13 @@ def test_debug_shows_where_an_error_came_from(tmp_path):
     assert isinstance(result.exception, FileNotFoundError)
 
 
-def test_a_model_of_the_hub_in_a_process_of_its_own(bert, tmp_path):
+def test_a_model_of_the_hub(bert, tmp_path, monkeypatch):
     cache = tmp_path / "hub" / "models--someone--tiny"
     shutil.copytree(bert, cache / "snapshots" / ("0" * 40))
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = ["factorize", "someone/tiny", "--out", "out", "--ratio", "0.5", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "hf_fnl", *command], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    done = cli("factorize", "someone/tiny", "--out", tmp_path / "out", "--ratio", 0.5, "--json")
     assert json.loads(done.stdout)["base_model"] == "someone/tiny"
     assert "base_model: someone/tiny" in (tmp_path / "out" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == SIZES["vocab_size"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from family import Head, Ranks, attentions, factorized_layers, random_vectors_, ranks_of, run, run_double
-from model_cases import HEADS, each_head, each_head_with_ranks, some
+from model_cases import HEADS, TYPICAL, each_head_with_ranks, some
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoConfig, PreTrainedModel
@@ -324,19 +324,18 @@ def test_every_layer_may_have_its_own_ranks(name: str, ranks: Ranks, calibrated:
 
 
 _KINDS = ("qk", "ov", "ffn", "embedding")
+_RULES = ("rank", "rank_scale", "ratio", "energy", "budget")
+_KINDS_OF = {"bert-cross-decoder": _KINDS, "gpt2-cross-lm": ("qkv", "ffn"), "marian-separate": _KINDS}
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds"),
+    ("name", "kinds", "rule"),
     [
-        ("bert-cross-decoder", _KINDS),
-        ("gpt2-cross-lm", _KINDS),
-        ("gpt2-cross-lm", ("qkv", "ffn")),
-        ("marian-separate", _KINDS),
-        ("marian-pre-norm", _KINDS),
+        *((name, kinds, rule) for name, kinds in _KINDS_OF.items() for rule in ("rank", "energy")),
+        *(("gpt2-cross-lm", _KINDS, rule) for rule in _RULES),
+        *(("marian-pre-norm", _KINDS, rule) for rule in ("rank_scale", "budget")),
     ],
 )
-@pytest.mark.parametrize("rule", ["rank", "rank_scale", "ratio", "energy", "budget"])
 def test_every_rule_chooses_every_kind(name: str, kinds: tuple[str, ...], rule: str) -> None:
     calibrated = rule in ("rank_scale", "budget")
     head, value = HEADS[name], {"rank": 3, "rank_scale": 0.6}.get(rule, 0.57)
@@ -382,7 +381,7 @@ def matrices(model: PreTrainedModel, kinds: tuple[str, ...]) -> int:
 # In place, and from a model of ours
 
 
-@each_head
+@some(*TYPICAL, *LMS, "marian-pre-norm")
 def test_in_place_is_the_same_and_merges(head: Head) -> None:
     stock = stock_of(head)
     for ranks, calibrated in zip(head.family.low.values(), (True, False), strict=False):

@@ -33,8 +33,8 @@ TINY = {
     "eval_strategy": "no",
 }
 SCHEMES = ("channel", "tt")
-OVERCOMPLETE = ("deep", "wide", "do_conv")
-PRUNINGS = ("random", "snip", "magnitude", "lottery")
+OVERCOMPLETE = ("wide", "do_conv")
+PRUNINGS = ("snip", "lottery")
 FORMS: dict[str, dict[str, Any]] = {
     "dense": {},
     "rank-scale": {"rank_scale": 0.3, "decay": "frobenius"},
