@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launching import FORKS, launches
 from training_cases import losses, tiny_examples, tiny_model, tiny_trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -346,11 +346,10 @@ def hold(folder, is_held):
         signal.pause()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@launches
 def test_two_runs_in_one_folder(tmp_path):
-    forks = multiprocessing.get_context("fork")
-    is_held = forks.Event()
-    other = forks.Process(target=hold, args=(tmp_path, is_held))
+    is_held = FORKS.Event()
+    other = FORKS.Process(target=hold, args=(tmp_path, is_held))
     other.start()
     assert is_held.wait(60)
     message = f"is in use by process {other.pid} on {socket.gethostname()}: choose another output_dir"
