@@ -29,15 +29,13 @@ def diagnose(
     ``(out, in * kh * kw)``; ``nuclear_norm_bound`` and ``non_orthogonality``, which tell of two factors of a matrix,
     are left out there. With ``s`` the singular values of ``W``:
 
-    ========================  =====================================================================================
-    ``frobenius_norm``        ``||W||_F = sqrt(sum s^2)``, what Frobenius decay holds down
-    ``nuclear_norm``          ``||W||_* = sum s``
-    ``nuclear_norm_bound``    ``(||U||_F^2 + ||V||_F^2) / 2 >= ||W||_*``, what ordinary decay holds down (K21, Eq. 2)
-    ``operator_norm``         ``||W||_op = max s``
-    ``effective_rank``        ``||W||_* / ||W||_op`` (K22, Sec. 3.3), 0 for a zero matrix
-    ``effective_step_size``   ``learning_rate / ||W||_F^2`` (K21, Sec. 3.3), infinite for a zero matrix
-    ``non_orthogonality``     root-mean-square cosine between columns of a factor, 0 at spectral initialization
-    ========================  =====================================================================================
+    - ``frobenius_norm``: ``||W||_F = sqrt(sum s^2)``, what Frobenius decay holds down
+    - ``nuclear_norm``: ``||W||_* = sum s``
+    - ``nuclear_norm_bound``: ``(||U||_F^2 + ||V||_F^2) / 2 >= ||W||_*``, what ordinary decay holds down (K21, Eq. 2)
+    - ``operator_norm``: ``||W||_op = max s``
+    - ``effective_rank``: ``||W||_* / ||W||_op`` (K22, Sec. 3.3), 0 for a zero matrix
+    - ``effective_step_size``: ``learning_rate / ||W||_F^2`` (K21, Sec. 3.3), infinite for a zero matrix
+    - ``non_orthogonality``: root-mean-square cosine between columns of a factor, 0 at spectral initialization
 
     Everything is computed in float32 or better, and read back from the device once.
 

@@ -44,7 +44,7 @@ def parameter_groups(
         decay_vectors: Decays vectors as matrices are, as :class:`torch.optim.SGD` over all parameters does.
 
     Returns:
-        Groups ``{"params": [(name, parameter), ...], "weight_decay": ...}``, none of them empty.
+        Groups, none of them empty, each with ``"params"``, a list of ``(name, parameter)``, and ``"weight_decay"``.
 
     Raises:
         ValueError: If a factor of a product is frozen or not in the model, ``factor_decay`` is unknown, or there is no

@@ -111,7 +111,7 @@ def heal_(
         **options: More of :class:`FLAMBeTrainingArguments`, such as ``frobenius_decay``, ``bf16`` or ``save_steps``.
 
     Returns:
-        ``held_out_before`` and ``held_out_after``: the loss on the batches that are held out.
+        The loss on the batches that are held out, as ``held_out_before`` and ``held_out_after``.
 
     Raises:
         ValueError: If there are fewer than two batches, or as :class:`FLAMBeTrainer`.
