@@ -57,11 +57,6 @@ def augmented(query: Projection) -> Tensor:
     return query.weight if query.bias is None else torch.cat([query.weight, query.bias.unsqueeze(-2)], -2)
 
 
-def form(left: Projection, right: Projection) -> Tensor:
-    """``[Q; b_q] K^T`` or ``V O^T`` of every head."""
-    return (augmented(left) if right.bias is None or right.bias.ndim > 1 else left.weight) @ right.weight.mT
-
-
 def tail(matrix: Tensor, rank: int) -> Tensor:
     return torch.linalg.svd(matrix).S[..., rank:].square().sum(-1)
 

@@ -20,8 +20,6 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 
 from hf_fnl import FactorizedBertForMaskedLM, FactorizedBertModel, RankRule
 
-CLOSE = {"rtol": 1e-4, "atol": 2e-5}
-EXACT = {"rtol": 0, "atol": 0}
 HEADS_OF = SIZES["num_attention_heads"]
 
 

@@ -15,7 +15,6 @@ from hf_fnl import Product, find_products
 from hf_fnl.layers import FactorizedLinear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-EXACT = {"rtol": 0, "atol": 0}
 STD = SIZES["initializer_range"]
 RESIDUAL_STD = STD / math.sqrt(2 * SIZES["n_layer"])
 each_kernel = pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 
 from hf_fnl import RankRule, find_products
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-
 
 def source_of(head: Head, **fields: Any) -> PreTrainedModel:
     return random_vectors_(head.build_source(**fields))

@@ -18,7 +18,6 @@ from hf_fnl.layers import FactorizedLinear
 from hf_fnl.models.cards import Record, is_automatic, model_card, stated_in, write_card
 from hf_fnl.optim.diagnostics import parameter_count
 
-HEAD = "---\nlicense: mit\ntags: [mine]\n---\n"
 SQUAD = HEADS["question-answering"]
 QA_SETTINGS = {"model": "org/bert", "train_dataset": "rajpurkar/squad", "eval_split": "validation", "optim": "flambe"}
 QA_METRICS = {"parameters / total": 9, "train_samples_per_second": 4.0, "exact_match": 80.5, "f1": 88.25}

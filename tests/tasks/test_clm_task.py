@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 from itertools import chain, islice
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -36,7 +35,6 @@ from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.tasks.metrics.tokens import causal_metrics, causal_sums
 from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe
 
-ROOT = Path(__file__).parents[2]
 TEXTS = [text[:length] for text, length in zip(embedded_documents(), (300, 5, 700, 90, 41, 256, 1, 403), strict=False)]
 STRIDES = pytest.mark.parametrize(("block_size", "stride"), [(2, 1), (13, 12), (13, 5), (900, 899)])
 STREAMING = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
