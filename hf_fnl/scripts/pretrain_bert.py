@@ -79,7 +79,7 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     else:
         model_class = FactorizedBertForPreTraining if next_sentence else FactorizedBertForMaskedLM
     if options.init_from:
-        return model_class.from_pretrained(options.init_from)
+        return model_class.from_pretrained(options.init_from, use_safetensors=True)
     sizes = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,

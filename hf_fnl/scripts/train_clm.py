@@ -128,7 +128,7 @@ def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, Any]) ->
     """A fresh model of the sizes asked for and of these ranks, or the one to go on from."""
     model_class = GPT2LMHeadModel if options.stock else FactorizedGPT2LMHeadModel
     if options.init_from:
-        return model_class.from_pretrained(options.init_from)
+        return model_class.from_pretrained(options.init_from, use_safetensors=True)
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,

@@ -205,7 +205,9 @@ class Session:
         labels = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
         with named("init_from", source):
             check_source(source)
-            model = AutoModelForImageClassification.from_pretrained(source, ignore_mismatched_sizes=True, **labels)
+            model = AutoModelForImageClassification.from_pretrained(
+                source, ignore_mismatched_sizes=True, use_safetensors=True, **labels
+            )
         if model.config.num_channels != channels:
             raise ValueError(f"init_from={source} takes images of {model.config.num_channels} channels, got {channels}")
         return model

@@ -36,7 +36,7 @@ def load_pretrained(option: str, source: str, auto_class: Any, *, is_trained: bo
         check_source(source)
         try:
             logging.set_verbosity_error()  # or there is a table of what is expected here
-            model, found = auto_class.from_pretrained(source, output_loading_info=True)
+            model, found = auto_class.from_pretrained(source, use_safetensors=True, output_loading_info=True)
         except ValueError as error:
             if not str(error).startswith("Unrecognized configuration class"):
                 raise
