@@ -275,14 +275,27 @@ def test_every_table_of_experiments_is_listed():
 
 def test_what_a_cut_language_model_loses():
     folder = ROOT / "benchmarks" / "results" / "llm"
-    rows = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("dense", "0.8-whitening", "0.8-ours")}
-    dense, whitening, ours = (row["wikitext2"]["perplexity"] for row in rows.values())
-    assert says(README, f"perplexity {ours:.1f} on WikiText-2, where SVD-LLM's whitening has {whitening:.1f}")
-    assert says(README, f"the dense model {dense:.1f} (n = 1)")
-    lost = [math.log(each / dense) for each in (whitening, ours)]
-    other = [row["wikipedia"]["perplexity"] for row in rows.values()]
-    for name, own, there, loss in zip(
-        ("SVD-LLM's whitening", "`--budget` with `--calibrate`"), (whitening, ours), other[1:], lost, strict=True
-    ):
-        assert says(README, f"| {name} | {own:.1f} | {there:.1f} | {loss:.2f} |")
-    assert lost[1] <= 0.8 * lost[0]
+    names = ("dense", *(f"{share}-{method}" for share in (0.8, 0.6, 0.4) for method in ("whitening", "ours")))
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    both = {name: [row[text]["perplexity"] for text in ("wikitext2", "wikipedia")] for name, row in found.items()}
+    dense = both["dense"][0]
+    assert says(README, f"perplexity {both['0.8-ours'][0]:.1f} on WikiText-2")
+    assert says(README, f"SVD-LLM's whitening has {both['0.8-whitening'][0]:.1f} on the same data")
+    assert says(README, f"at 0.6 {both['0.6-ours'][0]:.1f} and {both['0.6-whitening'][0]:.1f}")
+    assert says(README, f"the dense model has {dense:.1f} (n = 1)")
+    for share in (0.8, 0.6, 0.4):
+        lost = {}
+        for method, name in (("whitening", "SVD-LLM's whitening"), ("ours", "`--budget` with `--calibrate`")):
+            own, other = both[f"{share}-{method}"]
+            lost[method] = math.log(own / dense)
+            assert says(README, f"| {share} | {name} | {own:.1f} | {other:.1f} | {lost[method]:.2f} |")
+        assert lost["ours"] <= 0.8 * lost["whitening"]
+
+
+def test_what_healing_gives_back():
+    folder = ROOT / "benchmarks" / "results" / "llm"
+    before, after = (json.loads((folder / f"0.6-{name}.json").read_text()) for name in ("ours-wikipedia", "healed-150"))
+    there, here = ([row[text]["perplexity"] for row in (before, after)] for text in ("wikipedia", "wikitext2"))
+    assert says(README, f"perplexity {there[0]:.1f} before and {there[1]:.1f} after on other articles")
+    assert says(README, f"{here[0]:.1f} and {here[1]:.1f} on WikiText-2")
+    assert says(README, f"({after['training']['steps']} steps of 1,024 tokens")
