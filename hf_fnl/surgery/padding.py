@@ -82,7 +82,7 @@ def _dims(model: nn.Module, name: str, batch: Batch, masks: Batch) -> dict[str, 
     found = {}
     for key, value in batch.items():
         side = f"decoder_{key}" if has_two_sides and key == "labels" else key
-        if key in masks or not side.startswith(own) or side.startswith(others) or len(value) != len(mask):
+        if key in masks or not side.startswith(own) or side.startswith(others) or value.shape[:1] != mask.shape[:1]:
             continue
         # Positions come after the sequences, or after the channels of these.
         places = (dim for dim in (1, 2) if value.shape[dim : dim + mask.ndim - 1] == mask.shape[1:])

@@ -22,6 +22,7 @@ from hf_fnl.math.truncation import Moments
 from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.calibration import HeadMomentsRequest, Request, visit
 from hf_fnl.surgery.config import FactorizationConfig
+from hf_fnl.surgery.padding import unpadded
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -530,6 +531,17 @@ def test_torchs_encoder_runs_all_its_layers() -> None:
     name = "encoder.layers.1.linear1"
     seen = seen_in(Encoder(), {"x": torch.randn(5, 5, 12), "attention_mask": mask}, name)[name]
     assert seen.count == mask.sum()
+
+
+def test_what_belongs_to_no_sequence_stays_as_it_is() -> None:
+    ids, mask = padded("left")
+    batch = {"input_ids": ids, "attention_mask": mask, "temperature": torch.tensor(2.0), "table": torch.ones(3, 5)}
+    parts = list(unpadded(nn.Identity(), batch))
+    assert sum(part["input_ids"].numel() for part in parts) == mask.sum()
+    for part in parts:
+        assert part["attention_mask"].all()
+        assert part["temperature"] is batch["temperature"]
+        assert part["table"] is batch["table"]
 
 
 def test_only_masked_positions_are_no_data() -> None:
