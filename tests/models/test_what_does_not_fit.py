@@ -99,7 +99,7 @@ def test_a_checkpoint_of_other_ranks(
 @pytest.mark.parametrize(
     ("head", "ranks"),
     [(MASKED_LM, {"ffn_rank": 8}), (MASKED_LM, {"qk_rank": 5}), (LM, {"qkv_rank": 5}), (LM, {"embedding_rank": 13})],
-    ids=str,
+    ids=["bert-ffn", "bert-qk", "gpt2-qkv", "gpt2-embedding"],
 )
 def test_a_stock_checkpoint_is_not_cut_silently(head: Head, ranks: Ranks, tmp_path: Path) -> None:
     head.build_stock().save_pretrained(tmp_path)
