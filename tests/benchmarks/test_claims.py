@@ -254,6 +254,10 @@ def test_calibrated_truncation():
         assert calibrated["product error"] > plain["product error"]
     assert says(README, f"a cosine of {rows['0.5 budget calibrated']['cosine']:.3f} at half")
     assert says(README, f"where plain truncation keeps {rows['0.5 ratio plain']['cosine']:.3f}")
+    before, healed = rows["0.5 budget calibrated"], rows["0.5 budget healed 400"]
+    near = [row["same neighbours"] for row in (before, healed)]
+    assert says(README, f"bring it to {healed['cosine']:.3f}, and the share of its ten nearest neighbours")
+    assert says(README, f"from {near[0]:.3f} to {near[1]:.3f}")
 
 
 def test_the_table_of_lamb_and_flambe():
