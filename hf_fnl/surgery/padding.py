@@ -39,7 +39,7 @@ def unpadded(model: nn.Module, batch: Batch, *, choices_apart: bool = True) -> I
     padded = {name: mask for name, mask in masks.items() if not mask.all()}
     dims = {name: _dims(model, name, batch, masks) for name in masks}
     for name, mask in masks.items():
-        if not dims[name] and (mask.ndim > 2 or name in padded):
+        if not dims[name] and (name in padded or (mask.ndim > 2 and _prefix(name) in {"", *_SIDES})):
             listed = ", ".join(f"{key} {tuple(value.shape)}" for key, value in batch.items() if key not in masks)
             raise ValueError(
                 f"{name} of shape {tuple(mask.shape)} tells of no input which positions are padding; it goes with "
@@ -76,8 +76,8 @@ def _groups(batch: Batch, padded: Batch, dims: Mapping[str, Mapping[str, int]]) 
 
 def _dims(model: nn.Module, name: str, batch: Batch, masks: Batch) -> dict[str, int]:
     """First dimension of positions in a mask and in each input that it goes with; nothing if there is no such input."""
-    own, mask = name.removesuffix("attention_mask").removesuffix("mask"), masks[name]
-    others = tuple(({each.removesuffix("attention_mask").removesuffix("mask") for each in masks} | _SIDES) - {own, ""})
+    own, mask = _prefix(name), masks[name]
+    others = tuple(({_prefix(each) for each in masks} | _SIDES) - {own, ""})
     has_two_sides = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     found = {}
     for key, value in batch.items():
@@ -89,6 +89,11 @@ def _dims(model: nn.Module, name: str, batch: Batch, masks: Batch) -> dict[str, 
         if (dim := next(places, None)) is not None:
             found[key] = dim
     return {name: 1, **found} if found else {}
+
+
+def _prefix(name: str) -> str:
+    """How the names of the inputs begin that a mask goes with."""
+    return name.removesuffix("attention_mask").removesuffix("mask")
 
 
 def _extent(name: str, mask: Tensor) -> Extent:

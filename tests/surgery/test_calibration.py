@@ -544,6 +544,15 @@ def test_what_belongs_to_no_sequence_stays_as_it_is() -> None:
         assert part["table"] is batch["table"]
 
 
+def test_a_mask_of_patches_that_hides_nothing_is_passed_on() -> None:
+    pixels = torch.randn(2, 1, 3, 8, 8)
+    batch = {"pixel_values": pixels, "pixel_attention_mask": torch.ones(2, 1, 8, 8)}
+    assert list(unpadded(nn.Identity(), batch)) == [batch]
+    batch["pixel_attention_mask"][0, :, 4:] = 0
+    with pytest.raises(ValueError, match=r"pixel_attention_mask of shape .* tells of no input"):
+        list(unpadded(nn.Identity(), batch))
+
+
 def test_only_masked_positions_are_no_data() -> None:
     batch = {"x": torch.randn(2, 3, 5), "attention_mask": torch.zeros(2, 3)}
     with pytest.raises(ValueError, match="attention_mask leaves no position"):
