@@ -8,7 +8,7 @@ Latency is taken apart from that, side by side with the dense model and torch's 
 already are kept.
 
     python -m benchmarks.minilm --data ../shared/data
-    python -m benchmarks.minilm --data ../shared/data --heal 0.5 --heal-steps 800
+    python -m benchmarks.minilm --data ../shared/data --heal 0.5 --heal-steps 400 --bf16
     python -m benchmarks.minilm --data ../shared/data --latency
 """
 
@@ -20,7 +20,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,20 @@ HEALING_RATE = 5e-4
 RESULT = Path(__file__).parent / "results" / "minilm.json"
 
 
+def sentences_of(data: Path, split: str) -> Iterator[str]:
+    """Sentences of 40 to 300 characters from Wikipedia's articles."""
+    texts = load_documents(data / "wikipedia" / f"{split}.parquet")["text"]
+    return (sentence for text in texts for sentence in split_sentences(text) if 40 <= len(sentence) <= 300)
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, Tensor]:
+    """A padded batch of at most 128 tokens each."""
+    return dict(tokenizer(texts, truncation=True, max_length=128, padding=True, return_tensors="pt"))
+
+
 def held_out_sentences(data: Path) -> list[str]:
-    """Sentences of 40 to 300 characters from Wikipedia's validation articles, evenly spread."""
-    texts = load_documents(data / "wikipedia" / "validation.parquet")["text"]
-    found = [sentence for text in texts for sentence in split_sentences(text) if 40 <= len(sentence) <= 300]
+    """Sentences from validation articles, evenly spread."""
+    found = list(sentences_of(data, "validation"))
     return [found[i * len(found) // SENTENCES] for i in range(SENTENCES)]
 
 
@@ -58,7 +68,7 @@ def calibration_batch(data: Path, tokenizer: PreTrainedTokenizerBase) -> dict[st
     texts = load_documents(data / "wikipedia" / "train.parquet", limit=500)["text"]
     paragraphs = [max(text.split("\n"), key=len) for text in texts]
     chosen = [paragraph for paragraph in paragraphs if len(paragraph) > 800][:128]
-    return dict(tokenizer(chosen, truncation=True, max_length=128, padding=True, return_tensors="pt"))
+    return tokenized(tokenizer, chosen)
 
 
 @torch.no_grad()
@@ -68,9 +78,7 @@ def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sentences: list[
     embeddings = torch.empty(len(sentences), model.config.hidden_size)
     for start in range(0, len(order), 64):
         part = order[start : start + 64]
-        batch = tokenizer(
-            [sentences[i] for i in part], truncation=True, max_length=128, padding=True, return_tensors="pt"
-        )
+        batch = tokenized(tokenizer, [sentences[i] for i in part])
         mask = batch["attention_mask"].unsqueeze(-1)
         hidden = model(**batch).last_hidden_state
         embeddings[part] = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
@@ -107,6 +115,17 @@ def encoder_matrices(model: nn.Module) -> int:
     return sum(p.numel() for p in model.encoder.parameters() if p.ndim > 1)
 
 
+def quality(model: FactorizedBertModel, dense: BertModel, embeddings: Tensor, reference: Tensor) -> dict[str, Any]:
+    """Size and errors of a cut model beside the dense one."""
+    return {
+        "encoder parameters": encoder_matrices(model),
+        "of dense": encoder_matrices(model) / encoder_matrices(dense),
+        "product error": product_error(model, dense),
+        "cosine": (embeddings * reference).sum(-1).mean().item(),
+        "same neighbours": agreement(embeddings, reference),
+    }
+
+
 def truncated(dense: BertModel, rule: str, share: float, calibration: dict[str, Tensor] | None) -> FactorizedBertModel:
     """The dense model cut to a share of its encoder's matrices."""
     ranks = RankRule(layer_ratio=share) if rule == "ratio" else RankRule(budget=share_of_model(dense, share))
@@ -135,16 +154,11 @@ def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
         started = time.perf_counter()
         model = truncated(dense, rule, share, batch if calibrated else None)
         seconds = time.perf_counter() - started
-        embeddings = embed(model, tokenizer, sentences)
         rows[name] = {
             "share": share,
             "ranks by": rule,
             "truncation": "calibrated" if calibrated else "plain",
-            "encoder parameters": encoder_matrices(model),
-            "of dense": encoder_matrices(model) / encoder_matrices(dense),
-            "product error": product_error(model, dense),
-            "cosine": (embeddings * reference).sum(-1).mean().item(),
-            "same neighbours": agreement(embeddings, reference),
+            **quality(model, dense, embed(model, tokenizer, sentences), reference),
             "seconds to truncate": seconds,
             "commit": commit,
         }
@@ -154,13 +168,10 @@ def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
 
 def healing_batches(data: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Tensor]]:
     """Batches of 64 sentences from training articles, none of them twice."""
-    texts = load_documents(data / "wikipedia" / "train.parquet")["text"]
-    found = (sentence for text in texts for sentence in split_sentences(text) if 40 <= len(sentence) <= 300)
-    sentences = list(itertools.islice(found, 64 * count))
+    sentences = list(itertools.islice(sentences_of(data, "train"), 64 * count))
     torch.manual_seed(0)
     parts = torch.randperm(len(sentences)).split(64)
-    options: dict[str, Any] = {"truncation": True, "max_length": 128, "padding": True, "return_tensors": "pt"}
-    return [dict(tokenizer([sentences[i] for i in part], **options)) for part in parts]
+    return [tokenized(tokenizer, [sentences[i] for i in part]) for part in parts]
 
 
 def measure_healed(
@@ -177,16 +188,11 @@ def measure_healed(
     started = time.perf_counter()
     healing = heal_(model, dense, batches, steps=steps, learning_rate=HEALING_RATE, bf16=bf16, disable_tqdm=True)
     seconds = time.perf_counter() - started
-    embeddings = embed(model.eval(), tokenizer, sentences)
     rows[f"{share} budget healed {steps}"] = {
         "share": share,
         "ranks by": "budget",
         "truncation": f"calibrated, healed for {steps} steps",
-        "encoder parameters": encoder_matrices(model),
-        "of dense": encoder_matrices(model) / encoder_matrices(dense),
-        "product error": product_error(model, dense),
-        "cosine": (embeddings * reference).sum(-1).mean().item(),
-        "same neighbours": agreement(embeddings, reference),
+        **quality(model, dense, embed(model.eval(), tokenizer, sentences), reference),
         "seconds to heal": seconds,
         "healing": {"rate": HEALING_RATE, "bf16": bf16, "threads": torch.get_num_threads(), **healing},
         "commit": commit,
@@ -268,7 +274,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--bf16", action="store_true", help="heal in bfloat16 where autocast allows")
     options = parser.parse_args(argv)
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}, "latency": {}}
-    result["commands"] = [f"python -m benchmarks.minilm{flags}" for flags in ("", " --heal 0.5", " --latency")]
+    result["commands"] = [
+        f"python -m benchmarks.minilm{flags}" for flags in ("", " --heal 0.5 --heal-steps 400 --bf16", " --latency")
+    ]
 
     def save() -> None:
         result.pop("commit_unknown", None)
