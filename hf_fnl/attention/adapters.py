@@ -54,7 +54,7 @@ _HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 def _separate(module: nn.Module) -> AttentionProjections | None:
     """Four layers, in the attention itself or in its children."""
     for paths in _SEPARATE:
-        layers = [_layer(module, path) for path in paths]
+        layers = [_layer(module, path) for path in paths] if _layer(module, paths[0]) is not None else [None]
         if None not in layers:
             owner = _resolve(module, paths[0].rpartition(".")[0])
             # A child that has its own output is the attention; the output found here is then the feed-forward's.
@@ -155,6 +155,8 @@ def attention_of(module: nn.Module) -> KnownAttention | None:
 
 def projections_of(module: nn.Module) -> AttentionProjections | None:
     """Return the projections of an attention of a known layout, whatever it computes; ``None`` of other modules."""
+    if next(module.children(), None) is None:
+        return None
     return next((found for adapter in _BUILT_IN if (found := adapter(module)) is not None), None)
 
 

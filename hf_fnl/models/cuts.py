@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_fnl.attention.adapters import projections_of
 from hf_fnl.attention.parts import parts_of
@@ -18,7 +18,7 @@ from hf_fnl.surgery.config import LayerRank, RankRule
 from hf_fnl.surgery.cut import candidates_of, parameters_beside
 from hf_fnl.surgery.heads import Attention, HeadTarget, Target
 from hf_fnl.surgery.ranks import UnreachableShare, choose_ranks
-from hf_fnl.surgery.select import first_names, weights
+from hf_fnl.surgery.select import Holders, first_names, weights
 from hf_fnl.surgery.targets import Cut, LayerTarget
 from hf_fnl.utils.suggest import did_you_mean
 
@@ -60,12 +60,13 @@ def names_in_backbone(model: Any) -> Iterator[tuple[str, nn.Module]]:
 def cuts_of(model: Any, config: FactorizedConfig) -> list[Cut]:
     """Return what a configuration says is cut in a model of ours without factors."""
     parts, ranks = parts_of(model), config.ranks
+    held = weights(model, model.all_tied_weights_keys)
     cuts = []
     for option, layers in _places(model).items():
         for number, names in layers.items():
             rank = getattr(config, option)
             rank = rank[number] if isinstance(rank, list) else rank
-            for target in [] if rank is None else _targets(model, option, names):
+            for target in [] if rank is None else _targets(model, option, names, held):
                 shared = {parts[name] for name in getattr(target, "layers", (target.module_name,))} - {None}
                 part = shared.pop() if len(shared) == 1 else None
                 kind = "embedding" if option == "embedding_rank" else target.kind
@@ -90,13 +91,14 @@ def ranks_by_rule(
     if unknown or not kinds:
         hint = did_you_mean(unknown[0], known) if unknown else ""
         raise ValueError(f"kinds must be any of {', '.join(known)}, got {', '.join(unknown) or 'none'}{hint}")
+    held = weights(model, model.all_tied_weights_keys)
     groups: dict[str, list[Target]] = {}
     titles: dict[str, list[str]] = {}  # by kind, of its layers
     for kind in kinds:
         layers = places[f"{kind}_rank"]
         titles[kind] = [f"{kind} in layer {number}" if len(layers) > 1 else kind for number in layers]
         for title, names in zip(titles[kind], layers.values(), strict=True):
-            groups[title] = _targets(model, f"{kind}_rank", names)
+            groups[title] = _targets(model, f"{kind}_rank", names, held)
     targets = [target for group in groups.values() for target in group]
     candidates = candidates_of(model, groups, data)
     try:
@@ -150,9 +152,8 @@ def _places(model: Any) -> dict[str, dict[int, list[str]]]:
     return {option: dict(sorted(layers.items())) for option, layers in found.items()}
 
 
-def _targets(model: Any, option: str, names: Sequence[str]) -> list[Target]:
-    """Return what modules of some names are to surgery; layers that share a weight are one."""
-    held = weights(model, model.all_tied_weights_keys)
+def _targets(model: Any, option: str, names: Sequence[str], held: Mapping[Tensor, Holders]) -> list[Target]:
+    """Return what modules of some names are to surgery; layers that share a weight of those ``held`` are one."""
     of_layers = {name: holders for holders in held.values() for name in holders}
     targets: list[Target] = []
     for name in names:
