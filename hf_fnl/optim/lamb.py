@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adam import adam
 
 from hf_fnl.optim.sharding import Sharding, Shards, names_of
-from hf_fnl.optim.state import check_parameter, check_state
+from hf_fnl.optim.state import check_loaded, check_options, check_parameter, check_state
 
 # On a CPU, tensors of up to so many elements are updated together, because calls cost more than their arithmetic.
 _SMALL = 2**14
@@ -129,7 +128,7 @@ class Lamb(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does, if its options are in range."""
-        _check_options({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         self._sharding.remember(self.param_groups)
 
@@ -258,17 +257,7 @@ class Lamb(Optimizer):
         Raises:
             ValueError: If an option, a name or a state is not one of these parameters; nothing has changed then.
         """
-        for group, loaded in zip(getattr(self, "param_groups", ()), state["param_groups"], strict=False):
-            pairs = zip(group.get("param_names", ()), loaded.get("param_names", ()), strict=False)
-            if differ := next((pair for pair in pairs if pair[0] != pair[1]), None):
-                raise ValueError(f"the state to load has {differ[1]} in the place of {differ[0]}: its order is another")
-        for number, group in enumerate(state["param_groups"]):
-            _check_options(group)
-            for name, parameter in zip(names_of(group, number), group["params"], strict=False):
-                if values := state["state"].get(parameter):
-                    fitting = {key: _as_kept(key, value, parameter) for key, value in values.items()}
-                    check_state(name, parameter, fitting)
-                    values.update(fitting)
+        check_loaded(getattr(self, "param_groups", ()), state)
         super().__setstate__(state)
         if not hasattr(self, "_sharding"):  # a copy
             self._sharding, self._buffers = Sharding(self.param_groups), {}
@@ -285,24 +274,3 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 def _new_memory(params: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in params]
-
-
-def _as_kept(key: str, value: Any, parameter: Tensor) -> Any:
-    """Return a loaded state on the device, and in the order in memory, of one that is kept."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(parameter.device) if key == "step" else value.contiguous()
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    if missing := [name for name in ("lr", "betas", "eps", "weight_decay") if name not in options]:
-        raise ValueError(f"a group of parameters for LAMB needs {', '.join(missing)}")
-    lr, betas, eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
-    for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
-        if not isinstance(value, int | float | Tensor) or value == math.inf:
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-    are_two = isinstance(betas, Sequence) and len(betas) == 2
-    if not are_two or not all(isinstance(beta, int | float | Tensor) and 0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")

@@ -1,18 +1,19 @@
-"""Checks that a gradient and the state of an optimizer fit their parameter, before anything is written.
+"""Checks of LAMB's options, and that gradients and states fit their parameters, before anything is written.
 
 torch's fused kernels take the sizes of all tensors from the parameters: what does not fit would be read past its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_fnl.optim.sharding import to_local
+from hf_fnl.optim.sharding import names_of, to_local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -69,6 +70,53 @@ def check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
             f"step of {name} is {_shown(step)}, and LAMB's is torch.float32 of shape () on {parameter.device}; "
             f"{_REMEDY}"
         )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` unless ``lr``, ``betas``, ``eps`` and ``weight_decay`` are there and in range."""
+    if missing := [name for name in ("lr", "betas", "eps", "weight_decay") if name not in options]:
+        raise ValueError(f"a group of parameters for LAMB needs {', '.join(missing)}")
+    lr, betas, eps, weight_decay = (options[name] for name in ("lr", "betas", "eps", "weight_decay"))
+    for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+        if not isinstance(value, int | float | Tensor) or value == math.inf:
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    are_two = isinstance(betas, Sequence) and len(betas) == 2
+    if not are_two or not all(isinstance(beta, int | float | Tensor) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+
+
+def check_loaded(groups: Iterable[Mapping[str, Any]], loaded: Mapping[str, Any]) -> None:
+    """Check a state that is to be loaded, and bring it to the devices and the order in memory in which states are kept.
+
+    Args:
+        groups: Those that the optimizer has; their names have to come in the same order.
+        loaded: ``param_groups``, and ``state`` by parameter.
+
+    Raises:
+        ValueError: If an option, a name or a state is not one of these parameters; nothing has changed then.
+    """
+    for group, other in zip(groups, loaded["param_groups"], strict=False):
+        pairs = zip(group.get("param_names", ()), other.get("param_names", ()), strict=False)
+        if differ := next((pair for pair in pairs if pair[0] != pair[1]), None):
+            raise ValueError(f"the state to load has {differ[1]} in the place of {differ[0]}: its order is another")
+    fitting: dict[Tensor, dict[str, Any]] = {}
+    for number, group in enumerate(loaded["param_groups"]):
+        check_options(group)
+        for name, parameter in zip(names_of(group, number), group["params"], strict=False):
+            if state := loaded["state"].get(parameter):
+                fitting[parameter] = {key: _as_kept(key, value, parameter) for key, value in state.items()}
+                check_state(name, parameter, fitting[parameter])
+    for parameter, state in fitting.items():
+        loaded["state"][parameter].update(state)
+
+
+def _as_kept(key: str, value: Any, parameter: Tensor) -> Any:
+    """Return a loaded state on the device, and in the order in memory, of one that is kept."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(parameter.device) if key == "step" else value.contiguous()
 
 
 def _is_like(parameter: Tensor, other: Any) -> bool:
