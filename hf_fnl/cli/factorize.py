@@ -19,7 +19,7 @@ from hf_fnl.cli.texts import Read, Texts, calibration_batches, read_texts
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.cards import CARD_FILE, stated_in, write_card
+from hf_fnl.models.card_files import CARD_FILE, stated_in, write_card
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.calibration import Calibration
@@ -33,7 +33,7 @@ Layer = dict[str, Any]
 
 _COLUMNS = ("name", "kind", "shape", "rank", "parameters_before", "parameters_after", "energy")
 _HEALING_LENGTH = 256  # tokens of a sample, of which four make a batch
-_INHERITED = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "tags")
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 
 
 class Healing(NamedTuple):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from hf_fnl.layers.partitioned import full_shape
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -91,6 +93,13 @@ class HeadProjection(nn.Module):
             layer.out_features, layer.in_features = shape
             layer.set_width_(width)
         return layer.train(dense.training)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight, which ``Conv1D`` holds transposed."""
+        shape, dim = list(full_shape(self.weight)), int(self.is_output) ^ isinstance(self, Conv1D)
+        shape[dim] = sum(count for count, _ in self.heads) * self.dense_width
+        return tuple(shape)
 
     def set_width_(self, width: int) -> None:
         """Say how wide a head is in the attention from now on; no value changes."""

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.layers.heads import narrow_
 from hf_fnl.layers.partitioned import is_partitioned
-from hf_fnl.models.cards import UploadsCard
+from hf_fnl.models.card_files import UploadsCard
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.cuts import Names, check_methods, cuts_of, layer_in, names_in_backbone, ranks_by_rule
 from hf_fnl.models.forwards import refuse_unknown_inputs_

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import shutil
-import tempfile
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers.utils import CONFIG_NAME
+from transformers import PreTrainedModel
 
-from hf_fnl.layers import factorized_layers
-from hf_fnl.optim.diagnostics import parameter_count
-from hf_fnl.utils.folders import is_inside
+from hf_fnl.layers import HeadProjection
+from hf_fnl.optim.diagnostics import cut_layers, layer_count, parameter_count
+from hf_fnl.surgery.record import method_of, quantization_of
 from hf_fnl.utils.run_files import (
     CONFIG_FILE,
     FACTORIZATION_FILE,
@@ -35,14 +31,9 @@ from hf_fnl.utils.run_files import (
 )
 from hf_fnl.utils.suggest import printable
 
-CARD_FILE = "README.md"
 MARK = "<!-- Written by hf_fnl. Remove this line to keep the card from being written anew. -->"
 
-# By these words a card is known for one that no person wrote: ours, or one of two that Transformers writes.
-_AUTOMATIC = (MARK, "model card has been automatically generated", "model card has been generated automatically")
 _TEMPLATE = Path(__file__).with_name("card_template.md")
-# What a person may have stated in an automatic card.
-_KEPT = ("language", "license", "license_name", "license_link", "tags")
 _TRAINED_ON = ("dataset", "train_dataset")
 _EVALUATED_ON = ("eval_dataset", "validation_dataset")
 _EMBEDDED = ("embedded", "digits")  # data sets that lie in packages
@@ -141,9 +132,10 @@ def model_card(
     card_data = _metadata(model, record, name, metadata or ModelCardData())
     command = command or record.factorization.get("command")
     dense_class = getattr(model, "dense_class", None)
-    package = type(model).__module__.partition(".")[0]
     try:
-        facts, layers = list(_sizes(model, record)), list(_layers(model, record))
+        facts, layers = [*_sizes(model, record), *_data(record)], list(_layers(model, record))
+        total = dict(zip(("before", "after"), _before_and_after(model, record), strict=True))
+        rest = {when: total[when] - sum(layer[when] for layer in layers) for when in total}
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the {FACTORIZATION_FILE} of the record is damaged: {error!r}") from error
     return ModelCard.from_template(
@@ -153,11 +145,16 @@ def model_card(
         title=_plain((name or type(model).__name__).rstrip("/").rpartition("/")[2]),
         name=printable(json.dumps(name or "path/to/model", ensure_ascii=False)),
         class_name=type(model).__name__,
-        package=package,
+        package=_package(model),
         dense_class=dense_class and dense_class.__name__,
-        needs_import=not dense_class and package != "hf_fnl" and bool(factorized_layers(model)),
+        needs_hf_fnl=_needs_hf_fnl(model),
+        is_quantized=_quantization(model) is not None,
         facts=[*facts, *_origin(record, card_data.base_model, data or card_data.datasets)],
         layers=layers,
+        rest=rest,
+        total=total,
+        evaluated_on=_plain(_sources(record, _EVALUATED_ON)),
+        limits=list(_limits(model, record)),
         results=[(_plain(key), _number(value)) for key, value in record.metrics.items() if _is_result(key, value)],
         settings=[(key, _plain(listed)) for key in _SETTINGS if (listed := _listed(record.settings.get(key)))],
         command=command and _one_line(command),
@@ -165,123 +162,43 @@ def model_card(
     )
 
 
-def write_card(path: str | os.PathLike[str], model: nn.Module, **known: Any) -> bool:
-    """Write the card of a model, unless a person wrote the one that is there.
-
-    Licence, language and tags of an automatic card are taken over.
-
-    Args:
-        path: The file, by custom ``README.md`` beside the weights.
-        model: The model.
-        known: Further arguments of :func:`model_card`.
-
-    Returns:
-        Whether it was written.
-    """
-    path = Path(path)
-    if path.is_file():
-        if not is_automatic(path):
-            return False
-        first, second = known.get("metadata") or ModelCardData(), stated_in(path)
-        given = {key: value for key, value in vars(first).items() if value is not None}
-        tags = [*(first.tags or ()), *(second.tags or ())]
-        known["metadata"] = ModelCardData(**{**vars(second), **given, "tags": tags})
-    model_card(model, **known).save(path)
-    return True
-
-
-class UploadsCard:
-    """Mixin before a ``PreTrainedModel``: what is pushed to the Hub gets a card of ours, unless a person wrote one."""
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Push as Transformers does, after the card, which Transformers then finds there and keeps."""
-        _push_card(self, repo_id, options)
-        return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **options: Any) -> None:
-        """Save as Transformers does; ``push_to_hub=True`` pushes the card first."""
-        if push_to_hub:
-            _push_card(self, options.get("repo_id", Path(save_directory).name), options)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **options)  # type: ignore[misc]
-
-
-def _push_card(model: Any, repo_id: str, options: Mapping[str, Any]) -> None:
-    """Put a card into a repository of the Hub, from the files of the folder that the model was loaded from.
-
-    A card that a person wrote stays, on the Hub or, where the Hub has none, in that folder.
-    """
-    if options.get("create_pr") or options.get("revision"):
-        return
-    token, private = options.get("token"), options.get("private")
-    repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-    folder = Path(model.name_or_path or "")
-    # A model that was converted keeps the path of the one that it was made from, whose files are not its own.
-    is_home = read_json(folder / CONFIG_NAME).get("architectures") == [type(model).__name__]
-    with tempfile.TemporaryDirectory() as temporary:
-        path, local = Path(temporary, CARD_FILE), folder / CARD_FILE
-        fetch_card(path, repo_id, token)
-        is_on_hub = path.is_file()
-        if not is_on_hub and is_home and local.is_file() and is_inside(local, folder):
-            shutil.copyfile(local, path)
-        known = {
-            "record": Record.read(folder) if is_home else None,
-            "metadata": ModelCardData(tags=options.get("tags")),
-        }
-        if write_card(path, model, name=repo_id, **known) or not is_on_hub:
-            ModelCard.load(path).push_to_hub(repo_id, token=token)
-
-
-def fetch_card(path: Path, repo_id: str, token: Any = None) -> None:
-    """Copy the card of a repository of the Hub, if any, to ``path``, unless a person wrote the one that is there."""
-    if path.is_file() and not is_automatic(path):
-        return
-    with contextlib.suppress(EntryNotFoundError):
-        shutil.copyfile(hf_hub_download(repo_id, CARD_FILE, token=token), path)
-
-
-def is_automatic(path: str | os.PathLike[str]) -> bool:
-    """Whether no person has taken the card in this file into their hands."""
-    content = Path(path).read_text(encoding="utf-8", errors="replace")
-    return any(words in content for words in _AUTOMATIC)
-
-
-def stated_in(path: Path, keys: Sequence[str] = _KEPT) -> ModelCardData:
-    """Return what the head of a card says under some keys, as texts and lists of texts.
-
-    Args:
-        path: The card; a warning tells if its head cannot be read, and nothing is taken from it.
-        keys: Fields of ``ModelCardData``.
-    """
-    try:
-        if not is_inside(path, path.parent):
-            raise ValueError("it is a link that leaves its folder")
-        found = vars(ModelCard.load(path, ignore_metadata_errors=True).data)
-    except Exception as error:  # of YAML, of the Hub's client, or of the file: a card is no reason to lose the model
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"what {path} says in its head is left out, for it cannot be read: {reason}", stacklevel=2)
-        return ModelCardData()
-    stated: dict[str, Any] = {key: _texts(found.get(key)) for key in keys}
-    if isinstance(stated.get("tags"), str):
-        stated["tags"] = [stated["tags"]]
-    return ModelCardData(**stated)
-
-
 def _metadata(model: nn.Module, record: Record, name: str | None, stated: ModelCardData) -> ModelCardData:
     """The head of a card, which the Hub reads."""
     given = {key: value for key, value in vars(stated).items() if value is not None}
     origins = [*record.origins, getattr(model, "name_or_path", "")]
+    needs_hf_fnl, quantization = _needs_hf_fnl(model), _quantization(model)
     derived = {
-        "library_name": "transformers",
+        # By this name the Hub shows how a model is loaded; Transformers alone cannot load a factorized one.
+        "library_name": "hf_fnl" if needs_hf_fnl else "transformers",
         "pipeline_tag": "translation" if "languages" in record.settings else _task_of(model),
         "base_model": next((origin for origin in origins if _is_hub_id(origin) and origin != name), None),
         "datasets": [data for key in _TRAINED_ON if _is_hub_id(data := record.settings.get(key))] or None,
     }
-    tags = ["hf_fnl"]
-    if record.factorization or _model_ranks(model) or factorized_layers(model):
-        tags.append("low-rank")
-    if record.settings.get("optim") == "flambe":
-        tags.append("flambe")
-    return ModelCardData(**{**derived, **given, "tags": list(dict.fromkeys(tags + given.get("tags", [])))})
+    tags = {
+        "hf_fnl": True,
+        "transformers": needs_hf_fnl and isinstance(model, PreTrainedModel),
+        "low-rank": bool(record.factorization or _model_ranks(model) or cut_layers(model)),
+        "flambe": record.settings.get("optim") == "flambe",
+        "healed": bool(record.factorization.get("healing")),
+        str(quantization): quantization is not None,
+    }
+    ours = [tag for tag, holds in tags.items() if holds]
+    return ModelCardData(**{**derived, **given, "tags": list(dict.fromkeys(ours + given.get("tags", [])))})
+
+
+def _package(model: nn.Module) -> str:
+    return type(model).__module__.partition(".")[0]
+
+
+def _needs_hf_fnl(model: nn.Module) -> bool:
+    """Whether a model is loaded by what is in this package: its class, or layers that surgery made."""
+    return _package(model) == "hf_fnl" or hasattr(model, "dense_class") or bool(cut_layers(model))
+
+
+def _quantization(model: nn.Module) -> str | None:
+    """The name of the method by which a model was quantized, if it was."""
+    found = quantization_of(getattr(getattr(model, "config", None), "quantization_config", None))
+    return None if found is None else method_of(found)
 
 
 def _task_of(model: nn.Module) -> str | None:
@@ -290,11 +207,15 @@ def _task_of(model: nn.Module) -> str | None:
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
+def _before_and_after(model: nn.Module, record: Record) -> tuple[int, int]:
+    """Parameters of the dense model, and of the factorized one, be it merged now."""
+    known, count = record.factorization, parameter_count(model)
+    before, after = int(count["dense_equivalent"]), int(count["total"])
+    return known.get("parameters_before", before), known.get("parameters_after", after)
+
+
 def _sizes(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
-    count = parameter_count(model)
-    total = int(count["total"])
-    before = record.factorization.get("parameters_before", int(count["dense_equivalent"]))
-    after = record.factorization.get("parameters_after", total)
+    total, (before, after) = int(parameter_count(model)["total"]), _before_and_after(model, record)
     yield "class", f"`{type(model).__name__}`"
     if ranks := _model_ranks(model):
         yield "ranks", ", ".join(f"`{option}` {_spread(rank)}" for option, rank in ranks.items())
@@ -305,30 +226,72 @@ def _sizes(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
         yield "parameters of the dense model", f"{before:,}, of which {after / before:.1%} are left"
     if record.factorization.get("layers"):
         yield "rank of each layer", f"`{FACTORIZATION_FILE}`"
+    if quantization := _quantization(model):
+        yield "quantized by", _plain(quantization)
+
+
+def _data(record: Record) -> Iterator[tuple[str, str]]:
+    """The texts that a model was cut and healed with, as ``hf-fnl factorize`` wrote them down."""
+    if texts := record.factorization.get("calibration"):
+        yield (
+            "calibrated with",
+            f"{record.factorization['calibration_tokens']:,} tokens of {_plain(_public(texts['source']))}",
+        )
+    if healing := record.factorization.get("healing"):
+        texts = f"{healing['tokens']:,} tokens of {_plain(_public(healing['texts']['source']))}"
+        yield "healed with", f"{texts} in {healing['steps']:,} steps"
+        distance = " to ".join(f"{healing[f'held_out_{when}']:.3g}" for when in ("before", "after"))
+        yield "distance from the dense model, held out", distance
 
 
 def _origin(record: Record, base_model: Any, data: Any) -> Iterator[tuple[str, str]]:
     facts = {
         "made from": _listed(base_model) or next(map(_public, record.origins), ""),
         "trained on": _listed(data) or _sources(record, _TRAINED_ON),
-        "evaluated on": _sources(record, _EVALUATED_ON),
         "optimizer steps": f"{record.steps:,}" if record.steps else "",
     }
     yield from ((fact, _plain(value)) for fact, value in facts.items() if value)
 
 
+def _limits(model: nn.Module, record: Record) -> Iterator[str]:
+    if known := record.factorization:
+        origin = _plain(next(map(_public, record.origins), "the dense model"))
+        calibrated, healed = (("" if known.get(what) else "not ") for what in ("calibration", "healing"))
+        yield f"Its outputs are not those of {origin}: it was cut, {calibrated}calibrated and {healed}healed."
+        if known.get("calibration") or known.get("healing"):
+            yield "On data unlike the texts that this was done with it loses most."
+    if known and not cut_layers(model):
+        yield "Its products are multiplied out: it is as large and as slow as the dense model."
+    if not any(_is_result(key, value) for key, value in record.metrics.items()):
+        yield "Nothing was measured when this card was written: measure it on data of your own."
+    yield "What is wrong or unfair in the model or the data that it comes from is in it, too."
+
+
 def _layers(model: nn.Module, record: Record) -> Iterator[dict[str, Any]]:
     """A row for the layers of each kind and shape."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for layer in record.factorization.get("layers") or [
-        {"kind": layer.kind, "shape": layer.shape, "rank": layer.rank} for layer in factorized_layers(model)
-    ]:
+    for layer in record.factorization.get("layers") or map(_row, cut_layers(model)):
         groups[_plain(layer["kind"]), " x ".join(map(_plain, layer["shape"]))].append(layer)
     for (kind, shape), layers in groups.items():
         kept = [layer["energy"] for layer in layers if layer.get("energy") is not None]
-        energy = f"{sum(kept) / len(kept):.1%}" if kept else ""
-        rank = _plain(_spread([layer["rank"] for layer in layers]))
-        yield {"kind": kind, "shape": shape, "count": len(layers), "rank": rank, "energy": energy}
+        yield {
+            "kind": kind,
+            "shape": shape,
+            "count": len(layers),
+            "rank": _plain(_spread([rank for layer in layers for rank in _as_list(layer["rank"])])),
+            "before": sum(layer["parameters_before"] for layer in layers),
+            "after": sum(layer["parameters_after"] for layer in layers),
+            "energy": f"{sum(kept) / len(kept):.1%}" if kept else "",
+        }
+
+
+def _row(layer: nn.Module) -> dict[str, Any]:
+    """What ``factorization.json`` would say of a layer."""
+    after, before = layer_count(layer)
+    found = {"kind": getattr(layer, "kind", "linear"), "parameters_after": after, "parameters_before": before}
+    if isinstance(layer, HeadProjection):
+        return {**found, "kind": "heads", "shape": layer.dense_shape, "rank": [rank for _, rank in layer.heads]}
+    return {**found, "shape": getattr(layer, "shape", layer.dense_shape), "rank": layer.rank}
 
 
 def _model_ranks(model: nn.Module) -> dict[str, Any]:
@@ -340,10 +303,14 @@ def _model_ranks(model: nn.Module) -> dict[str, Any]:
 
 def _spread(ranks: int | list[int | None]) -> str:
     """One rank, or the least and the largest of several; a layer without one is dense."""
-    values: list[int | None] = ranks if isinstance(ranks, list) else [ranks]
+    values = _as_list(ranks)
     numbers = sorted({rank for rank in values if rank is not None})
     spread = " to ".join(map(str, dict.fromkeys((*numbers[:1], *numbers[-1:]))))
     return f"{spread}, dense in {values.count(None)} of {len(values)} layers" if None in values else spread
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_hub_id(name: Any) -> TypeGuard[str]:
@@ -382,13 +349,6 @@ def _listed(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "" if value in (None, False) else str(value)
-
-
-def _texts(value: Any) -> str | list[str] | None:
-    """A text on one line, or the texts of a list; nothing of anything else."""
-    if isinstance(value, list):
-        return [" ".join(text.split()) for text in value if isinstance(text, str)] or None
-    return " ".join(value.split()) if isinstance(value, str) else None
 
 
 def _plain(value: object) -> str:

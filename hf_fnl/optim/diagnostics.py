@@ -12,7 +12,14 @@ from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention import Product
-from hf_fnl.layers import Factorized, FactorizedEmbedding, FactorizedLinear, factorized_layers
+from hf_fnl.layers import (
+    Factorized,
+    FactorizedEmbedding,
+    FactorizedLinear,
+    HeadProjection,
+    LinearPair,
+    factorized_layers,
+)
 from hf_fnl.layers.partitioned import full_shape
 from hf_fnl.math.factors import non_orthogonality, nuclear_norm_bound
 
@@ -98,20 +105,19 @@ def summarize(figures: Mapping[str, Figures], products: Iterable[Product]) -> Fi
 
 
 def parameter_count(model: nn.Module) -> Figures:
-    """How many parameters a model holds, and how many it would hold without factorized layers.
+    """How many parameters a model holds, and how many it would hold without factorized layers and narrow heads.
 
     Tied parameters count once.
 
     Returns:
         ``total``, ``trainable``, ``in_products`` (the factors of all factorized layers), ``dense_equivalent`` (the same
-        model with the weight of each of these layers in the place of its factors, and in a model of ours with heads of
-        full width) and ``ratio``, the share of all parameters that are left: ``total / dense_equivalent``.
+        model with the dense layer in the place of each that holds factors or narrow heads) and ``ratio``, the share of
+        all parameters that are left: ``total / dense_equivalent``.
     """
     parameters = list(model.parameters())
     total = sum(map(_numel, parameters))
-    layers = factorized_layers(model)
-    in_products = sum(_factor_count(layer) for layer in layers)
-    dense = total - in_products + sum(_dense_count(layer) for layer in layers)
+    in_products = sum(_factor_count(layer) for layer in factorized_layers(model))
+    dense = total + sum(before - after for after, before in map(layer_count, cut_layers(model)))
     if getattr(model, "dense_class", None) is not None:
         dense = _stock_count(model)
     return {
@@ -121,6 +127,29 @@ def parameter_count(model: nn.Module) -> Figures:
         "dense_equivalent": dense,
         "ratio": total / max(dense, 1),
     }
+
+
+def cut_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model that hold factors or narrow heads, of those that share their factors one."""
+    others = (module for module in model.modules() if isinstance(module, HeadProjection | LinearPair))
+    return [*factorized_layers(model), *others]
+
+
+def layer_count(layer: nn.Module) -> tuple[int, int]:
+    """Return how many parameters a layer of :func:`cut_layers` holds, and how many the dense one would.
+
+    Biases count where heads are narrow, which cuts those of queries, keys and values.
+    """
+    if isinstance(layer, HeadProjection):
+        held = _numel(layer.weight)
+        if layer.bias is not None and not layer.is_output:
+            held += _numel(layer.bias)
+        width = sum(count * rank for count, rank in layer.heads)
+        return held, held // width * sum(count for count, _ in layer.heads) * layer.dense_width
+    if isinstance(layer, LinearPair):
+        return layer.rank * (layer.in_features + layer.out_features), layer.in_features * layer.out_features
+    assert isinstance(layer, Factorized)
+    return _factor_count(layer), _dense_count(layer)
 
 
 def _stock_count(model: Any) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from transformers import Trainer
 
-from hf_fnl.models.cards import CARD_FILE, Record, fetch_card, write_card
+from hf_fnl.models.card_files import CARD_FILE, fetch_card, write_card
+from hf_fnl.models.cards import Record
 from hf_fnl.training.runs import run_settings
 from hf_fnl.utils.run_files import last_figures
 

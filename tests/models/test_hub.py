@@ -16,8 +16,9 @@ from safetensors.torch import load
 from training_cases import tiny_trainer
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM
-from hf_fnl.models import cards
-from hf_fnl.models.cards import MARK, is_automatic
+from hf_fnl.models import card_files
+from hf_fnl.models.card_files import is_automatic
+from hf_fnl.models.cards import MARK
 
 WEIGHTS = "model.safetensors"
 FILES = {"README.md", "config.json", WEIGHTS}
@@ -78,7 +79,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     for name in ("create_repo", "create_commit", "upload_folder"):
         monkeypatch.setattr(HfApi, name, in_memory(getattr(hub, name)))
     monkeypatch.setattr(ModelCard, "validate", lambda card, *_, **__: card_problems(str(card)))
-    for module in (cards, repocard):
+    for module in (card_files, repocard):
         monkeypatch.setattr(module, "hf_hub_download", hub.download)
     return hub
 
@@ -97,8 +98,8 @@ def test_our_card_lies_beside_the_weights_and_goes_up_as_they_do(hub):
     weights = load(hub.repos["tester/bert"][WEIGHTS])
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
     written = hub.card("tester/bert")
-    assert (written.data.library_name, written.data.pipeline_tag) == ("transformers", "fill-mask")
-    assert written.data.tags == ["hf_fnl", "low-rank", "tiny"]
+    assert (written.data.library_name, written.data.pipeline_tag) == ("hf_fnl", "fill-mask")
+    assert written.data.tags == ["hf_fnl", "transformers", "low-rank", "tiny"]
     assert "`qk_rank` 5, `ov_rank` 2" in written.text
     assert 'from_pretrained("tester/bert")' in written.text
 
@@ -145,7 +146,7 @@ def test_a_trainer_pushes_the_card_of_its_run(hub, tmp_path):
     written = hub.card("tester/run")
     assert str(written) == (tmp_path / "README.md").read_text()
     assert written.data.license == "mit"
-    assert written.data.tags == ["hf_fnl", "low-rank", "flambe", "tiny"]
+    assert written.data.tags == ["hf_fnl", "transformers", "low-rank", "flambe", "tiny"]
     for line in ("| optimizer steps | 2 |", "| `optim` | flambe |", "| `frobenius_decay` | ov |", "| train_loss |"):
         assert line in written.text
     assert WEIGHTS in hub.repos["tester/run"]

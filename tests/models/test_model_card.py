@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,26 +14,47 @@ from bert_cases import HEADS, LOW, MASKED_LM
 from hub_cards import card_problems
 from huggingface_hub import ModelCard, ModelCardData
 from training_cases import tiny_trainer
+from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
-from hf_fnl import FactorizedBertConfig, FactorizedBertForQuestionAnswering
+from hf_fnl import (
+    FactorizationConfig,
+    FactorizedBertConfig,
+    FactorizedBertForQuestionAnswering,
+    factorize_,
+    merge_,
+    to_linear_,
+    vision_model,
+)
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.models.cards import Record, is_automatic, model_card, stated_in, write_card
+from hf_fnl.models.card_files import is_automatic, stated_in, write_card
+from hf_fnl.models.cards import Record, model_card
 from hf_fnl.optim.diagnostics import parameter_count
 
 SQUAD = HEADS["question-answering"]
 QA_SETTINGS = {"model": "org/bert", "train_dataset": "rajpurkar/squad", "eval_split": "validation", "optim": "flambe"}
 QA_METRICS = {"parameters / total": 9, "train_samples_per_second": 4.0, "exact_match": 80.5, "f1": 88.25}
+
+
+def layer(name: str, kind: str, shape: tuple[int, int], rank: int, energy: float | None) -> dict[str, Any]:
+    """An entry of ``factorization.json``."""
+    counts = {"parameters_before": shape[0] * shape[1], "parameters_after": rank * sum(shape)}
+    return {"name": name, "kind": kind, "shape": [*shape], "rank": rank, "energy": energy, **counts}
+
+
 FACTORIZATION = {
     "base_model": "org/bert",
     "command": "hf-fnl factorize org/bert --ratio 0.5 --out small",
     "parameters_before": 10_000,
     "parameters_after": 5_000,
     "layers": [
-        {"name": "a", "kind": "linear", "shape": [32, 21], "rank": 8, "energy": 0.9},
-        {"name": "b", "kind": "linear", "shape": [32, 21], "rank": 5, "energy": 0.8},
-        {"name": "c", "kind": "embedding", "shape": [53, 21], "rank": 13, "energy": None},
+        layer("a", "linear", (32, 21), 8, 0.9),
+        layer("b", "linear", (32, 21), 5, 0.8),
+        layer("c", "embedding", (53, 21), 13, None),
     ],
 }
+TEXTS = {"source": "/home/me/texts.txt", "column": "text", "samples": 20, "length": 64}
+HEALING = {"texts": TEXTS, "tokens": 30_000, "steps": 25, "held_out_before": 1.36, "held_out_after": 0.79}
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 3, "vocab_size": 100}
 
 
 def facts(card: ModelCard) -> dict[str, str]:
@@ -69,8 +92,89 @@ def test_parameters_before_and_after_and_ranks_of_heads_and_layers_are_given():
     assert facts(card)["parameters"] == f"{after:,}"
     assert facts(card)["parameters of the dense model"] == f"{before:,}, of which {after / before:.1%} are left"
     assert "`qk_rank` 5, dense in 1 of 2 layers, `ov_rank` 2 to 3, `ffn_rank` 8" in card.text
-    assert "| embedding | 53 x 21 | 1 | 13 |  |" in card.text
-    assert "| linear | 32 x 21 | 2 | 8 |  |" in card.text
+    assert "| embedding | 53 x 21 | 1 | 13 | 1,113 | 962 |  |" in card.text
+    assert "| linear | 32 x 21 | 2 | 8 | 1,344 | 848 |  |" in card.text
+    assert f"| all | | | | {before:,} | {after:,} | |" in card.text
+
+
+@pytest.mark.parametrize("kinds", [("ov",), ("linear",), ("ov", "linear")], ids="-".join)
+@pytest.mark.parametrize("pairs", [False, True], ids=["factors", "pairs"])
+def test_a_model_that_surgery_cut_counts_its_dense_parameters_and_needs_hf_fnl(kinds, pairs):
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=2))
+    before = int(parameter_count(model)["total"])
+    factorize_(model, FactorizationConfig(kinds=kinds, rank_scale=0.25))
+    if pairs and "linear" in kinds:
+        to_linear_(model)
+    after = int(parameter_count(model)["total"])
+    card = model_card(model)
+    assert facts(card)["parameters of the dense model"] == f"{before:,}, of which {after / before:.1%} are left"
+    assert ("| heads | 48 x 48 | 4 | 4 | 9,216 | 2,304 |" in card.text) == ("ov" in kinds)
+    assert (card.data.library_name, card.data.tags) == ("hf_fnl", ["hf_fnl", "transformers", "low-rank"])
+    assert "import hf_fnl" in card.text
+    assert "hf_fnl.merge_(model)" in card.text
+    merge_(model)
+    merged = model_card(model)
+    assert (merged.data.library_name, merged.data.tags) == ("transformers", ["hf_fnl"])
+    assert "hf_fnl" not in merged.text.partition("## Use")[2]
+
+
+def cut_llama() -> LlamaForCausalLM:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1))
+    factorize_(model, FactorizationConfig(kinds=("ov", "linear"), rank_scale=0.5))
+    return model
+
+
+@pytest.mark.parametrize("make", [cut_llama, lambda: MASKED_LM.build(LOW)], ids=["surgery", "family"])
+def test_what_a_card_says_of_loading_and_merging_runs(make, tmp_path):
+    model, ids = make().eval(), torch.arange(6).view(1, 6)
+    model.save_pretrained(tmp_path)
+    found: dict[str, Any] = {}
+    (code,) = re.findall(r"```python\n(.*?)```", model_card(model, name=str(tmp_path)).text, flags=re.DOTALL)
+    exec(code, found)
+    plain = found.get("stock", found["model"])
+    assert model_card(plain).data.library_name == "transformers"
+    torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_model_that_was_quantized_after_surgery_says_by_what():
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1))
+    factorize_(model, FactorizationConfig(rank_scale=0.25))
+    to_linear_(model)
+    model.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig.__new__(TorchAoConfig))
+    model.hf_quantizer.quantization_config.quant_method = "torchao"
+    card = model_card(model)
+    assert facts(card)["quantized by"] == "torchao"
+    assert card.data.tags == ["hf_fnl", "transformers", "low-rank", "torchao"]
+    assert "import hf_fnl" in card.text
+    assert "merge_" not in card.text
+
+
+def test_a_vision_model_of_ours_needs_hf_fnl_even_if_it_is_dense():
+    card = model_card(vision_model("resnet20", num_labels=10, width=4))
+    assert (card.data.library_name, card.data.tags) == ("hf_fnl", ["hf_fnl", "transformers"])
+    assert "from hf_fnl import CifarResNetForImageClassification" in card.text
+
+
+def test_texts_and_distance_of_calibration_and_healing_are_given():
+    factorization = {**FACTORIZATION, "calibration": TEXTS, "calibration_tokens": 1280, "healing": HEALING}
+    plain, healed = (
+        model_card(MASKED_LM.build(LOW), record=Record(factorization=each)) for each in (FACTORIZATION, factorization)
+    )
+    rows = facts(healed)
+    assert rows["calibrated with"] == "1,280 tokens of texts.txt"
+    assert rows["healed with"] == "30,000 tokens of texts.txt in 25 steps"
+    assert rows["distance from the dense model, held out"] == "1.36 to 0.79"
+    assert healed.data.tags == ["hf_fnl", "transformers", "low-rank", "healed"]
+    assert "not those of org/bert: it was cut, calibrated and healed." in healed.text
+    assert "not those of org/bert: it was cut, not calibrated and not healed." in plain.text
+
+
+def test_limits_say_whether_anything_was_measured():
+    measured, not_measured = (
+        model_card(MASKED_LM.build(LOW), record=Record(metrics=metrics)) for metrics in ({"f1": 80.0}, {})
+    )
+    assert "Nothing was measured" in not_measured.text
+    assert "Nothing was measured" not in measured.text
 
 
 def test_a_merged_model_is_dense_and_says_where_it_comes_from():
@@ -81,8 +185,11 @@ def test_a_merged_model_is_dense_and_says_where_it_comes_from():
     card = model_card(merged, record=Record(factorization=FACTORIZATION))
     assert card.data.base_model == "org/bert"
     assert f"```bash\n{FACTORIZATION['command']}\n```" in card.text
-    assert "| linear | 32 x 21 | 2 | 5 to 8 | 85.0% |" in card.text
-    assert "| embedding | 53 x 21 | 1 | 13 |  |" in card.text
+    assert "| linear | 32 x 21 | 2 | 5 to 8 | 1,344 | 689 | 85.0% |" in card.text
+    assert "| embedding | 53 x 21 | 1 | 13 | 1,113 | 962 |  |" in card.text
+    assert "| all else | | | | 7,543 | 3,349 | |" in card.text
+    assert card.data.library_name == "transformers"
+    assert "as large and as slow as the dense model" in card.text
     assert facts(card)["parameters when factorized"] == "5,000"
     assert facts(card)["parameters of the dense model"] == "10,000, of which 50.0% are left"
     assert "hf_fnl" not in card.text.partition("## Use")[2]
@@ -103,7 +210,7 @@ def test_data_base_model_and_results_of_a_run_are_in_its_card():
     assert card_problems(str(card)) == []
     assert card.data.base_model == "org/bert"
     assert card.data.datasets == ["rajpurkar/squad"]
-    assert card.data.tags == ["hf_fnl", "low-rank", "flambe"]
+    assert card.data.tags == ["hf_fnl", "transformers", "low-rank", "flambe"]
     rows = facts(card)
     assert (rows["exact_match"], rows["f1"], rows["optimizer steps"]) == ("80.5", "88.25", "1,234")
     assert not {"parameters / total", "train_samples_per_second"} & rows.keys()
@@ -152,7 +259,7 @@ def test_only_a_card_that_no_person_wrote_is_replaced(tmp_path, existing, kept):
     if not kept:
         assert is_automatic(path)
         data = ModelCard.load(path).data
-        assert (data.license, data.tags) == ("mit", ["hf_fnl", "low-rank", "mine"])
+        assert (data.license, data.tags) == ("mit", ["hf_fnl", "transformers", "low-rank", "mine"])
 
 
 def test_our_card_is_written_anew_until_its_mark_is_removed(tmp_path):
@@ -215,7 +322,7 @@ def test_a_trainer_writes_what_it_knows_and_keeps_a_card_by_hand(tmp_path):
     trainer.create_model_card(license="mit", tags="tiny", finetuned_from="org/bert", dataset_tags="org/texts")
     card = ModelCard.load(tmp_path / "README.md")
     assert card_problems(str(card)) == []
-    assert card.data.tags == ["hf_fnl", "low-rank", "flambe", "tiny"]
+    assert card.data.tags == ["hf_fnl", "transformers", "low-rank", "flambe", "tiny"]
     assert (card.data.license, card.data.base_model, card.data.datasets) == ("mit", "org/bert", ["org/texts"])
     assert (facts(card)["optimizer steps"], facts(card)["learning_rate"]) == ("1", "0.02")
     assert "train_loss" in facts(card)
@@ -264,9 +371,9 @@ def test_metrics_and_settings_enter_a_card_as_text():
     head, _, command = card.text.partition("## Command")
     assert re.findall(r"(?<!\\)[<\[]", re.sub(r"<!--.*?-->|(`+).*?\1", "", head)) == []
     for line in head.splitlines():
-        assert not line.startswith("|") or len(re.findall(r"(?<!\\)\|", line)) in (3, 6), line
-        assert line.startswith(("|", "#", "<!--")) or not line
-    assert len(re.findall("^```", command, re.MULTILINE)) == 4  # of the command, and of what follows it
+        assert not line.startswith("|") or len(re.findall(r"(?<!\\)\|", line)) in (3, 8), line
+        assert line.startswith(("|", "#", "<!--", "On ")) or not line
+    assert len(re.findall("^```", command, re.MULTILINE)) == 6  # of the command, and of what follows it
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from hf_fnl.models.cards import UploadsCard
+from hf_fnl.models.card_files import UploadsCard
 from hf_fnl.utils.suggest import did_you_mean
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
