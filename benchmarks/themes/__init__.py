@@ -12,4 +12,5 @@ NAMES = (
     "loading",
     "data",
     "memory",
+    "calibration",
 )

@@ -141,9 +141,9 @@ def linear_energies(weight: Tensor, bias: Tensor | None = None, moments: Moments
     return torch.linalg.eigvalsh(gram).clamp(min=0).flip(-1)
 
 
-def _output_scale(moments: Moments) -> Tensor | None:
+def _output_scale(moments: Moments | HeadMoments | None) -> Tensor | None:
     """``d^{1/2}`` as a column, ridged so that no coordinate is free; ``None`` where all count alike."""
-    if moments.sensitivity is None or not (mean := moments.sensitivity.double().mean()) > 0:
+    if moments is None or moments.sensitivity is None or not (mean := moments.sensitivity.double().mean()) > 0:
         return None
     return (moments.sensitivity.double() + _OUTPUT_RIDGE * mean).sqrt().unsqueeze(-1)
 
@@ -160,11 +160,13 @@ class HeadMoments:
         query: Of the queries, biases included; of all that share a key.
         key: Of the keys, biases included.
         context: Of the attention-weighted sums of values, which the output projection sees; of all that share a value.
+        sensitivity: How much a loss feels each coordinate ``(d,)`` of the attention's output, as in :class:`Moments`.
     """
 
     query: Moments | None = None
     key: Moments | None = None
     context: Moments | None = None
+    sensitivity: Tensor | None = None
 
     def joined(self, other: HeadMoments) -> HeadMoments:
         """Moments of the vectors of both."""
@@ -229,7 +231,8 @@ def truncate_ov(
 
     Attention weights sum to one, so ``b_v O_h^T`` moves into the output bias exactly and the new value bias is zero.
     Where there is no output bias, ``[V; b_v] O_h^T`` is cut and the values keep theirs. With ``moments`` the result is
-    nearest in mean square for the contexts that a head sees, and the output bias takes over what their mean loses.
+    nearest in mean square for the contexts that a head sees, weighed by the sensitivity of a loss as in
+    :func:`truncate_linear` where it is known, and the output bias takes over what their mean loses.
     Outputs that share a value are cut together, as ``[O_1; O_2; ..]``.
 
     Args:
@@ -287,7 +290,9 @@ def _qk_roots(query: Projection, key: Projection, moments: HeadMoments | None) -
 
 
 def _ov_roots(value: Projection, output: Projection, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:
-    right = _weight_root(_stacked(output.weight, len(value.weight)))
+    scale = _output_scale(moments)
+    outputs = output.weight if scale is None else output.weight.double() * scale
+    right = _weight_root(_stacked(outputs, len(value.weight)))
     if moments is None:
         return _weight_root(_augmented(value) if output.bias is None else value.weight), right
     context = moments.context

@@ -114,8 +114,13 @@ def visit_modules(
         for name in requests:
             handle(name, None)
         return
-    names = {name: (name, *(ties or {}).get(name, ())) for name, request in requests.items() if request == "inputs"}
-    by_name = data.sensitivities({name: [model.get_submodule(each) for each in tied] for name, tied in names.items()})
+    layers: dict[str, list[nn.Module]] = {}  # whose outputs a loss feels
+    for name, request in requests.items():
+        if request == "inputs":
+            layers[name] = [model.get_submodule(each) for each in (name, *(ties or {}).get(name, ()))]
+        elif isinstance(request, HeadMomentsRequest) and request.output is not None:
+            layers[name] = [request.output]
+    by_name = data.sensitivities(layers)
 
     def handle_with_sensitivity(name: str, measured: Any) -> Any:
         return handle(name, replace(measured, sensitivity=by_name[name]) if name in by_name else measured)
@@ -284,7 +289,7 @@ class _Visits:
         self.found[name] = self.replacements.get(module, module)
         several = () if measured is None else vars(measured).values()
         for moments in (measured,) if isinstance(measured, Moments) else several:
-            if moments is not None and moments.count < (width := moments.mean.shape[-1]):
+            if isinstance(moments, Moments) and moments.count < (width := moments.mean.shape[-1]):
                 self.few[name] = f"{moments.count:,} vectors of {width:,} numbers"
 
     def warn_of_few(self) -> None:
@@ -362,7 +367,8 @@ def _head_moments(heads: HeadMomentsRequest, call: Callable[[], Any]) -> HeadMom
     samples = {name: torch.cat(parts, 1) for name, parts in seen.items()}
     if not samples or not all(x.shape[1] for x in samples.values()):
         return None
-    return HeadMoments(**{name: Moments.of(x) for name, x in samples.items()})
+    query, key, context = (Moments.of(samples[x]) if x in samples else None for x in ("query", "key", "context"))
+    return HeadMoments(query, key, context)
 
 
 def _samples(x: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ def candidates_of(
         **options: ``deep`` and ``overcomplete`` where they are set.
     """
     targets = [target for group in groups.values() for target in group]
-    in_loss = data is not None and data.has_labels and all(target.request == "inputs" for target in targets)
+    feels = all(target.request == "inputs" or target.kind == "ov" for target in targets)
+    in_loss = data is not None and data.has_labels and feels
 
     @functools.cache
     def spectra() -> dict[str, Tensor]:

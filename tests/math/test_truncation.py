@@ -105,6 +105,26 @@ def test_outputs_count_by_what_the_loss_feels_of_them(bias: bool) -> None:
     torch.testing.assert_close(lost, energies[3:].sum(), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_outputs_of_heads_count_by_what_the_loss_feels_of_them(bias: bool) -> None:
+    """What is lost of each head's output, formed, is what the energies say; without the weights more is lost."""
+    value = Projection(torch.randn(2, 11, 4, dtype=DOUBLE), None)
+    output = Projection(torch.randn(4, 7, 4, dtype=DOUBLE), torch.randn(7, dtype=DOUBLE) if bias else None)
+    d = torch.tensor([1e4, 1, 1e-2, 3, 5, 20, 0.5], dtype=DOUBLE)
+    context = Moments.of(torch.stack([skewed(200, 4) for _ in range(2)]))
+    moments = HeadMoments(context=context, sensitivity=d)
+    root, scale = metric_root(context.covariance if bias else context.second), (d + 1e-2 * d.mean()).sqrt()
+
+    def lost(moments: HeadMoments) -> Tensor:
+        cut_value, cut_output = truncate_ov(value, output, 2, moments)
+        to_value = torch.linalg.lstsq(value.weight, cut_value.weight).solution
+        formed = to_value.repeat_interleave(2, 0) @ cut_output.weight.mT  # what a context gives, by head
+        return (root.repeat_interleave(2, 0).mT @ (output.weight.mT - formed) * scale).square().sum()
+
+    torch.testing.assert_close(lost(moments), ov_energies(value, output, moments)[2:].sum())
+    assert lost(HeadMoments(context=context)) > 1.1 * lost(moments)
+
+
 def test_a_small_variance_around_a_large_mean_is_not_lost() -> None:
     """As in the few coordinates of trained transformers that are large and almost constant."""
     samples = torch.randn(200, 7) * 0.01 + 300

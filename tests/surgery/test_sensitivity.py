@@ -106,6 +106,26 @@ def test_what_the_loss_feels_is_kept(options: dict[str, Any]) -> None:
     assert lost[0] < 0.5 * lost[1]
 
 
+@torch.no_grad()
+def test_heads_and_layers_share_a_budget_by_what_the_loss_feels() -> None:
+    """In a model whose loss feels few of the coordinates, on tokens that it drew itself."""
+    model = llama()
+    model.lm_head.weight[:, 5:] *= 0.05
+    ids = torch.randint(VOCAB, (40, 7), generator=torch.Generator().manual_seed(0))
+    exact = model(input_ids=ids).logits.log_softmax(-1)
+    torch.manual_seed(0)
+    drawn = exact.exp().flatten(0, 1).multinomial(1).view_as(ids)
+    data = {"input_ids": ids, "labels": torch.cat([ids[:, :1], drawn[:, :-1]], 1)}
+    config = FactorizationConfig(kinds=("ov", "linear"), include=["model.layers.*"], budget=0.75)
+    lost: list[float] = []
+    for felt in (True, False):
+        small = copy.deepcopy(model)
+        factorize_(small, config, calibration=data if felt else {"input_ids": ids})
+        found = small(input_ids=ids).logits.log_softmax(-1)
+        lost.append(float(nn.functional.kl_div(found, exact, reduction="batchmean", log_target=True)))
+    assert lost[0] < 0.8 * lost[1]
+
+
 def test_classes_of_ours_choose_by_the_loss_too() -> None:
     from bert_cases import MASKED_LM
 
