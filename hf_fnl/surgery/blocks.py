@@ -84,6 +84,11 @@ class BlockOutputCache:
         """Run :meth:`_forward` in place of the blocks' own forwards, which are back afterwards."""
         return replaced_forwards(self._places, self._forward)
 
+    def block_of(self, module: nn.Module) -> nn.Module | None:
+        """Return the block of a chain that holds a module, ``None`` if none does."""
+        blocks = (block for chain in self.chains for block in chain.blocks)
+        return next((block for block in blocks if _holds(block, module)), None)
+
     def find_chains(self, run: Run) -> None:
         """Find the lists whose blocks run once each, in order, each given exactly what the one before it gave.
 

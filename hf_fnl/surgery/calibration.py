@@ -100,6 +100,8 @@ def visit_modules(
     handle: Handler,
     data: CalibrationData | None,
     ties: Ties | None = None,
+    *,
+    changes: bool = True,
 ) -> None:
     """Handle modules of a model by name: one after the other, or, given data, each when these have reached it.
 
@@ -109,6 +111,7 @@ def visit_modules(
         handle: Gets a name and, where there are data, what was asked for.
         data: Inputs of the model.
         ties: Names of other modules whose calls count as calls of one that is named, for they hold its weight.
+        changes: Whether the handler returns modules; where it only looks, all of a block are measured in one pass.
     """
     if data is None:
         for name in requests:
@@ -125,7 +128,7 @@ def visit_modules(
     def handle_with_sensitivity(name: str, measured: Any) -> Any:
         return handle(name, replace(measured, sensitivity=by_name[name]) if name in by_name else measured)
 
-    visit(model, data.batches, requests, handle_with_sensitivity, ties)
+    visit(model, data.batches, requests, handle_with_sensitivity, ties, changes=changes)
 
 
 @torch.no_grad()
@@ -135,6 +138,8 @@ def visit(
     requests: Mapping[str, Request],
     handle: Handler,
     ties: Ties | None = None,
+    *,
+    changes: bool = True,
 ) -> dict[str, nn.Module]:
     """Run data through a model and handle every module that is named when they have reached it.
 
@@ -148,6 +153,7 @@ def visit(
         requests: What to measure at each module that is named.
         handle: As :func:`visit_modules` takes it.
         ties: Likewise.
+        changes: Likewise.
 
     Returns:
         The modules that ran in the end, by name, in the order of execution.
@@ -162,7 +168,7 @@ def visit(
     """
     batches = [part for batch in checked_batches(model, batches) for part in unpadded(model, batch)]
     with _evaluating(model), tempfile.TemporaryDirectory(prefix="hf_fnl-") as folder:
-        visits = _Visits(model, batches, requests, handle, ties or {}, BlockOutputCache(model, Path(folder)))
+        visits = _Visits(model, batches, requests, handle, ties or {}, BlockOutputCache(model, Path(folder)), changes)
         with visits.replacing_forwards(), visits.store.replacing_forwards():
             visits.run()
     visits.warn_of_few()
@@ -183,6 +189,7 @@ class _Visits:
     handle: Handler
     ties: Ties
     store: BlockOutputCache
+    changes: bool
     found: dict[str, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -196,7 +203,8 @@ class _Visits:
         self.given: Any = None  # to the last call
         self.stage: Sequence[str] = ()  # what is visited now
         self.measured: dict[str, Any] = {}  # of these
-        self.remaining: Counter[str] = Counter()  # calls of these that the pass still has to see, where it ends then
+        self.remaining: Counter[str] | None = None  # calls of these that the pass still has to see, where it ends then
+        self.later: set[str] = set()  # what is visited afterwards; where nothing changes a pass ends in front of it
         self.shared: Moments | None = None  # of what was given to the last call
         self.is_inside = False  # of an attention that is measured
         self.few: dict[str, str] = {}  # how many vectors reached these, where that is fewer than they are wide
@@ -233,11 +241,17 @@ class _Visits:
         stages: list[tuple[list[str], bool]] = []
         for name in order:
             is_once = counts[name] == 1
-            if name in joining and is_once and stages[-1][1]:
+            if is_once and stages and stages[-1][1] and (name in joining or self._share_a_pass(stages[-1][0][0], name)):
                 stages[-1][0].append(name)
             else:
                 stages.append(([name], is_once))
         return stages
+
+    def _share_a_pass(self, first: str, name: str) -> bool:
+        """Whether what reaches two modules is the same whether or not the first was handled, and one block has both."""
+        blocks = [self.store.block_of(self.modules[each]) for each in (first, name)]
+        are_inputs = self.requests[first] == "inputs" == self.requests[name]
+        return not self.changes and are_inputs and blocks[0] is not None and blocks[0] is blocks[1]
 
     def _trace(self, number: int) -> list[tuple[str, bool]]:
         """Calls of a whole pass; the first one also finds the chains of blocks."""
@@ -265,10 +279,14 @@ class _Visits:
         return self.model(**inputs)
 
     def _measure_stage(self, is_once: bool, progress: Any) -> None:
-        pending = {module for module, name in self.names.items() if name not in self.found}
+        unfinished = {name for name in self.requests if name not in self.found}
+        if not self.changes:
+            unfinished -= {*self.stage}
+        self.later = unfinished - {*self.stage}
+        pending = {module for module, name in self.names.items() if name in unfinished}
         with self.store.passes(lambda block: not pending.isdisjoint(block.modules())):
             for number in range(len(self.batches)):
-                self.remaining = Counter(self.stage if is_once else ())
+                self.remaining = Counter(self.stage) if is_once else None
                 self.store.begin(number)
                 with contextlib.suppress(_Reached):
                     self._pass(number)
@@ -310,6 +328,8 @@ class _Visits:
         if self.traced is not None:
             self.traced.append((name, given is self.given))
             self.given = given
+        elif name in self.later and self.remaining == Counter() and not self.is_inside:
+            raise _Reached
         elif name in self.stage and name not in self.found and not self.is_inside:
             self._measure(name, given, functools.partial(forward, *args, **kwargs))
         new = self.replacements.get(module) if name in self.found else None
@@ -331,9 +351,9 @@ class _Visits:
             raise ValueError(f"what reaches {name} cannot be used: {error}") from error
         if measured is not None:
             self.measured[name] = self.measured[name].joined(measured) if name in self.measured else measured
-        if self.remaining:
+        if self.remaining is not None:
             self.remaining -= Counter([name])
-            if not self.remaining:
+            if not self.remaining and (self.changes or not self.later):
                 raise _Reached
 
     def replacing_forwards(self) -> AbstractContextManager[None]:

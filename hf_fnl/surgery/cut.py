@@ -45,7 +45,7 @@ def candidates_of(
                     raise ValueError(f"{target.name} is on the meta device, where ranks cannot depend on spectra")
                 found[target.name] = target.energies(moments)
 
-        visit_modules(model, _requests(targets), measure, data, _ties(targets))
+        visit_modules(model, _requests(targets), measure, data, _ties(targets), changes=False)
         return found
 
     def energies(group: Sequence[Target], limit: int) -> Tensor:

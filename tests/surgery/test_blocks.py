@@ -106,6 +106,28 @@ def test_what_is_kept_on_disk_changes_nothing(
         assert_close(value, cut[1][name], rtol=1e-4, atol=1e-5)
 
 
+def test_where_nothing_changes_a_block_runs_once_for_each_batch() -> None:
+    """All that lies in it is measured in one pass, as it is in one for each."""
+    model = llama().eval()
+    runs: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: runs.update([name]))
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    requests = {f"model.layers.{i}.{part}": "inputs" for i in range(3) for part in parts}
+    batches = [inputs_of(model, rows) for rows in (2, 3, 4)]
+    seen: list[dict[str, Any]] = [{}, {}]
+    visit(model, batches, requests, seen[0].__setitem__, changes=False)
+    looks = 2  # at the first batch, which find the chains; of the second only the last block's output is used
+    assert runs["lm_head"] == looks
+    assert [runs[f"model.layers.{i}.self_attn.q_proj"] for i in range(3)] == [1 + 3] * 3
+    visit(model, batches, requests, seen[1].__setitem__)
+    assert seen[0].keys() == requests.keys()
+    for name, moments in seen[0].items():
+        assert_close(moments.covariance, seen[1][name].covariance)
+        assert moments.count == seen[1][name].count == 9 * 7
+
+
 def test_a_block_that_is_done_runs_once_more_for_each_batch() -> None:
     """Each pass runs the block before, whose output is then kept, and the one that it measures; no head runs."""
     model = llama().eval()
