@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hf_fnl import FactorizedLinear, FLAMBe, Lamb, find_products, parameter_grou
 from hf_fnl.math.factors import decay_gradients, marchenko_pastur_density, product, singular_values
 from hf_fnl.math.spectral import INIT_METHODS, initial_factors
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 STYLE = {"svg.hashsalt": "hf_fnl", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 BLUE, ORANGE, GREEN, GRAY = "#3366aa", "#dd7733", "#449944", "#777777"
 
@@ -152,7 +154,25 @@ def flambe() -> Any:
     return figure
 
 
-FIGURES = {"picture": picture, "spectral": spectral, "decay": decay, "flambe": flambe}
+def calibration() -> Any:
+    """Memory at most and time of a calibrated cut over tokens, from ``python -m benchmarks calibration``."""
+    rows = json.loads((RESULTS / "calibration-cpu.json").read_text(encoding="utf-8"))["rows"]
+    tokens = [row["tokens"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.5), layout="constrained")
+    curves = {
+        "cut": ("megabytes", "seconds", BLUE),
+        "forward pass": ("megabytes_after_forward", "forward_seconds", GRAY),
+    }
+    for name, (memory, seconds, color) in curves.items():
+        left.plot(tokens, [row[memory] for row in rows], "o-", color=color, label=name)
+        right.plot(tokens, [row[seconds] for row in rows], "o-", color=color, label=name)
+    left.set(xlabel="tokens", title="MiB of the process at most", xscale="log", ylim=(0, None))
+    right.set(xlabel="tokens", title="seconds", xscale="log", yscale="log")
+    left.legend(frameon=False)
+    return figure
+
+
+FIGURES = {"picture": picture, "spectral": spectral, "decay": decay, "flambe": flambe, "calibration": calibration}
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:

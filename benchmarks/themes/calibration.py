@@ -29,7 +29,7 @@ def _model(options: Options) -> LlamaForCausalLM:
         vocab_size=1024,
         hidden_size=width,
         intermediate_size=3 * width,
-        num_hidden_layers=options.pick(full=6, quick=4, tiny=2),
+        num_hidden_layers=options.pick(full=4, quick=4, tiny=2),
         num_attention_heads=4,
         num_key_value_heads=2,
         use_cache=False,
@@ -93,7 +93,7 @@ def check(options: Options) -> None:
 def measure(options: Options) -> Iterator[Row]:
     """Rows of growing numbers of tokens."""
     length = options.pick(full=512, quick=256, tiny=16)
-    counts = options.pick(full=(2**14, 2**16, 2**18, 2**20), quick=(2**12, 2**14), tiny=(2**9, 2**10))
+    counts = options.pick(full=(2**14, 2**17, 2**20), quick=(2**12, 2**14), tiny=(2**9, 2**10))
     first = None
     for tokens in counts:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
