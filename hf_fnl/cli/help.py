@@ -22,6 +22,10 @@ class Commands(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{**options, "rich_markup_mode": None})
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse; without arguments show the help, as ``--help`` does, which click takes for an error."""
+        return super().parse_args(ctx, args or (["--help"] if self.no_args_is_help else []))
+
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """Write what it is, and a line for each command, in sections where there are any."""
         super().format_help_text(ctx, formatter)

@@ -41,6 +41,12 @@ def test_without_a_command_each_has_a_line_and_there_are_examples():
     assert {words[1] for words in examples} <= commands
 
 
+@pytest.mark.parametrize("words", [(), ("train",)], ids=str)
+def test_no_command_is_no_error(words):
+    alone, asked = (CliRunner().invoke(app, given) for given in (words, (*words, "--help")))
+    assert (alone.exit_code, alone.stdout, alone.stderr) == (0, asked.stdout, "")
+
+
 def test_train_lists_what_it_trains():
     text = shown("train")
     assert all(f"hf-fnl {name} " in text for name in PROGRAMS if name.startswith("train "))
