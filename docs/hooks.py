@@ -31,6 +31,7 @@ ELSEWHERE = {
     "benchmarks.md": "benchmarks/README.md",
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
+    "examples.md": "examples/README.md",
     "launch.md": "run_scripts/launch/README.md",
 }
 TRAINERS_OWN = "All others of the Trainer"
