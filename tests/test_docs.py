@@ -23,7 +23,8 @@ from hf_fnl.tasks.tokenization import train_wordpiece
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
-PAGES += [*(ROOT / folder / "README.md" for folder in ("benchmarks", "examples", "model_cards", "run_scripts/launch")), *DOCS]
+FOLDERS = ("benchmarks", "examples", "model_cards", "run_scripts/launch")
+PAGES += [*(ROOT / folder / "README.md" for folder in FOLDERS), *DOCS]
 
 
 def names(pages: list[Path]) -> list[str]:
