@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 RUN = """
 import json, sys
-cells = json.load(open(sys.argv[1], encoding="utf-8"))["cells"]
+with open(sys.argv[1], encoding="utf-8") as file:
+    cells = json.load(file)["cells"]
 namespace = {"__name__": "__main__"}
 for number, cell in enumerate(cells):
     if cell["cell_type"] == "code":
@@ -34,10 +35,10 @@ def text_of(path: Path, kind: str) -> str:
     return "\n".join("".join(cell["source"]) for cell in notebook(path)["cells"] if cell["cell_type"] == kind)
 
 
-def test_there_are_five_and_the_page_has_each() -> None:
+def test_the_page_has_each() -> None:
     page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    assert len(NOTEBOOKS) == 5
-    assert [path.name for path in NOTEBOOKS if f"({path.name})" not in page] == []
+    assert NOTEBOOKS
+    assert sorted(re.findall(r"\((\w+\.ipynb)\)", page)) == [path.name for path in NOTEBOOKS]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
