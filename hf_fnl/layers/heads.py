@@ -126,7 +126,7 @@ class HeadProjection(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, heads and ranks."""
-        heads = ", ".join(f"{count} of {rank}" for count, rank in self.heads)
+        heads = ", ".join(f"{count} x {rank}" for count, rank in self.heads)
         return f"weight={tuple(self.weight.shape)}, heads={heads}, width={self.width}, bias={self.bias is not None}"
 
 

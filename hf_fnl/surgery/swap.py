@@ -237,7 +237,8 @@ def check_not_quantized(model: nn.Module) -> None:
             if other is not None:
                 raise ValueError(
                     f"{type(module).__name__} is quantized with {method_of(other)}: factorize it before it is "
-                    "quantized, or call its dequantize() first, which Transformers has for some methods"
+                    "quantized, or call its dequantize() first, which Transformers has for some methods (load a "
+                    "GGUF file with quantization_config=GgufConfig(dequantize=True) instead)"
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
@@ -12,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PrinterCallback
 
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.checkpoints import checkpoints
 from hf_fnl.training.trainer import FLAMBeTrainer
 
 _HELD_OUT = 10  # every tenth batch
+_RATE, _FEW_STEPS = 3e-4, 50
 
 
 class DistillationTrainer(FLAMBeTrainer):
@@ -92,7 +94,7 @@ def heal_(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     steps: int = 300,
-    learning_rate: float = 3e-4,
+    learning_rate: float | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> dict[str, float]:
@@ -106,7 +108,7 @@ def heal_(
         dense: The model that it was cut from; it is put into evaluation mode and onto the device of the run.
         batches: Inputs of both, two or more.
         steps: How many steps of AdamW, whose rate rises for a tenth of them and then falls to zero.
-        learning_rate: The highest rate.
+        learning_rate: The highest rate; 3e-4 without one, and less in proportion for fewer than 50 steps.
         output_dir: Keeps checkpoints there, and goes on from the newest complete one; nothing is kept without it.
         **options: More of :class:`FLAMBeTrainingArguments`, such as ``frobenius_decay``, ``bf16`` or ``save_steps``.
 
@@ -115,6 +117,9 @@ def heal_(
 
     Raises:
         ValueError: If there are fewer than two batches, or as :class:`FLAMBeTrainer`.
+
+    Warns:
+        UserWarning: If the model is farther from the dense one than before.
     """
     batches = list(batches)
     if len(batches) < 2:
@@ -137,7 +142,7 @@ def heal_(
         args = FLAMBeTrainingArguments(
             output_dir=str(output_dir or temporary),
             max_steps=steps,
-            learning_rate=learning_rate,
+            learning_rate=_RATE * min(1, steps / _FEW_STEPS) if learning_rate is None else learning_rate,
             per_device_train_batch_size=1,
             per_device_eval_batch_size=1,
             remove_unused_columns=False,
@@ -152,10 +157,18 @@ def heal_(
             eval_dataset=held_out,
             data_collator=itemgetter(0),  # an example is a batch already
         )
+        trainer.remove_callback(PrinterCallback)
         before = trainer.evaluate()["eval_loss"]
         resumes = output_dir is not None and checkpoints(Path(output_dir))
         trainer.train(resume_from_checkpoint=True if resumes else None)
-        return {"held_out_before": before, "held_out_after": trainer.evaluate()["eval_loss"]}
+        after = trainer.evaluate()["eval_loss"]
+    if after > before:
+        warnings.warn(
+            f"healing brought the model farther from the dense one on what is held out: {before:.4g} to {after:.4g}; "
+            "cut it again, and heal it with more steps and data, or a lower learning_rate",
+            stacklevel=2,
+        )
+    return {"held_out_before": before, "held_out_after": after}
 
 
 @contextmanager

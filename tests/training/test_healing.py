@@ -92,6 +92,16 @@ def test_a_run_that_was_broken_off_goes_on(tmp_path: Path) -> None:
     assert_close(healed[0], healed[1])
 
 
+def test_a_rate_that_spoils_the_model_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Few steps have a low rate of their own, and nothing is printed."""
+    dense = llama()
+    with pytest.warns(UserWarning, match=r"farther from the dense one on what is held out: .* lower learning_rate"):
+        heal_(cut(dense), dense, batches(6), steps=3, learning_rate=30.0, disable_tqdm=True)
+    found = heal_(cut(dense), dense, batches(6), steps=3, disable_tqdm=True)
+    assert found["held_out_after"] < found["held_out_before"]
+    assert capsys.readouterr().out == ""
+
+
 def test_what_cannot_be_healed(tmp_path: Path) -> None:
     dense = llama()
     with pytest.raises(ValueError, match="two batches or more, one of which is held out; got 1"):
