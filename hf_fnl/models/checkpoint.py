@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -202,6 +203,11 @@ def read_config(path_or_id: str | os.PathLike, **options: Any) -> PreTrainedConf
     except (RecursionError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"the config.json of {path_or_id} is damaged: {error}") from error
     except ValueError as error:
+        if unknown := re.search("model type `(.*?)` but Transformers does not recognize", str(error)):
+            raise ValueError(
+                f"{path_or_id} has model type {unknown[1]}, which neither Transformers nor hf_fnl knows: import the "
+                "module that registers it first, and use Python, for the commands know the families of hf_fnl only"
+            ) from error
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from hf_fnl.surgery.config import RANK_OPTIONS, LayerRank, TransformerRanks
 from hf_fnl.utils.suggest import did_you_mean
 
+_NO_QK = "under rotary positions queries and keys are no product"
 _OF_A_CLASS = {"model_type", "architectures", "transformers_version"}  # what a configuration of another class has anew
 
 
@@ -66,6 +67,8 @@ class FactorizedConfig:
         for name in names:
             if "rank" in name.split("_") or get_close_matches(name, ours, cutoff=0.8):
                 listed = ", ".join(ours)
+                if name == "qk_rank":
+                    raise TypeError(f"{type(self).__name__} has {listed}, and no qk_rank: {_NO_QK}")
                 raise TypeError(f"{type(self).__name__} has {listed}, got {name}{did_you_mean(name, ours)}")
 
     @property
@@ -76,11 +79,13 @@ class FactorizedConfig:
 
     @property
     def dense_head_dim(self) -> int:
-        """Width of a head of the stock model.
+        """Width of a head of the stock model: its ``head_dim`` where it has that field, as Llama and its kin do.
 
         Raises:
             ValueError: If heads do not share the hidden size out.
         """
+        if (head_dim := getattr(self, "head_dim", None)) is not None:
+            return int(head_dim)
         hidden_size, num_heads = self.hidden_size, self.num_attention_heads
         if hidden_size % num_heads:
             raise ValueError(

@@ -28,17 +28,12 @@ class FactorizedLlamaConfig(FactorizedConfig, LlamaConfig):
     model_type = "factorized_llama"
     dense_class = LlamaConfig
 
-    @property
-    def dense_head_dim(self) -> int:
-        """Width of a head, which need not be a share of the hidden size."""
-        return self.head_dim
-
 
 class FactorizedLlamaPreTrainedModel(FactorizedPreTrainedModel):
     """What the backbone and the head share."""
 
     config_class = FactorizedLlamaConfig
-    shapes_heads = False  # the tables of positions have the width of a dense head
+    shapes_heads = False  # under rotary positions, whose tables have the width of a dense head
     names = Names(
         attention=("layers.*.self_attn",),
         ffn=("layers.*.mlp.gate_proj", "layers.*.mlp.up_proj", "layers.*.mlp.down_proj"),

@@ -72,5 +72,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.should_save:
         finish_run(args.output_dir, metrics, data, options, args)
     trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
-    show_run(args, metrics, "hf-fnl merge {folder} --out {folder}-stock", "hf-fnl report {folder} --out report.html")
+    show_run(args, metrics, "hf-fnl merge {folder} --out {folder}-stock", "hf-fnl report {folder} --out {folder}.html")
     return metrics

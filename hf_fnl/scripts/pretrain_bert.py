@@ -175,6 +175,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         args,
         metrics,
         "hf-fnl train squad --model {folder} --output_dir runs/squad",
-        "hf-fnl report {folder} --out report.html",
+        "hf-fnl report {folder} --out {folder}.html",
     )
     return metrics

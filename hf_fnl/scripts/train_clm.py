@@ -212,5 +212,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         tokenizer.save_pretrained(args.output_dir)
         finish_run(args.output_dir, metrics, options, data, args)
     trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
-    show_run(args, metrics, "hf-fnl report {folder} --out report.html", "hf-fnl merge {folder} --out {folder}-stock")
+    show_run(args, metrics, "hf-fnl report {folder} --out {folder}.html", "hf-fnl merge {folder} --out {folder}-stock")
     return metrics

@@ -308,6 +308,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         args,
         metrics,
         "hf-fnl translate --model {folder} --input sentences.txt --output translations.txt",
-        "hf-fnl report {folder} --out report.html",
+        "hf-fnl report {folder} --out {folder}.html",
     )
     return metrics

@@ -339,5 +339,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         write_image_processor(args.output_dir, session.train)
         finish_run(args.output_dir, metrics, options, data, args)
     session.last_trainer.save_model(args.output_dir)  # by all processes, who may each hold a part
-    show_run(args, metrics, "hf-fnl report {folder} --out report.html", "hf-fnl inspect {folder}")
+    show_run(args, metrics, "hf-fnl report {folder} --out {folder}.html", "hf-fnl inspect {folder}")
     return metrics

@@ -12,6 +12,7 @@ from llama_cases import LLAMA
 from marian_cases import MARIAN
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
+from hf_fnl import load
 from hf_fnl.tasks.tokenization import train_byte_bpe
 
 WORDS = ["<|endoftext|>", "l", "o", "w", "lo", "low"]
@@ -49,3 +50,15 @@ def test_auto_classes_know_configuration_and_tokenizer(name: str, tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert isinstance(tokenizer, tokenizer_class)
     assert tokenizer(text)["input_ids"] == ids
+
+
+def test_a_family_that_nothing_registered_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "factorized_mistral"}))
+    with pytest.raises(ValueError, match="model type factorized_mistral, which neither .* import the module"):
+        load(tmp_path)
+
+
+def test_llama_has_no_rank_of_queries_and_keys() -> None:
+    with pytest.raises(TypeError, match="has ov_rank, .* and no qk_rank: under rotary positions"):
+        LLAMA.config(qk_rank=3)
+    assert LLAMA.config(hidden_size=24, num_attention_heads=6, head_dim=5).dense_head_dim == 5
