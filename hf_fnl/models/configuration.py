@@ -84,7 +84,7 @@ class FactorizedConfig:
         Raises:
             ValueError: If heads do not share the hidden size out.
         """
-        if (head_dim := getattr(self, "head_dim", None)) is not None:
+        if (head_dim := vars(self).get("head_dim")) is not None:
             return int(head_dim)
         hidden_size, num_heads = self.hidden_size, self.num_attention_heads
         if hidden_size % num_heads:
