@@ -130,12 +130,21 @@ class FLAMBeTrainingArguments(TrainingArguments):
         if chosen in OUR_OPTIMIZERS:
             self.optim = chosen
         self.max_grad_norm = self.max_grad_norm or 0.0  # type: ignore[has-type]  # None is no clipping, as in Lamb
+        self._check_processes()
         self._keep_narrow()
         self._check_decay()
         self._check_rate()
         self._check_profile()
         self._check_dense_steps()
         self._check_checkpoints()
+
+    def _check_processes(self) -> None:
+        started = int(os.environ.get("WORLD_SIZE") or 1)
+        if started > 1 and self.world_size == 1:
+            remedy = "" if torch.accelerator.is_available() else ": there is no GPU here, so set use_cpu=true"
+            raise ValueError(
+                f"the launcher started {started} processes, and each would train a model of its own{remedy}"
+            )
 
     def _keep_narrow(self) -> None:
         if not self.keep_narrow:

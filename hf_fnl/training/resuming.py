@@ -89,7 +89,7 @@ class Resumption(TrainerCallback):
         self._class = facts.get("optimizer")
         count = trainer.args.world_size
         if is_first() and facts.get("processes", count) != count:
-            message = "%s is of %d processes and this run of %d: random numbers start anew"
+            message = "%s was written by %d processes, and this run has %d: random numbers start anew"
             logger.warning(message, checkpoint, facts["processes"], count)
 
     def note(self, optimizer: Optimizer) -> None:

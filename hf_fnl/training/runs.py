@@ -63,8 +63,8 @@ def check_output_folder(args: TrainingArguments) -> None:
     first_decides(lambda: check_unlocked(folder))
     if args.resume_from_checkpoint is None and first_decides((folder / METRICS_FILE).exists):
         raise UsageError(
-            f"output_dir {folder} holds a run that is done: take another, or set resume_from_checkpoint=true to train "
-            "on from its last checkpoint, if it has one, and else again"
+            f"output_dir {folder} holds a run that is done: take another folder, or set resume_from_checkpoint=true "
+            "and more steps to train on from its last checkpoint"
         )
 
 
@@ -123,7 +123,7 @@ class _Announcements(TrainerCallback):
         lines = {
             "model": f"{type(model).__name__}, {size['total']:,} parameters{share}",
             "device": f"{_device(args)}, {_count(args.world_size, 'process', 'es')}, {_precision(args)}",
-            "training": f"{_count(state.max_steps, 'step')} ({_count(state.num_train_epochs, 'epoch')}) of {batch:,} "
+            "training": f"{_count(state.max_steps, 'step')} of {batch:,} "
             f"examples{resumed}; {getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}",
             "output": args.output_dir,
         }

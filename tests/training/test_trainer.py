@@ -235,3 +235,10 @@ def test_no_private_method_of_the_trainer_is_overridden():
     private = {name for name in dir(Trainer) if name.startswith("_") and not name.startswith("__")}
     assert private & vars(FLAMBeTrainer).keys() == set()
     assert FLAMBeTrainer.__bases__ == (Trainer,)
+
+
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="launcher started 2 processes, and each would train a model of its own"):
+        FLAMBeTrainingArguments(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
