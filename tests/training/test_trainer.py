@@ -239,6 +239,6 @@ def test_no_private_method_of_the_trainer_is_overridden():
 
 def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="launcher started 2 processes, and each would train a model of its own"):
+    with pytest.raises(ValueError, match="launcher started 2 processes, and each would train its own model"):
         FLAMBeTrainingArguments(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
