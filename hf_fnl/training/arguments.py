@@ -142,9 +142,7 @@ class FLAMBeTrainingArguments(TrainingArguments):
         started = int(os.environ.get("WORLD_SIZE") or 1)
         if started > 1 and self.world_size == 1:
             remedy = "" if torch.accelerator.is_available() else ": there is no GPU here, so set use_cpu=true"
-            raise ValueError(
-                f"the launcher started {started} processes, and each would train a model of its own{remedy}"
-            )
+            raise ValueError(f"the launcher started {started} processes, and each would train its own model{remedy}")
 
     def _keep_narrow(self) -> None:
         if not self.keep_narrow:

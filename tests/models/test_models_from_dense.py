@@ -35,7 +35,9 @@ def stock_of(head: Head, **fields: Any) -> PreTrainedModel:
 
 
 def truncated(head: Head, stock: PreTrainedModel, ranks: Ranks, calibrated: bool = False) -> PreTrainedModel:
-    return head.ours.from_dense(stock, **ranks, calibration=head.batch() if calibrated else None)
+    # Without labels, where all outputs count alike.
+    batch = {name: value for name, value in head.batch().items() if name != "labels"}
+    return head.ours.from_dense(stock, **ranks, calibration=batch if calibrated else None)
 
 
 def tail(matrix: Tensor, rank: int) -> Tensor:
