@@ -69,6 +69,9 @@ class Product:
     parts: tuple[Factor, ...]
     part: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.name}: {', '.join(self.parameter_names)}"
+
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the parameters that hold the factors, each once."""

@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metrics |= trainer.evaluate()
     trainer.save_state()
     if args.should_save:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.n_positions)
         tokenizer.save_pretrained(args.output_dir)
         finish_run(args.output_dir, metrics, options, data, args)
     trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part

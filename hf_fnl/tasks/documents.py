@@ -100,7 +100,10 @@ def _first(documents: datasets.IterableDataset, limit: int) -> Iterator[dict[str
 class DocumentOptions:
     """What a script asks for the documents to train and to evaluate on."""
 
-    dataset: str = field(default="embedded", metadata={"help": "Hub id, file, folder, or embedded."})
+    dataset: str = field(
+        default="embedded",
+        metadata={"help": "Hub id, file, folder, or embedded; blank lines part the documents of a text file."},
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_dataset: str | None = field(default=None, metadata={"help": "Hub id, file or folder to evaluate on."})

@@ -120,11 +120,12 @@ class _Announcements(TrainerCallback):
         share = f", {size['ratio']:.1%} of the dense model" if size["total"] != size["dense_equivalent"] else ""
         batch = self.trainer.get_total_train_batch_size(args)
         resumed = f", from step {state.global_step:,} on" if state.global_step else ""
+        rate = max(getattr(kwargs.get("lr_scheduler"), "base_lrs", [args.learning_rate]))  # a checkpoint's, if any
         lines = {
             "model": f"{type(model).__name__}, {size['total']:,} parameters{share}",
             "device": f"{_device(args)}, {_count(args.world_size, 'process', 'es')}, {_precision(args)}",
             "training": f"{_count(state.max_steps, 'step')} of {batch:,} "
-            f"examples{resumed}; {getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}",
+            f"examples{resumed}; {getattr(args.optim, 'value', args.optim)}, learning rate {rate:g}",
             "output": args.output_dir,
         }
         print("", *(f"{name:<9} {line}" for name, line in lines.items()), "", sep="\n", flush=True)
