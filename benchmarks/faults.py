@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 
 from benchmarks.fault_worker import ENGINES, STEPS, Job, start, wait, write_data
 from benchmarks.harness.machine import machine
-from benchmarks.harness.record import revision, write_result
+from benchmarks.harness.record import command_line, revision, write_result
 from hf_fnl.training.checkpoints import MANIFEST_FILE, checkpoint_folder, checkpoints, fault
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
@@ -376,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     counts = {name: dict(Counter(row["outcome"] for row in rows if row["fault"] == name)) for name in FAULTS}
     exact = f"{sum(row.get('bitwise', False) for row in rows)} of {len(rows)}"
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.faults", *arguments]),
+        "command": command_line("benchmarks.faults", arguments),
         "counts": counts,
         "bitwise": exact,
     }

@@ -22,7 +22,6 @@ import importlib.util
 import itertools
 import json
 import math
-import shlex
 import subprocess
 import sys
 import time
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.harness.machine import machine
-from benchmarks.harness.record import revision, write_result
+from benchmarks.harness.record import command_line, revision, write_result
 from benchmarks.harness.tables import markdown_table
 from benchmarks.peers import svd
 from hf_fnl import FactorizationConfig, FLAMBeTrainer, FLAMBeTrainingArguments, factorize_, load
@@ -144,7 +143,7 @@ def measure(row: str, share: float, method: str, args: argparse.Namespace) -> di
         "row": row,
         "share": share,
         "method": method,
-        "command": shlex.join(["python", "-m", "benchmarks.llm", *sys.argv[1:]]),
+        "command": command_line("benchmarks.llm", sys.argv[1:]),
     }
     found |= {**revision(), "machine": machine("cpu")}
     model, tokenizer = load_smollm2()
@@ -200,7 +199,7 @@ def speeds(args: argparse.Namespace) -> dict[str, Any]:
     ]
     command = [sys.executable, "-m", "hf_fnl", "evaluate", *others, *options]
     done = subprocess.run(command, cwd=args.models, stdout=subprocess.PIPE, text=True, check=True)
-    asked = shlex.join(["python", "-m", "benchmarks.llm", *sys.argv[1:]])
+    asked = command_line("benchmarks.llm", sys.argv[1:])
     return {"command": asked, "machine": machine("cpu"), "models": json.loads(done.stdout)["models"]}
 
 

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 
 from benchmarks.harness.grids import run_once
 from benchmarks.harness.machine import machine
-from benchmarks.harness.record import write_result
+from benchmarks.harness.record import command_line, write_result
 from benchmarks.harness.tables import write_table
 from benchmarks.harness.timing import interleave, ratio
 from hf_fnl.report.drawing import draw
@@ -169,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append(row | {"last_loss": curve[-1][1], **origin})
     curves = {cell: curve for cell, (curve, _) in trained.items()}
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.time_to_loss", *arguments]),
+        "command": command_line("benchmarks.time_to_loss", arguments),
         "machine": machine("cpu"),
         "rows": rows,
         "curves": curves,

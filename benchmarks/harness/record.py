@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,11 @@ def revision(root: Path = ROOT) -> dict[str, str | None]:
     except subprocess.CalledProcessError as error:
         return _unknown((error.stderr.strip().splitlines() or ["git failed"])[0])
     return {"commit": f"{commit}-dirty" if changes else commit}
+
+
+def command_line(module: str, words: Iterable[str]) -> str:
+    """Return the command that runs a module; of a path from the root, which nobody else has, its last part."""
+    return shlex.join(["python", "-m", module, *(Path(word).name if word.startswith("/") else word for word in words)])
 
 
 def write_result(path: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 from benchmarks.grid_runs import commit
 from benchmarks.grid_tables import write_text
 from benchmarks.harness.machine import machine
+from benchmarks.harness.record import command_line
 
 RESULT_FILE, CHECKPOINT_FILE = "result.json", "checkpoint.pt"
 EAGER_STEPS = 3  # before a capture, so that every library has made what it makes once
@@ -82,7 +82,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.device = torch.device(options.device)
         self.deadline: float = options.deadline
-        self.command = shlex.join(["python", "-m", program, *argv])
+        self.command = command_line(program, argv)
         self.began, self.seconds_before = time.perf_counter(), 0.0
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = [os.environ[_FAILURE]] if _FAILURE in os.environ else []
