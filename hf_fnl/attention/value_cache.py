@@ -87,8 +87,10 @@ def narrow_rank(layer: Any) -> int | None:
 def narrow_value_caches_(model: nn.Module) -> None:
     """Let the attentions of a model whose values are narrow cache them so, and all others as they come."""
     narrow: dict[nn.Module, str] = {}
-    has_narrow = any(narrow_rank(module) is not None for module in model.modules())
-    for module in model.modules() if has_narrow else ():
+    for module in model.modules():
+        layers = (layer for child in module.children() for layer in (child, *child.children()))
+        if all(narrow_rank(layer) is None for layer in layers):
+            continue  # an attention has them in itself or in its children
         found = projections_of(module)
         if found is not None and not isinstance(found.value, Factorized):
             for owner in module.modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,9 +46,14 @@ class Names:
 def layer_in(patterns: Sequence[str], name: str) -> int | None:
     """The number of the layer in a name that one of some patterns matches, 0 without one; ``None`` if none does."""
     for pattern in patterns:
-        if found := re.fullmatch(pattern.replace(".", r"\.").replace("*", r"(\d+)"), name):
+        if found := _compiled(pattern).fullmatch(name):
             return int(found[1]) if found.groups() else 0
     return None
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern.replace(".", r"\.").replace("*", r"(\d+)"))
 
 
 def names_in_backbone(model: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -142,8 +148,9 @@ def _places(model: Any) -> dict[str, dict[int, list[str]]]:
     names = {module: name for name, module in model.named_modules()}
     output = model.get_output_embeddings()
     found: dict[str, dict[int, list[str]]] = {option: {} for option in model.config.rank_options()}
+    in_backbone = list(names_in_backbone(model))
     for option, layers in found.items():
-        for name, module in names_in_backbone(model):
+        for name, module in in_backbone:
             number = layer_in(by_option[option], name)
             if number is None and option == "embedding_rank" and module is output:
                 number = 0
