@@ -24,7 +24,7 @@ GOAL, MEMORY_GOAL = 3.0, 1.1  # times one forward pass; times the memory of the 
 
 def _model(options: Options) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    width = options.pick(full=256, quick=128, tiny=16)
+    width = options.pick(full=128, quick=128, tiny=16)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=width,

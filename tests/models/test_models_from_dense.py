@@ -35,9 +35,7 @@ def stock_of(head: Head, **fields: Any) -> PreTrainedModel:
 
 
 def truncated(head: Head, stock: PreTrainedModel, ranks: Ranks, calibrated: bool = False) -> PreTrainedModel:
-    # Without labels, where all outputs count alike.
-    batch = {name: value for name, value in head.batch().items() if name != "labels"}
-    return head.ours.from_dense(stock, **ranks, calibration=batch if calibrated else None)
+    return head.ours.from_dense(stock, **ranks, calibration=head.batch() if calibrated else None)
 
 
 def tail(matrix: Tensor, rank: int) -> Tensor:
@@ -119,8 +117,11 @@ def check_biases(ours: Attention, theirs: Attention) -> None:
 def test_calibrated_heads_are_the_best_for_their_data(name: str, ranks: Ranks, layer: str) -> None:
     head = HEADS[name]
     stock, valid = stock_of(head), head.batch()["attention_mask"].bool()
+    batch = {
+        name: value for name, value in head.batch().items() if name != "labels"
+    }  # by which outputs would be weighed
     for option, rank in ranks.items():
-        model = truncated(head, stock, {option: rank}, calibrated=True)
+        model = head.ours.from_dense(stock, **{option: rank}, calibration=batch)
         (theirs, their_output), (ours, our_output) = (attended(m, layer, head, valid) for m in (stock, model))
         if option == "qk_rank":  # a shift of all keys changes no weight
             exact, cut = (query @ (key - key.mean(1, keepdim=True)).mT for query, key, _ in (theirs, ours))
