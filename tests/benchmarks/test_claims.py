@@ -296,8 +296,11 @@ def test_what_a_cut_language_model_loses():
 
 def test_what_healing_gives_back():
     folder = ROOT / "benchmarks" / "results" / "llm"
-    before, after = (json.loads((folder / f"0.6-{name}.json").read_text()) for name in ("ours-wikipedia", "healed-150"))
-    there, here = ([row[text]["perplexity"] for row in (before, after)] for text in ("wikipedia", "wikitext2"))
-    assert says(README, f"perplexity {there[0]:.1f} before and {there[1]:.1f} after on other articles")
-    assert says(README, f"{here[0]:.1f} and {here[1]:.1f} on WikiText-2")
-    assert says(README, f"({after['training']['steps']} steps of 1,024 tokens")
+    rows = {"dense, and trained on the same tokens": ("dense", "dense-trained-150")}
+    rows |= {str(share): (f"{share}-ours-wikipedia", f"{share}-healed-150") for share in (0.8, 0.6, 0.4)}
+    for title, names in rows.items():
+        before, after = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+        there, here = ([row[text]["perplexity"] for row in (before, after)] for text in ("wikipedia", "wikitext2"))
+        assert says(README, f"| {title} | {there[0]:.1f} | {there[1]:.1f} | {here[0]:.1f} | {here[1]:.1f} |")
+        assert after["training"]["steps"] == 150
+        assert after["training"]["tokens"] == 150 * 1024
