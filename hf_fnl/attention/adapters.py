@@ -54,7 +54,9 @@ _HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 def _separate(module: nn.Module) -> AttentionProjections | None:
     """Four layers, in the attention itself or in its children."""
     for paths in _SEPARATE:
-        layers = [_layer(module, path) for path in paths] if _layer(module, paths[0]) is not None else [None]
+        if _layer(module, paths[0]) is None:
+            continue  # as in most modules that are asked
+        layers = [_layer(module, path) for path in paths]
         if None not in layers:
             owner = _resolve(module, paths[0].rpartition(".")[0])
             # A child that has its own output is the attention; the output found here is then the feed-forward's.

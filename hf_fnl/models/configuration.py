@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig
 from hf_fnl.surgery.config import RANK_OPTIONS, LayerRank, TransformerRanks
 from hf_fnl.utils.suggest import did_you_mean
 
-_NO_QK = "under rotary positions queries and keys are no product"
 _OF_A_CLASS = {"model_type", "architectures", "transformers_version"}  # what a configuration of another class has anew
 
 
@@ -68,7 +67,8 @@ class FactorizedConfig:
             if "rank" in name.split("_") or get_close_matches(name, ours, cutoff=0.8):
                 listed = ", ".join(ours)
                 if name == "qk_rank":
-                    raise TypeError(f"{type(self).__name__} has {listed}, and no qk_rank: {_NO_QK}")
+                    why = "under rotary positions queries and keys are no product"
+                    raise TypeError(f"{type(self).__name__} has {listed}, and no qk_rank: {why}")
                 raise TypeError(f"{type(self).__name__} has {listed}, got {name}{did_you_mean(name, ours)}")
 
     @property

@@ -249,9 +249,10 @@ class _Visits:
 
     def _share_a_pass(self, first: str, name: str) -> bool:
         """Whether what reaches two modules is the same whether or not the first was handled, and one block has both."""
-        blocks = [self.store.block_of(self.modules[each]) for each in (first, name)]
-        are_inputs = self.requests[first] == "inputs" == self.requests[name]
-        return not self.changes and are_inputs and blocks[0] is not None and blocks[0] is blocks[1]
+        if self.changes or not self.requests[first] == "inputs" == self.requests[name]:
+            return False
+        block = self.store.block_of(self.modules[first])
+        return block is not None and self.store.block_of(self.modules[name]) is block
 
     def _trace(self, number: int) -> list[tuple[str, bool]]:
         """Calls of a whole pass; the first one also finds the chains of blocks."""

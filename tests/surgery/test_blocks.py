@@ -106,13 +106,19 @@ def test_what_is_kept_on_disk_changes_nothing(
         assert_close(value, cut[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_where_nothing_changes_a_block_runs_once_for_each_batch() -> None:
-    """All that lies in it is measured in one pass, as it is in one for each."""
-    model = llama().eval()
+def counted_runs(model: nn.Module) -> Counter[str]:
+    """How often each linear layer of a model runs from now on, by name."""
     runs: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda *_, name=name: runs.update([name]))
+    return runs
+
+
+def test_where_nothing_changes_a_block_runs_once_for_each_batch() -> None:
+    """All that lies in it is measured in one pass, as it is in one for each."""
+    model = llama().eval()
+    runs = counted_runs(model)
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
     requests = {f"model.layers.{i}.{part}": "inputs" for i in range(3) for part in parts}
     batches = [inputs_of(model, rows) for rows in (2, 3, 4)]
@@ -131,10 +137,7 @@ def test_where_nothing_changes_a_block_runs_once_for_each_batch() -> None:
 def test_a_block_that_is_done_runs_once_more_for_each_batch() -> None:
     """Each pass runs the block before, whose output is then kept, and the one that it measures; no head runs."""
     model = llama().eval()
-    runs: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda *_, name=name: runs.update([name]))
+    runs = counted_runs(model)
     blocks = range(3)
     requests = {f"model.layers.{i}.mlp.down_proj": "inputs" for i in blocks}
     visit(model, [inputs_of(model, rows) for rows in (2, 3, 4)], requests, lambda name, moments: None)
