@@ -6,6 +6,7 @@ fi
 . .venv/bin/activate
 if [ ! -f .venv/installed ] || [ -n "$(find pyproject.toml constraints.txt -newer .venv/installed)" ]; then
     echo "Installing into $PWD/.venv ..."
+    export PIP_COMPILE=0 # modules are compiled when they are first imported, and most never are
     python -m pip install --quiet --upgrade pip
     # The versions that are tested; they are for Python 3.11 and later.
     constraint=()

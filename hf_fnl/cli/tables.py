@@ -16,6 +16,7 @@ ABSENT = "-"
 
 _COLUMNS = ("product", "kind", "shape", "rank", "parameters", "norm", "eff. rank", "energy")
 _LEFT = ("product", "kind", "shape")
+_KEY = "before, after, left: parameters and their share; energy: share of the squared Frobenius norm that was kept"
 
 
 def matrices_table(rows: Sequence[Mapping[str, Any]], parameters: int, *, every: bool = False) -> Table:
@@ -28,7 +29,7 @@ def matrices_table(rows: Sequence[Mapping[str, Any]], parameters: int, *, every:
         parameters: Of the model, tied ones once.
         every: Give each matrix a line of its own.
     """
-    table = _table(_COLUMNS, footer=True)
+    table = _table(_COLUMNS)
     groups = [(row["name"], [row]) for row in rows] if every else groups_of(rows)
     for above, inside in itertools.groupby(groups, lambda group: module_of(group[0])):
         several = list(inside)
@@ -61,7 +62,8 @@ def layers_table(layers: Sequence[Mapping[str, Any]], before: int, after: int) -
         before: Parameters of the model before, tied ones once.
         after: Parameters afterwards.
     """
-    table = _table(["kind", "shape", "layers", "rank", "before", "after", "left", "energy"], footer=True)
+    columns = ("kind", "shape", "layers", "rank", "before", "after", "left", "energy")
+    table = _table(columns, caption=_KEY)
     groups: dict[tuple[str, tuple[int, ...]], list[Mapping[str, Any]]] = {}
     for layer in layers:
         groups.setdefault((layer["kind"], tuple(layer["shape"])), []).append(layer)
@@ -102,11 +104,18 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
     return f"{before:,}", f"{after:,}", share_left(after / before) if before else ABSENT
 
 
-def _table(names: Sequence[str], *, footer: bool = False) -> Table:
+def _table(names: Sequence[str], caption: str | None = None) -> Table:
     from rich.table import Table  # which --help does not wait for
 
     table = Table(
-        box=None, show_footer=footer, pad_edge=False, collapse_padding=True, header_style="bold", footer_style="bold"
+        box=None,
+        show_footer=True,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="bold",
+        footer_style="bold",
+        caption=caption,
+        caption_justify="left",
     )
     for number, name in enumerate(names):  # names are folded where the terminal is narrow, figures are not
         table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold", no_wrap=number > 0)

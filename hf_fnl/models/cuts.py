@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hf_fnl.attention.adapters import projections_of
 from hf_fnl.attention.parts import parts_of
@@ -66,7 +66,7 @@ def names_in_backbone(model: Any) -> Iterator[tuple[str, nn.Module]]:
 def cuts_of(model: Any, config: FactorizedConfig) -> list[Cut]:
     """Return what a configuration says is cut in a model of ours without factors."""
     parts, ranks = parts_of(model), config.ranks
-    held = weights(model, model.all_tied_weights_keys)
+    held = _holders(model)
     cuts = []
     for option, layers in _places(model).items():
         for number, names in layers.items():
@@ -97,7 +97,7 @@ def ranks_by_rule(
     if unknown or not kinds:
         hint = did_you_mean(unknown[0], known) if unknown else ""
         raise ValueError(f"kinds must be any of {', '.join(known)}, got {', '.join(unknown) or 'none'}{hint}")
-    held = weights(model, model.all_tied_weights_keys)
+    held = _holders(model)
     groups: dict[str, list[Target]] = {}
     titles: dict[str, list[str]] = {}  # by kind, of its layers
     for kind in kinds:
@@ -159,9 +159,14 @@ def _places(model: Any) -> dict[str, dict[int, list[str]]]:
     return {option: dict(sorted(layers.items())) for option, layers in found.items()}
 
 
-def _targets(model: Any, option: str, names: Sequence[str], held: Mapping[Tensor, Holders]) -> list[Target]:
-    """Return what modules of some names are to surgery; layers that share a weight of those ``held`` are one."""
-    of_layers = {name: holders for holders in held.values() for name in holders}
+def _holders(model: Any) -> dict[str, Holders]:
+    """Return, for each layer's name, all that hold its weight."""
+    held = weights(model, model.all_tied_weights_keys)
+    return {name: holders for holders in held.values() for name in holders}
+
+
+def _targets(model: Any, option: str, names: Sequence[str], held: Mapping[str, Holders]) -> list[Target]:
+    """Return what modules of some names are to surgery; layers that share a weight are one."""
     targets: list[Target] = []
     for name in names:
         if option in ("qk_rank", "ov_rank"):
@@ -171,6 +176,6 @@ def _targets(model: Any, option: str, names: Sequence[str], held: Mapping[Tensor
             if attention is None:
                 raise ValueError(f"{name} is no attention whose heads can be cut")
             targets.append(HeadTarget(attention, kind, ()))
-        elif name in of_layers and not any(name in t.layers for t in targets if isinstance(t, LayerTarget)):
-            targets.append(LayerTarget(first_names(of_layers[name])))
+        elif name in held and not any(name in t.layers for t in targets if isinstance(t, LayerTarget)):
+            targets.append(LayerTarget(first_names(held[name])))
     return targets

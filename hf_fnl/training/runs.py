@@ -23,6 +23,7 @@ from hf_fnl.utils.run_files import CONFIG_FILE, METRICS_FILE, flatten
 # Written by the Trainer for itself, or secret: not settings of a run.
 _NOT_SETTINGS = {"hub_token", "deepspeed_plugin", "distributed_state"}
 _NOT_SHOWN = ("_per_second", "_flos", "epoch", "_runtime")
+_OF_PRODUCTS = ("frobenius_norm", "effective_rank")  # what a line shows of a kind's figures; files have all of them
 
 FACTOR_INIT_HELP = (
     "spectral, spectral_ones, he or default; or selector=method each, as in linear=spectral ov:encoder=spectral, and "
@@ -142,7 +143,9 @@ class _Announcements(TrainerCallback):
         if not (args.disable_tqdm and state.is_world_process_zero):
             return
         figures = "  ".join(
-            f"{name} {_figure(value)}" for name, value in (logs or {}).items() if _is_shown(name, value)
+            f"{name} {_figure(value)}"
+            for name, value in (logs or {}).items()
+            if _is_shown(name, value) and ("/" not in name or name.endswith(_OF_PRODUCTS))
         )
         done, left = state.global_step - self.first_step, state.max_steps - state.global_step
         pace = (time.monotonic() - self.began) / max(done, 1)
