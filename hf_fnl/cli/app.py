@@ -27,7 +27,7 @@ from hf_fnl.cli.options import (
 )
 from hf_fnl.cli.plan import plan
 from hf_fnl.cli.programs import add_programs
-from hf_fnl.cli.tables import layers_table, matrices_table, share_left, size_change
+from hf_fnl.cli.tables import LAYERS_KEY, layers_table, matrices_table, share_left, size_change
 from hf_fnl.cli.terminal import session, usage
 from hf_fnl.utils.suggest import did_you_mean
 
@@ -201,7 +201,7 @@ def factorize(
         if (healed := record["healing"]) is not None:
             losses = f"{healed['held_out_before']:.4g} to {healed['held_out_after']:.4g}"
             used.append(f"healed with {healed['tokens']:,} tokens: held-out distance from the dense model {losses}")
-        terminal.show(record | {"out": str(out)}, table, "\n".join(["", *used, str(out)]))
+        terminal.show(record | {"out": str(out)}, table, "\n".join([LAYERS_KEY, "", *used, str(out)]))
 
 
 @app.command(

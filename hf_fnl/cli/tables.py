@@ -16,7 +16,7 @@ ABSENT = "-"
 
 _COLUMNS = ("product", "kind", "shape", "rank", "parameters", "norm", "eff. rank", "energy")
 _LEFT = ("product", "kind", "shape")
-_KEY = "before, after, left: parameters and their share; energy: share of the squared Frobenius norm that was kept"
+LAYERS_KEY = "before, after: parameters, and the share left; energy: share of the squared Frobenius norm kept"
 
 
 def matrices_table(rows: Sequence[Mapping[str, Any]], parameters: int, *, every: bool = False) -> Table:
@@ -57,13 +57,14 @@ def _figures(members: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def layers_table(layers: Sequence[Mapping[str, Any]], before: int, after: int) -> Table:
     """One line for the factorized layers of each kind and shape, one for what stays dense, and the total.
 
+    :data:`LAYERS_KEY` says what its columns are.
+
     Args:
         layers: What was factorized.
         before: Parameters of the model before, tied ones once.
         after: Parameters afterwards.
     """
-    columns = ("kind", "shape", "layers", "rank", "before", "after", "left", "energy")
-    table = _table(columns, caption=_KEY)
+    table = _table(("kind", "shape", "layers", "rank", "before", "after", "left", "energy"))
     groups: dict[tuple[str, tuple[int, ...]], list[Mapping[str, Any]]] = {}
     for layer in layers:
         groups.setdefault((layer["kind"], tuple(layer["shape"])), []).append(layer)
@@ -104,18 +105,11 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
     return f"{before:,}", f"{after:,}", share_left(after / before) if before else ABSENT
 
 
-def _table(names: Sequence[str], caption: str | None = None) -> Table:
+def _table(names: Sequence[str]) -> Table:
     from rich.table import Table  # which --help does not wait for
 
     table = Table(
-        box=None,
-        show_footer=True,
-        pad_edge=False,
-        collapse_padding=True,
-        header_style="bold",
-        footer_style="bold",
-        caption=caption,
-        caption_justify="left",
+        box=None, show_footer=True, pad_edge=False, collapse_padding=True, header_style="bold", footer_style="bold"
     )
     for number, name in enumerate(names):  # names are folded where the terminal is narrow, figures are not
         table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold", no_wrap=number > 0)
