@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -162,7 +163,7 @@ def measure(row: str, share: float, method: str, args: argparse.Namespace) -> di
     elif method != "dense":
         text = sources["healing" if method == "ours-wikipedia" else "calibration"]
         ids, _ = first_tokens(tokenizer, text, args.skip + args.tokens)
-        found |= cut(model, share, method, ids[args.skip :])
+        found |= {"skip": args.skip, **cut(model, share, method, ids[args.skip :])}
         found["seconds_to_cut"] = time.perf_counter() - start
         if method in OURS:
             save(model, tokenizer, args.models / row)
@@ -206,6 +207,7 @@ def speeds(args: argparse.Namespace) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows by share; log-perplexity lost beside that of whitening."""
     dense = next(row for row in rows if row["method"] == "dense")
+    rows = [row for row in rows if not row.get("skip")]
     by_place = {(row["share"], row["method"]): row for row in rows}
 
     def lost(row: dict[str, Any]) -> float:
@@ -228,6 +230,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(lines)
 
 
+def spread_table(rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over sets of calibration data, where there are several."""
+    groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["share"], row["method"]), []).append(row)
+    lines = []
+    for (share, method), found in sorted(groups.items(), key=lambda group: (-group[0][0], group[0][1])):
+        if len(found) > 1:
+            line = {"share": share, "method": method, "sets of data": len(found)}
+            for title, text in (("WikiText-2", "wikitext2"), ("Wikipedia", "wikipedia")):
+                values = [row[text]["perplexity"] for row in found]
+                line[title] = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+            lines.append(line)
+    return markdown_table(lines) if lines else ""
+
+
 def speed_table(models: list[dict[str, Any]]) -> str:
     """Speed of generation and size, beside the perplexity of the first tokens of WikiText-2's test text."""
     lines = [
@@ -245,7 +263,9 @@ def speed_table(models: list[dict[str, Any]]) -> str:
 
 def rows_of(args: argparse.Namespace) -> list[tuple[str, float, str]]:
     """Name, share and method of every row that is asked for."""
-    rows = [("dense", 1.0, "dense"), *((f"{s}-{m}", s, m) for s, m in itertools.product(args.shares, args.methods))]
+    end = f"-skip-{args.skip}" if args.skip else ""
+    cuts = ((f"{s}-{m}{end}", s, m) for s, m in itertools.product(args.shares, args.methods))
+    rows = [("dense", 1.0, "dense"), *cuts]
     if args.heal_steps:
         for share in args.shares:
             rows.append((f"{share}-ours-wikipedia", share, "ours-wikipedia"))
@@ -281,7 +301,7 @@ def main() -> None:
         write_result(args.out / "speed.json", speeds(args))
     files = (file for file in sorted(args.out.glob("*.json")) if file.stem != "speed")
     rows = [json.loads(file.read_text()) for file in files]
-    text = table(rows)
+    text = "\n".join(filter(None, (table(rows), spread_table(rows))))
     if (args.out / "speed.json").exists():
         text += "\n" + speed_table(json.loads((args.out / "speed.json").read_text())["models"])
     write_text(args.out / "table.md", text)

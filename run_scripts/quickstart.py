@@ -34,11 +34,11 @@ from hf_fnl.training.command_line import UsageError, parse_flags, run_script
 from hf_fnl.utils.files import check_writable, write_json
 
 PRETRAINING = """
-    --dataset embedded --vocab_size 2000 --phases 64:{steps}:4e-3 160:{long_steps}:3e-3
+    --dataset embedded --vocab_size 2000 --phases 32:{steps}:4e-3:0.1:32 128:{long_steps}:4e-3:0.1:16
     --next_sentence false --mlm_probability 0.3 --dropout 0
     --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4
     --qk_rank 16 --ov_rank 16 --ffn_rank 64 --embedding_rank 64
-    --optim adamw_torch --adam_beta2 0.98 --warmup_steps 0.1
+    --optim adamw_torch --adam_beta2 0.98
     --weight_decay 0.01 --frobenius_decay ov --frobenius_mode decoupled
     --per_device_train_batch_size 16 --logging_steps 50 --diagnostics_steps 50
     --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/pretrained
@@ -132,8 +132,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run everything, print a table, and return the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart_run"), help="where everything goes")
-    parser.add_argument("--steps", type=int, default=2500, help="pretraining steps at length 64")
-    parser.add_argument("--long_steps", type=int, default=200, help="pretraining steps at length 160")
+    parser.add_argument("--steps", type=int, default=1500, help="pretraining steps at length 32")
+    parser.add_argument("--long_steps", type=int, default=400, help="pretraining steps at length 128")
     parser.add_argument("--epochs", type=float, default=3, help="fine-tuning epochs")
     options = parse_flags(parser, argv)
     folder = options.output_dir
