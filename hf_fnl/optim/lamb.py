@@ -17,6 +17,7 @@ from hf_fnl.optim.state import check_loaded, check_options, check_parameter, che
 
 # On a CPU, tensors of up to so many elements are updated together, because calls cost more than their arithmetic.
 _SMALL = 2**14
+_ROW = 2**15  # elements whose squares are added up one by one
 
 # Returns what is decayed, given names, parameters, and memory that may be overwritten with it.
 Terms = Callable[[list[str], list[Tensor], list[Tensor]], list[Tensor]]
@@ -70,8 +71,25 @@ def lamb_directions_(batch: Batch, *, betas: tuple[float, float], eps: float, we
         eps=eps,
         maximize=False,
     )
-    wide = torch.promote_types(params[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(params + updates, 2, wide)).view(2, -1).T.square()
+    return norms(params + updates).view(2, -1).T.square()
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """Return the norms of tensors of one dtype on one device, in float32 or wider.
+
+    On a CPU torch adds up the squares of a tensor one by one, and leaves out the more of them the more there are (0.1 %
+    of the norm of 23 million numbers, 4 % of 262 million): rows are added up by themselves.
+    """
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    if not tensors[0].is_cpu or all(tensor.numel() <= _ROW for tensor in tensors):
+        return torch.stack(torch._foreach_norm(tensors, 2, wide))
+    found = []
+    for flat in (tensor.flatten() for tensor in tensors):
+        count = flat.numel() // _ROW
+        rows = flat[: count * _ROW].view(count, _ROW)
+        rest = torch.linalg.vector_norm(flat[rows.numel() :], dtype=wide)
+        found.append(torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=wide), rest.view(1)]).norm())
+    return torch.stack(found)
 
 
 def lamb_move_(
