@@ -301,9 +301,10 @@ def main() -> None:
         write_result(args.out / "speed.json", speeds(args))
     files = (file for file in sorted(args.out.glob("*.json")) if file.stem != "speed")
     rows = [json.loads(file.read_text()) for file in files]
-    text = "\n".join(filter(None, (table(rows), spread_table(rows))))
+    tables = [table(rows), spread_table(rows)]
     if (args.out / "speed.json").exists():
-        text += "\n" + speed_table(json.loads((args.out / "speed.json").read_text())["models"])
+        tables.append(speed_table(json.loads((args.out / "speed.json").read_text())["models"]))
+    text = "\n\n".join(filter(None, tables)) + "\n"
     write_text(args.out / "table.md", text)
     print(text)
 

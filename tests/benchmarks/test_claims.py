@@ -294,6 +294,20 @@ def test_what_a_cut_language_model_loses():
         assert lost["ours"] <= 0.8 * lost["whitening"]
 
 
+def test_other_calibration_data_of_a_language_model():
+    folder = ROOT / "benchmarks" / "results" / "llm"
+    for method, name in (("ours", "`--budget`"), ("whitening", "whitening")):
+        files = (f"0.8-{method}{end}.json" for end in ("", "-skip-16384", "-skip-32768"))
+        rows = [json.loads((folder / file).read_text()) for file in files]
+        assert [row.get("skip", 0) for row in rows] == [0, 16384, 32768]
+        spread = {
+            text: [f"{f([row[text]['perplexity'] for row in rows]):.1f}" for f in (statistics.mean, statistics.stdev)]
+            for text in ("wikitext2", "wikipedia")
+        }
+        shown = " and ".join(" ± ".join(spread[text]) for text in ("wikitext2", "wikipedia"))
+        assert says(README, f"{shown} with {name}")
+
+
 def test_what_healing_gives_back():
     folder = ROOT / "benchmarks" / "results" / "llm"
     rows = {"dense, and trained on the same tokens": ("dense", "dense-trained-150")}
