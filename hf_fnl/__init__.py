@@ -11,7 +11,7 @@ import sys
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def _runs_command_line() -> bool:
