@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -19,7 +19,6 @@ from hf_fnl.tasks.tokenization import load_tokenizer
 
 _CHARACTERS = 16  # of a token, at most: what is kept of a document is enough for all samples
 _BATCH = 1024  # tokens that run through the model at once
-_BLOCK = 1 << 16  # characters that are read at once
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Texts:
         source: File, folder or Hub id; see :func:`~hf_fnl.tasks.documents.load_documents`.
         column: Column that holds the text.
         samples: Samples that are cut from it: the first of each document, then the second ones, and so on.
-        length: Tokens of a sample, at most as many as the model reads; the end of a document may be shorter.
+        length: Tokens of a sample, at most as many as the model reads. The end of a document may be shorter; for a
+            causal language model short documents are joined with those that follow. A text file is one document.
     """
 
     source: str
@@ -39,24 +39,41 @@ class Texts:
     length: int
 
     def documents(self) -> Iterator[str]:
-        """The first documents, one a sample at most; none after one that is long enough for all samples.
+        """The first documents, as many as fill all samples, of each up to what one alone would be read for.
 
         Raises:
             FileNotFoundError: If there is no such file, folder or data set.
             ValueError: If a file cannot be read as text.
         """
-        longest = self.samples * self.length * _CHARACTERS
-        for text in itertools.islice(self._documents(longest), self.samples):
+        longest, found = self.samples * self._size, 0
+        for text in self._documents(longest):
             yield text[:longest]
-            if len(text) >= longest:
+            found += longest if len(text) >= longest else min(len(text), self._size)
+            if found >= longest:
                 return
+
+    @property
+    def _size(self) -> int:
+        """Characters that are enough for a sample."""
+        return self.length * _CHARACTERS
+
+    def joined(self, documents: Iterable[str]) -> Iterator[str]:
+        """Documents, short ones with those that follow, so that each fills a sample."""
+        held, size = list[str](), 0
+        for text in documents:
+            held.append(text)
+            size += len(text)
+            if size >= self._size:
+                yield "\n\n".join(held)
+                held, size = [], 0
+        if held:
+            yield "\n\n".join(held)
 
     def _documents(self, longest: int) -> Iterator[str]:
         if looks_like_path(self.source):
             files = data_files([Path(self.source).expanduser()], "train")
             if common_kind(files) == "text":
-                for file in files:
-                    yield from _paragraphs(file, longest)
+                yield from filter(None, (_beginning(file, longest).strip() for file in files))
                 return
         rows = load_documents(self.source, text_column=self.column, streaming=True)
         for text in (row["text"] for row in rows):
@@ -98,6 +115,9 @@ def calibration_batches(model: PreTrainedModel, read: Read, texts: Texts) -> lis
     if model.main_input_name != "input_ids":
         raise ValueError(f"--calibrate needs a model of text; a {type(model).__name__} reads {model.main_input_name}")
     tokenizer, documents = read
+    predicts_next = isinstance(model, GenerationMixin) and not model.config.is_encoder_decoder
+    if predicts_next:
+        documents = list(texts.joined(documents))
     length = min(tokenizer.model_max_length, longest_input(model, texts.length))
     samples = list(itertools.islice(_samples(tokenizer, documents, length), texts.samples))
     if not samples:
@@ -112,7 +132,6 @@ def calibration_batches(model: PreTrainedModel, read: Read, texts: Texts) -> lis
     for ids in samples:
         by_length.setdefault(len(ids), []).append(ids)
     rows = [part for ids in by_length.values() for part in torch.tensor(ids).split(max(1, _BATCH // len(ids[0])))]
-    predicts_next = isinstance(model, GenerationMixin) and not model.config.is_encoder_decoder
     return [text_inputs(model, part, **({"labels": part} if predicts_next else {})) for part in rows]
 
 
@@ -128,27 +147,16 @@ def longest_input(model: PreTrainedModel, length: int) -> int:
     return min(length, positions) if positions is not None and positions > 0 else length
 
 
-def _paragraphs(file: Path, longest: int) -> Iterator[str]:
-    """Documents of a text file, with blank lines between them; one is given up to ``longest`` characters, the last."""
-    held, size, at_start = list[str](), 0, True
+def _beginning(file: Path, longest: int) -> str:
+    """The first characters of a text file."""
     try:
-        with fsspec.open(file, "rt", encoding="utf-8-sig", compression="infer") as lines:
-            while line := lines.readline(_BLOCK):
-                if at_start and line.endswith("\n") and not line.strip():
-                    yield from filter(None, ["".join(held).strip()])
-                    held, size = [], 0
-                else:
-                    held.append(line)
-                    size += len(line)
-                if size >= longest:
-                    break
-                at_start = line.endswith("\n")
+        with fsspec.open(file, "rt", encoding="utf-8-sig", compression="infer") as opened:
+            return str(opened.read(longest))
     except UnicodeDecodeError as error:
         wrong = error.object[error.start : error.end]
         raise ValueError(f"{file} is no text in UTF-8, it holds {wrong!r}: {error.reason}") from error
     except (EOFError, OSError, ImportError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
-    yield from filter(None, ["".join(held).strip()])
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> Iterator[list[int]]:

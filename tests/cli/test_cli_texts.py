@@ -97,13 +97,28 @@ def test_compressed_texts_are_read_as_they_are(tmp_path, monkeypatch, opened):
 
 
 def test_first_samples_of_all_documents_come_before_second_ones(tmp_path, monkeypatch):
-    documents = [words(25), words(8, 100), words(14, 200)]
-    (tmp_path / "t.txt").write_text("\n \n".join(map(" ".join, documents)))
+    documents = [words(80), words(76, 100), words(90, 200)]  # each long enough for a sample, as far as is known
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": " ".join(text)}) + "\n" for text in documents))
-    expected = [documents[0][:10], documents[1], documents[2][:10], documents[0][10:20], documents[2][10:]]
-    for name in ("t.txt", "t.jsonl"):
-        rows = rows_of(monkeypatch, tmp_path / name, 5, 10)
-        assert sorted(rows) == sorted(ids(text) for text in expected)
+    expected = [*(text[:10] for text in documents), *(text[10:20] for text in documents[:2])]
+    assert sorted(rows_of(monkeypatch, tmp_path / "t.jsonl", 5, 10)) == sorted(map(ids, expected))
+
+
+def test_a_language_model_reads_short_documents_together_and_an_encoder_each_by_itself(tmp_path, monkeypatch):
+    """As in data sets with a row for every paragraph and heading."""
+    documents = [words(3, 10 * number) for number in range(100)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": " ".join(text)}) + "\n" for text in documents))
+    rows = rows_of(monkeypatch, tmp_path / "t.jsonl", 4, 10)
+    assert list(map(len, rows)) == [10] * 4
+    assert rows[0] == ids(list(chain.from_iterable(documents))[:10])
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    bert = BertModel(BertConfig(vocab_size=50, **sizes))
+    assert rows_of(monkeypatch, tmp_path / "t.jsonl", 4, 10, model=bert) == [ids(text) for text in documents[:4]]
+
+
+def test_blank_lines_part_nothing(tmp_path, monkeypatch):
+    text = words(60)
+    (tmp_path / "t.txt").write_text("\n \n".join(" ".join(text[i : i + 4]) for i in range(0, 60, 4)))
+    assert list(chain.from_iterable(rows_of(monkeypatch, tmp_path / "t.txt", 6, 10))) == ids(text)
 
 
 def test_a_long_line_is_neither_read_nor_tokenized_further_than_needed(tmp_path, monkeypatch):
@@ -114,7 +129,7 @@ def test_a_long_line_is_neither_read_nor_tokenized_further_than_needed(tmp_path,
     assert list(map(len, rows_of(monkeypatch, path, 8, 16))) == [16] * 8
     assert sum(seen) < 10 * 8 * 16 * 16
     texts = list(Texts(source=str(path), column="text", samples=8, length=16).documents())
-    assert [len(text) for text in texts] == [8 * 16 * 16]
+    assert [len(text) for text in texts] == [8 * 16 * 16 - 1]  # without the blank at its end
 
 
 def test_slices_of_a_document_join_to_the_whole(tmp_path, monkeypatch):
