@@ -34,10 +34,9 @@ def sensitivities(
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = dict.fromkeys(layers, 0)
-    scale = 1.0
 
     def add(name: str, gradient: Tensor) -> None:
-        squares = (gradient.detach() * scale).flatten(0, -2).square().sum(0, dtype=torch.float64)
+        squares = gradient.detach().double().flatten(0, -2).square().sum(0)
         sums[name] = sums[name] + squares if name in sums else squares
         counts[name] += gradient[..., 0].numel()
 
@@ -59,9 +58,9 @@ def sensitivities(
             if loss is None or not loss.isfinite().all():
                 got = "no loss" if loss is None else f"a loss of {loss.item():g}"
                 raise ValueError(f"the calibration data hold labels, for which {type(model).__name__} returned {got}")
-            scale = float((batch["labels"] != IGNORE_INDEX).sum())
             if loss.requires_grad:
-                loss.backward()
+                # Of the sum, for in float16 gradients of the mean underflow.
+                (loss * int((batch["labels"] != IGNORE_INDEX).sum())).backward()
     return {name: total / counts[name] for name, total in sums.items()}
 
 

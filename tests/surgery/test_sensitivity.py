@@ -52,6 +52,26 @@ def test_sensitivities_are_mean_squares_of_gradients() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class Slopes(nn.Module):
+    """A layer of which the loss of each row feels the outputs by known numbers."""
+
+    def __init__(self, slopes: Tensor) -> None:
+        super().__init__()
+        self.layer, self.slopes = nn.Linear(3, 3, dtype=slopes.dtype), slopes
+
+    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=(self.layer(x) * self.slopes).sum(-1).float().mean())
+
+
+def test_small_gradients_of_many_rows_count_in_half_precision() -> None:
+    """Those of the mean, and squares, would be zero in float16."""
+    slopes = torch.tensor([3e-3, 1e-3, 1e-4], dtype=torch.float16)
+    model, count = Slopes(slopes), 2**14
+    data = {"x": torch.ones(count, 3, dtype=torch.float16), "labels": torch.ones(count)}
+    found = sensitivities(model, [data], {"layer": [model.layer]})
+    assert_close(found["layer"], slopes.double().square(), rtol=1e-3, atol=0)
+
+
 class Silent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
