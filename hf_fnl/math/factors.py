@@ -21,12 +21,13 @@ def product(*factors: Tensor) -> Tensor:
 
 
 def squared_frobenius_norm(*factors: Tensor) -> Tensor:
-    """``||W||_F^2 = <U^T U, M V^T V M^T>``, one value for each product of the batch."""
+    """``||W||_F^2 = <U^T U, M V^T V M^T>``, one value for each product of the batch, in float32 or better."""
     U, *middle, V = factors
     gram = V.mT @ V
     for M in middle:
         gram = M @ gram @ M.mT
-    return ((U.mT @ U) * gram).sum((-2, -1))
+    wide = torch.promote_types(gram.dtype, torch.float32)  # the square of a norm is soon beyond float16
+    return ((U.mT @ U).to(wide) * gram).sum((-2, -1))
 
 
 def kept_energy(dense: tuple[Tensor, ...], U: Tensor, V: Tensor) -> float:

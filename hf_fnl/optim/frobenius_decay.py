@@ -32,7 +32,7 @@ def frobenius_penalty(
         weight_decay: The coefficient.
 
     Returns:
-        A differentiable scalar, to be added to the loss.
+        A differentiable scalar in float32 or better, to be added to the loss.
 
     Raises:
         ValueError: If there is no product.
@@ -40,7 +40,8 @@ def frobenius_penalty(
     if not products:
         raise ValueError("a Frobenius penalty needs at least one product, got none")
     squares = [_squares(alike, source).sum() for alike in alike_products(products, source)]
-    squares += [rest.square().sum() for rest in beside_factors(products, source).values()]
+    beside = beside_factors(products, source).values()
+    squares += [rest.square().sum(dtype=torch.promote_types(rest.dtype, torch.float32)) for rest in beside]
     return weight_decay / 2 * torch.stack(squares).sum()
 
 

@@ -37,6 +37,16 @@ def test_squared_frobenius_norm_is_that_of_the_product(factors):
     torch.testing.assert_close(F.squared_frobenius_norm(*factors), expected)
 
 
+def test_squared_frobenius_norm_is_beyond_the_range_of_float16():
+    """That of every large matrix is; its gradient is within."""
+    factors = [(4 * torch.randn(shape)).half().requires_grad_() for shape in [(50, 3), (70, 3)]]
+    squared = F.squared_frobenius_norm(*factors)
+    expected = F.product(*(factor.double() for factor in factors)).square().sum()
+    torch.testing.assert_close(squared.double(), expected, rtol=1e-3, atol=0)
+    (squared / 2).backward()
+    torch.testing.assert_close(tuple(factor.grad for factor in factors), F.decay_gradients(*factors))
+
+
 def test_decay_gradients_are_autograds(factors):
     penalty = F.product(*factors).square().sum() / 2
     torch.testing.assert_close(F.decay_gradients(*factors), torch.autograd.grad(penalty, factors))
