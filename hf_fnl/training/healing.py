@@ -126,7 +126,7 @@ def heal_(
         raise ValueError(f"healing needs two batches or more, one of which is held out; got {len(batches)}")
     held_out = batches[::_HELD_OUT]
     train = [batch for number, batch in enumerate(batches) if number % _HELD_OUT]
-    with tempfile.TemporaryDirectory(prefix="hf_fnl-") as temporary, _in_float32(model):
+    with tempfile.TemporaryDirectory(prefix="hf_fnl-") as temporary, _in_float32(model), _cache_as_it_was(model):
         settings: dict[str, Any] = {
             "optim": "adamw_torch",
             "weight_decay": 0.0,
@@ -182,3 +182,14 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, dtype in before:
             parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _cache_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Let the configuration say of the cache afterwards what it said before; a Trainer turns it off for good."""
+    before = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.config.use_cache = before

@@ -74,6 +74,7 @@ def test_the_held_out_loss_falls(build: Any, padded: bool) -> None:
         losses = [distillation_loss(small(**b), dense(**b), b["attention_mask"]).item() for b in data[::10]]
     assert sum(losses) / len(losses) == pytest.approx(found["held_out_after"], rel=1e-4)
     assert_close(dict(dense.state_dict()), before, rtol=0, atol=0)
+    assert getattr(small.config, "use_cache", True)  # which a Trainer turns off
 
 
 def test_a_run_that_was_broken_off_goes_on(tmp_path: Path) -> None:
