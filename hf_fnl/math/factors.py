@@ -174,7 +174,7 @@ def non_orthogonality(*factors: Tensor) -> Tensor:
 
 
 def _rms_cosine(p: Tensor) -> Tensor:
-    rank = p.shape[-1]
-    unit = torch.nn.functional.normalize(p, dim=-2)
-    squared_cosines = (unit.mT @ unit).square().sum((-2, -1)) - unit.square().sum((-2, -1))
-    return (squared_cosines.clamp(min=0) / max(rank * (rank - 1), 1)).sqrt()
+    rank, gram = p.shape[-1], p.mT @ p  # products add up more exactly than the norms of torch on a CPU
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    cosines = gram / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2)).clamp(min=torch.finfo(p.dtype).tiny)
+    return (cosines.tril(-1).square().sum((-2, -1)) * 2 / max(rank * (rank - 1), 1)).sqrt()

@@ -111,6 +111,12 @@ def test_non_orthogonality_is_the_rms_cosine_of_column_pairs():
     torch.testing.assert_close(F.non_orthogonality(U, V), expected)
 
 
+def test_columns_as_tall_as_a_vocabulary_are_orthogonal():
+    """Norms of so many float32 numbers, which torch adds up one by one, would be too small."""
+    Q = torch.linalg.qr(torch.randn(2**17, 16, dtype=torch.float64)).Q.float().contiguous()
+    assert F.non_orthogonality(Q, Q) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("U", "expected"),
     [
