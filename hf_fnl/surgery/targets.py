@@ -227,4 +227,5 @@ class LayerTarget:
         if isinstance(layer, FactorizedMatrix):
             return kept_energy((self.matrix,), layer.U, layer.V)
         weight = self.first.weight.double()
-        return float(1 - (weight - layer.dense_weight()).square().sum() / weight.square().sum())
+        lost, total = (weight - layer.dense_weight()).square().sum(), weight.square().sum()
+        return float(1 - lost / total) if total > 0 else 1.0

@@ -153,6 +153,15 @@ def test_energies_of_tensors_are_what_is_kept():
     assert {product.kind for product in find_products(model)} == {"tensor"}
 
 
+@pytest.mark.parametrize("scheme", ["spatial", "tt", "tucker"])
+def test_a_kernel_of_zeros_keeps_all_of_its_energy(scheme):
+    model = nn.Sequential(nn.Conv2d(5, 7, 3))
+    nn.init.zeros_(model[0].weight)
+    result = factorize_(model, FactorizationConfig(kinds=("conv",), rank=2, conv_scheme=scheme))
+    assert [replacement.energy for replacement in result.replacements] == [1.0]
+    assert not model[0].dense_weight().any()
+
+
 def test_a_rank_above_the_matrix_is_an_error_unless_overcomplete():
     model = CASE.build()
     with pytest.raises(ValueError, match=r"rank of .* must be in \[1, 15\], got 16"):
