@@ -181,7 +181,7 @@ def _sharded_terms(products: Sequence[Product], shards: Shards) -> dict[str, Ten
     """Return ``F_p`` of what is held here of each parameter with a factor, flat."""
     local = {name: shard.of(shard.owner.detach()).reshape(-1) for name, shard in shards.by_name.items()}
     entire = [part for each in products for part in (each.parts if each.is_tensor else each.parts[1:-1])]
-    tall = [part for each in products for part in each.parts if part not in entire]
+    tall = [part for each in products if not each.is_tensor for part in (each.parts[0], each.parts[-1])]
     held = _complete([Blocks.of(part, shards.by_name[part.name].shape) for part in tall], local, shards)
     sums = _sums(entire, held, local, shards)
     terms = {name: local[name].clone() for product in products for name in product.parameter_names}
