@@ -308,6 +308,13 @@ def test_other_calibration_data_of_a_language_model():
         assert says(README, f"{shown} with {name}")
 
 
+def test_speeds_of_a_cut_language_model():
+    for row in json.loads((ROOT / "benchmarks" / "results" / "llm" / "speed.json").read_text())["models"]:
+        share, number = row["model"].removesuffix("-healed-150"), "torch's int8" if row["int8"] else "float32"
+        speeds = " | ".join(f"{row['tokens_per_second'][batch]:.1f}" for batch in ("1", "16"))
+        assert says(README, f"| {share} | {number} | {row['perplexity']:.1f} | {speeds} | {row['bytes'] / 2**20:.0f} |")
+
+
 def test_what_healing_gives_back():
     folder = ROOT / "benchmarks" / "results" / "llm"
     rows = {"dense, and trained on the same tokens": ("dense", "dense-trained-150")}
