@@ -4,6 +4,6 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=1
-# Twice as many processes as there are cores: tests that start others wait for them.
-processes=$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0)) * 2))')
+# Half as many processes again as there are cores: tests that start others wait for them.
+processes=$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0)) * 3 // 2))')
 exec python -m pytest --dist loadgroup --no-loadscope-reorder --numprocesses "$processes" "$@"
