@@ -308,6 +308,16 @@ def test_other_calibration_data_of_a_language_model():
         assert says(README, f"{shown} with {name}")
 
 
+def test_what_the_quickstart_learns():
+    found = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())["figures"]
+    pretrained, scratch = (f"{found[f'exact match, {which}']:.0f} %" for which in ("pretrained", "not pretrained"))
+    assert says(README, f"answers {pretrained} exactly, one of its shape that was not pretrained {scratch}")
+    loss, entropy = (
+        f"{found[f'{name}, nats']:.2f}" for name in ("loss of masked word pieces", "entropy of word pieces")
+    )
+    assert says(README, f"has a loss of {loss} after 1,900 updates and three minutes, where frequencies give {entropy}")
+
+
 def test_speeds_of_a_cut_language_model():
     for row in json.loads((ROOT / "benchmarks" / "results" / "llm" / "speed.json").read_text())["models"]:
         share, number = row["model"].removesuffix("-healed-150"), "torch's int8" if row["int8"] else "float32"
