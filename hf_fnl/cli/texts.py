@@ -169,9 +169,12 @@ def _samples(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) 
         )
     pending = [_pieces(tokenizer, text, room) for text in texts]
     while pending:
-        found = [(pieces, ids) for pieces in pending if (ids := next(pieces, None)) is not None]
-        yield from (before + ids + after for _, ids in found)
-        pending = [pieces for pieces, _ in found]
+        left = []
+        for pieces in pending:
+            if (ids := next(pieces, None)) is not None:
+                yield before + ids + after
+                left.append(pieces)
+        pending = left
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, room: int) -> Iterator[list[int]]:

@@ -204,11 +204,11 @@ class LayerTarget:
         layer: Factorized
         if moments is not None:
             layer = FactorizedLinear.from_dense(self.first, cut.rank, deep=cut.deep, moments=self._metric(moments))
-        elif cut.init not in DRAWN_METHODS and not self.first.weight.is_meta:
+        elif cut.init not in DRAWN_METHODS:
             layer = ours.from_dense(self.first, cut.rank, **_scheme_option(ours, self.scheme), **options)
         else:
             layer = empty_layer(self.first, cut.rank, scheme=self.scheme, **options)
-            if not self.first.weight.is_meta:
+            if not layer.factors()[0].is_meta:
                 layer.set_factors_(layer.fresh_factors(draw))
         cut_layers: dict[nn.Module, Factorized] = {self.first: layer}
         for dense in list(self.layers.values())[1:]:
