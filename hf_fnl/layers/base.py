@@ -71,8 +71,7 @@ class Factorized(nn.Module):
         """
         check_split_method(options.get("init", "spectral"))
         layer = cls.empty_like(dense, rank, **options)
-        if not dense.weight.is_meta:
-            layer.set_factors_(layer.split(dense.weight))
+        layer.set_factors_(layer.split(dense.weight))
         layer.set_bias_(getattr(dense, "bias", None))
         return layer
 

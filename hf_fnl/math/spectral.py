@@ -122,7 +122,9 @@ def spectral_init(weight: Tensor, rank: int, method: str = "spectral") -> tuple[
 def _balanced(triples: tuple[Tensor, Tensor, Tensor], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     P, S, Q = triples
     root = _root(S, method).unsqueeze(-2)
-    return (P * root).to(dtype).contiguous(), (Q * root).to(dtype).contiguous()
+    if not S.is_meta:  # where these have their shapes already, and models are built to be loaded
+        P, Q = P * root, Q * root
+    return P.to(dtype).contiguous(), Q.to(dtype).contiguous()
 
 
 def initial_factors(
