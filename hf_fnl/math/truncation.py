@@ -219,7 +219,7 @@ def truncate_qk(
         ValueError: If ``rank`` is out of range or a weight is not finite.
     """
     left = _stacked(_augmented(query), len(key.weight))
-    to_query, to_key = _head_maps(left, key.weight, rank, _qk_roots(query, key, moments), method)
+    to_query, to_key = _head_maps(left, key.weight, rank, _qk_roots(query, key, moments), method, moments)
     return query.mapped(_for_each_head(to_query, query)), Projection(key.mapped(to_key).weight, _zeros(key.bias, rank))
 
 
@@ -251,7 +251,7 @@ def truncate_ov(
     moves_bias = output.bias is not None
     left = value.weight if moves_bias else _augmented(value)
     right = _stacked(output.weight, len(value.weight))
-    to_value, to_output = _head_maps(left, right, rank, _ov_roots(value, output, moments), method)
+    to_value, to_output = _head_maps(left, right, rank, _ov_roots(value, output, moments), method, moments)
     cut_output = output.mapped(_for_each_head(to_output, output))
     if output.bias is None:
         return value.mapped(to_value), cut_output
@@ -318,15 +318,20 @@ def _augmented(projection: Projection) -> Tensor:
 
 
 def _head_maps(
-    left: Tensor, right: Tensor, rank: int, roots: tuple[Tensor, Tensor], method: str
+    left: Tensor,
+    right: Tensor,
+    rank: int,
+    roots: tuple[Tensor, Tensor],
+    method: str,
+    moments: HeadMoments | None,
 ) -> tuple[Tensor, Tensor]:
     """Maps ``(heads, r, rank)`` that turn both factors into balanced ones with orthogonal columns."""
     check_split_method(method)
     check_rank(rank, min(*left.shape[-2:], right.shape[-2]))
-    left_map, right_map = _best_maps(*roots, rank)
-    left_root, right_root = _weight_root(left.double() @ left_map), _weight_root(right.double() @ right_map)
-    left_balance, right_balance = _best_maps(left_root, right_root, rank)
-    maps = left_map @ left_balance, right_map @ right_balance
+    maps = _best_maps(*roots, rank)
+    if moments is not None:  # roots of the factors themselves have balanced them
+        balances = _best_maps(*(_weight_root(f.double() @ by) for f, by in zip((left, right), maps, strict=True)), rank)
+        maps = maps[0] @ balances[0], maps[1] @ balances[1]
     if method == "spectral":
         return maps
     # Columns of both are orthogonal and as long as the roots of the singular values, which become ones.
