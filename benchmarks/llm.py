@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 from benchmarks.harness.machine import machine
 from benchmarks.harness.record import command_line, revision, write_result
 from benchmarks.harness.tables import markdown_table
-from benchmarks.peers import svd
+from benchmarks.peers import sequential, svd
 from hf_fnl import FactorizationConfig, FLAMBeTrainer, FLAMBeTrainingArguments, factorize_, load
 from hf_fnl.tasks.documents import load_documents
 from hf_fnl.tasks.perplexity import first_tokens, text_perplexity
@@ -46,7 +46,7 @@ from hf_fnl.training.healing import heal_
 from hf_fnl.utils.files import write_text
 
 SHARES = (0.8, 0.6, 0.4)
-METHODS = (*svd.METHODS, "ours")
+METHODS = (*svd.METHODS, *sequential.METHODS, "ours")
 OURS = ("ours", "ours-wikipedia")  # calibrated with WikiText-2, and with Wikipedia, as what is healed
 LENGTH, STRIDE = 512, 448
 HEALING_BATCH = (4, 256)  # samples of so many tokens
@@ -91,7 +91,8 @@ def cut(model: LlamaForCausalLM, share: float, method: str, ids: Tensor) -> dict
     dense = sum(layer.weight.numel() for layer in layers.values())
     batches = ids.view(-1, LENGTH).split(2)
     if method not in OURS:
-        ranks = svd.cut_(layers, model, batches, share, method)
+        peer = sequential if method in sequential.METHODS else svd
+        ranks = peer.cut_(layers, model, batches, share, method)
         kept = sum(rank * sum(layers[name].weight.shape) for name, rank in ranks.items())
         return {"layer_ratio": kept / dense, "dense_layers": 0}
     total = model.num_parameters()
@@ -280,7 +281,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="tokens of the calibration text to leave out first")
     parser.add_argument("--test-tokens", type=int, default=16_384, help="of each test text")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--methods", nargs="*", default=METHODS, choices=(*svd.METHODS, *OURS))
+    parser.add_argument("--methods", nargs="*", default=METHODS, choices=(*METHODS, OURS[1]))
     parser.add_argument("--models", type=Path, help="folder for the models of ours, which healing starts from")
     parser.add_argument("--heal-steps", type=int, help="also heal what ours gave, and train the dense model, so long")
     parser.add_argument("--heal-rate", type=float, default=HEALING_RATE, help="highest learning rate of healing")

@@ -25,13 +25,18 @@ def cut_(
     metrics = {} if method == "plain" else _metrics(layers, model, batches, method)
     ranks = {}
     for name, layer in layers.items():
-        m, n = layer.weight.shape
-        ranks[name] = max(1, int(share * m * n / (m + n)))
-        metric = metrics.get(name, torch.eye(n, dtype=torch.float64))
+        ranks[name] = rank_of(layer.weight, share)
+        metric = metrics.get(name, torch.eye(layer.weight.shape[1], dtype=torch.float64))
         U, S, Vt = torch.linalg.svd(layer.weight.double() @ metric, full_matrices=False)
         kept = U[:, : ranks[name]] * S[: ranks[name]] @ Vt[: ranks[name]]
         layer.weight.copy_(torch.linalg.solve(metric, kept, left=False))
     return ranks
+
+
+def rank_of(weight: Tensor, share: float) -> int:
+    """The rank at which two factors have a share of a matrix's parameters."""
+    m, n = weight.shape
+    return max(1, int(share * m * n / (m + n)))
 
 
 def _metrics(

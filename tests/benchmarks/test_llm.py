@@ -1,12 +1,14 @@
 """The peers of the benchmark of language models are what they are called, and its table is of its rows."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.llm import cut, decoder_layers, speed_table, table
-from benchmarks.peers import svd
+from benchmarks.peers import sequential, svd
 from hf_fnl.math.truncation import Moments, truncate_linear
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -71,3 +73,32 @@ def test_the_table_of_speeds_has_each_model_twice() -> None:
         ["dense", "21.00", "30.0", "200.0", "1", "2"],
         ["dense, int8", "22.50", "30.0", "200.0", "1", "2"],
     ]
+
+
+def test_the_anchored_fit_is_the_least_squares_of_its_rank() -> None:
+    torch.manual_seed(0)
+    W, z = torch.randn(5, 6, dtype=torch.float64), torch.randn(300, 6, dtype=torch.float64)
+    x = z @ torch.randn(6, 6, dtype=torch.float64) + torch.randn(300, 6, dtype=torch.float64)
+    y = z @ W.mT
+    found = sequential.fitted(W, [z[:100], z[100:]], [x[:100], x[100:]], 2)
+    assert torch.linalg.matrix_rank(found, rtol=1e-6) == 2
+    U = torch.randn(5, 2, dtype=torch.float64)
+    for _ in range(500):  # alternating least squares, from a random start
+        V = torch.linalg.lstsq(x, torch.linalg.lstsq(U, y.mT).solution.mT).solution
+        U = torch.linalg.lstsq(x @ V, y).solution.mT
+    least, ours = ((y - x @ B.mT).square().sum() for B in (U @ V.mT, found))
+    assert_close(ours, least, rtol=1e-6, atol=0)
+
+
+def test_outputs_of_the_anchored_peer_are_nearer_than_without_the_anchor() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=40, initializer_range=0.2, **{**SIZES, "num_hidden_layers": 3})
+    model, ids = LlamaForCausalLM(config).eval(), torch.randint(40, (20, 19))
+    wanted, errors = model.model(ids).last_hidden_state, {}
+    for method in sequential.METHODS:
+        small = copy.deepcopy(model)
+        ranks = sequential.cut_(decoder_layers(small), small, ids.split(2), 0.5, method)
+        for name, layer in decoder_layers(small).items():
+            assert ranks[name] == torch.linalg.matrix_rank(layer.weight, rtol=1e-4)
+        errors[method] = (small.model(ids).last_hidden_state - wanted).square().mean()
+    assert errors["anchored"] < errors["sequential"]
