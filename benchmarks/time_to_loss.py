@@ -51,8 +51,8 @@ def flags(cell: str, options: argparse.Namespace, run: Path) -> list[str]:
     data = options.data
     text = f"""
         --dataset {data}/wikipedia/train.parquet --validation_dataset {data}/wikipedia/validation.parquet
-        --max_validation_documents 20 --vocab_size 8192 --phases {LENGTH}:{options.steps} --next_sentence false
-        --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --dropout 0 {CELLS[cell]}
+        --max_validation_documents 20 --vocab_size 8192
+        --max_seq_length {LENGTH} --max_steps {options.steps} --next_sentence false --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --dropout 0 {CELLS[cell]}
         --warmup_steps {WARMUP} --lr_scheduler_type constant_with_warmup
         --weight_decay 0.01 --per_device_train_batch_size {BATCH} --per_device_eval_batch_size {BATCH}
         --logging_steps 50 --eval_strategy steps --eval_steps 100 --save_steps 500 --save_total_limit 1
@@ -71,7 +71,7 @@ def train(cell: str, options: argparse.Namespace) -> tuple[Curve, dict[str, Any]
     """Train a cell, or go on with it; its losses on held-out articles by update, its command and commit."""
     run = options.runs / slug(cell)
     metrics = run_once(["run_scripts/pretrain_bert.py", *flags(cell, options, run)], run / "metrics.json")
-    state = json.loads((run / "phase-1" / "trainer_state.json").read_text())
+    state = json.loads((run / "trainer_state.json").read_text())
     curve = [(entry["step"], entry["eval_mlm_loss"]) for entry in state["log_history"] if "eval_mlm_loss" in entry]
     return curve, {key: metrics[key] for key in ("command", "commit")}
 

@@ -66,17 +66,6 @@ def forget_evaluation(accelerator: Accelerator, model: nn.Module) -> None:
         model._is_accelerate_prepared = False  # type: ignore[assignment]
 
 
-def forget_deepspeed() -> None:
-    """Let a second Trainer of one process run under DeepSpeed.
-
-    accelerate 1.12 to 1.15 holds the plugin of the first for the life of the process and refuses another. Ends when it
-    takes the plugin of a new ``Accelerator``.
-    """
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()
-
-
 @contextmanager
 def ties_in_one_unit(model: nn.Module, plugin: Any) -> Iterator[None]:
     """While accelerate shards a model by FSDP2: leave what shares parameters to the unit of the root.

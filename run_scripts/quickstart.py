@@ -34,14 +34,14 @@ from hf_fnl.training.command_line import UsageError, parse_flags, run_script
 from hf_fnl.utils.files import check_writable, write_json
 
 PRETRAINING = """
-    --dataset embedded --vocab_size 2000 --phases 32:{steps}:4e-3:0.1:32 128:{long_steps}:4e-3:0.1:16
+    --dataset embedded --max_seq_length {length} --max_steps {steps} --learning_rate 4e-3 --warmup_steps 0.1
     --next_sentence false --mlm_probability 0.3 --dropout 0
-    --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4
+    --vocab_size 2000 --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 4
     --qk_rank 16 --ov_rank 16 --ffn_rank 64 --embedding_rank 64
     --optim adamw_torch --adam_beta2 0.98
     --weight_decay 0.01 --frobenius_decay ov --frobenius_mode decoupled
-    --per_device_train_batch_size 16 --logging_steps 50 --diagnostics_steps 50
-    --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/pretrained
+    --per_device_train_batch_size {batch} --logging_steps 50 --diagnostics_steps 50
+    --save_strategy no --report_to {report_to} --use_cpu --output_dir {folder}/{run}
 """
 FINE_TUNING = """
     --model {folder}/{model} --train_dataset embedded --max_seq_length 160 --doc_stride 32
@@ -146,7 +146,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     names = {"folder": shlex.quote(str(folder)), "report_to": "tensorboard" if has_tensorboard else "none"}
     seconds: dict[str, float] = {}
     with timed(seconds, "pretraining"):
-        pretrain_bert.main(shlex.split(PRETRAINING.format(**vars(options), **names)))
+        short = {"length": 32, "steps": options.steps, "batch": 32, "run": "short"}
+        pretrain_bert.main(shlex.split(PRETRAINING.format(**names, **short)))
+        long = {"length": 128, "steps": options.long_steps, "batch": 16, "run": "pretrained"}
+        pretrain_bert.main(shlex.split(f"{PRETRAINING} --init_from {{folder}}/short".format(**names, **long)))
     words = what_was_learned(folder / "pretrained")
     with timed(seconds, "fine-tuning for questions"):
         squad = fine_tune(options, names, "pretrained", "squad")

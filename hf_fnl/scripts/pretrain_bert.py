@@ -1,12 +1,13 @@
 """Pretrain a factorized BERT from raw documents: masked language modelling, with next-sentence prediction or without.
 
 hf-fnl train bert --dataset embedded --output_dir runs/bert --ffn_rank 64 --max_steps 1000
+hf-fnl train bert --dataset embedded --init_from runs/bert --max_seq_length 512 --output_dir runs/bert-512
 hf-fnl train bert config.yaml
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +25,12 @@ from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.tasks.arguments import TextTrainingArguments
 from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.tokens import masked_metrics, masked_sums
+from hf_fnl.tasks.pretrained import check_length
 from hf_fnl.tasks.pretraining import build_pretraining_dataset
 from hf_fnl.tasks.pretraining_examples import PretrainingOptions
-from hf_fnl.tasks.pretraining_phases import PHASES_HELP, Phase, describe_phase, plan_phases
 from hf_fnl.tasks.tokenization import load_tokenizer, train_wordpiece
-from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
+from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import UsageError, named, parse_arguments
-from hf_fnl.training.engines import free_engine
 from hf_fnl.training.runs import (
     FACTOR_INIT_HELP,
     announce,
@@ -67,7 +67,7 @@ class DataOptions(DocumentOptions):
 
     vocab_size: int = field(default=30522, metadata={"help": "Size of a tokenizer that is trained."})
     lowercase: bool = field(default=True, metadata={"help": "Whether a tokenizer that is trained lower-cases."})
-    phases: list[str] = field(default_factory=lambda: ["128"], metadata={"help": PHASES_HELP})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens of a sequence at most."})
     next_sentence: bool = field(default=True, metadata={"help": "False: masked language modelling only (RoBERTa)."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to predict."})
 
@@ -99,78 +99,56 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
     return model_class(BertConfig(**sizes))
 
 
-def check_lengths(phases: list[tuple[Phase, FLAMBeTrainingArguments]], longest: int) -> None:
-    """Refuse sequences that are longer than the model's."""
-    if too_long := [phase.length for phase, _ in phases if phase.length > longest]:
-        raise UsageError(f"phases: the model's max_position_embeddings is {longest}, got a length of {too_long[0]}")
-
-
-def train_phase(
-    phase: Phase, model: PreTrainedModel, tokenizer: Any, data: DataOptions, args: FLAMBeTrainingArguments, folder: str
-) -> tuple[dict[str, Any], FLAMBeTrainer]:
-    """Train on sequences of one length, with an optimizer and checkpoints of its own; go on if it was broken off."""
-    if args.process_index == 0:
-        print(f"\n{describe_phase(args, phase)}", flush=True)
-    options = PretrainingOptions(
-        max_seq_length=phase.length,
-        next_sentence=data.next_sentence,
-        mlm_probability=data.mlm_probability,
-        seed=args.seed,
-    )
-    documents = data.training(streaming=data.streaming)
-    validation, held_out = None, data.validation()
-    if held_out is not None:
-        validation = build_pretraining_dataset(held_out, tokenizer, options, num_proc=data.num_proc)
-    trainer = FLAMBeTrainer(
-        model,
-        args,
-        train_dataset=build_pretraining_dataset(documents, tokenizer, options, num_proc=data.num_proc),
-        eval_dataset=validation,
-        data_collator=DataCollatorForTokenClassification(tokenizer),
-        compute_metrics=masked_metrics,
-        preprocess_logits_for_metrics=masked_sums,
-    )
-    announce(trainer)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
-    if validation is not None:
-        metrics |= trainer.evaluate()
-    trainer.save_state()
-    trainer.save_model(folder)  # by all processes: each may hold a part of it
-    return metrics, trainer
+def choose_tokenizer(options: ModelOptions, data: DataOptions, args: TextTrainingArguments) -> Any:
+    """The tokenizer that is named, that of the model to go on from, or one trained on the documents."""
+    if source := data.tokenizer or options.init_from:
+        with named("tokenizer" if data.tokenizer else "init_from", source):
+            return load_tokenizer(source)
+    documents = data.training()
+    with args.main_process_first(desc="training the tokenizer"):
+        return train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
     options, data, args = parse_arguments(argv, ModelOptions, DataOptions, TextTrainingArguments, description=__doc__)
-    phases = plan_phases(data.phases, args)
-    if len(phases) > 1 and str(args.resume_from_checkpoint or "true").lower() != "true":
-        raise UsageError(
-            f"resume_from_checkpoint={args.resume_from_checkpoint} belongs to one phase of {len(phases)}; with true, "
-            "each goes on from its own newest checkpoint"
-        )
+    resume = checkpoint_to_resume(args)
     check_output_folder(args)
-    if not options.init_from:
-        check_lengths(phases, options.max_position_embeddings)
+    if not options.init_from and data.max_seq_length > options.max_position_embeddings:
+        raise UsageError(
+            f"max_seq_length must be at most max_position_embeddings={options.max_position_embeddings}, got "
+            f"{data.max_seq_length}"
+        )
     set_seed(args.seed)
-    if data.tokenizer or options.init_from:
-        with named("tokenizer" if data.tokenizer else "init_from", data.tokenizer or options.init_from):
-            tokenizer = load_tokenizer(data.tokenizer or options.init_from)
-    else:
-        documents = data.training()
-        with args.main_process_first(desc="training the tokenizer"):
-            tokenizer = train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
+    tokenizer = choose_tokenizer(options, data, args)
     model = build_model(options, data.next_sentence, tokenizer)
-    check_lengths(phases, model.config.max_position_embeddings)
-    metrics: dict[str, Any] = {"parameters": parameter_count(model)}
-    saved = dataclasses.replace(options, init_from=args.output_dir)
-    for number, (phase, own) in enumerate(phases, start=1):
-        metrics[f"phase-{number}"], trainer = train_phase(phase, model, tokenizer, data, own, args.output_dir)
-        if number < len(phases) and free_engine(trainer):
-            del model, trainer  # what an engine took over cannot be trained by the next one
-            model = build_model(saved, data.next_sentence, tokenizer)
+    check_length("max_seq_length", data.max_seq_length, model, tokenizer)
+    examples = PretrainingOptions(
+        max_seq_length=data.max_seq_length,
+        next_sentence=data.next_sentence,
+        mlm_probability=data.mlm_probability,
+        seed=args.seed,
+    )
+    documents, held_out = data.training(streaming=data.streaming), data.validation()
+    build = functools.partial(build_pretraining_dataset, tokenizer=tokenizer, options=examples, num_proc=data.num_proc)
+    trainer = FLAMBeTrainer(
+        model,
+        args,
+        train_dataset=build(documents),
+        eval_dataset=None if held_out is None else build(held_out),
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        compute_metrics=masked_metrics,
+        preprocess_logits_for_metrics=masked_sums,
+    )
+    announce(trainer)
+    metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
+    if held_out is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_state()
     if args.should_save:
         tokenizer.save_pretrained(args.output_dir)
         finish_run(args.output_dir, metrics, options, data, args)
+    trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
     show_run(
         args,
         metrics,

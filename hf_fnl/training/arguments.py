@@ -14,10 +14,8 @@ from hf_fnl.attention.selectors import KINDS, PARTS, Selector
 from hf_fnl.layers import keep_narrow
 from hf_fnl.optim.frobenius_decay import MODES
 from hf_fnl.optim.groups import FACTOR_DECAYS
-from hf_fnl.training.profiling import parse_steps
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
-NONFINITE_ACTIONS = ("stop", "skip")
 CHECKPOINTING_OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the name now and before
 
 
@@ -66,13 +64,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
         },
     )
     decay_vectors: bool = field(default=False, metadata={"help": "Decay biases and normalizations as matrices are."})
-    lr_power: float | None = field(
-        default=None,
-        metadata={
-            "help": "With lr_scheduler_type=polynomial: the power of the decay, (1 - step / steps)^power after the "
-            "warm-up as in NVIDIA's LAMB BERT, which takes 0.5. Default: Transformers' polynomial decay."
-        },
-    )
     warmup_start: float = field(
         default=0.0,
         metadata={
@@ -80,23 +71,8 @@ class FLAMBeTrainingArguments(TrainingArguments):
             "the rate is constant for warmup_steps (Khodak et al. 2021)."
         },
     )
-    nonfinite_gradient: str = field(
-        default="stop",
-        metadata={
-            "help": "At a loss or gradient norm that is NaN or infinite: stop, with an error that names the step; or "
-            "skip, which leaves the step out (skipped_steps in the log). Non-finite weights are never saved."
-        },
-    )
     diagnostics_steps: int = field(
         default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
-    )
-
-    profile_steps: str | None = field(
-        default=None,
-        metadata={
-            "help": "Profile N steps, or those of the numbers FROM:TO: a table and a Chrome trace, profile.txt and "
-            "profile_trace.json in output_dir."
-        },
     )
 
     dense_steps: int = field(default=0, metadata={"help": "Steps before the model is factorized; 0: none."})
@@ -134,7 +110,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
         self._keep_narrow()
         self._check_decay()
         self._check_rate()
-        self._check_profile()
         self._check_dense_steps()
         self._check_checkpoints()
 
@@ -185,19 +160,11 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"frobenius_coefficient must not be negative, got {self.frobenius_coefficient}")
         if self.factor_decay not in FACTOR_DECAYS:
             raise ValueError(f"factor_decay must be one of {', '.join(FACTOR_DECAYS)}, got {self.factor_decay!r}")
-        if self.nonfinite_gradient not in NONFINITE_ACTIONS:
-            raise ValueError(
-                f"nonfinite_gradient must be one of {', '.join(NONFINITE_ACTIONS)}, got {self.nonfinite_gradient!r}"
-            )
         if self.diagnostics_steps < 0:
             raise ValueError(f"diagnostics_steps must not be negative, got {self.diagnostics_steps}")
 
     def _check_rate(self) -> None:
         kind = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
-        if self.lr_power is not None and (kind != "polynomial" or not self.lr_power > 0):
-            raise ValueError(
-                f"lr_power must be positive and is for lr_scheduler_type=polynomial, got {self.lr_power} with {kind}"
-            )
         if self.warmup_start and (kind != "inverse_sqrt" or not 0 <= self.warmup_start <= 1):
             raise ValueError(
                 "warmup_start must be in [0, 1] and is for lr_scheduler_type=inverse_sqrt, got "
@@ -205,13 +172,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
             )
         if self.warmup_start and not self.warmup_steps:
             raise ValueError(f"warmup_start={self.warmup_start} needs warmup_steps, after which the rate goes down")
-
-    def _check_profile(self) -> None:
-        if self.profile_steps is None:
-            return
-        first, _, _ = parse_steps(self.profile_steps)
-        if 0 < self.max_steps < first:
-            raise ValueError(f"profile_steps={self.profile_steps} begins at step {first} of {self.max_steps}")
 
     def _check_dense_steps(self) -> None:
         if self.dense_steps < 0:

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from transformers.utils import strtobool
 
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
-from hf_fnl.workarounds import forget_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +50,6 @@ def check_engine(accelerator: Accelerator, model: nn.Module, args: FLAMBeTrainin
         )
     if args.frobenius_mode == "coupled" and args.frobenius_decay and deepspeed is not None:
         _check_coupled(deepspeed)
-    if deepspeed is not None and args.nonfinite_gradient == "skip":
-        raise ValueError(
-            "nonfinite_gradient=skip does not work with DeepSpeed, which steps by itself: set it to stop; in fp16 "
-            "DeepSpeed skips such steps"
-        )
     divided = fsdp is not None or (deepspeed is not None and deepspeed.zero_stage > 0)
     optim = str(getattr(args.optim, "value", args.optim))
     if divided and optim.startswith(_BY_MATRIX):
@@ -167,22 +161,6 @@ def check_optimizer(running: Any, built: Optimizer) -> None:
             '"optimizer" and "zero_force_ds_cpu_optimizer" from the DeepSpeed config, and optimizer settings from the '
             "accelerate config"
         )
-
-
-def free_engine(trainer: Any) -> bool:
-    """End what FSDP2 or DeepSpeed does for a Trainer, when it has saved its model.
-
-    Returns:
-        Whether one of them held the model, which can then not be trained by another Trainer: load the saved one.
-    """
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        return False
-    trainer.accelerator.wait_for_everyone()  # until the first process has written
-    if trainer.is_deepspeed_enabled:
-        trainer.model_wrapped.destroy()
-        forget_deepspeed()
-    trainer.accelerator.free_memory()
-    return True
 
 
 def set_state_dict_type(plugin: Any, kind: Any) -> None:

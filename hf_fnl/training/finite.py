@@ -1,4 +1,4 @@
-"""What happens when a loss, a gradient or a weight is NaN or infinite: nothing of that is stepped by or saved."""
+"""Losses, gradients and weights that are NaN or infinite end a training, before any of that is saved."""
 
 from __future__ import annotations
 
@@ -10,42 +10,31 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
 from hf_fnl.layers.partitioned import is_partitioned
 from hf_fnl.optim.sharding import to_local
 from hf_fnl.optim.zero import zero3_range
 from hf_fnl.training.engines import is_sharded
 
-logger = logging.get_logger(__name__)
-
 
 class FiniteSteps(TrainerCallback):
-    """Stops a training before a step by a non-finite loss or gradient, or skips that step; all processes alike.
+    """Stops a training before a step by a non-finite loss or gradient, in all processes alike.
 
-    A step that is skipped counts, and the learning rate goes on: nothing is done with its gradients. Where losses are
-    scaled (fp16), the scaler skips steps that overflow, and this leaves them to it. DeepSpeed steps by itself, before
-    this can look: the training is stopped then, and nothing more is saved. After the last step weights are checked.
+    Where losses are scaled (fp16), the scaler skips steps that overflow, and this leaves them to it. DeepSpeed steps by
+    itself, before this can look: the training is stopped then, and nothing more is saved. After the last step weights
+    are checked.
 
     Args:
         accelerator: Returns that of the Trainer.
-        action: ``"stop"`` or ``"skip"``.
     """
 
-    def __init__(self, accelerator: Callable[[], Accelerator], action: str) -> None:
-        self._accelerator, self._action = accelerator, action
+    def __init__(self, accelerator: Callable[[], Accelerator]) -> None:
+        self._accelerator = accelerator
         self._losses: list[Tensor] = []
-        self.skipped = 0  # steps of this training
 
     def note(self, loss: Tensor) -> None:
         """Remember a loss of the step that is being computed."""
         self._losses.append(loss.detach())
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Count anew."""
-        self.skipped, self._first = 0, state.global_step
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -60,10 +49,9 @@ class FiniteSteps(TrainerCallback):
         control: TrainerControl,
         *,
         model: nn.Module,
-        optimizer: Any,
         **kwargs: Any,
     ) -> None:
-        """Look at what was computed."""
+        """Raise a ``ValueError`` if what was computed is not finite."""
         accelerator = self._accelerator()
         if accelerator.scaler is not None:
             return
@@ -77,30 +65,15 @@ class FiniteSteps(TrainerCallback):
         if not any(wrong):
             return
         what = "loss" if wrong[0] else "gradient norm"
-        step = state.global_step + 1
-        if self._action == "skip" and not stepped:
-            self.skipped += 1
-            logger.warning(f"step {step}: the {what} is not finite, and the step is skipped ({self.skipped} so far)")
-            optimizer.zero_grad()
-            return
         raise ValueError(
-            f"the {what} of step {step} is not finite; the training ends here, and what was saved before is left as it "
-            "is. Lower learning_rate, look at the data, or set nonfinite_gradient=skip to leave such steps out"
+            f"the {what} of step {state.global_step + 1} is not finite; the training ends here, and what was saved "
+            "before is left as it is. Lower learning_rate, or look at the data"
         )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Check what was trained.
-
-        Raises:
-            ValueError: If a weight is not finite, or if all steps were skipped, so that nothing was trained.
-        """
-        if self.skipped and self.skipped == state.global_step - self._first:
-            raise ValueError(
-                f"all {self.skipped} steps were skipped, for none had a finite loss and gradient: nothing was trained. "
-                "Lower learning_rate, or look at the data"
-            )
+        """Raise a ``ValueError`` if a weight is not finite."""
         check_finite(model, self._accelerator(), f"after step {state.global_step}")
 
 

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -34,7 +33,6 @@ from hf_fnl.training.finite import FiniteSteps, check_finite
 from hf_fnl.training.form import match_checkpoint_, rewrap_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.optimizers import build_optimizer, check_current, decayed_products, optimizer_and_decay
-from hf_fnl.training.profiling import DECAY, FORWARD, PASSES, ProfilerCallback
 from hf_fnl.training.resuming import Resumption, checkpoint_to_take
 from hf_fnl.training.run_lock import locked
 from hf_fnl.training.schedules import schedule_of
@@ -100,7 +98,7 @@ class FLAMBeTrainer(Trainer):
         self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters
         self._is_dense = args.dense_steps > 0
         self._coupled: FrobeniusDecay | None = None
-        self._finite = FiniteSteps(lambda: self.accelerator, args.nonfinite_gradient)
+        self._finite = FiniteSteps(lambda: self.accelerator)
         self.add_callback(self._finite)
         self._add_switch(factorize)
         self.add_callback(EpochCallback())
@@ -108,8 +106,6 @@ class FLAMBeTrainer(Trainer):
         if args.diagnostics_steps:
             self.add_callback(self._diagnostics)
         self._watch_products()
-        if args.profile_steps is not None:
-            self.add_callback(ProfilerCallback(args.profile_steps))
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
@@ -207,12 +203,6 @@ class FLAMBeTrainer(Trainer):
             return super().get_train_dataloader()
         return stream_loader(self.train_dataset, self.data_collator, self.args)
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Transformers, beside a loss with the number of steps that were skipped, if any."""
-        if self._finite.skipped and "loss" in logs:
-            logs["skipped_steps"] = self._finite.skipped
-        super().log(logs, *args, **kwargs)
-
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As in Transformers; one that was built before must hold the parameters that the model has now."""
         if self.optimizer is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -243,17 +233,15 @@ class FLAMBeTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As in Transformers; coupled Frobenius decay is added to the gradients of an update, before any clipping."""
-        with record_function(PASSES):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         self._finite.note(loss)
         if self._coupled is not None and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler
-            with record_function(DECAY):
-                self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
+            self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
         return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """As in Transformers, or the schedule of ``args.lr_power`` or ``args.warmup_start``."""
+        """As in Transformers, or the schedule of ``args.warmup_start``."""
         self._ties.close()
         schedule = schedule_of(self.args, num_training_steps)
         if self.lr_scheduler is None and schedule is not None:
@@ -377,12 +365,10 @@ class FLAMBeTrainer(Trainer):
 
         Under DeepSpeed its gradient alone is added where the mode is ``coupled``.
         """
-        with record_function(FORWARD):
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self._penalized and model.training):
             return result
-        with record_function(DECAY):
-            penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
+        penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
         if self.args.frobenius_mode == "coupled":
             penalty = penalty - penalty.detach()  # its gradient, for an engine that clips within its step
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:

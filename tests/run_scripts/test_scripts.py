@@ -31,10 +31,8 @@ SQUAD = "--max_seq_length 64 --doc_stride 16"
 
 
 def pretrain(folder, *more: str) -> dict:
-    phases = "--phases 16:3 24:2:1e-3 --learning_rate 0.01 --per_device_train_batch_size 4"
-    return pretrain_bert.main(
-        [*TINY_MODEL.split(), *QUIET.split(), *phases.split(), "--output_dir", str(folder), *more]
-    )
+    run = "--max_seq_length 24 --max_steps 5 --learning_rate 0.01 --per_device_train_batch_size 4"
+    return pretrain_bert.main([*f"{TINY_MODEL} {QUIET} {run} --output_dir {folder}".split(), *more])
 
 
 def finetune(model, folder, *more: str) -> dict:
@@ -64,14 +62,13 @@ def test_pretraining_writes_a_model_its_tokenizer_metrics_and_settings(pretraine
     assert len(AutoTokenizer.from_pretrained(pretrained)) == model.config.vocab_size
     metrics = json.loads((pretrained / "metrics.json").read_text())
     assert metrics["parameters"]["total"] == sum(p.numel() for p in model.parameters())
-    assert {"phase-1", "phase-2"} < metrics.keys()
-    assert (pretrained / "phase-1" / "diagnostics.jsonl").read_text().count("\n") == 4
+    assert metrics["train_loss"] > 0
+    assert (pretrained / "diagnostics.jsonl").read_text().count("\n") == 6
 
 
 def test_settings_written_beside_a_model_repeat_the_run(pretrained, tmp_path):
     settings = json.loads((pretrained / "run_config.json").read_text())
-    assert settings["phases"] == ["16:3", "24:2:1e-3"]
-    assert settings["optim"] == "flambe"
+    assert (settings["max_seq_length"], settings["optim"]) == (24, "flambe")
     settings["output_dir"] = str(tmp_path / "again")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     pretrain_bert.main([str(tmp_path / "config.yaml")])
@@ -84,9 +81,9 @@ def test_mlm_alone_on_the_stock_class_with_adamw_while_streaming(tmp_path):
     flags = f"""
         --vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 1 --num_attention_heads 3
         --max_position_embeddings 64 --stock true --next_sentence false --streaming true --optim adamw_torch
-        --phases 16:2 --output_dir {tmp_path} {QUIET}
+        --max_seq_length 16 --max_steps 2 --output_dir {tmp_path} {QUIET}
     """
-    assert "phase-1" in pretrain_bert.main(flags.split())
+    assert pretrain_bert.main(flags.split())["train_loss"] > 0
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
 
 
@@ -94,10 +91,19 @@ def test_evaluation_on_held_out_documents(tmp_path):
     documents = ["One sentence here. Another one follows it. And a third one ends it."] * 6
     (tmp_path / "held-out.json").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     held_out = ("--validation_dataset", str(tmp_path / "held-out.json"))
-    metrics = pretrain(tmp_path / "run", *held_out)["phase-2"]
+    metrics = pretrain(tmp_path / "run", *held_out)
     assert metrics["eval_mlm_loss"] > 0
     assert 0 <= metrics["eval_mlm_accuracy"] <= 1
     assert 0 <= metrics["eval_next_sentence_accuracy"] <= 1
+
+
+def test_longer_sequences_go_on_from_the_weights_of_shorter_ones(pretrained, tmp_path):
+    flags = f"--init_from {pretrained} --max_documents 12 --max_seq_length 48 --max_steps 1 --learning_rate 0"
+    pretrain_bert.main([*flags.split(), *QUIET.split(), "--output_dir", str(tmp_path / "long")])
+    first, second = (AutoModelForPreTraining.from_pretrained(path) for path in (pretrained, tmp_path / "long"))
+    assert all(torch.equal(weight, second.state_dict()[name]) for name, weight in first.state_dict().items())
+    with pytest.raises(ValueError, match=r"max_seq_length must be at most 64, .*ForPreTraining, got 65"):
+        pretrain_bert.main([*flags.replace(" 48", " 65").split(), "--output_dir", str(tmp_path / "longer")])
 
 
 def test_fine_tuning_writes_official_predictions(squad):
@@ -198,7 +204,7 @@ def test_a_broken_off_run_is_not_overwritten_and_goes_on(tmp_path):
     save = ("--save_strategy", "steps", "--save_steps", "1")
     whole = pretrain(tmp_path / "whole", *save)
     (tmp_path / "whole" / "metrics.json").unlink()
-    with pytest.raises(ValueError, match="holds checkpoint-3 of an earlier run: set resume_from_checkpoint=true"):
+    with pytest.raises(ValueError, match="holds checkpoint-5 of an earlier run: set resume_from_checkpoint=true"):
         pretrain(tmp_path / "whole", *save)
     again = pretrain(tmp_path / "whole", *save, "--resume_from_checkpoint", "true")
     assert again["parameters"] == whole["parameters"]
@@ -206,13 +212,13 @@ def test_a_broken_off_run_is_not_overwritten_and_goes_on(tmp_path):
 
 @launches
 def test_two_launched_processes_have_the_losses_of_one(tmp_path):
-    flags = f"{TINY_MODEL} {QUIET} --phases 16:4 --learning_rate 0.01 --dropout 0 --per_device_train_batch_size".split()
+    flags = f"{TINY_MODEL} {QUIET} --max_seq_length 16 --max_steps 4 --learning_rate 0.01 --dropout 0".split()
     config = f"--config_file {ROOT}/run_scripts/launch/two_cpu_processes.yaml {pretrain_bert.__file__}".split()
-    accelerate_launch(*config, *flags, "4", "--output_dir", str(tmp_path))
-    pretrain_bert.main([*flags, "8", "--output_dir", str(tmp_path / "one")])
+    accelerate_launch(*config, *flags, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path))
+    pretrain_bert.main([*flags, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "one")])
 
     def losses(folder: Path) -> list[float]:
-        history = json.loads((folder / "phase-1" / "trainer_state.json").read_text())["log_history"]
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return [entry["loss"] for entry in history if "loss" in entry]
 
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -225,17 +231,12 @@ def test_two_launched_processes_have_the_losses_of_one(tmp_path):
         (["--qk_rank", "9"], r"qk_rank must be in \[1, 8\], got 9"),
         (["--ffn_rank", "0"], "ffn_rank must be at least 1"),
         (["--factor_init", "svd"], "factor_init must be one of spectral, spectral_ones, default, he, got 'svd'"),
-        (["--phases", "16:three"], r"phases: expected length.*, got '16:three'"),
-        (
-            ["--resume_from_checkpoint", "run/phase-1/checkpoint-3"],
-            "belongs to one phase of 2; with true",
-        ),
-        (["--phases", "128:2"], "max_position_embeddings is 64, got a length of 128"),
+        (["--max_seq_length", "128"], "max_seq_length must be at most max_position_embeddings=64, got 128"),
         (["--stock", "true"], "stock=True takes no ranks, got qk_rank, ov_rank, ffn_rank, embedding_rank"),
         (["--frobenius_decay", "vo"], "frobenius_decay must be any of linear, embedding, conv, .* got 'vo'"),
         (["--dataset", "./nowhere.txt"], "no such file or folder: nowhere.txt"),
     ],
-    ids=["rank too high", "rank too low", "init", "phase", "checkpoint", "length", "stock", "kind", "data"],
+    ids=["rank too high", "rank too low", "init", "length", "stock", "kind", "data"],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path, flags, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):

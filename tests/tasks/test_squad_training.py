@@ -33,7 +33,8 @@ def optimizers(monkeypatch):
 def test_all_pretrained_models_are_fine_tuned_alike(tmp_path, optimizers):
     pretrain_bert.main(
         f"""--vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 1 --num_attention_heads 3
-        --max_position_embeddings 64 --phases 16:1 --optim flambe --output_dir {tmp_path / "bert"} {QUIET}""".split()
+        --max_position_embeddings 64 --max_seq_length 16 --max_steps 1 --optim flambe
+        --output_dir {tmp_path / "bert"} {QUIET}""".split()
     )
     finetune_squad.main(
         f"""--model {tmp_path / "bert"} --max_train_questions 24 --max_eval_questions 2 --max_seq_length 64

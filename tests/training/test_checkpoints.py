@@ -81,7 +81,7 @@ def test_a_checkpoint_is_the_stock_one_and_a_list_of_all_its_files(copy):
         }
         assert (manifest["optimizer"], manifest["processes"]) == ("FLAMBe", 1)
     assert names(copy) == ["checkpoint-2", "checkpoint-4"]
-    assert not list(copy.glob("[._]*"))
+    assert [path.name for path in copy.glob("[._]*")] == [LOCK_FILE]
 
 
 def cut(path: Path) -> None:
@@ -175,10 +175,9 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(tmp_path, 
     with pytest.raises(Killed):
         trainer.train()
     monkeypatch.undo()
-    (tmp_path / LOCK_FILE).unlink(missing_ok=True)
     assert newest_complete(tmp_path).name == ("checkpoint-4" if stage == "removal" else "checkpoint-2")
     assert_same_run(go_on(tmp_path), run)
-    assert not list(tmp_path.glob("[._]*"))
+    assert [path.name for path in tmp_path.glob("[._]*")] == [LOCK_FILE]
 
 
 def test_a_run_killed_in_its_first_save_starts_afresh(tmp_path, caplog):
@@ -359,27 +358,8 @@ def test_two_runs_in_one_folder(tmp_path):
         check_output_folder(FLAMBeTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     other.kill()
     other.join()
-    assert (tmp_path / LOCK_FILE).is_file()
-    tiny_trainer(tmp_path, max_steps=1).train()  # takes over the lock of the dead
-    assert not (tmp_path / LOCK_FILE).exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            '{"host": "elsewhere", "process": 7, "started": "1"}',
-            "by process 7 on elsewhere: .* if that run is dead, remove",
-        ),
-        ("{", "locked by an unreadable .*_lock.json: remove it if no run goes on"),
-    ],
-    ids=["another host", "unreadable"],
-)
-def test_a_lock_that_cannot_be_judged_is_refused_with_the_file_to_remove(tmp_path, content, message):
-    (tmp_path / LOCK_FILE).write_text(content)
-    with pytest.raises(RuntimeError, match=message), locked(tmp_path):
-        pass
-    assert (tmp_path / LOCK_FILE).read_text() == content
+    with locked(tmp_path):  # the system released the lock of the dead
+        tiny_trainer(tmp_path, max_steps=1).train()  # in a process that holds it already
 
 
 def test_machines_with_folders_of_their_own_are_refused(tmp_path, monkeypatch):

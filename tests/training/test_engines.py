@@ -156,6 +156,7 @@ def accelerator_with(fsdp_version: int | None = None, deepspeed: dict[str, Any] 
 
 PENALTY = {"optim": "sgd", "frobenius_mode": "penalty", "frobenius_decay": ["ov"]}
 NVME = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+CLIPS = {"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 
 
@@ -179,6 +180,7 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
             "zero_force_ds_cpu_optimizer of the DeepSpeed config must be false",
         ),
         ({"deepspeed": {}}, {"bf16": True}, "set zero_optimization.stage to 1"),
+        ({"deepspeed": CLIPS}, PENALTY | {"frobenius_mode": "coupled"}, "ZeRO stage 3 clips .to 1.0. before that"),
         ({"fsdp_version": 2}, {"optim": "adafactor"}, "optim=adafactor needs whole matrices"),
         ({"deepspeed": {"zero_optimization": {"stage": 1}}}, {"optim": "adafactor"}, "needs whole matrices"),
     ],
@@ -192,6 +194,7 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
         "untested",
         "CPUAdam",
         "ZeRO-0 bf16",
+        "coupled ZeRO-3",
         "adafactor FSDP2",
         "adafactor ZeRO-1",
     ],

@@ -1,4 +1,4 @@
-"""The learning-rate schedules of the papers' recipes, by themselves and in a Trainer."""
+"""The learning-rate schedule of the translation recipe, by itself and in a Trainer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from transformers import get_polynomial_decay_schedule_with_warmup
 
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.training.schedules import inverse_sqrt, polynomial
+from hf_fnl.training.schedules import inverse_sqrt
 
 
 class Line(nn.Module):
@@ -39,28 +38,6 @@ def rates(folder, steps: int, **options) -> list[float]:
     return used
 
 
-@pytest.mark.parametrize(("warmup", "steps", "power"), [(2001, 7038, 0.5), (201, 1563, 0.5), (3, 11, 2.0), (0, 7, 1.0)])
-def test_polynomial_decay_counts_from_the_first_update(warmup, steps, power):
-    factor = polynomial(warmup, steps, power)
-    for step in {0, max(warmup - 2, 0), max(warmup - 1, 0), steps // 2, steps - 1}:
-        update = step + 1
-        expected = update / warmup if update < warmup else (1 - update / steps) ** power
-        assert factor(step) == pytest.approx(expected, rel=1e-12)
-    assert factor(steps - 1) == factor(steps + 5) == 0
-    assert factor(warmup) == pytest.approx((1 - (warmup + 1) / steps) ** power, rel=1e-12)
-
-
-def test_polynomial_decay_is_lower_than_that_of_transformers_by_a_constant():
-    warmup, steps, power = 12, 40, 0.5
-    parameter = nn.Parameter(torch.zeros(1))
-    theirs = get_polynomial_decay_schedule_with_warmup(
-        torch.optim.SGD([parameter], lr=1.0), warmup, steps, lr_end=0.0, power=power
-    ).lr_lambdas[0]
-    ours = polynomial(warmup, steps, power)
-    for update in range(warmup, steps):
-        assert ours(update - 1) / theirs(update) == pytest.approx((1 - warmup / steps) ** power, rel=1e-12)
-
-
 @pytest.mark.parametrize("start", [1.0, 0.25, 0.0])
 def test_inverse_square_root_begins_at_a_share_of_the_rate(start):
     factor = inverse_sqrt(4000, start)
@@ -69,12 +46,6 @@ def test_inverse_square_root_begins_at_a_share_of_the_rate(start):
     assert factor(4000) == 1
     assert factor(16000) == 0.5
     assert all(later <= earlier for earlier, later in pairwise(map(factor, range(4000, 4100))))
-
-
-def test_a_trainer_takes_the_schedule_of_nvidias_bert(tmp_path):
-    options = {"lr_scheduler_type": "polynomial", "lr_power": 0.5, "warmup_steps": 0.25, "learning_rate": 6e-3}
-    expected = [6e-3 * (n / 2 if n < 2 else math.sqrt(1 - n / 8)) for n in range(1, 9)]
-    assert rates(tmp_path, 8, **options) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_trainer_takes_the_schedule_of_khodak_et_al_for_translation(tmp_path):
@@ -91,8 +62,6 @@ def test_a_trainer_without_these_options_has_the_schedule_of_transformers(tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_power": 0.5}, "lr_power must be positive and is for lr_scheduler_type=polynomial, got 0.5 with linear"),
-        ({"lr_power": 0.0, "lr_scheduler_type": "polynomial"}, "lr_power must be positive .* got 0.0 with polynomial"),
         ({"warmup_start": 1.0, "warmup_steps": 3}, "is for lr_scheduler_type=inverse_sqrt, got 1.0 with linear"),
         (
             {"warmup_start": 2.0, "warmup_steps": 3, "lr_scheduler_type": "inverse_sqrt"},
@@ -104,8 +73,3 @@ def test_a_trainer_without_these_options_has_the_schedule_of_transformers(tmp_pa
 def test_schedules_that_cannot_be_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         FLAMBeTrainingArguments(str(tmp_path), use_cpu=True, **options)
-
-
-def test_a_warm_up_over_the_whole_training_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="warmup_steps must be below the 4 steps of the training, got 9"):
-        rates(tmp_path, 4, lr_scheduler_type="polynomial", lr_power=0.5, warmup_steps=9)

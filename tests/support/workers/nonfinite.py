@@ -20,8 +20,8 @@ from engine_cases import ENGINES, forget_engine
 from training_cases import tiny_trainer
 
 
-def run(folder: Path, engine: str, action: str) -> dict[str, Any]:
-    trainer = tiny_trainer(folder / engine / action, nonfinite_gradient=action, **ENGINES[engine])
+def run(folder: Path, engine: str) -> dict[str, Any]:
+    trainer = tiny_trainer(folder / engine, **ENGINES[engine])
     compute, rank = trainer.compute_loss, process()[0]
 
     def compute_loss(*args: Any, **kwargs: Any) -> Any:
@@ -43,13 +43,12 @@ def run(folder: Path, engine: str, action: str) -> dict[str, Any]:
     }
 
 
-def main(output_dir: str, *runs: str) -> None:
+def main(output_dir: str, *engines: str) -> None:
     torch.distributed.init_process_group("gloo")
     found = {}
-    for name in runs:
-        engine, action = name.split("/")
+    for engine in engines:
         forget_engine(engine)
-        found[name] = run(Path(output_dir), engine, action)
+        found[engine] = run(Path(output_dir), engine)
         gc.collect()
     (Path(output_dir) / f"{process()[0]}.json").write_text(json.dumps(found))
 
