@@ -52,7 +52,8 @@ def flags(cell: str, options: argparse.Namespace, run: Path) -> list[str]:
     text = f"""
         --dataset {data}/wikipedia/train.parquet --validation_dataset {data}/wikipedia/validation.parquet
         --max_validation_documents 20 --vocab_size 8192
-        --max_seq_length {LENGTH} --max_steps {options.steps} --next_sentence false --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --dropout 0 {CELLS[cell]}
+        --max_seq_length {LENGTH} --max_steps {options.steps} --next_sentence false
+        --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --dropout 0 {CELLS[cell]}
         --warmup_steps {WARMUP} --lr_scheduler_type constant_with_warmup
         --weight_decay 0.01 --per_device_train_batch_size {BATCH} --per_device_eval_batch_size {BATCH}
         --logging_steps 50 --eval_strategy steps --eval_steps 100 --save_steps 500 --save_total_limit 1
