@@ -22,43 +22,28 @@ from transformers import (
 
 from hf_fnl.models import FactorizedBertConfig, FactorizedBertForMaskedLM, FactorizedBertForPreTraining
 from hf_fnl.optim.diagnostics import parameter_count
-from hf_fnl.tasks.arguments import TextTrainingArguments
+from hf_fnl.tasks.arguments import FactorOptions, TextTrainingArguments, init_methods
 from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.tokens import masked_metrics, masked_sums
 from hf_fnl.tasks.pretrained import check_length
 from hf_fnl.tasks.pretraining import build_pretraining_dataset
 from hf_fnl.tasks.pretraining_examples import PretrainingOptions
-from hf_fnl.tasks.tokenization import load_tokenizer, train_wordpiece
+from hf_fnl.tasks.tokenization import train_wordpiece
 from hf_fnl.training import FLAMBeTrainer
-from hf_fnl.training.command_line import UsageError, named, parse_arguments
-from hf_fnl.training.runs import (
-    FACTOR_INIT_HELP,
-    announce,
-    check_output_folder,
-    checkpoint_to_resume,
-    finish_run,
-    init_methods,
-    show_run,
-)
+from hf_fnl.training.command_line import UsageError, parse_arguments
+from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
 
 
 @dataclass
-class ModelOptions:
+class ModelOptions(FactorOptions):
     """The model to train; ranks that are not given leave the matrices dense."""
 
-    init_from: str | None = field(default=None, metadata={"help": "Go on from this model; sizes and ranks are its."})
     hidden_size: int = field(default=768, metadata={"help": "Width of the model."})
     num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers."})
     num_attention_heads: int = field(default=12, metadata={"help": "Heads of each layer."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Default: four times hidden_size."})
     max_position_embeddings: int = field(default=512, metadata={"help": "Longest sequence of the model."})
     dropout: float = field(default=0.1, metadata={"help": "Rate of dropout, of hidden states and attention weights."})
-    qk_rank: int | None = field(default=None, metadata={"help": "Rank of each head's query-key product."})
-    ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
-    ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
-    embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the word embedding."})
-    factor_init: list[str] = field(default_factory=lambda: ["spectral"], metadata={"help": FACTOR_INIT_HELP})
-    stock: bool = field(default=False, metadata={"help": "Train Transformers' own BERT class; takes no ranks."})
 
 
 @dataclass
@@ -91,19 +76,14 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
         "hidden_dropout_prob": options.dropout,
         "attention_probs_dropout_prob": options.dropout,
     }
-    ranks = {name: getattr(options, name) for name in ("qk_rank", "ov_rank", "ffn_rank", "embedding_rank")}
-    if not options.stock:
-        return model_class(FactorizedBertConfig(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
-    if given := [name for name, rank in ranks.items() if rank is not None]:
-        raise UsageError(f"stock=True takes no ranks, got {', '.join(given)}")
-    return model_class(BertConfig(**sizes))
+    if options.stock:
+        return model_class(BertConfig(**sizes))
+    factors = {**options.given_ranks(), "factor_init": init_methods(options.factor_init)}
+    return model_class(FactorizedBertConfig(**sizes, **factors))
 
 
-def choose_tokenizer(options: ModelOptions, data: DataOptions, args: TextTrainingArguments) -> Any:
-    """The tokenizer that is named, that of the model to go on from, or one trained on the documents."""
-    if source := data.tokenizer or options.init_from:
-        with named("tokenizer" if data.tokenizer else "init_from", source):
-            return load_tokenizer(source)
+def train_tokenizer(data: DataOptions, args: TextTrainingArguments) -> Any:
+    """A tokenizer that was trained on the documents."""
     documents = data.training()
     with args.main_process_first(desc="training the tokenizer"):
         return train_wordpiece(documents["text"], vocab_size=data.vocab_size, lowercase=data.lowercase)
@@ -120,7 +100,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             f"{data.max_seq_length}"
         )
     set_seed(args.seed)
-    tokenizer = choose_tokenizer(options, data, args)
+    tokenizer = options.tokenizer(data.tokenizer) or train_tokenizer(data, args)
     model = build_model(options, data.next_sentence, tokenizer)
     check_length("max_seq_length", data.max_seq_length, model, tokenizer)
     examples = PretrainingOptions(

@@ -15,34 +15,24 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedMode
 
 from hf_fnl.models import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.tasks.arguments import FactorOptions, init_methods
 from hf_fnl.tasks.clm import BlockDataset, build_blocks
 from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.tokens import causal_metrics, causal_sums
-from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe
+from hf_fnl.tasks.tokenization import train_byte_bpe
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.command_line import UsageError, named, parse_arguments
 from hf_fnl.training.low_rank_phase import later_ranks
-from hf_fnl.training.runs import (
-    FACTOR_INIT_HELP,
-    announce,
-    check_output_folder,
-    checkpoint_to_resume,
-    finish_run,
-    init_methods,
-    show_run,
-)
+from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
 from hf_fnl.utils.hub import check_source
 
 logger = logging.getLogger(__name__)
 
-RANKS = ("qkv_rank", "qk_rank", "ov_rank", "ffn_rank", "embedding_rank")
-
 
 @dataclass
-class ModelOptions:
+class ModelOptions(FactorOptions):
     """The model to train; ranks that are not given leave the matrices dense."""
 
-    init_from: str | None = field(default=None, metadata={"help": "Go on from this model; sizes and ranks are its."})
     n_embd: int = field(default=768, metadata={"help": "Width of the model."})
     n_layer: int = field(default=12, metadata={"help": "Number of layers."})
     n_head: int = field(default=12, metadata={"help": "Heads of each layer."})
@@ -57,27 +47,22 @@ class ModelOptions:
         },
     )
     qkv_rank: int | None = field(default=None, metadata={"help": "Rank of the queries', keys' and values' matrix."})
-    qk_rank: int | None = field(default=None, metadata={"help": "Rank of each head's query-key product."})
-    ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
-    ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
-    embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the word embedding."})
-    factor_init: list[str] = field(default_factory=lambda: ["spectral"], metadata={"help": FACTOR_INIT_HELP})
-    stock: bool = field(default=False, metadata={"help": "Train Transformers' own GPT-2 class; takes no ranks."})
+
+    rank_options = ("qkv_rank", *FactorOptions.rank_options)
+    not_stock = ("rank_scale", *rank_options)
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rank_scale", *RANKS) if getattr(self, name) is not None]
-        if self.stock and given:
-            raise ValueError(f"stock=True takes no ranks, got {', '.join(given)}")
+        super().__post_init__()
         if self.rank_scale is None:
             return
         if not 0 < self.rank_scale <= 1:
             raise ValueError(f"rank_scale must be above 0 and at most 1, got {self.rank_scale}")
-        if fixed := sorted({"qkv_rank", "ffn_rank"} & set(given)):
+        if fixed := [name for name in ("qkv_rank", "ffn_rank") if getattr(self, name) is not None]:
             raise ValueError(f"rank_scale sets qkv_rank and ffn_rank: leave out rank_scale or {', '.join(fixed)}")
 
     def ranks(self) -> dict[str, Any]:
         """All ranks, with those that ``rank_scale`` stands for."""
-        ranks = {name: getattr(self, name) for name in RANKS}
+        ranks = self.given_ranks()
         if self.rank_scale is not None:
             ranks["qkv_rank"] = max(1, round(self.rank_scale * self.n_embd))
             ranks["ffn_rank"] = max(1, round(self.rank_scale * min(self.n_embd, self.n_inner or 4 * self.n_embd)))
@@ -114,11 +99,8 @@ class LanguageModelArguments(FLAMBeTrainingArguments):
     optim: str = field(default="adamw_torch", metadata=FLAMBeTrainingArguments.__dataclass_fields__["optim"].metadata)
 
 
-def choose_tokenizer(options: ModelOptions, data: DataOptions, args: FLAMBeTrainingArguments) -> Any:
-    """The tokenizer that is named, that of the model to go on from, or one trained on the documents."""
-    if source := data.tokenizer or options.init_from:
-        with named("tokenizer" if data.tokenizer else "init_from", source):
-            return load_tokenizer(source)
+def train_tokenizer(data: DataOptions, args: FLAMBeTrainingArguments) -> Any:
+    """A tokenizer that was trained on the documents."""
     documents = data.training()
     with args.main_process_first(desc="training the tokenizer"):
         return train_byte_bpe(documents["text"], vocab_size=data.vocab_size)
@@ -188,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             positions = AutoConfig.from_pretrained(options.init_from).n_positions
     block_size, eval_block_size = block_sizes(data, positions, is_fresh=options.init_from is None)
     set_seed(args.seed)
-    tokenizer = choose_tokenizer(options, data, args)
+    tokenizer = options.tokenizer(data.tokenizer) or train_tokenizer(data, args)
     model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)
     held_out = held_out_blocks(data, tokenizer, eval_block_size)
     documents = data.training(streaming=data.streaming)

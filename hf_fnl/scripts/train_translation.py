@@ -29,34 +29,26 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_fnl.models import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.tasks.arguments import FactorOptions, init_methods
 from hf_fnl.tasks.beam_search import translate
 from hf_fnl.tasks.length_batches import lengths_of
 from hf_fnl.tasks.metrics.bleu import bleu_scores
 from hf_fnl.tasks.pretrained import load_pretrained, longest_sequence
-from hf_fnl.tasks.tokenization import load_tokenizer, train_joint_bpe
+from hf_fnl.tasks.tokenization import train_joint_bpe
 from hf_fnl.tasks.translation import encode_pairs, load_pairs
 from hf_fnl.tasks.translation_training import TranslationArguments, TranslationTrainer
 from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.command_line import UsageError, check_at_least, named, parse_arguments
 from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.low_rank_phase import later_ranks
-from hf_fnl.training.runs import (
-    FACTOR_INIT_HELP,
-    announce,
-    check_output_folder,
-    checkpoint_to_resume,
-    finish_run,
-    init_methods,
-    show_run,
-)
+from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
 from hf_fnl.utils.files import write_text
 
 
 @dataclass
-class ModelOptions:
+class ModelOptions(FactorOptions):
     """The model to train; ranks that are not given leave the matrices dense, unless ``rank_scale`` is given."""
 
-    init_from: str | None = field(default=None, metadata={"help": "Go on from this model; sizes and ranks are its."})
     hidden_size: int = field(default=256, metadata={"help": "Width of the model."})
     encoder_layers: int = field(default=2, metadata={"help": "Layers of the encoder."})
     decoder_layers: int = field(default=2, metadata={"help": "Layers of the decoder."})
@@ -72,24 +64,16 @@ class ModelOptions:
     rank_scale: float | None = field(
         default=None, metadata={"help": "Every rank that is not given, as a share of the largest one there is."}
     )
-    qk_rank: int | None = field(default=None, metadata={"help": "Rank of each head's query-key product."})
-    ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
-    ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
-    embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the embedding and the output matrix."})
-    factor_init: list[str] = field(
-        default_factory=lambda: ["spectral"],
-        metadata={"help": FACTOR_INIT_HELP},
-    )
-    stock: bool = field(default=False, metadata={"help": "Train Transformers' own Marian class; takes no ranks."})
+
+    not_stock = ("rank_scale", "normalize_before", *FactorOptions.rank_options)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank_scale is not None and not 0 < self.rank_scale <= 1:
+            raise ValueError(f"rank_scale must be above 0 and at most 1, got {self.rank_scale}")
 
     def ranks(self, vocab_size: int) -> dict[str, int]:
-        """The ranks that are given or follow from ``rank_scale``, by name.
-
-        Raises:
-            ValueError: If ``rank_scale`` is not in (0, 1], or the stock class is to have ranks.
-        """
-        if self.rank_scale is not None and not 0 < self.rank_scale <= 1:
-            raise UsageError(f"rank_scale must be above 0 and at most 1, got {self.rank_scale}")
+        """The ranks that are given or follow from ``rank_scale``, by name."""
         largest = {
             "qk_rank": self.hidden_size // self.num_attention_heads,
             "ov_rank": self.hidden_size // self.num_attention_heads,
@@ -97,11 +81,8 @@ class ModelOptions:
             "embedding_rank": min(self.hidden_size, vocab_size),
         }
         scaled = {name: max(1, round((self.rank_scale or 0) * limit)) for name, limit in largest.items()}
-        ranks = {name: getattr(self, name) or (scaled[name] if self.rank_scale else None) for name in largest}
-        found = {name: rank for name, rank in ranks.items() if rank is not None}
-        if self.stock and (given := [*found, *["normalize_before"] * self.normalize_before]):
-            raise UsageError(f"stock=True takes no ranks and no normalize_before, got {', '.join(given)}")
-        return found
+        ranks = {name: rank or (scaled[name] if self.rank_scale else None) for name, rank in self.given_ranks().items()}
+        return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
 @dataclass
@@ -204,11 +185,8 @@ def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks
     return model
 
 
-def build_tokenizer(options: ModelOptions, data: DataOptions, train: datasets.Dataset) -> PreTrainedTokenizerBase:
-    """The tokenizer asked for, or one trained on both sides of the training pairs."""
-    if source := data.tokenizer or options.init_from:
-        with named("tokenizer" if data.tokenizer else "init_from", source):
-            return load_tokenizer(source)
+def train_tokenizer(options: ModelOptions, data: DataOptions, train: datasets.Dataset) -> PreTrainedTokenizerBase:
+    """A tokenizer that was trained on both sides of the training pairs."""
     tokenizer = train_joint_bpe([*train["source"], *train["target"]], vocab_size=data.vocab_size)
     tokenizer.model_max_length = options.max_position_embeddings
     return tokenizer
@@ -277,7 +255,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if data.test_split != "none":  # that nothing can be scored is to be known now, not when the training is over
         bleu_scores(["one"], ["one"], detokenize_lang=data.languages[1] if data.moses else None)
     train, validation, test = (data.load(part) for part in ("train", "validation", "test"))
-    tokenizer = build_tokenizer(options, data, train)
+    tokenizer = options.tokenizer(data.tokenizer) or train_tokenizer(options, data, train)
     ranks = options.ranks(len(tokenizer))
     factorize = later_ranks(args.dense_steps, ranks)
     model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)

@@ -1,15 +1,78 @@
-"""Training arguments of the tasks on text: workers that prepare data, and BERT's routine of fine-tuning on SQuAD."""
+"""Options of the tasks on text: the ranks of a model, workers that prepare data, BERT's routine of fine-tuning."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
+from hf_fnl.training.command_line import named
 
 WORKERS = 2  # one makes two to three times as many examples of 128 tokens as a GPU of 2024 trains BERT-base on
+
+
+@dataclass
+class FactorOptions:
+    """Where a model comes from, and its ranks; those that are not given leave the matrices dense.
+
+    Raises:
+        ValueError: If the stock class is to have what only a factorized one has.
+    """
+
+    init_from: str | None = field(default=None, metadata={"help": "Go on from this model; sizes and ranks are its."})
+    qk_rank: int | None = field(default=None, metadata={"help": "Rank of each head's query-key product."})
+    ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
+    ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})
+    embedding_rank: int | None = field(default=None, metadata={"help": "Rank of the word embedding."})
+    factor_init: list[str] = field(
+        default_factory=lambda: ["spectral"],
+        metadata={
+            "help": "spectral, spectral_ones, he or default; or selector=method each, as in linear=spectral "
+            "ov:encoder=spectral, and default for the rest."
+        },
+    )
+    stock: bool = field(default=False, metadata={"help": "Train Transformers' own class; takes no ranks."})
+
+    rank_options: ClassVar[tuple[str, ...]] = ("qk_rank", "ov_rank", "ffn_rank", "embedding_rank")
+    not_stock: ClassVar[tuple[str, ...]] = rank_options  # options that the stock class does not have
+
+    def __post_init__(self) -> None:
+        if self.stock and (given := [name for name in self.not_stock if getattr(self, name) not in (None, False)]):
+            raise ValueError(f"stock=True does not go with {', '.join(given)}")
+
+    def given_ranks(self) -> dict[str, Any]:
+        """The ranks by name, ``None`` for what stays dense."""
+        return {name: getattr(self, name) for name in self.rank_options}
+
+    def tokenizer(self, source: str | None) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that is named, or that of the model to go on from; ``None`` if one is to be trained."""
+        if not (found := source or self.init_from):
+            return None
+        with named("tokenizer" if source else "init_from", found):
+            return load_tokenizer(found)
+
+
+def init_methods(entries: Sequence[str]) -> str | dict[str, str]:
+    """Return how factors start, as a configuration takes it, from the values of ``factor_init``.
+
+    Args:
+        entries: One method for all factors, or ``selector=method`` each.
+
+    Raises:
+        ValueError: If a method stands among others without a selector.
+    """
+    if len(entries) == 1 and "=" not in entries[0]:
+        return entries[0]
+    split = [entry.partition("=") for entry in entries]
+    if bare := [selector for selector, equals, _ in split if not equals]:
+        raise ValueError(f"factor_init takes one method, or selector=method each; got {bare[0]!r} among several")
+    return {selector: method for selector, _, method in split}
 
 
 @dataclass

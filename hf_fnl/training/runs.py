@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,6 @@ from hf_fnl.utils.run_files import CONFIG_FILE, METRICS_FILE, flatten
 _NOT_SETTINGS = {"hub_token", "deepspeed_plugin", "distributed_state"}
 _NOT_SHOWN = ("_per_second", "_flos", "epoch", "_runtime")
 _OF_PRODUCTS = ("frobenius_norm", "effective_rank")  # what a line shows of a kind's figures; files have all of them
-
-FACTOR_INIT_HELP = (
-    "spectral, spectral_ones, he or default; or selector=method each, as in linear=spectral ov:encoder=spectral, and "
-    "default for the rest."
-)
-
-
-def init_methods(entries: Sequence[str]) -> str | dict[str, str]:
-    """How factors start, as a configuration takes it, from the values of the flag ``factor_init``.
-
-    Args:
-        entries: One method for all factors, or ``selector=method`` each.
-
-    Raises:
-        ValueError: If a method stands among others without a selector.
-    """
-    if len(entries) == 1 and "=" not in entries[0]:
-        return entries[0]
-    split = [entry.partition("=") for entry in entries]
-    if bare := [selector for selector, equals, _ in split if not equals]:
-        raise ValueError(f"factor_init takes one method, or selector=method each; got {bare[0]!r} among several")
-    return {selector: method for selector, _, method in split}
 
 
 def check_output_folder(args: TrainingArguments) -> None:

@@ -232,7 +232,7 @@ def test_two_launched_processes_have_the_losses_of_one(tmp_path):
         (["--ffn_rank", "0"], "ffn_rank must be at least 1"),
         (["--factor_init", "svd"], "factor_init must be one of spectral, spectral_ones, default, he, got 'svd'"),
         (["--max_seq_length", "128"], "max_seq_length must be at most max_position_embeddings=64, got 128"),
-        (["--stock", "true"], "stock=True takes no ranks, got qk_rank, ov_rank, ffn_rank, embedding_rank"),
+        (["--stock", "true"], "stock=True does not go with qk_rank, ov_rank, ffn_rank, embedding_rank"),
         (["--frobenius_decay", "vo"], "frobenius_decay must be any of linear, embedding, conv, .* got 'vo'"),
         (["--dataset", "./nowhere.txt"], "no such file or folder: nowhere.txt"),
     ],

@@ -228,7 +228,7 @@ def test_long_sentences_and_no_beams_are_refused():
     [
         ("--rank_scale 0", r"rank_scale must be above 0 and at most 1, got 0\.0"),
         ("--qk_rank 9", r"qk_rank must be in \[1, 8\], got 9"),
-        ("--stock true --rank_scale 0.5 --normalize_before true", "no ranks and no normalize_before, got qk_rank"),
+        ("--stock true --rank_scale 0.5 --normalize_before true", "stock=True does not go with rank_scale, normalize_before"),
         ("--factor_init svd", "svd"),
         ("--factor_init spectral ov=default", "one method, or selector=method each; got 'spectral' among several"),
         ("--languages de", r"languages must be two, source and target, got \['de'\]"),

@@ -371,7 +371,10 @@ def test_the_script_trains_dense_and_then_goes_on_at_low_rank(tmp_path):
         (["--stock", "true", "--dense_steps", "2"], "dense_steps=2 needs ranks"),
         (["--rank_scale", "1.5"], "rank_scale must be above 0 and at most 1, got 1.5"),
         (["--rank_scale", "0.5", "--ffn_rank", "3"], "rank_scale sets .*: leave out rank_scale or ffn_rank"),
-        (["--stock", "true", "--rank_scale", "0.5", "--ov_rank", "2"], "takes no ranks, got rank_scale, ov_rank"),
+        (
+            ["--stock", "true", "--rank_scale", "0.5", "--ov_rank", "2"],
+            "stock=True does not go with rank_scale, ov_rank",
+        ),
         (["--qkv_rank", "25"], r"qkv_rank must be in \[1, 24\], got 25"),
         (["--block_size", "33"], "block_size: the model's n_positions is 32, got 33"),
         (["--eval_block_size", "33"], "eval_block_size: the model's n_positions is 32, got 33"),
