@@ -37,7 +37,7 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 
 
 class Healing(NamedTuple):
-    """What a cut model is trained with, for how many steps, and whether in bfloat16."""
+    """Texts that a cut model is trained with, for how many steps, and whether in bfloat16."""
 
     texts: Texts
     steps: int
@@ -50,7 +50,7 @@ class Healing(NamedTuple):
 
 
 class How(NamedTuple):
-    """What is factorized, and how far: by a rule, or by ranks that the options of our classes name."""
+    """The layers that are factorized, and how far: by a rule, or by ranks that the options of our classes name."""
 
     rule: RankRule | None
     ranks: Mapping[str, int]
@@ -137,7 +137,7 @@ def factorize(
 def _heal(
     model: PreTrainedModel, teacher: PreTrainedModel, read: Read, heal: Healing, terminal: Terminal
 ) -> dict[str, Any]:
-    """What the model has been trained with, and its distance from the dense one before and after."""
+    """Heal a model, in place; returns the texts, and its distance from the dense one before and after."""
     from hf_fnl.training import heal_  # which imports much
 
     batches = calibration_batches(teacher, read, heal.texts)
@@ -209,6 +209,6 @@ def _layers(dense: PreTrainedModel, ours: PreTrainedModel) -> Iterator[Layer]:
 
 
 def inherited_metadata(source: str) -> ModelCardData:
-    """What holds of a model made from another as well: licence, language and task, from the card of that one."""
+    """Return the licence, language and task of a model, from its card, which hold of one made from it as well."""
     path = local_files(source, [CARD_FILE]) / CARD_FILE
     return stated_in(path, _INHERITED) if path.is_file() else ModelCardData()

@@ -1,4 +1,4 @@
-"""What ``hf-fnl`` shows without a command: a line for each, by what one wants to do, and examples."""
+"""The help of ``hf-fnl`` without a command: a line for each, in sections, and examples."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What training a model costs: parameters, operations of a step, and memory of a process under every engine.
+    """Say what training a model costs: parameters, operations of a step, and memory of a process under every engine.
 
     A factorized model stands beside the dense one. The model is built without weights; nothing is downloaded and no
     GPU is needed. The formulas are in hf_fnl/planning.py.
@@ -85,7 +85,7 @@ def plan(
         options = {name: rank for name, rank in (ranks | {"ratio": ratio}).items() if rank is not None}
         terminal.show(
             {"model": model, "ranks": options, "setup": asdict(setup), **found},
-            f"{model}: {gpus} processes, {batch_size} x {sequence_length} tokens in each, {dtype}\n",
+            f"{model}: processes: {gpus}, {batch_size} x {sequence_length} tokens in each, {dtype}\n",
             _step(found),
             "",
             _memory(found, planning.GIB, memory),

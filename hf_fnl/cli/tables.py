@@ -1,4 +1,4 @@
-"""What a person sees of a command's result."""
+"""Tables of the results of commands."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def matrices_table(rows: Sequence[Mapping[str, Any]], parameters: int, *, every:
 
 
 def _figures(members: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What some matrices have in common, and the sums and means of the rest."""
+    """Yield the cells of a row: what some matrices have in common, and the sums and means of the rest."""
     yield _cell(members[0]["kind"])
     yield _cell(members[0]["shape"])
     yield _span([row["rank"] for row in members])

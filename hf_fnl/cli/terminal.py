@@ -1,4 +1,4 @@
-"""What a command shows and where: its result on stdout, everything else on stderr, and errors as one line."""
+"""The outputs of a command: its result on stdout, everything else on stderr, and errors as one line."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def calibration_batches(model: PreTrainedModel, read: Read, texts: Texts) -> lis
 
 
 def text_inputs(model: PreTrainedModel, ids: Tensor, **more: Tensor) -> dict[str, Tensor]:
-    """What a model is called with to read a text; one with an encoder and a decoder reads it on both sides."""
+    """Return the inputs of a model that reads a text; one with an encoder and a decoder reads it on both sides."""
     both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     return {"input_ids": ids, **both, **more}
 

@@ -1,4 +1,4 @@
-"""What a trained model is made of: size, cost and spectrum of every matrix, as factors or as it is."""
+"""Size, cost and spectrum of every matrix of a trained model, as factors or as it is."""
 
 from __future__ import annotations
 

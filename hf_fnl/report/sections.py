@@ -62,7 +62,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """What plots show of the matrices of a model, one plot for each role.
+    """A quantity of the matrices of a model, of which there is one plot for each role.
 
     Args:
         heading: Its name.

@@ -1,4 +1,4 @@
-"""What a report is about: the folder of a run, that of a model, or a model of the Hub."""
+"""The sources of a report: the folder of a run, that of a model, or a model of the Hub."""
 
 from __future__ import annotations
 

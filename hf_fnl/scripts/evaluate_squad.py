@@ -27,7 +27,7 @@ from hf_fnl.utils.files import check_writable
 
 @dataclass
 class EvaluationOptions:
-    """What to evaluate, on what."""
+    """The model or predictions to evaluate, and the questions."""
 
     dataset: str = field(metadata={"help": "Hub id, official JSON file, or embedded."})
     split: str = field(default="validation", metadata={"help": "Split of the data set."})

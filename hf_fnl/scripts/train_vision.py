@@ -96,9 +96,6 @@ class ModelOptions:
     pruning_rounds: int = field(default=1, metadata={"help": "Rounds of pruning and training again."})
     pruning_images: int = field(default=512, metadata={"help": "Training images by which snip and grasp choose."})
     channels_last: bool = field(default=True, metadata={"help": "Hold channels last in memory, which is faster."})
-    keep_on_device: str = field(
-        default="auto", metadata={"help": "Keep all images on the GPU: auto (if they fit), true or false."}
-    )
 
     def __post_init__(self) -> None:
         known = {
@@ -142,7 +139,7 @@ class ModelOptions:
 
     @property
     def rule(self) -> dict[str, Any]:
-        """What ranks follow from; empty if the convolutions stay dense."""
+        """The options that ranks follow from; empty if the convolutions stay dense."""
         given = {"rank_scale": self.rank_scale, "ratio": self.ratio}
         rule: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
         if self.pruning or self.overcomplete == "do_conv":
@@ -150,7 +147,7 @@ class ModelOptions:
         return {"overcomplete": True, **OVERCOMPLETE[self.overcomplete], **rule} if self.overcomplete else rule
 
     def factorization(self, model: nn.Module) -> FactorizationConfig | None:
-        """What the options say about the layers of a model; ``None`` if they stay as they are."""
+        """Return how the layers of a model are factorized; ``None`` if they stay as they are."""
         if not self.rule:
             return None
         if kinds_of(model):
@@ -183,9 +180,9 @@ class Session:
         ).to(args.device)
 
     def _placed(self, images: ImageData) -> ImageData:
-        """Return images on the device, if they are to be there."""
+        """Return images on the GPU, if they fit there beside the training."""
         if isinstance(images, ImageTensors):
-            images = keep_on_device(images, self.args.device, keep=self.options.keep_on_device)
+            images = keep_on_device(images, self.args.device)
             self.args.dataloader_pin_memory &= not images.pixel_values.is_cuda
         return images
 
@@ -282,7 +279,7 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
 
 
 def norm_callbacks(model: nn.Module, args: ImageTrainingArguments) -> list[TrainerCallback]:
-    """What records the norms of the products, or holds them to those of another run."""
+    """Return the callbacks that record the norms of the products, or hold them to those of another run."""
     callbacks: list[TrainerCallback] = []
     if args.norms_from:
         callbacks.append(FollowNorms(find_products(model), args.norms_from))

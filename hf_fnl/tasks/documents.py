@@ -98,7 +98,7 @@ def _first(documents: datasets.IterableDataset, limit: int) -> Iterator[dict[str
 
 @dataclass
 class DocumentOptions:
-    """What a script asks for the documents to train and to evaluate on."""
+    """Options of a script for the documents to train and to evaluate on."""
 
     dataset: str = field(
         default="embedded",

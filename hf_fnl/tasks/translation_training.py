@@ -9,12 +9,13 @@ import datasets
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.tasks.length_batches import LengthBatchSampler, lengths_of
 from hf_fnl.tasks.metrics.tokens import token_metrics, token_sums
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
+from hf_fnl.training.callbacks import EpochCallback
 from hf_fnl.training.trainer import FLAMBeTrainer
 
 
@@ -106,7 +107,7 @@ class TranslationTrainer(FLAMBeTrainer):
                 seed=args.seed if args.data_seed is None else args.data_seed,
                 num_processes=args.world_size,
             )
-            self.add_callback(EpochOfBatches(self._batches))
+            self.add_callback(EpochCallback(self._batches))
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
@@ -132,17 +133,3 @@ class TranslationTrainer(FLAMBeTrainer):
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Return the sentences of a step, on average over an epoch."""
         return round(len(self.train_dataset) / len(self._batches) * args.world_size * args.gradient_accumulation_steps)
-
-
-class EpochOfBatches(TrainerCallback):
-    """Callback that tells a batch sampler which epoch begins.
-
-    accelerate reaches it through one wrapper, not through the two of a resumed data-parallel run.
-    """
-
-    def __init__(self, batches: LengthBatchSampler) -> None:
-        self.batches = batches
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *more: Any, **kwargs: Any) -> None:
-        """Pass the number of finished epochs on."""
-        self.batches.set_epoch(int(state.epoch or 0))

@@ -1,4 +1,4 @@
-"""Callbacks of every training: diagnostics of products, and epochs that the training set is told of."""
+"""Callbacks of every training: diagnostics of products, and the number of the epoch for the training set."""
 
 from __future__ import annotations
 
@@ -72,17 +72,24 @@ class DiagnosticsCallback(TrainerCallback):
 
 
 class EpochCallback(TrainerCallback):
-    """Tell the training set of a Trainer, one that is no stream, which epoch begins, if it has ``set_epoch``.
+    """Callback that tells the training set of a Trainer, one that is no stream, which epoch begins.
 
     accelerate's data loader does so by itself only where it uses the Trainer's batch sampler as it is. Where it wraps
     that, to share batches out to processes or to skip those that a resumed run has seen, the sampler gets the epoch and
     the data set does not; streams always do. :class:`~hf_fnl.training.FLAMBeTrainer` has this callback already.
+
+    Args:
+        told: What is told in the place of the training set, such as a sampler of batches. It need not have
+            ``set_epoch``.
     """
+
+    def __init__(self, told: Any = None) -> None:
+        self.told = told
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Pass the number of finished epochs on."""
-        dataset: Any = getattr(kwargs["train_dataloader"], "dataset", None)
-        if hasattr(dataset, "set_epoch") and not isinstance(dataset, IterableDataset):
-            dataset.set_epoch(int(state.epoch or 0))
+        told: Any = self.told or getattr(kwargs["train_dataloader"], "dataset", None)
+        if hasattr(told, "set_epoch") and not isinstance(told, IterableDataset):
+            told.set_epoch(int(state.epoch or 0))

@@ -45,7 +45,7 @@ _TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 class UsageError(ValueError):
-    """What was typed cannot be run; a script ends with exit status 2."""
+    """Error about what was typed; a script ends with exit status 2."""
 
 
 def parse_arguments(argv: Sequence[str] | None, *classes: type, description: str | None = None) -> tuple[Any, ...]:
@@ -99,7 +99,7 @@ def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 
 
 def _about_unknown(word: str, flags: Iterable[str]) -> str:
-    """What to say about a word on the command line that is no option."""
+    """The message about a word on the command line that is no option."""
     if not word.startswith("-"):
         place = "; a configuration file comes first" if word.endswith(FILES) else ""
         return f"{word!r} belongs to no option, which begin with --{place}"
@@ -200,12 +200,12 @@ def read_options(path: Path) -> dict[str, Any]:
             typed = json.loads(text, object_pairs_hook=_unique)
             values = json.loads(text, parse_float=str, parse_int=str, parse_constant=str)
         else:
-            typed, values = (yaml.load(text, Loader=loader) or {} for loader in (yaml.SafeLoader, _TextLoader))
+            typed, values = yaml.safe_load(text) or {}, yaml.load(text, Loader=_TextLoader) or {}
         if not isinstance(typed, dict):
             raise ValueError(f"expected options and their values, found {str(typed)[:40]!r}")
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read the configuration file {path}: {_one_line(error)}") from error
-    return {name: typed[name] if isinstance(typed[name], dict) else value for name, value in values.items()}
+    return {name: typed[name] if isinstance(typed[name], dict | NoneType) else value for name, value in values.items()}
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -215,19 +215,12 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-class _TextLoader(yaml.SafeLoader):
-    """Loader of YAML whose scalars are text, but for null, and whose mappings name nothing twice."""
+class _TextLoader(yaml.BaseLoader):
+    """Loader of YAML whose scalars are text, and whose mappings name nothing twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         _unique([(key.value, None) for key, _ in node.value])
         return super().construct_mapping(node, deep)
-
-
-_TextLoader.yaml_implicit_resolvers = {
-    first: kept
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    if (kept := [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"])
-}
 
 
 def _not_among(choices: Iterable[Any], given: object) -> str:

@@ -126,7 +126,7 @@ def check_finite(model: nn.Module, accelerator: Accelerator, when: str) -> None:
 
 
 def _held(parameter: Any) -> Tensor:
-    """What this process holds of a parameter; under ZeRO-3 without the end of its range, which may be empty memory."""
+    """Return the part of a parameter that this process holds; under ZeRO-3 without the padding behind its range."""
     if not is_partitioned(parameter):
         return to_local(parameter)
     start, stop = zero3_range(parameter)

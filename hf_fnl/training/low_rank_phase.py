@@ -180,7 +180,7 @@ def _continue_rates(scheduler: LambdaLR, groups: list[dict[str, Any]], scale: fl
 
 
 def later_ranks(dense_steps: int, ranks: Mapping[str, Any]) -> Callable[[Any], object] | None:
-    """What a script gives as ``factorize`` for a model of ours: its ``factorize_`` with the ranks that were asked for.
+    """Return a script's ``factorize`` for a model of ours: its ``factorize_`` with the ranks that were asked for.
 
     Args:
         dense_steps: Steps of the dense phase; 0 if there is none.

@@ -1,4 +1,4 @@
-"""What every training script shares: where a run goes and goes on, what it says and writes."""
+"""The parts that every training script shares: where a run goes and goes on, what it prints and writes."""
 
 from __future__ import annotations
 

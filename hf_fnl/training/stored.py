@@ -1,4 +1,4 @@
-"""What a checkpoint of Transformers, accelerate or DeepSpeed holds, by the files that are there."""
+"""The weights in a checkpoint of Transformers, accelerate or DeepSpeed, by the files that are there."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _different_options(checkpoint: Path, model: nn.Module) -> list[str]:
 
 
 def _shards(checkpoint: Path) -> dict[str, Any]:
-    """What is known of the weights that torch.distributed.checkpoint wrote, by name."""
+    """Shapes and dtypes of the weights that torch.distributed.checkpoint wrote, by name."""
     folder = checkpoint / FSDP_SHARDS
     if not folder.is_dir():
         return {}

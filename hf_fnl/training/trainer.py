@@ -21,7 +21,6 @@ from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerS
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_fnl.attention import find_products
-from hf_fnl.models.checkpoint import load
 from hf_fnl.optim.frobenius_decay import FrobeniusDecay, frobenius_penalty
 from hf_fnl.optim.transfer import transfer_
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
@@ -122,9 +121,9 @@ class FLAMBeTrainer(Trainer):
             if checkpoint is not None and is_stream(self.train_dataset):
                 self._stream.take(checkpoint, self.args)
             if checkpoint is not None and self.args.dense_steps:
-                self._take_form(str(checkpoint))
+                self._match_checkpoint(str(checkpoint))
             self._resumption.begin(checkpoint)
-            with self._own_rotation(), self._best_in_its_form():
+            with self._own_rotation():
                 return self._train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,22 +159,6 @@ class FLAMBeTrainer(Trainer):
             yield
         finally:
             self.args.save_total_limit = limit
-
-    @contextlib.contextmanager
-    def _best_in_its_form(self) -> Iterator[None]:
-        """Let the best model of a run with a dense phase come back in the form that it has, dense or low-rank."""
-        wanted = self.args.load_best_model_at_end
-        if not (wanted and self.args.dense_steps):
-            yield
-            return
-        self.args.load_best_model_at_end = False
-        try:
-            yield
-        finally:
-            self.args.load_best_model_at_end = wanted
-        if (best := self.state.best_model_checkpoint) is not None:
-            self._take_form(best)
-            self.model.load_state_dict(load(best, type(self.model)).state_dict())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Transformers, on every engine in full, and never weights that are not finite."""
@@ -268,6 +251,7 @@ class FLAMBeTrainer(Trainer):
         obstacles = {
             "an optimizer of your own, which cannot be built again: pass optimizer_cls_and_kwargs": self.optimizer,
             "model_init: pass a model": self.model_init,
+            "load_best_model_at_end, for the best model may be a dense one": self.args.load_best_model_at_end,
             "DeepSpeed, whose engine holds the dense parameters": self.is_deepspeed_enabled,
             "FSDP, which shards the dense parameters": self.is_fsdp_enabled,
         }
@@ -288,7 +272,7 @@ class FLAMBeTrainer(Trainer):
 
     def _follow(self, optimizer: Any, before: Mapping[str, Tensor], model: nn.Module) -> None:
         """Renew all that holds the parameters of a model that just became low-rank."""
-        self._take_up(is_dense=False)
+        self._rewrap(is_dense=False)
         self.optimizer = None
         built = self.create_optimizer()
         transfer_(optimizer, before, model, target=built)
@@ -296,17 +280,17 @@ class FLAMBeTrainer(Trainer):
         optimizer.__setstate__({**optimizer.__getstate__(), "optimizer": built})
         self.optimizer = optimizer
 
-    def _take_up(self, *, is_dense: bool) -> None:
+    def _rewrap(self, *, is_dense: bool) -> None:
         """Wrap the model anew, and find its products."""
         self._is_dense = is_dense
         rewrap_(self.model_wrapped, self.accelerator.ddp_handler)
         self._watch_products()
 
-    def _take_form(self, folder: str) -> None:
-        """Bring the model into the form that it has in a checkpoint."""
+    def _match_checkpoint(self, folder: str) -> None:
+        """Give the model the layers that it has in a checkpoint, dense or factorized."""
         is_dense = self._switch.is_ahead(TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)))
         match_checkpoint_(self.model, folder)
-        self._take_up(is_dense=is_dense)
+        self._rewrap(is_dense=is_dense)
         self.optimizer = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:

@@ -18,7 +18,6 @@ from hf_fnl.utils.files import write_json
 from hf_fnl.vision.images import BILINEAR, ImageRecords, load_images, resize_and_crop, to_array
 from hf_fnl.vision.transforms import random_box
 
-KEEP = ("auto", "true", "false")
 SHARE_OF_MEMORY = 0.25  # what images may take of the free memory of a device; training needs the rest
 RESIZED_TO_CROPPED = 256 / 224  # Krizhevsky et al. 2012, Sec. 2 and 4.1
 
@@ -231,25 +230,15 @@ def load_image_sets(options: ImageOptions) -> tuple[ImageData, ImageData]:
     return images, ImageTensors.decode(evaluation, image_size=size, like=images)
 
 
-def keep_on_device(images: ImageTensors, device: torch.device, *, keep: str = "auto") -> ImageTensors:
-    """Move images to a device, from which batches are then taken without a transfer.
+def keep_on_device(images: ImageTensors, device: torch.device) -> ImageTensors:
+    """Move images to a CUDA GPU of whose free memory they take up to a quarter; else return them as they are.
 
-    A data loader must neither pin the memory of such batches nor have workers.
-
-    Args:
-        images: In memory.
-        device: Where the model is trained.
-        keep: "true", "false", or "auto": on a GPU of CUDA of whose free memory they take up to a quarter.
-
-    Raises:
-        ValueError: If ``keep`` is none of the three.
+    Batches are then taken without a transfer. A data loader must neither pin their memory nor have workers.
     """
-    if keep not in KEEP:
-        raise ValueError(f"keep_on_device must be one of {', '.join(KEEP)}, got {keep!r}")
-    if keep == "auto" and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        keep = "true" if images.pixel_values.nbytes <= SHARE_OF_MEMORY * free else "false"
-    return images.to(device) if keep == "true" else images
+    if device.type != "cuda":
+        return images
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.to(device) if images.pixel_values.nbytes <= SHARE_OF_MEMORY * free else images
 
 
 def single_batch(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What is done to images before a network takes them, on the device that they are on: crops, mirrors, normalization."""
+"""Preparation of images for a network, on the device that they are on: crops, mirrors, normalization."""
 
 from __future__ import annotations
 

@@ -40,7 +40,6 @@ from vision_script_cases import parquet, picture, stock, train
         ({"eval_split": "validation"}, 'split of the embedded digits must be "train" or "test"'),
         ({"image_size": 0}, "image_size must be at least 1 pixel"),
         ({"crop_padding": -1}, "crop_padding must be at least 0 pixels, got -1"),
-        ({"keep_on_device": "gpu"}, "keep_on_device must be one of auto, true, false, got 'gpu'"),
         ({"decay": "frobenius"}, "decay=frobenius needs factorized layers: give rank_scale, ratio"),
         ({"conv_scheme": "tt"}, "conv_scheme says how factors are made: give rank_scale or ratio"),
         ({"factor_init": "svd"}, "factor_init must be one of spectral, spectral_ones, default, he, got 'svd'"),

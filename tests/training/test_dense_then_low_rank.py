@@ -212,18 +212,6 @@ def test_diagnostics_follow_the_products(tmp_path):
     assert (tmp_path / DIAGNOSTICS_FILE).read_text().splitlines() == lines
 
 
-@pytest.mark.parametrize(("best", "layers"), [(2, 0), (5, 6)], ids=["dense", "low-rank"])
-def test_the_best_model_comes_back_in_its_form(tmp_path, best, layers):
-    options = {"load_best_model_at_end": True, "metric_for_best_model": "quality", "greater_is_better": True}
-    trainer = low_rank_trainer(tmp_path, eval_strategy="steps", eval_steps=1, **SAVING, **options)
-    trainer.evaluate = lambda *args, **kwargs: {"eval_quality": -abs(trainer.state.global_step - best)}
-    trainer.train()
-    assert factorized(trainer.model) == layers
-    there = GPT2LMHeadModel.from_pretrained(checkpoint(trainer, best))
-    for name, weight in weights(trainer.model).items():
-        assert torch.equal(weight, there.get_parameter(name)), name
-
-
 def run_worker(folder: Path, processes: int, batch_size: int) -> dict:
     folder.mkdir()
     codes, output = launch(WORKER, str(folder), str(batch_size), processes=processes)
@@ -312,7 +300,7 @@ def test_a_run_cannot_go_on_with_another_number_of_dense_steps(straight, tmp_pat
         assert factorized(trainer.model) == 0
 
 
-def test_an_optimizer_that_was_built_before_and_model_init_are_refused(tmp_path):
+def test_what_a_dense_phase_does_not_go_with_is_refused(tmp_path):
     args = FLAMBeTrainingArguments(output_dir=str(tmp_path), **DEFAULTS, dense_steps=SWITCH)
     model = tiny_gpt2()
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
@@ -320,6 +308,9 @@ def test_an_optimizer_that_was_built_before_and_model_init_are_refused(tmp_path)
         FLAMBeTrainer(model, args, factorize=factorize_gpt2, optimizers=(optimizer, None))
     with pytest.raises(ValueError, match="does not work with model_init: pass a model"):
         FLAMBeTrainer(None, args, factorize=factorize_gpt2, model_init=lambda: tiny_gpt2())
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 500}
+    with pytest.raises(ValueError, match="does not work with load_best_model_at_end"):
+        low_rank_trainer(tmp_path, **best)
 
 
 @pytest.mark.parametrize(("flag", "engine"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])

@@ -26,7 +26,6 @@ from hf_fnl.vision.image_batches import (
 from hf_fnl.vision.images import ImageRecords, resize_and_crop, to_array
 from hf_fnl.vision.transforms import BatchTransform, random_box
 
-CPU = torch.device("cpu")
 MEAN, STD = [0.5, 0.25, 0.75], [0.2, 0.3, 0.4]
 
 
@@ -125,11 +124,6 @@ def test_a_quarter_of_the_free_memory_is_taken(free, kept, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
     monkeypatch.setattr(images, "to", lambda device: moved)
     assert keep_on_device(images, gpu) is (moved if kept else images)
-
-
-def test_an_unknown_way_to_keep_images():
-    with pytest.raises(ValueError, match="keep_on_device must be one of auto, true, false, got 'yes'"):
-        keep_on_device(tensors(), CPU, keep="yes")
 
 
 def slow_transform(images, draws, mean, std, margin):
