@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
-from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from vision_cases import (
     CASES,
-    NUM_LABELS,
     OURS,
     VisionCase,
     each_classifier,
@@ -306,46 +304,3 @@ def test_bad_images(name: str, shape: tuple[int, ...]) -> None:
     message = rf"\(batch, {channels}, height, width\) of at least {smallest} pixels a side, got \(\d, "
     with pytest.raises(ValueError, match=message):
         CASES[name].build()(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("problem_type", [None, "regression", "multi_label_classification"])
-@pytest.mark.parametrize("num_labels", [1, NUM_LABELS])
-def test_targets_have_the_loss_of_the_stock_classifier(num_labels: int, problem_type: str | None) -> None:
-    case = OURS["resnet-pad"]
-    model, pixels = case.build(num_labels=num_labels, problem_type=problem_type), case.batch()["pixel_values"]
-    targets = torch.rand(len(pixels), num_labels)
-    outputs = model(pixels, targets)
-    config = copy.deepcopy(model.config)  # the stock function writes into it
-    assert_close(outputs.loss, ForSequenceClassificationLoss(targets, outputs.logits, config))
-    count = torch.tensor(targets.numel())
-    parts = [model(pixels[part], targets[part], num_items_in_batch=count).loss for part in (slice(2), slice(2, None))]
-    assert_close(sum(parts), outputs.loss)
-    assert model.config.problem_type == problem_type
-
-
-@pytest.mark.parametrize(
-    ("given", "meant"), [("multi_label", "multi_label_classification"), ("regresion", "regression")]
-)
-@pytest.mark.parametrize("num_labels", [1, NUM_LABELS])
-def test_an_unknown_problem_type_is_refused(given: str, meant: str, num_labels: int) -> None:
-    case = OURS["vgg"]
-    model, pixels = case.build(num_labels=num_labels), case.batch()["pixel_values"]
-    model.config.problem_type = given
-    with pytest.raises(ValueError, match=f"problem_type must be one of .*, got '{given}'; did you mean {meant}"):
-        model(pixels, torch.rand(len(pixels), num_labels))
-
-
-def test_one_logit_is_a_regression_of_a_number_for_each_image() -> None:
-    case = OURS["vgg"]
-    model, pixels = case.build(num_labels=1), case.batch()["pixel_values"]
-    targets = torch.tensor([3.0, -1.0, 0.0, 2.0, 7.0])
-    outputs = model(pixels, targets)
-    assert_close(outputs.loss, (outputs.logits[:, 0] - targets).square().mean())
-
-
-def test_targets_of_another_shape() -> None:
-    case = OURS["resnet-pad"]
-    with pytest.raises(
-        ValueError, match=r"'multi_label_classification' must have the shape of the logits, \(5, 7\), got \(5, 6\)"
-    ):
-        case.build()(case.batch()["pixel_values"], torch.zeros(5, 6))

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
@@ -19,9 +18,6 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from hf_fnl.models.card_files import UploadsCard
-from hf_fnl.utils.suggest import did_you_mean
-
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -172,68 +168,25 @@ class ImageClassifier(VisionPreTrainedModel):
         Args:
             pixel_values: ``(batch, num_channels, height, width)``.
             labels: Classes, ``(batch,)`` in ``[0, num_labels)``, where -100 leaves an image out of the loss; or
-                targets ``(batch, num_labels)``; see :func:`classification_loss`.
+                targets ``(batch, num_labels)`` for the other problem types of Transformers.
             output_hidden_states: Whether the output has ``hidden_states``; that of the configuration unless given.
             num_items_in_batch: Labels in the whole batch, over accumulation steps and processes, as the Trainer passes
                 it.
 
         Returns:
-            ``logits (batch, num_labels)``, where there are labels the ``loss``, and the backbone's ``hidden_states``.
+            ``logits (batch, num_labels)``, where there are labels the ``loss`` in float32, and the backbone's
+            ``hidden_states``.
 
         Raises:
-            ValueError: If the images are too small or have another number of channels, or the labels do not fit.
+            ValueError: If the images are too small or have another number of channels.
         """
         features = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         logits = self.classifier(features.pooler_output)
         loss = None
         if labels is not None:
-            loss = classification_loss(logits, labels, num_items_in_batch, self.config.problem_type)
+            options = {"config": self.config, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(labels, logits.float(), **options)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
-
-
-def classification_loss(
-    logits: Tensor,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    problem_type: str | None = None,
-) -> Tensor:
-    """Return the loss, in float32, of one of Transformers' three problem types: the mean over the labels of the batch.
-
-    ``"single_label_classification"`` is the cross-entropy with classes ``(batch,)``, ``"multi_label_classification"``
-    the binary cross-entropy with targets ``(batch, num_labels)`` between 0 and 1, ``"regression"`` the mean squared
-    error with as many targets as logits.
-
-    Args:
-        logits: ``(batch, num_labels)``.
-        labels: Classes, -100 where there is nothing to predict, or targets.
-        num_items_in_batch: Labels in the whole batch, of which these may be a part; their own number unless given.
-        problem_type: Unless given, as in Transformers: regression of one logit, classes where the labels are integers,
-            otherwise several labels.
-
-    Raises:
-        ValueError: If targets are not of the shape of the logits, or ``problem_type`` is another.
-    """
-    if problem_type not in (None, *PROBLEM_TYPES):
-        hint = did_you_mean(problem_type, PROBLEM_TYPES)
-        raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {problem_type!r}{hint}")
-    if problem_type is None and logits.shape[-1] == 1:
-        problem_type = "regression"
-    elif problem_type is None:
-        is_class = labels.dtype in (torch.int64, torch.int32)
-        problem_type = "single_label_classification" if is_class else "multi_label_classification"
-    logits = logits.float()
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    if problem_type == "single_label_classification":
-        loss = F.cross_entropy(logits, labels.flatten().long(), reduction=reduction)
-    else:
-        if labels.numel() != logits.numel():
-            raise ValueError(
-                f"labels of problem_type {problem_type!r} must have the shape of the logits, {tuple(logits.shape)}, "
-                f"got {tuple(labels.shape)}"
-            )
-        measure = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
-        loss = measure(logits, labels.reshape(logits.shape).float(), reduction=reduction)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Conv2d:
