@@ -25,7 +25,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_utils import SaveStrategy
 
 from hf_fnl.models import FactorizedMarianConfig, FactorizedMarianMTModel
 from hf_fnl.optim.diagnostics import parameter_count
@@ -37,7 +36,6 @@ from hf_fnl.tasks.pretrained import load_pretrained, longest_sequence
 from hf_fnl.tasks.tokenization import train_joint_bpe
 from hf_fnl.tasks.translation import encode_pairs, load_pairs
 from hf_fnl.tasks.translation_training import TranslationArguments, TranslationTrainer
-from hf_fnl.training.averaging import load_average_, newest_checkpoints
 from hf_fnl.training.command_line import UsageError, check_at_least, named, parse_arguments
 from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.low_rank_phase import later_ranks
@@ -113,17 +111,11 @@ class DataOptions:
     moses: bool = field(default=False, metadata={"help": "The text is Moses-tokenized, which bleu is to undo."})
     num_beams: int = field(default=5, metadata={"help": "Width of the beam search."})
     length_penalty: float = field(default=1.0, metadata={"help": "Above 1 favours long translations."})
-    average_checkpoints: int = field(default=0, metadata={"help": "Average the weights of the last so many."})
 
     def __post_init__(self) -> None:
         if len(self.languages) != 2:
             raise ValueError(f"languages must be two, source and target, got {self.languages}")
-        check_at_least(1, self, "max_train_pairs", "max_validation_pairs", "max_test_pairs")
-        if self.num_beams < 1 or self.average_checkpoints < 0:
-            raise ValueError(
-                f"num_beams must be at least 1 and average_checkpoints at least 0, got {self.num_beams} and "
-                f"{self.average_checkpoints}"
-            )
+        check_at_least(1, self, "max_train_pairs", "max_validation_pairs", "max_test_pairs", "num_beams")
 
     def load(self, part: str) -> datasets.Dataset | None:
         """Pairs of the part "train", "validation" or "test", if there is one."""
@@ -215,16 +207,6 @@ def encode(
     return train, validation
 
 
-def check_averaging(count: int, args: TranslationArguments) -> None:
-    """Refuse to average more checkpoints than the run will keep."""
-    kept = 0 if args.save_strategy == SaveStrategy.NO else args.save_total_limit
-    if count and kept is not None and kept < count:
-        raise UsageError(
-            f"average_checkpoints={count} needs so many checkpoints, but save_strategy={args.save_strategy.value} with "
-            f"save_total_limit={args.save_total_limit} keeps {kept}"
-        )
-
-
 def score(trainer: TranslationTrainer, tokenizer: Any, pairs: datasets.Dataset, data: DataOptions) -> dict[str, Any]:
     """Translate pairs, write what came out, and return its BLEU.
 
@@ -248,7 +230,6 @@ def score(trainer: TranslationTrainer, tokenizer: Any, pairs: datasets.Dataset, 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
     options, data, args = parse_arguments(argv, ModelOptions, DataOptions, TranslationArguments, description=__doc__)
-    check_averaging(data.average_checkpoints, args)
     resume = checkpoint_to_resume(args)
     check_output_folder(args)
     set_seed(args.seed)
@@ -272,8 +253,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     announce(trainer)
     metrics = {**trainer.train(resume_from_checkpoint=resume).metrics, "parameters": parameter_count(model)}
-    if data.average_checkpoints:
-        load_average_(model, newest_checkpoints(args.output_dir, data.average_checkpoints))
     if validation is not None:
         metrics |= trainer.evaluate()
     if test is not None:

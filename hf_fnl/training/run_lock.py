@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from hf_fnl.utils.processes import first_decides, is_first
 
@@ -25,31 +25,37 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RuntimeError: If another process holds it.
     """
-    first_decides(lambda: _acquire(folder))
+    lock = _lock(folder)
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _acquire(lock)
+        (folder / LOCK_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+
+    first_decides(take)
     try:
         yield
     finally:
         if is_first():
-            _lock(folder).release()
+            lock.release()
 
 
 def check_unlocked(folder: Path) -> None:
     """Raise a ``RuntimeError`` if a run of another process writes into a folder."""
     if (folder / LOCK_FILE).exists():
-        _acquire(folder)
-        _lock(folder).release()
+        lock = _lock(folder)
+        _acquire(lock)
+        lock.release()
 
 
-def _lock(folder: Path) -> FileLock:
-    return FileLock(folder / LOCK_FILE, timeout=0, is_singleton=True)
+def _lock(folder: Path) -> BaseFileLock:
+    return FileLock(folder.absolute() / LOCK_FILE, timeout=0, is_singleton=True)
 
 
-def _acquire(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_FILE
+def _acquire(lock: BaseFileLock) -> None:
+    path = Path(lock.lock_file)
     try:
-        _lock(folder).acquire()
+        lock.acquire()
     except Timeout:
         holder = path.read_text(encoding="utf-8") or "another process"
-        raise RuntimeError(f"output_dir {folder} is in use by {holder}: choose another output_dir") from None
-    path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        raise RuntimeError(f"output_dir {path.parent} is in use by {holder}: choose another output_dir") from None

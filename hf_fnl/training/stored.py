@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint import load as load_distributed
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -43,41 +39,16 @@ def weight_files(checkpoint: Path) -> list[Path]:
 
 def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights in a checkpoint by name; none if they lie where only DeepSpeed finds them."""
-    if not (files := weight_files(checkpoint)):
-        return {name: tuple(facts.size) for name, facts in _shards(checkpoint).items()}
     shapes: dict[str, tuple[int, ...]] = {}
+    files, shards = weight_files(checkpoint), checkpoint / FSDP_SHARDS
+    if not files and shards.is_dir():
+        for name, facts in FileSystemReader(shards).read_metadata().state_dict_metadata.items():
+            if isinstance(facts, TensorStorageMetadata):
+                shapes[name.removeprefix(_PREFIX)] = tuple(facts.size)
     for path in files:
         with safe_open(path, framework="pt") as stored:
             shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
     return shapes
-
-
-def stored_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint, in full, on the CPU.
-
-    Raises:
-        FileNotFoundError: If it holds none that can be read without its engine.
-        ValueError: If a file cannot be read.
-    """
-    weights: dict[str, Tensor] = {}
-    for path in weight_files(checkpoint):
-        try:
-            with safe_open(path, framework="pt") as stored:
-                weights |= {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
-    if not weights:
-        shards = {
-            f"{_PREFIX}{name}": torch.empty(facts.size, dtype=facts.properties.dtype)
-            for name, facts in _shards(checkpoint).items()
-        }
-        if not shards:
-            raise FileNotFoundError(f"no {SAFE_WEIGHTS_NAME} in {checkpoint}")
-        with warnings.catch_warnings():  # a process that reads for itself is told so
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load_distributed(shards, storage_reader=FileSystemReader(checkpoint / FSDP_SHARDS), no_dist=True)
-        weights = {name.removeprefix(_PREFIX): tensor for name, tensor in shards.items()}
-    return weights
 
 
 def check_same_model(checkpoint: Path, model: nn.Module) -> None:
@@ -119,14 +90,3 @@ def _different_options(checkpoint: Path, model: nn.Module) -> list[str]:
     there, here = json.loads(path.read_text(encoding="utf-8")), config.to_dict()
     keys: Iterable[str] = (key for key in there | here if type(there.get(key, here.get(key))) is int)
     return [f"{key}={there.get(key)} (here {here.get(key)})" for key in keys if there.get(key) != here.get(key)]
-
-
-def _shards(checkpoint: Path) -> dict[str, Any]:
-    """Shapes and dtypes of the weights that torch.distributed.checkpoint wrote, by name."""
-    folder = checkpoint / FSDP_SHARDS
-    if not folder.is_dir():
-        return {}
-    found = FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {
-        name.removeprefix(_PREFIX): facts for name, facts in found.items() if isinstance(facts, TensorStorageMetadata)
-    }

@@ -11,6 +11,7 @@ import train_translation
 import translate as translate_script
 from after_cases import check_next_steps, check_settings
 from launching import launch, launches
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 from translation_cases import PAIRS, phrases, tiny_marian, tiny_tokenizer
 
@@ -19,7 +20,6 @@ from hf_fnl.tasks.beam_search import translate
 from hf_fnl.tasks.metrics.bleu import bleu_scores
 from hf_fnl.tasks.phrases import embedded_phrases
 from hf_fnl.tasks.translation_training import TranslationArguments
-from hf_fnl.training.averaging import average_checkpoints
 
 TINY = """
     --vocab_size 150 --hidden_size 24 --encoder_layers 1 --decoder_layers 2 --num_attention_heads 3
@@ -36,9 +36,9 @@ def train(folder, *more: str) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A factorized model with its averaged last checkpoints, and the metrics of its run."""
+    """A factorized model, and the metrics of its run."""
     folder = tmp_path_factory.mktemp("trained")
-    saving = "--save_strategy steps --save_steps 1 --average_checkpoints 3 --normalize_before true"
+    saving = "--save_strategy steps --save_steps 1 --normalize_before true"
     return folder, train(folder, *RANKS.split(), *saving.split(), "--factor_init", "ov=default", "linear=spectral")
 
 
@@ -122,13 +122,6 @@ def test_the_scores_are_those_of_the_written_translations(trained):
     assert metrics["test"] == bleu_scores(found, embedded_phrases("test")["target"][:5])
 
 
-def test_the_saved_model_is_the_mean_of_the_last_checkpoints(trained):
-    folder, _ = trained
-    mean = average_checkpoints([folder / f"checkpoint-{step}" for step in (2, 3, 4)])
-    for name, weight in average_checkpoints([folder]).items():
-        assert torch.equal(weight, mean[name]), name
-
-
 def test_translating_gives_what_training_gave(trained, tmp_path, monkeypatch, capsys):
     folder, _ = trained
     written = (folder / "translations.txt").read_text()
@@ -163,7 +156,7 @@ def test_going_on_from_a_trained_model(trained, tmp_path):
     parts = ["--validation_split", "none", "--test_split", "none", "--learning_rate", "0"]
     metrics = train(tmp_path, "--init_from", str(folder), *parts)
     assert "test" not in metrics
-    before, after = average_checkpoints([folder]), average_checkpoints([tmp_path])
+    before, after = (load_file(each / "model.safetensors") for each in (folder, tmp_path))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -230,8 +223,6 @@ def test_long_sentences_and_no_beams_are_refused():
         ("--factor_init spectral ov=default", "one method, or selector=method each; got 'spectral' among several"),
         ("--languages de", r"languages must be two, source and target, got \['de'\]"),
         ("--num_beams 0", "num_beams must be at least 1"),
-        ("--average_checkpoints 2", "needs so many checkpoints, but save_strategy=no with .* keeps 0"),
-        ("--average_checkpoints 2 --save_strategy steps --save_total_limit 1", "save_total_limit=1 keeps 1"),
         ("--max_tokens 9", r"pairs have more than 9 tokens on a side, first pair \d+: "),
         ("--max_position_embeddings 20", r"of 5 pairs have more than 20 tokens on a side"),
         ("--max_length 1", "max_length must be at least 2"),
