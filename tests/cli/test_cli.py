@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from bert_cases import BACKBONE, MASKED_LM, SIZES
+from cli_cases import cli
 from gpt2_cases import LM
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -30,7 +31,6 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-from typer.testing import CliRunner
 
 from hf_fnl import (
     FactorizationConfig,
@@ -40,7 +40,6 @@ from hf_fnl import (
     RankRule,
 )
 from hf_fnl.attention import find_products
-from hf_fnl.cli import app
 from hf_fnl.cli.tables import LAYERS_KEY
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.models.checkpoint import load
@@ -50,12 +49,6 @@ from hf_fnl.surgery import factorize_
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = [f"word{chr(97 + n // 8)}{chr(97 + n % 8)}" for n in range(SIZES["vocab_size"] - len(SPECIAL))]
-
-
-def cli(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
 
 
 def save(model, folder: Path) -> Path:

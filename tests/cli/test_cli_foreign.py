@@ -8,26 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_cases import cli, llama
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 from hf_fnl import FactorizationConfig, factorize_, load
-from hf_fnl.cli import app
 from hf_fnl.cli.folders import new_folder
 from hf_fnl.cli.terminal import as_typed, printable
-
-
-def cli(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, (result.output, result.exception)
-    return result
-
-
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=2, **sizes))
 
 
 @pytest.fixture

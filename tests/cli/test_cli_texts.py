@@ -9,15 +9,11 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
-import torch
+from cli_cases import WORDS, cli, llama
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_fnl.cli import app
 from hf_fnl.cli.texts import Texts, calibration_batches, read_texts
-
-WORDS = [f"w{number}" for number in range(40)]
 
 
 class Counting(PreTrainedTokenizerFast):
@@ -39,12 +35,6 @@ def tokenizer(special: bool = False) -> Counting:
         ends = [("[CLS]", 2), ("[SEP]", 3)]
         backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return Counting(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
-
-
-def llama(**options) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **sizes | {"vocab_size": 50} | options))
 
 
 def words(count: int, start: int = 0) -> list[str]:
@@ -179,14 +169,11 @@ def test_the_command_says_how_many_tokens_it_used(tmp_path, count, warned):
     tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "t.txt").write_text("\n".join(words(count)))
     given = f"--rank 4 --calibrate {tmp_path}/t.txt --calibration-samples 8 --calibration-length 8".split()
-    result = CliRunner().invoke(app, ["factorize", f"{tmp_path}/m", *given, "--out", f"{tmp_path}/o", "--json"])
-    assert result.exit_code == 0, result.output
+    result = cli("factorize", tmp_path / "m", *given, "--out", tmp_path / "o", "--json")
     assert json.loads(result.stdout)["calibration_tokens"] == count
     assert json.loads((tmp_path / "o" / "factorization.json").read_text())["calibration_tokens"] == count
     assert ("gives 63 tokens to calibrate with, not 64" in result.stderr) == warned
-    again = [*given, "--out", f"{tmp_path}/p"]
-    shown = CliRunner().invoke(app, ["factorize", f"{tmp_path}/m", *again])
-    assert f"calibrated with {count} tokens" in shown.stdout
+    assert f"calibrated with {count} tokens" in cli("factorize", tmp_path / "m", *given, "--out", tmp_path / "p").stdout
 
 
 def test_a_cut_model_is_healed_on_texts(tmp_path):
@@ -195,16 +182,13 @@ def test_a_cut_model_is_healed_on_texts(tmp_path):
     tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "t.txt").write_text("\n\n".join(" ".join(words(300, start)) for start in range(0, 9_000, 300)))
     given = f"--rank 4 --heal {tmp_path}/t.txt --heal-steps 30 --heal-bf16 --out {tmp_path}/o --json".split()
-    result = CliRunner().invoke(app, ["factorize", f"{tmp_path}/m", *given])
-    assert result.exit_code == 0, result.output
+    result = cli("factorize", tmp_path / "m", *given)
     healing = json.loads(result.stdout)["healing"]
     assert healing["held_out_after"] < healing["held_out_before"]
     assert (healing["steps"], healing["bf16"]) == (30, True)
     assert healing["tokens"] == 9_000
-    only = ["factorize", f"{tmp_path}/m", "--rank", "4", "--heal", f"{tmp_path}/gone.txt", "--out", f"{tmp_path}/p"]
-    refused = CliRunner().invoke(app, only)
-    assert refused.exit_code == 1
-    assert "gone.txt" in refused.stderr
+    gone = ("--rank", 4, "--heal", tmp_path / "gone.txt", "--out", tmp_path / "p")
+    assert "gone.txt" in cli("factorize", tmp_path / "m", *gone, code=1).stderr
 
 
 @pytest.mark.parametrize("value", [5, True, ["a", "b"]], ids=str)

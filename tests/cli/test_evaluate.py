@@ -5,11 +5,13 @@ import math
 from pathlib import Path
 from unittest import mock
 
+import cli_cases
 import pytest
 import torch
+from cli_cases import WORDS
 from launching import FORKS, launches
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from hf_fnl import FactorizationConfig, factorize_
@@ -17,14 +19,11 @@ from hf_fnl.cli import app
 from hf_fnl.cli.evaluate import Settings, measure
 from hf_fnl.tasks.perplexity import text_perplexity
 
-WORDS = [f"w{number}" for number in range(40)]
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def llama(vocab_size: int = 50) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocab_size, num_key_value_heads=2, initializer_range=0.5, **SIZES)
-    return LlamaForCausalLM(config).eval()
+    return cli_cases.llama(vocab_size=vocab_size, initializer_range=0.5, **SIZES).eval()
 
 
 @pytest.mark.parametrize(("count", "length", "stride"), [(23, 7, 3), (23, 7, 6), (5, 7, 2), (22, 7, 1)])

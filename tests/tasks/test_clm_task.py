@@ -12,18 +12,15 @@ import numpy as np
 import pytest
 import torch
 import train_clm
-from accelerate.data_loader import prepare_data_loader
 from after_cases import check_next_steps, check_settings
 from launching import launch, launches
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     EvalPrediction,
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -132,29 +129,6 @@ def test_encoded_documents_are_found_again_and_blocks_can_be_sent(tmp_path, toke
     assert equal(pickle.loads(sent), one)
 
 
-@FORKS
-@STREAMING
-def test_workers_share_the_blocks_out(tokenizer, tokens, streaming):
-    blocks = build_blocks(documents(streaming, num_shards=2), tokenizer, block_size=13)
-    loaded = list(DataLoader(blocks, batch_size=None, num_workers=2))
-    assert sorted(predicted(loaded)) == sorted(tokens[1:])
-
-
-@STREAMING
-def test_two_processes_see_disjoint_blocks(tokenizer, streaming):
-    blocks = build_blocks(documents(streaming), tokenizer, block_size=13)
-
-    def batches(index: int) -> list[dict]:
-        loader = DataLoader(blocks, batch_size=2, collate_fn=default_data_collator, drop_last=True)
-        return list(prepare_data_loader(loader, num_processes=2, process_index=index))
-
-    one, two = batches(0), batches(1)
-    whole = default_data_collator(list(blocks))["input_ids"]
-    for number, batch in enumerate(chain.from_iterable(zip(one, two, strict=True))):
-        assert torch.equal(batch["input_ids"], whole[2 * number : 2 * number + 2])
-    assert len(one) == len(two) == len(whole) // 4
-
-
 # Streams
 
 
@@ -246,50 +220,6 @@ def test_perplexities_by_hand(rows, num_words, expected):
     found = causal_metrics(EvalPrediction(predictions=np.array(rows), label_ids=None), num_words=num_words)
     assert expected.items() <= found.items()
     assert found["words"] == num_words
-
-
-# Training
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = control.should_save = state.global_step == self.step
-
-
-def train(folder, blocks, tokenizer, stop: int | None = None, resume: bool = False) -> dict[str, torch.Tensor]:
-    callbacks = [StopAt(stop)] if stop else []
-    options = {"max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 0.01}
-    trainer = trainer_of(folder, tiny_model(tokenizer), train_dataset=blocks, callbacks=callbacks, **options)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer.model.state_dict()
-
-
-@STREAMING
-def test_resuming_equals_never_having_stopped(tmp_path, tokenizer, streaming):
-    """Nine blocks make three steps an epoch, so that the run ends in its second."""
-
-    def blocks():
-        source = documents(streaming).repeat(2) if streaming else documents()
-        return build_blocks(source, tokenizer, block_size=64)
-
-    assert len(list(build_blocks(documents(), tokenizer, block_size=64))) > 4
-    whole = train(tmp_path / "whole", blocks(), tokenizer)
-    train(tmp_path / "parts", blocks(), tokenizer, stop=2)
-    resumed = train(tmp_path / "parts", blocks(), tokenizer, resume=True)
-    assert equal([whole], [resumed])
-
-
-def test_the_trainers_loss_is_a_mean_over_predicted_tokens(tmp_path, tokenizer):
-    """Accumulation and the short last block change nothing: each label counts once."""
-    blocks = build_blocks(documents(), tokenizer, block_size=64)
-    model = tiny_model(tokenizer)
-    exact = evaluate(tmp_path, model, blocks, 1)["eval_nats_per_token"]
-    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(blocks), "max_steps": 1}
-    trainer = trainer_of(tmp_path, model, train_dataset=blocks, learning_rate=0.0, **options)
-    assert trainer.train().training_loss == pytest.approx(exact, rel=1e-5)
 
 
 # The script

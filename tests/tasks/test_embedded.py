@@ -102,20 +102,6 @@ def test_templates(sentence, expected):
     assert [(question, sentence[start:end]) for question, start, end in questions] == expected
 
 
-@pytest.mark.parametrize(
-    ("term", "kind"),
-    [
-        ("TypeError", "exception"),
-        ("__dict__", "attribute"),
-        ("flag", "name"),
-        ("pass", "keyword"),
-        ("len()", "function"),
-    ],
-)
-def test_kinds_of_terms(term, kind):
-    assert embedded._kind(term) == kind
-
-
 @pytest.mark.parametrize(("split", "least"), [("train", 500), ("validation", 50)])
 def test_every_answer_stands_in_its_context(split, least):
     paragraphs = paragraphs_of(split)

@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
@@ -156,29 +155,6 @@ def loader(dataset, tokenizer, **options):
     return DataLoader(dataset, batch_size=4, collate_fn=DataCollatorForTokenClassification(tokenizer), **options)
 
 
-@pytest.mark.parametrize("skipped", [0, 3])
-def test_two_processes_see_the_examples_of_one(documents, tokenizer, skipped):
-    dataset = build_pretraining_dataset(documents, tokenizer, FULL)
-
-    def batches(num_processes: int, index: int) -> list[dict]:
-        prepared = prepare_data_loader(
-            loader(dataset, tokenizer, shuffle=True, drop_last=True),
-            num_processes=num_processes,
-            process_index=index,
-            use_seedable_sampler=True,
-            data_seed=7,
-        )
-        prepared = skip_first_batches(prepared, skipped * 2 // num_processes)
-        prepared.set_epoch(2)
-        dataset.set_epoch(2)  # as EpochCallback does: this loader tells its sampler only
-        return list(prepared)
-
-    one, shards = batches(1, 0), [batches(2, index) for index in range(2)]
-    assert len(one) // 2 == len(shards[0]) == len(shards[1]) > 2
-    for number, batch in enumerate(one[: 2 * len(shards[0])]):
-        assert equal(batch, shards[number % 2][number // 2])
-
-
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_persistent_workers_see_the_epoch(documents, tokenizer):
     dataset = build_pretraining_dataset(documents.select(range(5)), tokenizer, FULL)
@@ -250,33 +226,6 @@ def test_a_stream_is_read_one_group_ahead_at_most(tokenizer):
     assert len(read) <= DOCUMENTS_PER_GROUP + 1
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_workers_share_a_stream_out(documents, tokenizer):
-    shards = documents.to_iterable_dataset(num_shards=2)
-    options = replace(FULL, next_sentence=False)
-    examples = list(build_pretraining_dataset(shards, tokenizer, options))
-    batches = list(loader(build_pretraining_dataset(shards, tokenizer, options), tokenizer, num_workers=2))
-    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
-    # Each worker packs its own documents: one sequence more, at most, is not full.
-    assert abs(len(lengths) - len(examples)) <= 1
-    assert lengths.sum() == pytest.approx(sum(len(example["input_ids"]) for example in examples), abs=4)
-
-
-# Batches
-
-
-def test_a_batch_is_padded_and_nothing_else(documents, tokenizer):
-    """By a collator of Transformers, which keeps the next sentence's label."""
-    examples = list(build_pretraining_dataset(documents, tokenizer, replace(FULL, max_seq_length=40)))[:5]
-    batch = DataCollatorForTokenClassification(tokenizer)(examples)
-    width = max(len(example["input_ids"]) for example in examples)
-    ends = [[1] * len(e["input_ids"]) + [0] * (width - len(e["input_ids"])) for e in examples]
-    assert batch["attention_mask"].tolist() == ends
-    assert batch["next_sentence_label"].tolist() == [int(e["next_sentence_label"]) for e in examples]
-    for name, padding in (("input_ids", tokenizer.pad_token_id), ("token_type_ids", 0), ("labels", -100)):
-        assert batch[name].tolist() == [e[name].tolist() + [padding] * (width - len(e[name])) for e in examples]
-
-
 # Under a Trainer
 
 
@@ -316,14 +265,11 @@ def train(folder, dataset, tokenizer, stop: int | None = None, resume: bool = Fa
 
 
 @pytest.mark.parametrize("stop", [3, 5], ids=["between epochs", "second epoch"])
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-def test_resuming_equals_never_having_stopped(tmp_path, tokenizer, streaming, stop):
+def test_resuming_equals_never_having_stopped(tmp_path, tokenizer, stop):
     """Twelve examples make three steps an epoch, so that the run crosses into its third."""
     small = datasets.Dataset.from_dict({"text": [text[:400] for text in CORPUS[:10]]})
 
     def dataset():
-        if streaming:
-            return build_pretraining_dataset(small.to_iterable_dataset().repeat(9), tokenizer, FULL)
         examples = build_pretraining_dataset(small, tokenizer, FULL)
         examples.instances = examples.instances.select(range(12))
         return examples

@@ -11,7 +11,7 @@ from accelerate.data_loader import BatchSamplerShard
 from translation_cases import PAIRS, tiny_tokenizer
 
 from hf_fnl.tasks.length_batches import LengthBatchSampler, batch_bounds, lengths_of
-from hf_fnl.tasks.translation import encode_pairs, load_pairs
+from hf_fnl.tasks.translation import encode_pairs
 
 PAIR_SET = datasets.Dataset.from_list([{"source": source, "target": target} for source, target in PAIRS])
 
@@ -109,12 +109,3 @@ def test_processes_get_the_same_number_of_batches_and_all_pairs_between_them(pro
 def test_bad_input(sentences, message):
     with pytest.raises(ValueError, match=message):
         LengthBatchSampler(sentences, max_tokens=8)
-
-
-def test_padding_of_real_sentences_is_small(shared_data):
-    encoded = encode_pairs(
-        load_pairs(shared_data / "iwslt14_de_en", split="test", limit=3000), tiny_tokenizer(), longest=2048
-    )
-    sampler = LengthBatchSampler(lengths_of(encoded), max_tokens=4096)
-    padded = sum(len(batch) * sampler.lengths[batch].max(axis=0) for batch in sampler)
-    assert (sampler.lengths.sum(axis=0) / padded > 0.85).all()
