@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     announce(trainer)
     metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
-    metrics |= answer_questions(trainer, examples, tokenizer, options, folder=args.output_dir)
+    metrics |= answer_questions(trainer, examples, tokenizer, options, folder=args.output_dir, num_proc=data.num_proc)
     trainer.save_state()
     if args.should_save:
         finish_run(args.output_dir, metrics, data, options, args)

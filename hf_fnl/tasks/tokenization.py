@@ -22,6 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 EOS, PAD, UNK = "</s>", "<pad>", "<unk>"
 SPACE = "▁"
 MIN_VOCAB_SIZE = 100
+MIN_FREQUENCY = 2  # how often two tokens must stand side by side to become one
 MIN_BYTE_VOCAB_SIZE = 257  # every byte, and the end-of-text token
 # As in the tokenizers library's own BERT recipe: rarer characters become [UNK].
 MAX_ALPHABET = 1000
@@ -71,22 +72,19 @@ def _auto_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def train_wordpiece(
-    texts: Iterable[str], *, vocab_size: int = 30522, lowercase: bool = True, min_frequency: int = 2
-) -> BertTokenizer:
+def train_wordpiece(texts: Iterable[str], *, vocab_size: int = 30522, lowercase: bool = True) -> BertTokenizer:
     """Train a BERT tokenizer, whose vocabulary begins with ``[PAD]``, ``[UNK]``, ``[CLS]``, ``[SEP]``, ``[MASK]``.
 
     Args:
         texts: Documents; read twice, so a list or a column of a data set (``documents["text"]``), not a generator.
         vocab_size: Entries wanted, special tokens included; a small corpus may give fewer.
         lowercase: Lower-case the text and strip accents, as the uncased BERT does.
-        min_frequency: How often two tokens must stand side by side to become one.
 
     Raises:
         TypeError: If ``texts`` is a string or can be read only once.
-        ValueError: If there is no text, or ``vocab_size`` or ``min_frequency`` is too small.
+        ValueError: If there is no text, or ``vocab_size`` is too small.
     """
-    _check(texts, vocab_size, min_frequency, smallest=MIN_VOCAB_SIZE, twice=True)
+    _check(texts, vocab_size, smallest=MIN_VOCAB_SIZE, twice=True)
     untrained = BertTokenizer(do_lower_case=lowercase)
     backend = untrained.backend_tokenizer
 
@@ -99,7 +97,7 @@ def train_wordpiece(
     continuing = [f"##{char}" for char in alphabet if len(words(f"a{char}")) == 1]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        min_frequency=MIN_FREQUENCY,
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         # Ids given here are fixed. The trainer numbers what it meets in hash order, and ids decide ties of merges.
@@ -111,7 +109,7 @@ def train_wordpiece(
     return BertTokenizer(vocab=dict(vocab), do_lower_case=lowercase)
 
 
-def train_byte_bpe(texts: Iterable[str | None], *, vocab_size: int = 50257, min_frequency: int = 2) -> GPT2Tokenizer:
+def train_byte_bpe(texts: Iterable[str | None], *, vocab_size: int = 50257) -> GPT2Tokenizer:
     """Train a GPT-2 tokenizer, whose id 0 is ``<|endoftext|>``, with which documents begin and end.
 
     Any text can be encoded and decodes to itself, for every byte has an entry.
@@ -119,22 +117,19 @@ def train_byte_bpe(texts: Iterable[str | None], *, vocab_size: int = 50257, min_
     Args:
         texts: Documents; read once.
         vocab_size: Entries wanted, ``<|endoftext|>`` and the 256 bytes included; a small corpus may give fewer.
-        min_frequency: How often two tokens must stand side by side to become one.
 
     Raises:
         TypeError: If ``texts`` is a string.
-        ValueError: If there is no text, or ``vocab_size`` or ``min_frequency`` is too small.
+        ValueError: If there is no text, or ``vocab_size`` is too small.
     """
-    _check(texts, vocab_size, min_frequency, smallest=MIN_BYTE_VOCAB_SIZE)
-    options = {"min_frequency": min_frequency, "show_progress": False}
+    _check(texts, vocab_size, smallest=MIN_BYTE_VOCAB_SIZE)
+    options = {"min_frequency": MIN_FREQUENCY, "show_progress": False}
     return GPT2Tokenizer().train_new_from_iterator(
         _not_empty(tracked(texts, "training the tokenizer")), vocab_size, **options
     )
 
 
-def train_joint_bpe(
-    sentences: Iterable[str], *, vocab_size: int = 10_000, min_frequency: int = 2
-) -> PreTrainedTokenizerFast:
+def train_joint_bpe(sentences: Iterable[str], *, vocab_size: int = 10_000) -> PreTrainedTokenizerFast:
     """Train one byte-pair encoding (Sennrich et al. 2016) for the sentences of both languages of a translation task.
 
     Every encoded text ends with ``</s>``; decoders start from ``<pad>``, as Marian's do. Decoding gives the text back,
@@ -144,16 +139,15 @@ def train_joint_bpe(
     Args:
         sentences: Texts of both languages; read twice, so a list, not a generator.
         vocab_size: Entries wanted, special tokens included; little text may give fewer.
-        min_frequency: How often two tokens must stand side by side to become one.
 
     Returns:
         A tokenizer whose ids begin with ``</s>``, ``<pad>``, ``<unk>``.
 
     Raises:
         TypeError: If ``sentences`` is a string or can be read only once.
-        ValueError: If there is no text, or ``vocab_size`` or ``min_frequency`` is too small.
+        ValueError: If there is no text, or ``vocab_size`` is too small.
     """
-    _check(sentences, vocab_size, min_frequency, smallest=MIN_VOCAB_SIZE, twice=True)
+    _check(sentences, vocab_size, smallest=MIN_VOCAB_SIZE, twice=True)
     limit = min(MAX_ALPHABET, vocab_size // 2) - 1
     alphabet = sorted({SPACE, *_alphabet(sentences, limit, normal=lambda char: char.replace(" ", ""))})
     backend = Tokenizer(models.BPE(unk_token=UNK))
@@ -161,7 +155,7 @@ def train_joint_bpe(
     backend.decoder = decoders.Metaspace(SPACE)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        min_frequency=MIN_FREQUENCY,
         special_tokens=[EOS, PAD, UNK],
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
@@ -181,17 +175,13 @@ def train_joint_bpe(
     )
 
 
-def _check(
-    texts: Iterable[str | None], vocab_size: int, min_frequency: int, *, smallest: int, twice: bool = False
-) -> None:
+def _check(texts: Iterable[str | None], vocab_size: int, *, smallest: int, twice: bool = False) -> None:
     if isinstance(texts, str):
         raise TypeError("texts must be several, such as a list or a data set's column; got a str")
     if twice and iter(texts) is texts:
         raise TypeError(f"texts are read twice: give a list or a data set's column, not a {type(texts).__name__}")
     if vocab_size < smallest:
         raise ValueError(f"vocab_size must be at least {smallest}, got {vocab_size}")
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency must be at least 1, got {min_frequency}")
 
 
 def _not_empty(texts: Iterable[str | None]) -> Iterator[str]:

@@ -112,16 +112,11 @@ def _between(start: Tensor, end: Tensor, t: float) -> Tensor:
 
 
 def _check_alike(baseline: State, other: State) -> None:
-    if alone := sorted(baseline.keys() ^ other.keys()):
-        first = alone[0]
-        holder, lacking = ("baseline", "other") if first in baseline else ("other network", "baseline")
-        raise ValueError(
-            f"the {holder} holds {first}, which the {lacking} lacks ({len(alone)} such names): a line joins networks "
-            "of the same form, so multiply the factors of both out first"
-        )
-    for name, tensor in baseline.items():
-        if tensor.shape != other[name].shape:
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (baseline, other)]
+    for name in sorted(baseline.keys() | other.keys()):
+        here, there = (shape.get(name, "no such weight") for shape in shapes)
+        if here != there:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} in the baseline and {tuple(other[name].shape)} in the other "
-                "network: a line joins networks of one size"
+                f"{name}: {here} in the baseline, {there} in the other network: a line joins networks of the same "
+                "form, so multiply the factors of both out first"
             )

@@ -55,16 +55,6 @@ def test_every_document_is_in_one_shard(tmp_path, name):
     assert first.num_shards == 1
 
 
-def test_a_file_that_vanishes_is_named(tmp_path):
-    for number in range(3):
-        WRITERS["a.jsonl"](tmp_path / f"{number}.jsonl", TEXTS[number::3])
-    rows = iter(load_documents(tmp_path, streaming=True))
-    next(rows)
-    (tmp_path / "2.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2\.jsonl"):
-        list(rows)
-
-
 @pytest.mark.parametrize(
     ("there", "message"),
     [
@@ -124,21 +114,6 @@ def test_workers_share_the_shards_of_a_process():
     drawn = [set(chain.from_iterable(islice(loader, 30))) for loader in loaders]
     assert not drawn[0] & drawn[1]
     assert drawn[0] | drawn[1] == {*range(COUNT)}
-
-
-@FORKS
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 1), (7, 0)])
-def test_a_loader_goes_on_with_the_next_batch(world, workers):
-    pytest.importorskip("torchdata")
-    for rank in range(world):
-        whole = list(islice(loader_of(rank, world, workers, 2), 9))
-        for stop in (1, 4, 8):
-            first = loader_of(rank, world, workers, 2)
-            batches = iter(first)
-            assert [next(batches) for _ in range(stop)] == whole[:stop]
-            resumed = loader_of(rank, world, workers, 2)
-            resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
-            assert list(islice(resumed, 9 - stop)) == whole[stop:]
 
 
 def test_a_process_without_an_example_is_refused():
