@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_fnl.tasks.length_batches import batch_bounds
 from hf_fnl.tasks.pretrained import longest_sequence
@@ -26,7 +27,7 @@ def translate(
 ) -> list[str]:
     """Translate sentences by beam search.
 
-    A translation has at most twice as many tokens as the longest sentence of its batch, and ten.
+    A translation has at most twice as many tokens as its sentence, and ten; it does not depend on the other sentences.
 
     Args:
         model: Encoder-decoder model, put into evaluation mode for the time.
@@ -57,13 +58,37 @@ def translate(
     with progress("translating", len(rows)) as advance:
         for start, end in itertools.pairwise(bounds):
             batch = tokenizer.pad({"input_ids": encoded[start:end]}, return_tensors="pt").to(model.device)
-            limit = min(2 * int(lengths[end - 1]) + 10, longest - 1)
-            found = model.generate(**batch, max_new_tokens=limit, do_sample=False, **search)
+            limits = torch.from_numpy(np.minimum(2 * lengths[start:end] + 10, longest - 1)).long()
+            ends = _EndAtLimit(limits.repeat_interleave(num_beams).to(model.device), tokenizer.eos_token_id)
+            processors = LogitsProcessorList([ends])
+            longest_of_batch = int(limits.max())
+            found = model.generate(
+                **batch, max_new_tokens=longest_of_batch, logits_processor=processors, do_sample=False, **search
+            )
             for row, text in zip(rows[start:end], tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
                 translations[row] = text
             advance(end - start)
     model.train(was_training)
     return translations
+
+
+class _EndAtLimit(LogitsProcessor):
+    """Processor that ends each translation at a length of its own; ``max_new_tokens`` would be that of the batch.
+
+    Args:
+        limits: Tokens of each hypothesis at most, its end included, ``(sentences * beams,)``.
+        end: Id of the token that ends a translation.
+    """
+
+    def __init__(self, limits: Tensor, end: int) -> None:
+        self.limits, self.end = limits, end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores with the end as the only choice where one token is left."""
+        only_end = torch.full_like(scores, -torch.inf)
+        only_end[:, self.end] = 0.0
+        # A decoder's first token starts it and does not count.
+        return torch.where(input_ids.shape[1] < self.limits[:, None], scores, only_end)
 
 
 def _encode(

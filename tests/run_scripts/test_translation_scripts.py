@@ -193,14 +193,17 @@ def test_translations_come_in_order_whatever_the_batches():
     assert translate(model, tokenizer, []) == []
 
 
-def test_what_the_caller_says_of_beams_goes_before_what_the_model_says():
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_every_translation_ends_at_its_own_limit(num_beams):
     tokenizer = tiny_tokenizer()
     model = tiny_marian(tokenizer)
+    model.generation_config.num_beams = 4  # what the caller says goes before
     model.final_logits_bias[0, tokenizer.convert_tokens_to_ids("n")] = 50.0
-    (greedy,) = translate(model, tokenizer, ["Ja"], num_beams=1)
-    assert greedy == "n" * (2 * len(tokenizer("Ja")["input_ids"]) + 9)  # the end is the last of the tokens
-    model.generation_config.num_beams = 4
-    assert translate(model, tokenizer, ["Ja"], num_beams=1) == [greedy]
+    sentences = [text for pair in PAIRS for text in pair]
+    limits = [2 * len(ids) + 10 for ids in tokenizer(sentences)["input_ids"]]
+    assert len(set(limits)) > 3
+    # The end is the last of the tokens.
+    assert translate(model, tokenizer, sentences, num_beams=num_beams) == ["n" * (limit - 1) for limit in limits]
 
 
 def test_long_sentences_and_no_beams_are_refused():
