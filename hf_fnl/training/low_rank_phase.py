@@ -51,8 +51,8 @@ class DenseThenLowRank(TrainerCallback):
     Raises:
         ValueError: If an option is out of range. When the training begins: if it is no longer than ``steps``, its
             schedule is no :class:`torch.optim.lr_scheduler.LambdaLR`, the state from which it goes on does not fit
-            ``steps`` or the model, ``factorize`` changes nothing, or, without ``follow``, the training is distributed
-            or is to end with the best checkpoint.
+            ``steps`` or the model, ``factorize`` changes nothing, it is to end with the best checkpoint, or, without
+            ``follow``, the training is distributed.
     """
 
     def __init__(
@@ -104,6 +104,8 @@ class DenseThenLowRank(TrainerCallback):
                 f"the learning rate cannot be taken over to factors in a {type(lr_scheduler).__name__}; choose an "
                 "lr_scheduler_type that is a function of the step, such as linear, cosine or constant"
             )
+        if args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end could load a dense checkpoint into factors: set it to false")
         if self.follow is None:
             _check_plain(args)
         if self.is_ahead(state):
@@ -149,10 +151,6 @@ def _check_plain(args: TrainingArguments) -> None:
         raise ValueError(
             f"a model cannot change under {kind.value} in this trainer; train in one process, or on several with "
             "FLAMBeTrainer"
-        )
-    if args.load_best_model_at_end:
-        raise ValueError(
-            "load_best_model_at_end could load a dense checkpoint into factors; set it to false, or use FLAMBeTrainer"
         )
 
 

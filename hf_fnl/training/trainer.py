@@ -251,7 +251,6 @@ class FLAMBeTrainer(Trainer):
         obstacles = {
             "an optimizer of your own, which cannot be built again: pass optimizer_cls_and_kwargs": self.optimizer,
             "model_init: pass a model": self.model_init,
-            "load_best_model_at_end, for the best model may be a dense one": self.args.load_best_model_at_end,
             "DeepSpeed, whose engine holds the dense parameters": self.is_deepspeed_enabled,
             "FSDP, which shards the dense parameters": self.is_fsdp_enabled,
         }
