@@ -52,7 +52,6 @@ from hf_fnl import (
     parameter_groups,
 )
 from hf_fnl.optim.frobenius_decay import frobenius_penalty
-from hf_fnl.training.schedules import polynomial
 
 PROGRAM = "benchmarks.training.bert"
 OPTIMIZERS = ("lamb", "lamb_fd", "flambe")
@@ -60,6 +59,16 @@ CLS, SEP, MASK, FIRST_ORDINARY = 2, 3, 4, 5  # of our word pieces, whose [PAD] i
 MASKED_SHARE = 0.15
 # A decay so small that no update feels it; LAMB scales an update by its trust ratio only where there is one.
 NO_DECAY = 1e-30
+
+
+def polynomial(warmup: int, steps: int, power: float) -> Callable[[int], float]:
+    """Return NVIDIA's schedule for LAMB: update ``n`` has ``n / warmup``, after that ``(1 - n / steps)^power``."""
+
+    def factor(step: int) -> float:
+        update = step + 1
+        return update / warmup if update < warmup else max(0.0, 1 - update / steps) ** power
+
+    return factor
 
 
 class Phase(NamedTuple):

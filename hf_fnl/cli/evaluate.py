@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from hf_fnl.cli.options import Debug, Json
+from hf_fnl.cli.tables import new_table
 from hf_fnl.cli.terminal import session
 
 if TYPE_CHECKING:
@@ -239,14 +240,9 @@ def _resident() -> int | None:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     """One line for each model."""
-    from rich.table import Table
-
     speeds = (f"tokens/s, batch {n}" for n in _BATCHES)
     columns = ("parameters", "weights", "cache/token", "perplexity", "per word", *speeds, "memory")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model", overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = new_table("model", *columns)
     for row in rows:
         speeds = (f"{row['tokens_per_second'][str(batch)]:,.1f}" for batch in _BATCHES)
         memory = "-" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:,.0f} MiB"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hf_fnl.cli.options import Debug, EmbeddingRank, FfnRank, Json, OvRank, QkRank, QkvRank
-from hf_fnl.cli.tables import share_left
+from hf_fnl.cli.tables import new_table, share_left
 from hf_fnl.cli.terminal import session, usage
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def plan(
 
 
 def _step(found: dict[str, Any]) -> Table:
-    table = _table("a step of a process", *found)
+    table = new_table("a step of a process", *found)
     dense = found["dense"]["parameters"]
     table.add_row("parameters", *(f"{each['parameters']:,}" for each in found.values()))
     table.add_row("share left", *(share_left(each["parameters"] / dense) for each in found.values()))
@@ -105,20 +105,13 @@ def _step(found: dict[str, Any]) -> Table:
 def _memory(found: dict[str, Any], gib: int, limit: float | None) -> Table:
     """A row for each engine and model: what a process holds, in GiB."""
     names = ("weights", "gradients", "optimizer", "activations", "buffers", "total")
-    table = _table("memory of a process, GiB", "", *names, *([] if limit is None else [f"fits {limit:g}"]))
+    table = new_table(
+        "memory of a process, GiB", "", *names, *([] if limit is None else [f"fits {limit:g}"]), left=("",)
+    )
     for engine in next(iter(found.values()))["memory"]:
         for number, (form, each) in enumerate(found.items()):
             parts = each["memory"][engine]
             fits = [] if limit is None else ["yes" if parts["total"] <= 0.9 * limit * gib else "no"]
             shown = (f"{parts[name] / gib:.2f}" for name in names)
             table.add_row("" if number else engine, form, *shown, *fits)
-    return table
-
-
-def _table(*columns: str) -> Table:
-    from rich.table import Table  # which --help does not wait for
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number and column else "left")
     return table

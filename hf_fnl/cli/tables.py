@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 ABSENT = "-"
 
 _COLUMNS = ("product", "kind", "shape", "rank", "parameters", "norm", "eff. rank", "energy")
-_LEFT = ("product", "kind", "shape")
+_LEFT = ("kind", "shape")
 LAYERS_KEY = "before, after: parameters, and the share left; energy: share of the squared Frobenius norm kept"
 
 
@@ -29,7 +29,7 @@ def matrices_table(rows: Sequence[Mapping[str, Any]], parameters: int, *, every:
         parameters: Of the model, tied ones once.
         every: Give each matrix a line of its own.
     """
-    table = _table(_COLUMNS)
+    table = new_table(*_COLUMNS, left=_LEFT, footer=True)
     groups = [(row["name"], [row]) for row in rows] if every else groups_of(rows)
     for above, inside in itertools.groupby(groups, lambda group: module_of(group[0])):
         several = list(inside)
@@ -64,7 +64,8 @@ def layers_table(layers: Sequence[Mapping[str, Any]], before: int, after: int) -
         before: Parameters of the model before, tied ones once.
         after: Parameters afterwards.
     """
-    table = _table(("kind", "shape", "layers", "rank", "before", "after", "left", "energy"))
+    columns = ("kind", "shape", "layers", "rank", "before", "after", "left", "energy")
+    table = new_table(*columns, left=_LEFT, footer=True)
     groups: dict[tuple[str, tuple[int, ...]], list[Mapping[str, Any]]] = {}
     for layer in layers:
         groups.setdefault((layer["kind"], tuple(layer["shape"])), []).append(layer)
@@ -105,14 +106,15 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
     return f"{before:,}", f"{after:,}", share_left(after / before) if before else ABSENT
 
 
-def _table(names: Sequence[str]) -> Table:
+def new_table(*names: str, left: Sequence[str] = (), footer: bool = False) -> Table:
+    """Return an empty table without lines; the first column and those in ``left`` begin at the left."""
     from rich.table import Table  # which --help does not wait for
 
-    table = Table(
-        box=None, show_footer=True, pad_edge=False, collapse_padding=True, header_style="bold", footer_style="bold"
-    )
+    styles: dict[str, Any] = {"header_style": "bold", "footer_style": "bold"}
+    table = Table(box=None, show_footer=footer, pad_edge=False, collapse_padding=True, **styles)
     for number, name in enumerate(names):  # names are folded where the terminal is narrow, figures are not
-        table.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold", no_wrap=number > 0)
+        aligned: Any = "left" if number == 0 or name in left else "right"
+        table.add_column(name, justify=aligned, overflow="fold", no_wrap=number > 0)
     return table
 
 

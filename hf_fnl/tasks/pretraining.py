@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_fnl.tasks.masking import make_example
-from hf_fnl.tasks.pretraining_examples import Instance, PretrainingOptions, Vocabulary, make_instances
+from hf_fnl.tasks.pretraining_examples import Instance, PretrainingOptions, Vocabulary, make_example, make_instances
 from hf_fnl.tasks.sentences import Document, tokenize_documents
 
 # Random next sentences are drawn within such a group, and a stream has one of them in memory.

@@ -1,7 +1,8 @@
-"""The optimizer of a run, and the products that it decays, from the arguments of a training."""
+"""The optimizer of a run, the products that it decays, and a schedule that Transformers does not have."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,3 +99,20 @@ def decayed_products(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: 
 
 def _lamb_arguments(args: FLAMBeTrainingArguments) -> dict[str, Any]:
     return {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+
+
+def inverse_sqrt(warmup: int, start: float) -> Callable[[int], float]:
+    r"""Return fairseq's inverse square-root schedule, whose warm-up begins at a share of the rate.
+
+    ``start + (1 - start) step / warmup`` below ``warmup``, then ``sqrt(warmup / step)``. Khodak et al. 2021 translate
+    with ``start=1``: the rate is constant for ``warmup`` updates.
+
+    Args:
+        warmup: Updates before the rate goes down.
+        start: Factor of the first update.
+    """
+
+    def factor(step: int) -> float:
+        return start + (1 - start) * step / warmup if step < warmup else (warmup / step) ** 0.5
+
+    return factor

@@ -31,10 +31,15 @@ from hf_fnl.training.engines import check_engine, is_sharded, set_state_dict_typ
 from hf_fnl.training.finite import FiniteSteps, check_finite
 from hf_fnl.training.form import match_checkpoint_, rewrap_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
-from hf_fnl.training.optimizers import build_optimizer, check_current, decayed_products, optimizer_and_decay
+from hf_fnl.training.optimizers import (
+    build_optimizer,
+    check_current,
+    decayed_products,
+    inverse_sqrt,
+    optimizer_and_decay,
+)
 from hf_fnl.training.resuming import Resumption, checkpoint_to_take
 from hf_fnl.training.run_lock import locked
-from hf_fnl.training.schedules import schedule_of
 from hf_fnl.training.streaming import StreamPosition, is_stream, stream_loader
 from hf_fnl.utils.processes import first_decides
 from hf_fnl.workarounds import forget_evaluation, forget_old_names_, ties_in_one_unit
@@ -226,8 +231,8 @@ class FLAMBeTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """As in Transformers, or the schedule of ``args.warmup_start``."""
         self._ties.close()
-        schedule = schedule_of(self.args, num_training_steps)
-        if self.lr_scheduler is None and schedule is not None:
+        if self.lr_scheduler is None and self.args.warmup_start:
+            schedule = inverse_sqrt(self.args.get_warmup_steps(num_training_steps), self.args.warmup_start)
             self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), schedule)
         return super().create_scheduler(num_training_steps, optimizer)
 

@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from hf_fnl.tasks.embedded import embedded_documents
-from hf_fnl.tasks.masking import mask_tokens
 from hf_fnl.tasks.pretraining import DOCUMENTS_PER_GROUP, build_pretraining_dataset
-from hf_fnl.tasks.pretraining_examples import PretrainingOptions, Vocabulary
+from hf_fnl.tasks.pretraining_examples import PretrainingOptions, Vocabulary, mask_tokens
 from hf_fnl.tasks.sentences import tokenize_documents
 from hf_fnl.tasks.tokenization import train_wordpiece
 from hf_fnl.training.callbacks import EpochCallback

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.training.schedules import inverse_sqrt
+from hf_fnl.training.optimizers import inverse_sqrt
 
 
 class Line(nn.Module):
