@@ -330,7 +330,9 @@ def _head_maps(
     check_rank(rank, min(*left.shape[-2:], right.shape[-2]))
     maps = _best_maps(*roots, rank)
     if moments is not None:  # roots of the factors themselves have balanced them
-        balances = _best_maps(*(_weight_root(f.double() @ by) for f, by in zip((left, right), maps, strict=True)), rank)
+        balanced = (_weight_root(factor.double() @ by) for factor, by in zip((left, right), maps, strict=True))
+        left_root, right_root = balanced
+        balances = _best_maps(left_root, right_root, rank)
         maps = maps[0] @ balances[0], maps[1] @ balances[1]
     if method == "spectral":
         return maps
