@@ -1,4 +1,4 @@
-r"""What training a model costs, before it is started: parameters, operations of a step, memory of a process by engine.
+r"""The cost of a training before it is started: parameters, operations of a step, memory of a process by engine.
 
 A step of the model runs on the ``meta`` device, where tensors have shapes and no values, in the course that it would
 take on a GPU: attention by a kernel that keeps no weights, logits at a share of the labels where the model skips the
@@ -83,7 +83,7 @@ PRESETS: dict[str, tuple[str, dict[str, int]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How a model is trained.
+    """Settings of a training.
 
     Args:
         processes: One for each GPU.
@@ -116,7 +116,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a step of a process computes and keeps, whatever the engine.
+    """Cost of a step of a process, whatever the engine: what it computes and keeps.
 
     Args:
         parameters: Trainable elements, tied ones once.

@@ -1,4 +1,4 @@
-"""What other packages have to be talked into, each with the reason, the versions and what ends it.
+"""Workarounds for other packages, each with the reason, the versions and what ends it.
 
 ``full_parameters``: Under DeepSpeed's ZeRO-3, Transformers (5.17 to 5.24) makes every model inside of
 ``deepspeed.zero.Init``, which divides each layer as soon as its constructor returns. A layer that is then replaced by

@@ -1,4 +1,4 @@
-r"""What an attention computes, measured: whether its projections multiply as its products say.
+r"""Measures whether an attention computes by its products: whether its projections multiply as these say.
 
 A head's values ``V`` and outputs ``O`` count as ``V O^T`` alone if ``V R`` and ``O R^-T`` give the same outputs for
 every invertible ``R``, and so do its queries and keys. Heads that are paired, mixed, gated or normalized on the way

@@ -1,4 +1,4 @@
-"""What a product is, and where its factors live."""
+"""Products of a model: matrices that it holds only as factors, and views of these."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Source: TypeAlias = nn.Module | Mapping[str, Tensor]  # a model, or its paramete
 
 @dataclass(frozen=True)
 class Factor:
-    """Where one factor of a product lives.
+    """One factor of a product, as a part of a parameter.
 
     Args:
         name: Name of the parameter in ``model.named_parameters()``.
@@ -123,7 +123,7 @@ class Product:
 
 
 def beside_factors(products: Iterable[Product], source: Source) -> dict[str, Tensor]:
-    """What parameters hold beside factors, as GPT-2's fused projection does beside the values of an ``ov`` product.
+    """Return what parameters hold beside factors, as GPT-2's fused projection does beside the values of ``ov``.
 
     Returns:
         Such parameters by name, copied, with all factors set to zero; differentiable. None that is a factor from end

@@ -1,4 +1,4 @@
-"""What every factorized layer is: a module that holds its weight as factors."""
+"""Base classes of factorized layers: modules that hold their weight as factors."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Factorized(nn.Module):
 
     @classmethod
     def options_like(cls, dense: Any) -> dict[str, Any]:
-        """What the constructor is to be given for a layer in the place of ``dense``, besides the rank."""
+        """Return the arguments of the constructor, but for the rank, for a layer in the place of ``dense``."""
         raise NotImplementedError
 
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:

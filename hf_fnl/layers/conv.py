@@ -120,9 +120,9 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         self.add_bias_(out_channels if bias else None)
         self.reset_parameters()
 
-    def multiplied(self, *operands: Tensor) -> Tensor:
+    def weight_from(self, *factors: Tensor) -> Tensor:
         """The dense kernel."""
-        return matrix_kernel(product(*operands), self.dense_shape, self.scheme)
+        return matrix_kernel(product(*factors), self.dense_shape, self.scheme)
 
     def matrix_of(self, weight: Tensor) -> Tensor:
         """The kernel as the matrix of the scheme."""

@@ -1,4 +1,4 @@
-"""What factorized two-dimensional convolutions share: their options, both ways to compute them, and the way back."""
+"""Base class of factorized two-dimensional convolutions: options, both ways to compute them, and the way back."""
 
 from __future__ import annotations
 
@@ -75,14 +75,6 @@ class Convolution(Factorized):
         """The kernels of the chain of convolutions, in the order in which they are applied."""
         return self.chain(*operands)
 
-    def multiplied(self, *operands: Tensor) -> Tensor:
-        """The dense kernel."""
-        raise NotImplementedError
-
-    def weight_from(self, *factors: Tensor) -> Tensor:
-        """The dense kernel."""
-        return self.multiplied(*factors)
-
     def composing_cost(self) -> int:
         """Multiplications that it takes to multiply the factors out."""
         raise NotImplementedError
@@ -100,7 +92,7 @@ class Convolution(Factorized):
         composes = self._composing_is_cheaper(chain, x, padding) if self.compose is None else self.compose
 
         def convolve(x: Tensor, *operands: Tensor) -> Tensor:
-            kernels = (self.multiplied(*operands),) if composes else self.kernels(*operands)
+            kernels = (self.weight_from(*operands),) if composes else self.kernels(*operands)
             axes = ("hw",) if composes else _AXES[self.scheme]
             for kernel, along in zip(kernels, axes, strict=True):
                 bias = self.bias if kernel is kernels[-1] else None
@@ -213,7 +205,7 @@ class Convolution(Factorized):
 
 
 def options_of(layer: nn.Conv2d | Convolution) -> dict[str, Any]:
-    """What a convolution was made with, under the names of the constructor of :class:`torch.nn.Conv2d`."""
+    """Return the arguments that a convolution was made with, as :class:`torch.nn.Conv2d` names them."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 

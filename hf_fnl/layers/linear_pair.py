@@ -144,16 +144,8 @@ class LinearPair(nn.Sequential):
     @torch.no_grad()
     def to_dense(self) -> nn.Linear | Conv1D:
         """Return the plain layer, of the class that was split, with the two multiplied out; this one stays as it is."""
-        with torch.device("meta"):
-            if self.dense_class is Conv1D:
-                dense: Any = Conv1D(self.out_features, self.in_features)
-            else:
-                dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        weight = self.second.weight
-        dense.to(weight.dtype).to_empty(device=weight.device)
-        if not weight.is_meta:
-            dense.weight.copy_(self.dense_weight())
-        dense.weight.requires_grad_(weight.requires_grad)
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
-        return dense.train(self.training)
+        sizes = (self.in_features, self.out_features, self.rank, self.bias is not None)
+        layer = FactorizedLinear(*sizes, overcomplete=True, device="meta")
+        layer.dense_class, layer.bias = self.dense_class, self.bias
+        layer.U, layer.V = (nn.Parameter(factor, factor.requires_grad) for factor in self.factors())
+        return layer.train(self.training).to_dense()

@@ -98,13 +98,13 @@ class TensorizedConv2d(Convolution):
         """The cores, from that of the output channels to that of the input channels."""
         return tuple(getattr(self, name) for name in _CORES[self.scheme])
 
-    def multiplied(self, *operands: Tensor) -> Tensor:
+    def weight_from(self, *factors: Tensor) -> Tensor:
         """The dense kernel."""
-        device = operands[0].device.type
+        device = factors[0].device.type
         if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return product(*operands)
+            return product(*factors)
         with torch.autocast(device, enabled=False):  # which casts some of the products and not others
-            return product(*operands)
+            return product(*factors)
 
     def chain(self, *factors: Tensor) -> tuple[Tensor, ...]:
         """Cores as kernels of convolutions, from that of the input channels to that of the output channels; views."""

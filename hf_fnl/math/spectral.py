@@ -43,11 +43,6 @@ def truncated_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     check_rank(rank, min(weight.shape))
     if weight.is_meta:
         return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank), weight.new_empty(weight.shape[1], rank)
-    return _finite_svd(weight, rank)
-
-
-def _finite_svd(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The truncated SVD of a matrix, unless it is not finite."""
     if not torch.stack(weight.aminmax()).isfinite().all():
         raise ValueError(f"a weight of shape {tuple(weight.shape[-2:])} to be decomposed holds NaN or Inf")
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -116,15 +111,11 @@ def spectral_init(weight: Tensor, rank: int, method: str = "spectral") -> tuple[
     Raises:
         ValueError: If ``rank`` or ``method`` is not allowed, or ``weight`` is not finite.
     """
-    return _balanced(truncated_svd(weight, rank), method, weight.dtype)
-
-
-def _balanced(triples: tuple[Tensor, Tensor, Tensor], method: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    P, S, Q = triples
-    root = _root(S, method).unsqueeze(-2)
-    if not S.is_meta:  # where these have their shapes already, and models are built to be loaded
-        P, Q = P * root, Q * root
-    return P.to(dtype).contiguous(), Q.to(dtype).contiguous()
+    check_split_method(method)
+    P, S, Q = truncated_svd(weight, rank)
+    if method == "spectral" and not S.is_meta:  # where models are built to be loaded, and shapes are enough
+        P, Q = P * S.sqrt(), Q * S.sqrt()
+    return P.to(weight.dtype).contiguous(), Q.to(weight.dtype).contiguous()
 
 
 def initial_factors(
@@ -200,8 +191,3 @@ def check_split_method(method: str) -> None:
     check_method(method)
     if method in DRAWN_METHODS:
         raise ValueError(f"factor_init={method!r} draws the factors themselves; there is no weight to split")
-
-
-def _root(singular_values: Tensor, method: str) -> Tensor:
-    check_split_method(method)
-    return singular_values.sqrt() if method == "spectral" else torch.ones_like(singular_values)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_fnl.math.spectral import check_rank, truncated_svd
+from hf_fnl.utils.extras import require
 
 TENSOR_SCHEMES = ("tt", "tucker")
 
@@ -77,13 +78,8 @@ def decompose(kernel: Tensor, rank: int, scheme: str) -> tuple[Tensor, ...]:
 
 
 def _unbalanced_cores(kernel: Tensor, shapes: Sequence[Shape]) -> Sequence[Tensor]:
-    try:
-        import tensorly
-        from tensorly.decomposition import partial_tucker, tensor_train
-    except ImportError as error:
-        raise ImportError(
-            "kernels are decomposed into tensors by TensorLy, which is in an extra: pip install 'hf_fnl[tensor]'"
-        ) from error
+    tensorly = require("tensorly", "kernels are decomposed into tensors by", "hf_fnl[tensor]")
+    from tensorly.decomposition import partial_tucker, tensor_train
 
     def svd(matrix: Tensor, n_eigenvecs: int, **_: object) -> tuple[Tensor, Tensor, Tensor]:
         P, S, Q = truncated_svd(matrix, n_eigenvecs)
@@ -100,7 +96,7 @@ def _unbalanced_cores(kernel: Tensor, shapes: Sequence[Shape]) -> Sequence[Tenso
 
 def product(*cores: Tensor) -> Tensor:
     """Multiply the cores: the kernel ``(out, in, kh, kw)``."""
-    return functools.reduce(_contract, _train(cores)).permute(0, 3, 1, 2)
+    return functools.reduce(lambda left, right: torch.tensordot(left, right, 1), _train(cores)).permute(0, 3, 1, 2)
 
 
 def product_cost(*shapes: Shape) -> int:
@@ -147,10 +143,6 @@ def _train(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
         left, core, right = cores
         return left, core.permute(0, 2, 3, 1), right.mT
     return tuple(cores)
-
-
-def _contract(left: Tensor, right: Tensor) -> Tensor:
-    return torch.tensordot(left, right, 1)
 
 
 def _links(shapes: Sequence[Shape]) -> list[tuple[int, int, int]]:

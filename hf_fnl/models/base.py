@@ -1,4 +1,4 @@
-"""What the factorized families share: a stock model whose layers and heads are cut as its configuration says."""
+"""Base class of the factorized families: a stock model whose layers and heads are cut as its configuration says."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.layers.heads import narrow_
 from hf_fnl.layers.partitioned import is_partitioned
 from hf_fnl.models.card_files import UploadsCard
-from hf_fnl.models.configuration import FactorizedConfig
+from hf_fnl.models.configuration import FactorizedConfig, LayerRank
 from hf_fnl.models.cuts import Names, check_methods, cuts_of, layer_in, names_in_backbone, ranks_by_rule
-from hf_fnl.models.forwards import refuse_unknown_inputs_
+from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, refuse_unknown_inputs_
 from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery.calibration import Calibration, CalibrationData
-from hf_fnl.surgery.config import LayerRank, RankRule
+from hf_fnl.surgery.config import RankRule
 from hf_fnl.surgery.cut import check_values, cut
 from hf_fnl.surgery.heads import HeadTarget
 from hf_fnl.surgery.record import MADE, models_in
@@ -76,6 +76,8 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
     def post_init(self) -> None:
         """Initialize the stock model; then, the first time, cut it as the configuration says."""
         is_first = not hasattr(self, "all_tied_weights_keys")  # a class that adds a layer of its own calls this again
+        if self.loss_inputs == CAUSAL_LOSS_INPUTS:
+            self.loss_type = "ForCausalLM"  # which Transformers looks for in the class's name with a warning
         if is_first and type(self.base_model) is self.backbone_class.dense_class:
             setattr(self, self.base_model_prefix, as_class(self.base_model, self.backbone_class))
         super().post_init()

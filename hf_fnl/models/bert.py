@@ -41,7 +41,7 @@ class FactorizedBertConfig(NarrowHeadsConfig, BertConfig):
 
 
 class FactorizedBertPreTrainedModel(FactorizedPreTrainedModel):
-    """What the backbone and the heads share."""
+    """Base class of the backbone and the heads."""
 
     config_class = FactorizedBertConfig
     # Most stock heads return the mean over their own batch, whatever the number of items that the Trainer passes.
@@ -157,11 +157,6 @@ class FactorizedBertLMHeadModel(_WithLMHead, stock.BertLMHeadModel):
     """Left-to-right language modelling, for a configuration with ``is_decoder=True``."""
 
     loss_inputs = CAUSAL_LOSS_INPUTS
-
-    def post_init(self) -> None:
-        """As every model does."""
-        self.loss_type = "ForCausalLM"  # Transformers looks for it in the class's name and warns, which breaks a graph
-        super().post_init()
 
 
 class FactorizedBertForNextSentencePrediction(FactorizedBertPreTrainedModel, stock.BertForNextSentencePrediction):

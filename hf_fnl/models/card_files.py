@@ -1,4 +1,4 @@
-"""Where model cards lie: beside the weights and on the Hub. One that a person wrote is never replaced."""
+"""Files of model cards, beside the weights and on the Hub. One that a person wrote is never replaced."""
 
 from __future__ import annotations
 

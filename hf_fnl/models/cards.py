@@ -59,7 +59,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Record:
-    """How a model was made; what is not known is empty.
+    """Record of how a model was made; what is not known is empty.
 
     Args:
         metrics: Figures of the run by name, those of several phases under ``"phase-1 / eval_loss"``.
@@ -286,7 +286,7 @@ def _layers(model: nn.Module, record: Record) -> Iterator[dict[str, Any]]:
 
 
 def _row(layer: nn.Module) -> dict[str, Any]:
-    """What ``factorization.json`` would say of a layer."""
+    """Return the entry that ``factorization.json`` would have for a layer."""
     after, before = layer_count(layer)
     found = {"kind": getattr(layer, "kind", "linear"), "parameters_after": after, "parameters_before": before}
     if isinstance(layer, HeadProjection):

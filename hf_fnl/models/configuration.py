@@ -1,4 +1,4 @@
-"""What the configurations of the factorized families share: ranks, their check, and the way to stock ones and back."""
+"""Base classes of the factorized configurations: ranks, their check, and the way to stock ones and back."""
 
 # No `from __future__ import annotations`: `strict` checks the fields of a configuration against types, not strings.
 
@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from hf_fnl.surgery.config import RANK_OPTIONS, LayerRank, TransformerRanks
+from hf_fnl.attention.selectors import Selector
+from hf_fnl.math.spectral import check_method, check_rank
 from hf_fnl.utils.suggest import did_you_mean
+
+LayerRank = int | list[int | None] | None  # one for all layers, or one for each
 
 _OF_A_CLASS = {"model_type", "architectures", "transformers_version"}  # what a configuration of another class has anew
 
@@ -53,13 +56,28 @@ class FactorizedConfig:
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_spelling(kwargs)
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        self.ranks.check(
-            head_dim=self.dense_head_dim,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.feed_forward_size,
-            vocab_size=self.smallest_vocabulary,
-            num_layers=self.num_layers_of_ranks,
-        )
+        for selector in () if isinstance(self.factor_init, str) else self.factor_init:
+            Selector.parse(selector, "a key of factor_init")
+        for method in [self.factor_init] if isinstance(self.factor_init, str) else self.factor_init.values():
+            check_method(method)
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        """Raise a ``ValueError`` that names the option if a rank does not fit the model."""
+        limits = {
+            "qk_rank": self.dense_head_dim,
+            "ov_rank": self.dense_head_dim,
+            "ffn_rank": min(self.hidden_size, self.feed_forward_size),
+            "qkv_rank": self.hidden_size,
+            "embedding_rank": min(self.hidden_size, self.smallest_vocabulary),
+        }
+        for option in self.rank_options():
+            ranks, count = getattr(self, option), self.num_layers_of_ranks
+            if isinstance(ranks, list) and len(ranks) != count:
+                raise ValueError(f"{option} needs a number or one for each of {count} layers, got {len(ranks)}")
+            for rank in ranks if isinstance(ranks, list) else [ranks]:
+                if rank is not None:
+                    check_rank(rank, limits[option], option)
 
     def _check_spelling(self, names: Iterable[str]) -> None:
         ours = [*self.rank_options(), "factor_init"]
@@ -71,11 +89,16 @@ class FactorizedConfig:
                     raise TypeError(f"{type(self).__name__} has {listed}, and no qk_rank: {why}")
                 raise TypeError(f"{type(self).__name__} has {listed}, got {name}{did_you_mean(name, ours)}")
 
-    @property
-    def ranks(self) -> TransformerRanks:
-        """The fields that say ranks."""
-        ranks = {option: getattr(self, option) for option in self.rank_options()}
-        return TransformerRanks(**ranks, init=self.factor_init)
+    def rank_in_layer(self, option: str, number: int) -> int | None:
+        """Return the rank that a field gives to the layer of a number, from 0; ``None`` where it is dense."""
+        ranks = getattr(self, option)
+        return ranks[number] if isinstance(ranks, list) else ranks
+
+    def method_of(self, kind: str, part: str | None) -> str:
+        """Return how factors of a kind of product start in a part of the model, by ``factor_init``."""
+        if isinstance(self.factor_init, str):
+            return self.factor_init
+        return self.factor_init.get(f"{kind}:{part}", self.factor_init.get(kind, "default"))
 
     @property
     def dense_head_dim(self) -> int:
@@ -112,7 +135,7 @@ class FactorizedConfig:
     def rank_options(cls) -> list[str]:
         """Return the names of the fields that are ranks."""
         ours = {field.name for field in fields(cls)}
-        return [option for option in RANK_OPTIONS if option in ours]
+        return [option for option in ("qk_rank", "ov_rank", "ffn_rank", "qkv_rank", "embedding_rank") if option in ours]
 
     def to_dense(self) -> PreTrainedConfig:
         """Return the configuration of the stock model of the same sizes."""
@@ -145,8 +168,10 @@ class NarrowHeadsConfig(FactorizedConfig):
         Raises:
             AttributeError: If layers have several widths.
         """
-        layers = [self.ranks.of_layer(number) for number in range(self.num_layers_of_ranks)]
-        widths = {max(rank or self.dense_head_dim for rank in (layer.qk, layer.ov)) for layer in layers}
+        widths = {
+            max(self.rank_in_layer(option, number) or self.dense_head_dim for option in ("qk_rank", "ov_rank"))
+            for number in range(self.num_layers_of_ranks)
+        }
         if len(widths) != 1:
             raise AttributeError(f"heads are {', '.join(map(str, sorted(widths)))} wide, so they have no one head_dim")
         return widths.pop()

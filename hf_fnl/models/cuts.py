@@ -1,4 +1,4 @@
-"""What is cut in a model of ours: where its configuration's ranks lie, and ranks that a rule chooses."""
+"""The cuts of a model of ours: where its configuration's ranks lie, and ranks that a rule chooses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 from hf_fnl.attention.adapters import projections_of
 from hf_fnl.attention.parts import parts_of
 from hf_fnl.math.spectral import DRAWN_METHODS
-from hf_fnl.models.configuration import FactorizedConfig
+from hf_fnl.models.configuration import FactorizedConfig, LayerRank
 from hf_fnl.surgery.calibration import CalibrationData
-from hf_fnl.surgery.config import LayerRank, RankRule
+from hf_fnl.surgery.config import RankRule
 from hf_fnl.surgery.cut import candidates_of, parameters_beside
 from hf_fnl.surgery.heads import Attention, HeadTarget, Target
 from hf_fnl.surgery.ranks import UnreachableShare, choose_ranks
@@ -65,18 +65,17 @@ def names_in_backbone(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 def cuts_of(model: Any, config: FactorizedConfig) -> list[Cut]:
     """Return what a configuration says is cut in a model of ours without factors."""
-    parts, ranks = parts_of(model), config.ranks
-    held = _holders(model)
+    parts, held = parts_of(model), _holders(model)
     cuts = []
     for option, layers in _places(model).items():
         for number, names in layers.items():
-            rank = getattr(config, option)
-            rank = rank[number] if isinstance(rank, list) else rank
-            for target in [] if rank is None else _targets(model, option, names, held):
+            if (rank := config.rank_in_layer(option, number)) is None:
+                continue
+            for target in _targets(model, option, names, held):
                 shared = {parts[name] for name in getattr(target, "layers", (target.module_name,))} - {None}
                 part = shared.pop() if len(shared) == 1 else None
                 kind = "embedding" if option == "embedding_rank" else target.kind
-                cuts.append(Cut(target, rank, ranks.method(kind, part)))
+                cuts.append(Cut(target, rank, config.method_of(kind, part)))
     return cuts
 
 

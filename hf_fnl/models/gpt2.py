@@ -15,12 +15,11 @@ from transformers.models.gpt2 import modeling_gpt2 as stock
 
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.configuration import NarrowHeadsConfig
+from hf_fnl.models.configuration import LayerRank, NarrowHeadsConfig
 from hf_fnl.models.cuts import Names
 from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, extends
 from hf_fnl.models.losses import head_loss, is_plain
 from hf_fnl.models.register import register
-from hf_fnl.surgery.config import LayerRank
 
 
 @strict
@@ -49,6 +48,15 @@ class FactorizedGPT2Config(NarrowHeadsConfig, GPT2Config):
     qkv_rank: LayerRank = None
     fused_loss: bool = True
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        heads = [option for option in ("qk_rank", "ov_rank") if getattr(self, option) is not None]
+        if self.qkv_rank is not None and heads:
+            raise ValueError(
+                f"qkv_rank factorizes the queries', keys' and values' matrix as a whole and {heads[0]} cuts its heads: "
+                "give one of them"
+            )
+
     @property
     def feed_forward_size(self) -> int:
         """Width inside of a feed-forward block."""
@@ -56,7 +64,7 @@ class FactorizedGPT2Config(NarrowHeadsConfig, GPT2Config):
 
 
 class FactorizedGPT2PreTrainedModel(FactorizedPreTrainedModel):
-    """What the backbone and the heads share."""
+    """Base class of the backbone and the heads."""
 
     config_class = FactorizedGPT2Config
     # Most stock heads return the mean over their own batch, whatever the number of items that the Trainer passes.
@@ -87,11 +95,6 @@ class FactorizedGPT2LMHeadModel(FactorizedGPT2PreTrainedModel, stock.GPT2LMHeadM
 
     accepts_loss_kwargs = True
     loss_inputs = CAUSAL_LOSS_INPUTS
-
-    def post_init(self) -> None:
-        """As every model does."""
-        self.loss_type = "ForCausalLM"  # Transformers looks for it in the class's name and warns, which breaks a graph
-        super().post_init()
 
     @extends(stock.GPT2LMHeadModel.forward)
     def forward(

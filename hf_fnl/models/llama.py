@@ -30,7 +30,7 @@ class FactorizedLlamaConfig(FactorizedConfig, LlamaConfig):
 
 
 class FactorizedLlamaPreTrainedModel(FactorizedPreTrainedModel):
-    """What the backbone and the head share."""
+    """Base class of the backbone and the head."""
 
     config_class = FactorizedLlamaConfig
     shapes_heads = False  # under rotary positions, whose tables have the width of a dense head

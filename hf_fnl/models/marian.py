@@ -109,7 +109,7 @@ class FactorizedMarianConfig(NarrowHeadsConfig, MarianConfig):
 
 
 class FactorizedMarianPreTrainedModel(FactorizedPreTrainedModel):
-    """What the backbone and the heads share."""
+    """Base class of the backbone and the heads."""
 
     config_class = FactorizedMarianConfig
     names = Names(

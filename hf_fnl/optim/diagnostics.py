@@ -105,7 +105,7 @@ def summarize(figures: Mapping[str, Figures], products: Iterable[Product]) -> Fi
 
 
 def parameter_count(model: nn.Module) -> Figures:
-    """How many parameters a model holds, and how many it would hold without factorized layers and narrow heads.
+    """Count the parameters that a model holds, and would hold without factorized layers and narrow heads.
 
     Tied parameters count once.
 

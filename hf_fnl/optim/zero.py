@@ -1,4 +1,4 @@
-"""Where DeepSpeed's ZeRO keeps the float32 weights of a parameter: the only file that reads its private fields.
+"""Finds the float32 weights of a parameter under DeepSpeed's ZeRO: the only file that reads its private fields.
 
 Seen in deepspeed 0.19; ``tests/support/workers/sharded_engines.py`` checks what each field means.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """Where a parameter lies: the bounds of the ranges of all processes, and where the local one is optimized."""
+    """Place of a parameter: the bounds of the ranges of all processes, and where the local one is optimized."""
 
     bounds: list[int]
     owner: Tensor

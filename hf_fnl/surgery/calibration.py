@@ -72,11 +72,12 @@ class CalibrationData:
 
     Args:
         model: The model that is calibrated.
-        batches: Its inputs.
+        batches: Its inputs: one batch, or several. Masks, ``(sequences, length)`` under names that end in
+            ``attention_mask``, tell padding, and so does a ``pixel_mask`` of images.
 
     Raises:
-        ValueError: As :func:`visit`.
-        TypeError: Likewise.
+        ValueError: If there are none, they are not finite, or they are under a name that the model would ignore.
+        TypeError: If they are no mappings from names to tensors.
     """
 
     def __init__(self, model: nn.Module, batches: Calibration) -> None:
@@ -94,6 +95,7 @@ class CalibrationData:
         return {name: self._sensitivities[name] for name in layers if name in self._sensitivities}
 
 
+@torch.no_grad()
 def visit_modules(
     model: nn.Module,
     requests: Mapping[str, Request],
@@ -105,14 +107,23 @@ def visit_modules(
 ) -> None:
     """Handle modules of a model by name: one after the other, or, given data, each when these have reached it.
 
+    The model itself stays as it is: what a handler returns runs in its place in these passes only. Dropout is off.
+
     Args:
-        model: Any model.
+        model: Any model; called with each batch as keyword arguments.
         requests: What to measure at each module that is named.
-        handle: Gets a name and, where there are data, what was asked for.
-        data: Inputs of the model.
+        handle: Gets a name and, where there are data, what was asked for, in the order of execution.
+        data: Inputs of the model, which run one batch after the other, several times.
         ties: Names of other modules whose calls count as calls of one that is named, for they hold its weight.
         changes: Whether the handler returns modules; where it only looks, all of a block are measured in one pass.
+
+    Raises:
+        ValueError: If no token reaches a module that is named, or a mask hides positions between others.
+
+    Warns:
+        UserWarning: If fewer vectors reach a module than they are wide.
     """
+    ties = ties or {}
     if data is None:
         for name in requests:
             handle(name, None)
@@ -120,7 +131,7 @@ def visit_modules(
     layers: dict[str, list[nn.Module]] = {}  # whose outputs a loss feels
     for name, request in requests.items():
         if request == "inputs":
-            layers[name] = [model.get_submodule(each) for each in (name, *(ties or {}).get(name, ()))]
+            layers[name] = [model.get_submodule(each) for each in (name, *ties.get(name, ()))]
         elif isinstance(request, HeadMomentsRequest) and request.output is not None:
             layers[name] = [request.output]
     by_name = data.sensitivities(layers)
@@ -128,51 +139,13 @@ def visit_modules(
     def handle_with_sensitivity(name: str, measured: Any) -> Any:
         return handle(name, replace(measured, sensitivity=by_name[name]) if name in by_name else measured)
 
-    visit(model, data.batches, requests, handle_with_sensitivity, ties, changes=changes)
-
-
-@torch.no_grad()
-def visit(
-    model: nn.Module,
-    batches: Calibration,
-    requests: Mapping[str, Request],
-    handle: Handler,
-    ties: Ties | None = None,
-    *,
-    changes: bool = True,
-) -> dict[str, nn.Module]:
-    """Run data through a model and handle every module that is named when they have reached it.
-
-    The model itself stays as it is: what a handler returns runs in its place in these passes only. Dropout is off.
-
-    Args:
-        model: Any model; called with each batch as keyword arguments.
-        batches: Inputs: one batch, or several that run one after the other, several times. Masks,
-            ``(sequences, length)`` under names that end in ``attention_mask``, tell padding, and so does a
-            ``pixel_mask`` of images.
-        requests: What to measure at each module that is named.
-        handle: As :func:`visit_modules` takes it.
-        ties: Likewise.
-        changes: Likewise.
-
-    Returns:
-        The modules that ran in the end, by name, in the order of execution.
-
-    Raises:
-        ValueError: If no token reaches a module that is named, or there are no data, or they are not finite, hide
-            positions between others, or are under a name that the model would ignore.
-        TypeError: If the data are no mappings from names to tensors.
-
-    Warns:
-        UserWarning: If fewer vectors reach a module than they are wide.
-    """
-    batches = [part for batch in checked_batches(model, batches) for part in unpadded(model, batch)]
+    batches = [part for batch in data.batches for part in unpadded(model, batch)]
     with _evaluating(model), tempfile.TemporaryDirectory(prefix="hf_fnl-") as folder:
-        visits = _Visits(model, batches, requests, handle, ties or {}, BlockOutputCache(model, Path(folder)), changes)
+        store = BlockOutputCache(model, Path(folder))
+        visits = _Visits(model, batches, requests, handle_with_sensitivity, ties, store, changes)
         with visits.replacing_forwards(), visits.store.replacing_forwards():
             visits.run()
     visits.warn_of_few()
-    return visits.found
 
 
 class _Reached(Exception):

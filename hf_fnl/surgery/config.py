@@ -1,16 +1,15 @@
-"""Options: how ranks are chosen, which layers of any model are factorized, and the ranks of our own model classes."""
+"""Options: how ranks are chosen, and which layers of any model are factorized."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
-from hf_fnl.attention.selectors import ATTENTION_KINDS, Selector
+from hf_fnl.attention.selectors import ATTENTION_KINDS
 from hf_fnl.layers.conv import CONV_SCHEMES
-from hf_fnl.math.spectral import DRAWN_METHODS, check_method, check_rank
+from hf_fnl.math.spectral import DRAWN_METHODS, check_method
 from hf_fnl.math.tensors import TENSOR_SCHEMES
 from hf_fnl.utils.suggest import did_you_mean
 
@@ -22,7 +21,7 @@ KINDS = ("qk", "ov", "qkv", "ffn", *LAYER_KINDS)  # of our classes, and of layer
 
 @dataclass(frozen=True, kw_only=True)
 class RankRule:
-    """How ranks are chosen; exactly one of the first six is given.
+    """Rule by which ranks are chosen; exactly one of the first six options is given.
 
     Where a rule other than ``rank`` and ``rank_scale`` asks for so high a rank that the factors would hold as many
     parameters as the matrix, the matrix stays dense.
@@ -165,107 +164,3 @@ class FactorizationConfig(RankRule):
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-LayerRank = int | list[int | None] | None  # one for all layers, or one for each
-
-
-class LayerRanks(NamedTuple):
-    """Ranks in one layer, and how the factors of each kind of product start."""
-
-    qk: int | None
-    ov: int | None
-    ffn: int | None
-    qkv: int | None
-    init: Mapping[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerRanks:
-    """Ranks of the products of a transformer of ours; ``None`` leaves a matrix dense.
-
-    All but ``embedding_rank`` are numbers, or lists with one entry for each layer; :meth:`check` knows whether they fit
-    a model.
-
-    Args:
-        qk_rank: Rank of every head's query-key product ``Q_h K_h^T``; at most the width of a dense head.
-        ov_rank: Rank of every head's output-value product ``V_h O_h^T``; at most the width of a dense head.
-        ffn_rank: Rank of both feed-forward matrices of a layer.
-        qkv_rank: Rank of the one matrix that gives queries, keys and values, where a model has it.
-        embedding_rank: Rank of the word embedding, and of the output matrix that is tied to it.
-        init: ``"spectral"`` (Khodak et al. 2021), ``"spectral_ones"`` (Kamalakara et al. 2022), ``"he"`` (the baseline
-            of the latter) or ``"default"``; or one of them for each of some selectors, as in
-            ``{"linear": "spectral", "ov:encoder": "he"}``, and ``"default"`` for what none of them names. A selector
-            with a part goes before one without.
-
-    Raises:
-        ValueError: If a rank is below 1, ``init`` is unknown, or a matrix is to be factorized in two ways.
-    """
-
-    qk_rank: LayerRank = None
-    ov_rank: LayerRank = None
-    ffn_rank: LayerRank = None
-    qkv_rank: LayerRank = None
-    embedding_rank: int | None = None
-    init: str | Mapping[str, str] = "spectral"
-
-    def __post_init__(self) -> None:
-        for selector in () if isinstance(self.init, str) else self.init:
-            Selector.parse(selector, "a key of factor_init")
-        for method in [self.init] if isinstance(self.init, str) else self.init.values():
-            check_method(method)
-        for option in RANK_OPTIONS:
-            for rank in self._listed(option):
-                if rank is not None and rank < 1:
-                    raise ValueError(f"{option} must be at least 1 (or None for a dense matrix), got {rank}")
-        heads = [option for option in ("qk_rank", "ov_rank") if getattr(self, option) is not None]
-        if self.qkv_rank is not None and heads:
-            raise ValueError(
-                f"qkv_rank factorizes the queries', keys' and values' matrix as a whole and {heads[0]} cuts its heads: "
-                "give one of them"
-            )
-
-    def _listed(self, option: str) -> list[int | None]:
-        ranks = getattr(self, option)
-        return ranks if isinstance(ranks, list) else [ranks]
-
-    def method(self, kind: str, part: str | None = None) -> str:
-        """How factors of a kind of product start, in a part of the model."""
-        if isinstance(self.init, str):
-            return self.init
-        return self.init.get(f"{kind}:{part}", self.init.get(kind, "default"))
-
-    def of_layer(self, number: int, part: str | None = None) -> LayerRanks:
-        """The ranks in one layer, and how its factors start.
-
-        Args:
-            number: Of the layer, from 0.
-            part: One of :data:`~hf_fnl.attention.selectors.PARTS` in which the products lie, if any.
-        """
-        ranks = (self.qk_rank, self.ov_rank, self.ffn_rank, self.qkv_rank)
-        qk, ov, ffn, qkv = (rank[number] if isinstance(rank, list) else rank for rank in ranks)
-        return LayerRanks(qk, ov, ffn, qkv, {kind: self.method(kind, part) for kind in ("qk", "ov", "linear")})
-
-    def check(
-        self, *, head_dim: int, hidden_size: int, intermediate_size: int, vocab_size: int, num_layers: int
-    ) -> None:
-        """Raise a ``ValueError`` that names the option if a rank does not fit a model of these sizes."""
-        limits = {
-            "qk_rank": head_dim,
-            "ov_rank": head_dim,
-            "ffn_rank": min(hidden_size, intermediate_size),
-            "qkv_rank": hidden_size,
-            "embedding_rank": min(hidden_size, vocab_size),
-        }
-        if isinstance(self.embedding_rank, list):
-            raise ValueError(f"embedding_rank must be a number, got {self.embedding_rank}")
-        for option, limit in limits.items():
-            ranks = getattr(self, option)
-            if isinstance(ranks, list) and len(ranks) != num_layers:
-                raise ValueError(f"{option} needs a number or one for each of {num_layers} layers, got {len(ranks)}")
-            for rank in self._listed(option):
-                if rank is not None:
-                    check_rank(rank, limit, option)
-
-
-RANK_OPTIONS = tuple(field.name for field in fields(TransformerRanks) if field.name != "init")

@@ -56,7 +56,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Factorization:
-    """What surgery did to a model.
+    """Report of what surgery did to a model.
 
     Args:
         replacements: One for each weight that became a product.
@@ -82,7 +82,7 @@ class Factorization:
         return by_reason(self.skipped)
 
     def to_dict(self) -> dict[str, Any]:
-        """What :func:`~hf_fnl.surgery.restore_` needs, ready for JSON."""
+        """Return the record for :func:`~hf_fnl.surgery.restore_`, ready for JSON."""
         layers = {name: dict(record) for each in self.replacements for name, record in each.records.items()}
         return {"quant_method": QUANT_METHOD, "layers": layers}
 
@@ -176,7 +176,7 @@ def _options(config: FactorizationConfig) -> dict[str, bool]:
 def _below_rank(
     targets: Sequence[Target], candidates: Sequence[Candidate], config: FactorizationConfig
 ) -> dict[str, str]:
-    """Why what only ``"*"`` names stays dense where ``rank`` is above its largest; nothing if that holds for all."""
+    """Return why what only ``"*"`` names stays dense where ``rank`` is above its largest; nothing if all would."""
     reasons = {
         each.name: f"its rank can be at most {each.limit}"
         for target, each in zip(targets, candidates, strict=True)

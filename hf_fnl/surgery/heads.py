@@ -41,8 +41,8 @@ class Attention:
     Args:
         name: Name of the module.
         spans: Query, key, value and output.
-        num_heads: HeadMomentsRequest of queries.
-        num_kv_heads: HeadMomentsRequest of keys and values.
+        num_heads: Heads of queries.
+        num_kv_heads: Heads of keys and values.
     """
 
     name: str
@@ -140,7 +140,7 @@ class HeadTarget:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """HeadMomentsRequest, and the shape of the product of one."""
+        """The number of heads, and the shape of the product of one."""
         left, right = (self.attention.projection(side).weight for side in _SIDES[self.kind])
         return (self.attention.num_heads, left.shape[1], right.shape[1])
 

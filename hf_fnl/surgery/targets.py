@@ -1,4 +1,4 @@
-"""What can be cut: layers that share a weight. A target knows its sizes and its cut; heads are in another file."""
+"""Targets of surgery: layers that share a weight, their sizes and their cut; heads are in another file."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _scheme_option(ours: LayerClass, scheme: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a target is cut.
+    """A target, and how it is cut.
 
     Args:
         target: What is cut.

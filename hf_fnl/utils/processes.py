@@ -1,4 +1,4 @@
-"""What the processes of a run agree upon: values of all of them, and errors that end all of them."""
+"""Values that the processes of a run exchange, and errors that end all of them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def raise_on_all(action: Callable[[], T]) -> T:
 
 
 def first_decides(action: Callable[[], T]) -> T:
-    """What an action returns on the first process, on all of them.
+    """Return on all processes what an action returns on the first.
 
     Raises:
         Exception: As :func:`raise_on_all`.

@@ -203,7 +203,7 @@ def test_only_decomposing_needs_tensorly(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorly", None)
     dense = nn.Conv2d(3, 7, 3)
-    with pytest.raises(ImportError, match=r"pip install 'hf_fnl\[tensor\]'"):
+    with pytest.raises(ImportError, match=r'by tensorly: pip install "hf_fnl\[tensor\]"'):
         TensorizedConv2d.from_dense(dense, 2)
     drawn = TensorizedConv2d(3, 7, 3, 2, init="default")
     TensorizedConv2d.empty_like(dense, 2).load_state_dict(drawn.state_dict())

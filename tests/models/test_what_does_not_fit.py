@@ -28,12 +28,17 @@ def table(*cases: tuple[Any, ...]) -> Any:
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     table(
-        (BERT, {"qk_rank": 0}, r"qk_rank must be at least 1 .*got 0"),
+        (BERT, {"qk_rank": 0}, r"qk_rank must be in \[1, 7\], got 0"),
+        (BERT, {"ov_rank": [3, 0]}, r"ov_rank must be in \[1, 7\], got 0"),
+        (BERT, {"ffn_rank": []}, "ffn_rank needs a number or one for each of 2 layers, got 0"),
+        (BERT, {"embedding_rank": [3, 3]}, "'embedding_rank' expected int"),
         (BERT, {"qk_rank": 8}, r"qk_rank must be in \[1, 7\], got 8"),
         (BERT, {"ffn_rank": 22}, r"ffn_rank must be in \[1, 21\], got 22"),
         (BERT, {"vocab_size": 15, "embedding_rank": 16}, r"embedding_rank must be in \[1, 15\], got 16"),
         (BERT, {"num_attention_heads": 4}, r"multiple of num_attention_heads, got 21 and 4 heads"),
         (BERT, {"factor_init": "random"}, r"one of spectral, spectral_ones, default, he, got 'random'"),
+        (BERT, {"factor_init": "spectral_one"}, "got 'spectral_one'; did you mean spectral_ones"),
+        (BERT, {"factor_init": {"mlp": "spectral"}}, r"a key of factor_init must be any of linear, .* got 'mlp'"),
         (BERT, {"ffn_rank": 2.5}, r"'ffn_rank' expected int"),
         (BERT, {"sparse_prediction": "yes"}, r"'sparse_prediction' expected bool"),
         (GPT2, {"ov_rank": [3, 8]}, r"ov_rank must be in \[1, 7\], got 8"),

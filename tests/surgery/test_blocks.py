@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from hf_fnl import FactorizationConfig, factorize_
 from hf_fnl.surgery.blocks import BlockOutputCache
-from hf_fnl.surgery.calibration import visit
+from hf_fnl.surgery.calibration import CalibrationData, visit_modules
 
 TEXT = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 17}
 
@@ -123,11 +123,11 @@ def test_where_nothing_changes_a_block_runs_once_for_each_batch() -> None:
     requests = {f"model.layers.{i}.{part}": "inputs" for i in range(3) for part in parts}
     batches = [inputs_of(model, rows) for rows in (2, 3, 4)]
     seen: list[dict[str, Any]] = [{}, {}]
-    visit(model, batches, requests, seen[0].__setitem__, changes=False)
+    visit_modules(model, requests, seen[0].__setitem__, CalibrationData(model, batches), changes=False)
     looks = 2  # at the first batch, which find the chains; of the second only the last block's output is used
     assert runs["lm_head"] == looks
     assert [runs[f"model.layers.{i}.self_attn.q_proj"] for i in range(3)] == [1 + 3] * 3
-    visit(model, batches, requests, seen[1].__setitem__)
+    visit_modules(model, requests, seen[1].__setitem__, CalibrationData(model, batches))
     assert seen[0].keys() == requests.keys()
     for name, moments in seen[0].items():
         assert_close(moments.covariance, seen[1][name].covariance)
@@ -140,7 +140,8 @@ def test_a_block_that_is_done_runs_once_more_for_each_batch() -> None:
     runs = counted_runs(model)
     blocks = range(3)
     requests = {f"model.layers.{i}.mlp.down_proj": "inputs" for i in blocks}
-    visit(model, [inputs_of(model, rows) for rows in (2, 3, 4)], requests, lambda name, moments: None)
+    data = CalibrationData(model, [inputs_of(model, rows) for rows in (2, 3, 4)])
+    visit_modules(model, requests, lambda name, moments: None, data)
     looks = 2  # at the first batch, which find the chains; of the second only the last block's output is used
     assert runs["lm_head"] == looks
     assert runs["model.layers.0.self_attn.q_proj"] == 1 + 2 * 3
