@@ -18,19 +18,10 @@ class Selector:
         part: ``"cross"`` is what a cross-attention holds, ``"decoder"`` the rest of the decoder, ``"encoder"`` the
             encoder; the last two are told apart in encoder-decoder models only. ``None`` means all products of the
             kind, those that belong to no part, as an embedding that encoder and decoder share, included.
-
-    Raises:
-        ValueError: If the kind or the part is unknown.
     """
 
     kind: str
     part: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.part is not None and self.part not in PARTS:
-            raise ValueError(f"part must be one of {', '.join(PARTS)}, got {self.part!r}")
 
     @classmethod
     def parse(cls, text: str, option: str = "a selector") -> Selector:

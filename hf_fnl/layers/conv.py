@@ -37,20 +37,6 @@ def matrix_kernel(matrix: Tensor, shape: KernelShape, scheme: str) -> Tensor:
     return matrix.unflatten(1, (in_channels, width)).unflatten(0, (out_channels, height)).transpose(1, 2)
 
 
-def factor_kernels(U: Tensor, V: Tensor, shape: KernelShape, scheme: str) -> tuple[Tensor, Tensor]:
-    """The factors of a kernel as kernels of two convolutions, and as views of ``U`` and ``V``.
-
-    Returns:
-        The kernel that is applied first, from ``V``: a row ``(r, in, 1, kw)`` or ``(r, in, kh, kw)``; and the second,
-        from ``U``: a column ``(out, r, kh, 1)`` or ``(out, r, 1, 1)``.
-    """
-    out_channels, in_channels, height, width = shape
-    if scheme == "channel":
-        return V.mT.unflatten(1, (in_channels, height, width)), U[..., None, None]
-    row = V.mT.unflatten(1, (in_channels, width)).unsqueeze(2)
-    return row, U.unflatten(0, (out_channels, height)).transpose(1, 2).unsqueeze(3)
-
-
 class FactorizedConv2d(Convolution, FactorizedMatrix):
     r"""A convolution whose kernel is ``W = U V^T`` as a matrix, applied as two with ``rank`` channels between.
 
@@ -141,9 +127,18 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         return self.with_identity(U, V)
 
     def chain(self, *factors: Tensor) -> tuple[Tensor, ...]:
-        """``U`` and ``V`` as kernels of two convolutions, that of ``V`` first; see :func:`factor_kernels`."""
+        """The factors as kernels of two convolutions, views of them.
+
+        Returns:
+            The kernel that is applied first, from ``V``: a row ``(r, in, 1, kw)`` or ``(r, in, kh, kw)``; and the
+            second, from ``U``: a column ``(out, r, kh, 1)`` or ``(out, r, 1, 1)``.
+        """
         U, V = factors
-        return factor_kernels(U, V, self.dense_shape, self.scheme)
+        out_channels, in_channels, height, width = self.dense_shape
+        if self.scheme == "channel":
+            return V.mT.unflatten(1, (in_channels, height, width)), U[..., None, None]
+        row = V.mT.unflatten(1, (in_channels, width)).unsqueeze(2)
+        return row, U.unflatten(0, (out_channels, height)).transpose(1, 2).unsqueeze(3)
 
     def operands(self) -> tuple[Tensor, ...]:
         """``U`` and ``V``; ``M`` is multiplied to ``U``, which takes the same in both ways."""

@@ -19,7 +19,6 @@ def vocabulary_loss(
     *,
     bias: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    label_smoothing: float = 0.0,
     ignore_index: int = IGNORE_INDEX,
     chunk_size: int = 512,
 ) -> Tensor:
@@ -40,7 +39,6 @@ def vocabulary_loss(
         bias: Shape ``(vocab_size,)``.
         num_items_in_batch: What the summed loss is divided by. Default: the number of labels here that are not
             ignored, or 1 where all are.
-        label_smoothing: Share of the target that is spread evenly over the whole vocabulary.
         ignore_index: Label of positions that do not count.
         chunk_size: Positions whose logits are in memory together.
 
@@ -50,22 +48,19 @@ def vocabulary_loss(
 
     Raises:
         IndexError: If a label is neither in the vocabulary nor ``ignore_index``.
-        ValueError: If the shapes do not fit, or ``label_smoothing`` or ``chunk_size`` is out of range.
+        ValueError: If the shapes do not fit, or ``chunk_size`` is less than 1.
     """
-    # torch's own linear_cross_entropy is new, and forms all logits where there is label smoothing.
+    # torch's own linear_cross_entropy is newer than the lowest torch that is supported.
     if hidden_states.shape[:-1] != labels.shape or hidden_states.shape[-1] != weight.shape[-1]:
         raise ValueError(
             "hidden_states (..., n), weight (vocab_size, n) and labels (...) are needed, got shapes "
             f"{tuple(hidden_states.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
         )
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     rows = hidden_states.flatten(0, -2)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (rows, weight, bias)]
-    options = (chunk_size, label_smoothing, ignore_index)
-    total = _SummedLoss.apply(rows, weight, bias, labels.flatten(), wanted, *options)
+    total = _SummedLoss.apply(rows, weight, bias, labels.flatten(), wanted, chunk_size, ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != ignore_index).sum().clamp(min=1)
     return total / num_items_in_batch
@@ -76,15 +71,22 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, wanted: list[bool], *options: Any
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        wanted: list[bool],
+        chunk_size: int,
+        ignore_index: int,
     ) -> Tensor:
         device = rows.device.type
         is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_autocast else torch.promote_types(rows.dtype, weight.dtype)
         # A graph of torch.compile that held the loop would have been made for one number of chunks.
         compute = _summed_loss_op if torch.compiler.is_compiling() else _summed_loss
-        total, *gradients = compute(rows, weight, bias, labels, wanted, dtype, *options)
-        ctx.wanted, (_, ctx.label_smoothing, ctx.ignore_index) = wanted, options
+        total, *gradients = compute(rows, weight, bias, labels, wanted, dtype, chunk_size, ignore_index)
+        ctx.wanted, ctx.ignore_index = wanted, ignore_index
         ctx.save_for_backward(rows, weight, bias, labels, *gradients)
         return total
 
@@ -92,18 +94,16 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, labels, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated itself
-            gradients = _gradients(rows, weight, bias, labels, ctx.label_smoothing, ctx.ignore_index)
+            gradients = _gradients(rows, weight, bias, labels, ctx.ignore_index)
         pairs = zip(gradients, ctx.wanted, strict=True)
-        return *(gradient * d_total if is_wanted else None for gradient, is_wanted in pairs), *[None] * 5
+        return *(gradient * d_total if is_wanted else None for gradient, is_wanted in pairs), *[None] * 4
 
 
-def _gradients(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, label_smoothing: float, ignore_index: int
-) -> list[Tensor]:
+def _gradients(rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> list[Tensor]:
     """Gradients of the summed loss of rows, weight and bias, by operations that autograd follows."""
     counts = (labels != ignore_index).unsqueeze(-1)
-    target = (labels.unsqueeze(-1) == torch.arange(len(weight), device=labels.device)) * (1 - label_smoothing)
-    d_logits = (F.linear(rows, weight, bias).softmax(-1) - target - label_smoothing / len(weight)) * counts
+    target = labels.unsqueeze(-1) == torch.arange(len(weight), device=labels.device)
+    d_logits = (F.linear(rows, weight, bias).softmax(-1) - target.to(rows.dtype)) * counts
     return [d_logits @ weight, d_logits.mT @ rows, d_logits.sum(0)]
 
 
@@ -115,7 +115,6 @@ def _summed_loss(
     wanted: list[bool],
     dtype: torch.dtype,
     chunk_size: int,
-    label_smoothing: float,
     ignore_index: int,
 ) -> list[Tensor]:
     """The summed loss and its gradients of rows, weight and bias, without elements where they are not wanted."""
@@ -129,7 +128,7 @@ def _summed_loss(
         for start in range(0, len(rows), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = F.linear(x[chunk], w, b)
-            loss, d_logits = _loss_and_gradient(logits, labels[chunk], any(wanted), label_smoothing, ignore_index)
+            loss, d_logits = _loss_and_gradient(logits, labels[chunk], any(wanted), ignore_index)
             total += loss
             if wanted[0]:
                 d_rows[chunk] = d_logits @ w
@@ -169,24 +168,17 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _loss_and_gradient(
-    logits: Tensor, labels: Tensor, is_wanted: bool, label_smoothing: float, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(logits: Tensor, labels: Tensor, is_wanted: bool, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The summed loss of a chunk and, if it is wanted, the gradient of its logits (otherwise the logits).
 
     By formula, softmax minus target, so that the logits are gone through as few times as can be.
     """
     dtype = logits.dtype
     log_p = logits.log_softmax(-1, dtype=torch.promote_types(dtype, torch.float32))
-    loss = (1 - label_smoothing) * F.nll_loss(log_p, labels, reduction="sum", ignore_index=ignore_index)
-    counts, even = (labels != ignore_index).unsqueeze(-1), label_smoothing / log_p.shape[-1]
-    if label_smoothing:
-        loss = loss - even * log_p.sum(-1, keepdim=True).where(counts, 0).sum()
+    loss = F.nll_loss(log_p, labels, reduction="sum", ignore_index=ignore_index)
     if not is_wanted:
         return loss, logits
-    difference = log_p.exp_()
-    if label_smoothing:
-        difference -= even
-    on_label = difference.new_full((len(labels), 1), label_smoothing - 1)
+    counts, difference = (labels != ignore_index).unsqueeze(-1), log_p.exp_()
+    on_label = difference.new_full((len(labels), 1), -1)
     difference.scatter_add_(-1, labels.unsqueeze(-1).where(counts, 0), on_label)
     return loss, difference.mul_(counts).to(dtype)

@@ -12,11 +12,12 @@ from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert as stock
 
+from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.models.base import FactorizedPreTrainedModel, is_loaded
 from hf_fnl.models.configuration import NarrowHeadsConfig
 from hf_fnl.models.cuts import Names
 from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, extends
-from hf_fnl.models.losses import at_labels, masked_lm_loss, next_sentence_loss
+from hf_fnl.models.losses import masked_lm_loss, next_sentence_loss
 from hf_fnl.models.register import register
 
 
@@ -73,9 +74,12 @@ class _WithLMHead(FactorizedBertPreTrainedModel):
         if module is self.cls.predictions and is_loaded(bias):
             init.copy_(module.decoder.bias, bias)  # untied, in a checkpoint of version 0.1: it has this bias only
 
-    @property
-    def _is_sparse(self) -> bool:
-        return self.training and self.config.sparse_prediction
+    def _to_predict(self, labels: Tensor | None, states: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return labels and states ``(batch, length, ...)``, at the labelled positions only where that is enough."""
+        if labels is None or not (self.training and self.config.sparse_prediction):
+            return labels, states
+        labelled = labels != IGNORE_INDEX
+        return labels[labelled], states[labelled]
 
 
 class FactorizedBertForPreTraining(_WithLMHead, stock.BertForPreTraining):
@@ -105,9 +109,7 @@ class FactorizedBertForPreTraining(_WithLMHead, stock.BertForPreTraining):
             ``sparse_prediction``, else ``(batch, length, vocab_size)``.
         """
         outputs = self.bert(**inputs)
-        states = outputs.last_hidden_state
-        if labels is not None and self._is_sparse:
-            labels, states = at_labels(labels, states)
+        labels, states = self._to_predict(labels, outputs.last_hidden_state)
         logits, relationship = self.cls(states, outputs.pooler_output)
         loss = None
         if labels is not None and next_sentence_label is not None:
@@ -141,9 +143,7 @@ class FactorizedBertForMaskedLM(_WithLMHead, stock.BertForMaskedLM):
             ``sparse_prediction``, else ``(batch, length, vocab_size)``.
         """
         outputs = self.bert(**inputs)
-        states = outputs.last_hidden_state
-        if labels is not None and self._is_sparse:
-            labels, states = at_labels(labels, states)
+        labels, states = self._to_predict(labels, outputs.last_hidden_state)
         logits = self.cls(states)
         return MaskedLMOutput(
             loss=None if labels is None else masked_lm_loss(logits, labels, num_items_in_batch),

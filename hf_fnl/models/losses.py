@@ -13,12 +13,6 @@ from hf_fnl.layers import FactorizedLinear
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX, vocabulary_loss
 
 
-def at_labels(labels: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-    """Return labels and states ``(batch, length, ...)`` at the labelled positions only, ``(positions, ...)``."""
-    labelled = labels != IGNORE_INDEX
-    return (labels[labelled], *(each[labelled] for each in states))
-
-
 def masked_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Return the cross-entropy summed over the labelled positions and divided by their number.
 

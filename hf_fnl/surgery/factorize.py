@@ -157,8 +157,8 @@ def factorize_(
         raise UnreachableShare(f"{error}{hint}") from error
     skipped |= too_small
     skipped |= {name: "its factors would hold as many parameters" for name, rank in ranks.items() if rank is None}
-    options: dict[str, Any] = {"init": config.init, **_options(config)}
-    cuts = [Cut(target, rank, **options) for target in targets if (rank := ranks.get(target.name)) is not None]
+    chosen = ((target, rank) for target in targets if (rank := ranks.get(target.name)) is not None)
+    cuts = [Cut(target, rank, config.init, config.deep, config.overcomplete) for target, rank in chosen]
     replacements = cut(model, cuts, data)
     done = tuple(_replacement(each, replacements) for each in cuts)
     if calibration is not None:
@@ -167,10 +167,6 @@ def factorize_(
                 dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
     swap_and_record_(model, replacements, near)
     return Factorization(done, skipped)
-
-
-def _options(config: FactorizationConfig) -> dict[str, bool]:
-    return {"deep": config.deep, "overcomplete": config.overcomplete}
 
 
 def _below_rank(
@@ -204,7 +200,8 @@ def _other_kinds(model: nn.Module, config: FactorizationConfig) -> str:
 def _candidates(
     model: nn.Module, targets: Sequence[Target], config: FactorizationConfig, data: CalibrationData | None = None
 ) -> list[Candidate]:
-    return candidates_of(model, {target.name: [target] for target in targets}, data, **_options(config))
+    groups: dict[str, list[Target]] = {target.name: [target] for target in targets}
+    return candidates_of(model, groups, data, deep=config.deep, overcomplete=config.overcomplete)
 
 
 def _replacement(cut: Cut, replacements: Replacements) -> Replacement:
