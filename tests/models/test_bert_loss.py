@@ -6,10 +6,8 @@ import pytest
 import torch
 from bert_cases import (
     BATCH,
-    DECODER,
     HEADS,
     LENGTH,
-    LM_HEADS,
     LOW,
     MASKED_LM,
     NO_DROPOUT,
@@ -17,7 +15,7 @@ from bert_cases import (
     SIZES,
     masked_labels,
 )
-from family import Head, gradients, run
+from family import Head, add, loss_and_gradients, run
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -29,15 +27,6 @@ embedding_ranks = pytest.mark.parametrize("rank", [None, 13], ids=["dense", "fac
 
 def logits_of(outputs: Any) -> Tensor:
     return outputs["logits"] if "logits" in outputs else outputs["prediction_logits"]
-
-
-def loss_and_gradients(model: torch.nn.Module, batch: dict[str, Tensor], **totals: Any) -> dict[str, Tensor]:
-    loss = model(**batch, **totals).loss
-    return {"loss": loss.detach(), **gradients(model, loss)}
-
-
-def add(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
 @masked_heads
@@ -77,20 +66,6 @@ def test_a_batch_without_labels_contributes_nothing(head: Head, sparse: bool) ->
         assert result["loss"] == 0
     assert all(torch.isfinite(value).all() for value in result.values())
     assert result["cls.predictions.bias"].abs().sum() == 0
-
-
-@pytest.mark.parametrize("head", LM_HEADS.values(), ids=LM_HEADS)
-def test_two_unequal_parts_with_the_totals_add_up_to_the_batch(head: Head) -> None:
-    model, batch = head.build(LOW, **NO_DROPOUT).train(), head.batch()
-    totals: dict[str, Any] = {"num_items_in_batch": torch.tensor(LABELLED)}
-    if head is DECODER:
-        totals["num_items_in_batch"] = (batch["labels"][:, 1:] != -100).sum()
-    if head is PRETRAINING:
-        totals["num_sequences_in_batch"] = BATCH
-    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, None))]
-    whole = loss_and_gradients(model, batch)
-    assert_close(add([loss_and_gradients(model, part, **totals) for part in parts]), whole, **CLOSE)
-    assert_close(loss_and_gradients(model, batch, **totals), whole, **CLOSE)
 
 
 def test_without_the_number_of_sequences_next_sentence_loss_weighs_as_the_labels_do() -> None:

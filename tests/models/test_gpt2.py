@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from family import Head, Ranks, factorized_layers, run, run_double
+from family import Ranks, factorized_layers, run, run_double
 from gpt2_cases import CROSS_LM, FULL, FULL_QKV, LM, LOW, LOW_QKV, SIZES
-from torch import Tensor
 from torch.testing import assert_close
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl import Product, find_products
@@ -17,52 +15,7 @@ from hf_fnl.layers import FactorizedLinear
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 STD = SIZES["initializer_range"]
 RESIDUAL_STD = STD / math.sqrt(2 * SIZES["n_layer"])
-each_kernel = pytest.mark.parametrize("attention", ["eager", "sdpa"])
-
-
 # Attention
-
-
-def reference_attention(block: GPT2Attention, x: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-    """An attention of GPT-2, head by head, with queries from ``x`` and keys and values from ``states``."""
-    heads, cross = block.num_heads, block.is_cross_attention
-    ov = len(block.c_proj.weight)
-    qk = block.c_attn.weight.shape[1] - ov if cross else (block.c_attn.weight.shape[1] - ov) // 2
-    W, b = block.c_attn.weight, block.c_attn.bias
-    (W_q, b_q), W, b = (
-        ((block.q_attn.weight, block.q_attn.bias), W, b) if cross else ((W[:, :qk], b[:qk]), W[:, qk:], b[qk:])
-    )
-    result = block.c_proj.bias.expand_as(x)
-    for h in range(heads):
-        r, s = (slice(h * n // heads, (h + 1) * n // heads) for n in (qk, ov))
-        query = x @ W_q[:, r] + b_q[r]
-        key = states @ W[:, :qk][:, r] + b[:qk][r]
-        value = states @ W[:, qk : qk + ov][:, s] + b[qk : qk + ov][s]
-        scores = (query @ key.mT / math.sqrt(7)).masked_fill(~mask, -math.inf)
-        result = result + scores.softmax(-1) @ value @ block.c_proj.weight[s]
-    return result
-
-
-@each_kernel
-@pytest.mark.parametrize("ranks", [{"qk_rank": 5, "ov_rank": 2}, {"ov_rank": 3}], ids=str)
-def test_heads_of_unequal_ranks_against_a_reference(ranks: Ranks, attention: str) -> None:
-    model = CROSS_LM.build(ranks, attention=attention).transformer
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter)
-    batch = CROSS_LM.batch()
-    del batch["labels"]
-    block, memory_states = model.h[0], batch["encoder_hidden_states"]
-    states = run(model, batch, output_hidden_states=True)["hidden_states"]
-    causal = torch.ones(11, 11).tril().bool() & batch["attention_mask"][:, None].bool()
-    with torch.no_grad():
-        x = states[0]
-        normed = block.ln_1(x)
-        x = x + reference_attention(block.attn, normed, normed, causal)
-        seen = batch["encoder_attention_mask"][:, None].bool()
-        x = x + reference_attention(block.crossattention, block.ln_cross_attn(x), memory_states, seen)
-        x = x + block.mlp(block.ln_2(x))
-    assert_close(states[1], x, **CLOSE)
 
 
 @pytest.mark.parametrize(("ranks", "attention"), [(FULL, "sdpa"), (FULL_QKV, "eager")], ids=["heads", "qkv"])
@@ -172,22 +125,3 @@ def test_a_cross_attention_may_start_otherwise_in_one_product_too() -> None:
 
 
 # Cross-attention and caches
-
-
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
-@pytest.mark.parametrize(("ranks", "attention"), [(LOW, "sdpa"), (LOW_QKV, "eager")], ids=["heads", "qkv"])
-@pytest.mark.parametrize("head", [LM, CROSS_LM], ids=["lm", "cross-lm"])
-def test_word_by_word_with_a_cache_is_all_at_once(head: Head, ranks: Ranks, attention: str) -> None:
-    model, batch = head.build(ranks, attention=attention), head.batch()
-    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    words = batch.pop("input_ids")
-    del batch["labels"]
-    expected = run(model, {"input_ids": words, **batch}, use_cache=False)["logits"]
-    mask, steps, cache = batch.pop("attention_mask"), [], None
-    with torch.no_grad():
-        for stop in range(1, words.shape[1] + 1):
-            now = {"input_ids": words[:, stop - 1 : stop], "attention_mask": mask[:, :stop], **batch}
-            output = model(**now, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            steps.append(output.logits)
-    assert_close(torch.cat(steps, dim=1), expected, **CLOSE)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from family import Head, add, loss_and_gradients, run
+from family import Head, loss_and_gradients, run
 from gpt2_cases import BATCH, CROSS_LM, FULL, FULL_QKV, HEADS, LENGTH, LM, LOW, LOW_QKV, NO_DROPOUT, SIZES
 from torch.testing import assert_close
 
@@ -63,18 +63,6 @@ def test_when_the_output_has_logits(training: bool, labelled: bool, options: dic
         assert outputs.logits.shape == WHOLE
     first = model(**batch, **options, return_dict=False)[0]
     assert_close(first, outputs.loss if labelled else outputs.logits, **EXACT)
-
-
-@each_head
-@each_vocabulary
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "with-logits"])
-def test_two_unequal_parts_with_the_total_add_up_to_the_batch(head: Head, ranks: dict[str, int], fused: bool) -> None:
-    model, batch = head.build(ranks, **NO_DROPOUT, fused_loss=fused).train(), head.batch()
-    total = {"num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
-    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, None))]
-    whole = loss_and_gradients(model, batch)
-    assert_close(add([loss_and_gradients(model, part, **total) for part in parts]), whole, **CLOSE)
-    assert_close(loss_and_gradients(model, batch, **total), whole, **CLOSE)
 
 
 @each_vocabulary

@@ -2,8 +2,17 @@
 
 import pytest
 import torch
-from family import Head, Ranks, factorized_layers, gradients, run
-from model_cases import HEADS, each_head, each_head_with_ranks, some
+from family import (
+    Head,
+    Ranks,
+    add,
+    factorized_layers,
+    gradients,
+    loss_and_gradients,
+    needs_flex_attention,
+    run,
+)
+from model_cases import HEADS, NO_DROPOUT, each_head, each_head_with_ranks, some
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -56,6 +65,33 @@ def seeded_loss_and_gradients(model: PreTrainedModel, head: Head) -> tuple[Tenso
 def test_no_rank_at_all_is_the_stock_model(head: Head) -> None:
     ours, stock = head.build({}), head.build_stock()
     assert_close(dict(ours.named_parameters()), dict(stock.named_parameters()), **EXACT)
+
+
+@pytest.mark.slow  # compiles a kernel
+@needs_flex_attention
+@pytest.mark.filterwarnings("ignore")  # of torch.compile and of the block mask, none of them ours
+def test_flex_attention_equals_sdpa_at_unequal_ranks() -> None:
+    head, fields = HEADS["bert-backbone"], {"qk_rank": 4, "ov_rank": 2, "hidden_size": 24}  # it takes no odd widths
+    ours, expected = (run(head.build(fields, attention=kernel), head.batch()) for kernel in ("flex_attention", "sdpa"))
+    assert_close(ours, expected, **CLOSE)
+
+
+@some(
+    *("bert-pretraining", "bert-masked-lm", "bert-decoder", "gpt2-lm", "gpt2-cross-lm", "llama-lm"),
+    *("marian-translation", "marian-decoder"),
+)
+def test_unequal_parts_of_a_batch_with_its_totals_add_up(head: Head) -> None:
+    model, batch = head.build(head.family.low["all"], **NO_DROPOUT[head.family.name]).train(), head.batch()
+    is_shifted = head.name in ("LMHeadModel", "ForCausalLM") and head.family.name != "Marian"
+    labels = batch["labels"][:, 1:] if is_shifted else batch["labels"]
+    totals = {"num_items_in_batch": (labels != -100).sum()}
+    if "next_sentence_label" in batch:
+        totals["num_sequences_in_batch"] = len(labels)
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, None))]
+    whole = loss_and_gradients(model, batch)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    assert_close(add([loss_and_gradients(model, part, **totals) for part in parts]), whole, **close)
+    assert_close(loss_and_gradients(model, batch, **totals), whole, **close)
 
 
 # What a model starts from

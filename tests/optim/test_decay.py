@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
-from attention_cases import CASES, rotary_attention
+from flambe_cases import build
+from gpt2_cases import CROSS_LM, LOW
 from reference.products import decay_gradients, half_squared_norms
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import BertConfig, BertModel
 
-from hf_fnl.attention import Product, find_products, register_attention
+from hf_fnl.attention import Product, find_products
 from hf_fnl.layers import FactorizedConv2d, FactorizedLinear, TensorizedConv2d
 from hf_fnl.optim import Lamb, parameter_groups
 from hf_fnl.optim.frobenius_decay import FrobeniusDecay, frobenius_penalty
 
 WEIGHT_DECAY = 0.3
-
-
-def attention() -> tuple[nn.Module, list[Product]]:
-    config = BertConfig(
-        vocab_size=13,
-        hidden_size=15,
-        num_attention_heads=3,
-        num_hidden_layers=1,
-        intermediate_size=7,
-        max_position_embeddings=11,
-        initializer_range=0.5,
-    )
-    model = BertModel(config).encoder.double()
-    return model, find_products(model, ["qk", "ov"])
 
 
 def two_factors() -> tuple[nn.Module, list[Product]]:
@@ -58,41 +45,18 @@ def tensors() -> tuple[nn.Module, list[Product]]:
     return model, find_products(model, ["tensor"])
 
 
-def groups_of_heads() -> tuple[nn.Module, list[Product]]:
-    model = CASES["llama"].build().double()
-    with register_attention(rotary_attention):
-        return model, find_products(model, ["qk", "ov"])
+def cut_gpt2() -> tuple[nn.Module, list[Product]]:
+    """Narrow heads whose factors share parameters, cross-attentions, and a tied table."""
+    model = CROSS_LM.build(LOW).double()
+    return model, find_products(model)
 
 
-def roberta() -> tuple[nn.Module, list[Product]]:
-    model = CASES["roberta"].build().encoder.double()
-    return model, find_products(model, ["ov"])
+HEADS = {"stock-bert": ["qk", "ov"], "roberta": ["ov"], "llama": ["qk", "ov"], "gpt2": ["qk", "ov"], "phi3": ["ov"]}
+MODELS = {name: functools.partial(build, name, kinds) for name, kinds in HEADS.items()}
+MODELS |= {make.__name__: make for make in (cut_gpt2, two_factors, three_factors, kernels, tensors)}
 
 
-def a_part_of_a_parameter() -> tuple[nn.Module, list[Product]]:
-    model = CASES["gpt2"].build().double()
-    return model, find_products(model, ["ov"])
-
-
-def all_parts_of_a_parameter() -> tuple[nn.Module, list[Product]]:
-    model = CASES["gpt2"].build().double()
-    return model, find_products(model, ["qk", "ov"])
-
-
-@pytest.fixture(
-    params=[
-        attention,
-        roberta,
-        groups_of_heads,
-        a_part_of_a_parameter,
-        all_parts_of_a_parameter,
-        two_factors,
-        three_factors,
-        kernels,
-        tensors,
-    ],
-    ids=lambda case: case.__name__,
-)
+@pytest.fixture(params=MODELS.values(), ids=MODELS)
 def case(request) -> tuple[nn.Module, list[Product]]:
     """A model, with gradients, and its products."""
     torch.manual_seed(0)
@@ -220,19 +184,15 @@ def test_it_leaves_the_step_alone(end):
     assert_moved_to(model, before)
 
 
-def named(model: nn.Module, products: list[Product]) -> list:
-    return groups_of(model, products)
-
-
 ORDINARY = r"product 1: its factor 1.U is .* group with weight_decay=0.1; pass frobenius_decay=0.0 to parameter_gr"
 
 
 @pytest.mark.parametrize(
     ("params", "options", "message"),
     [
-        (named, {"mode": "l2"}, "mode of Frobenius decay must be one of penalty, coupled, decoupled, got 'l2'"),
-        (named, {"weight_decay": -0.1}, "weight_decay of Frobenius decay must not be negative, got -0.1"),
-        (named, {"products": []}, r"there are no products to decay; find_products\(model\) lists those"),
+        (groups_of, {"mode": "l2"}, "mode of Frobenius decay must be one of penalty, coupled, decoupled, got 'l2'"),
+        (groups_of, {"weight_decay": -0.1}, "weight_decay of Frobenius decay must not be negative, got -0.1"),
+        (groups_of, {"products": []}, r"there are no products to decay; find_products\(model\) lists those"),
         (lambda m, p: m.parameters(), {}, r"the parameters have none: build the optimizer from parameter_groups"),
         (lambda m, p: parameter_groups(m, weight_decay=0.1, products=p), {}, ORDINARY),
         (

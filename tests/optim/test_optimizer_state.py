@@ -143,60 +143,48 @@ def test_a_cast_model_is_refused_until_its_state_is_cast(dtype, optimizer):
     assert_close(dict(model.named_parameters()), dict(again.named_parameters()), rtol=tolerance, atol=tolerance)
 
 
-def of_another_model(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+def after_a_step(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    run_back(model)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def of_another_model(model: nn.Module) -> dict[str, Any]:
     wider = nn.Sequential(nn.Linear(7, 6), FactorizedLinear(6, 11, 3), nn.Linear(11, 3))
-    theirs = optimizer(wider)
-    run_back(wider)
-    theirs.step()
-    return theirs.state_dict()
+    return after_a_step(flambe(wider), wider)
 
 
-def in_another_order(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    theirs = Lamb(reversed(list(model.named_parameters())))
-    run_back(model)
-    return theirs.state_dict()
-
-
-def of_sgd(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    theirs = torch.optim.SGD(model.named_parameters(), momentum=0.9)
-    run_back(model)
-    theirs.step()
-    return theirs.state_dict()
-
-
-def of_amsgrad(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    theirs = torch.optim.AdamW(model.named_parameters(), amsgrad=True)
-    run_back(model)
-    theirs.step()
-    return theirs.state_dict()
-
-
-def with_numbers_for_steps(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    theirs = optimizer(model)
-    run_back(model)
-    theirs.step()
-    state = theirs.state_dict()
+def with_numbers_for_steps(model: nn.Module) -> dict[str, Any]:
+    state = after_a_step(flambe(model), model)
     return {**state, "state": {i: {**values, "step": int(values["step"])} for i, values in state["state"].items()}}
 
 
-def with_fewer_groups(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    return Lamb(parameter_groups(model, weight_decay=0.1)).state_dict()
-
-
-FOREIGN = {
+FOREIGN: dict[str, tuple[Callable[[nn.Module], dict[str, Any]], str]] = {
     "another-model": (of_another_model, r"exp_avg of 0\.weight is .*\(6, 7\).*\(5, 7\)"),
-    "another-order": (in_another_order, "2.bias in the place of 0.weight"),
-    "sgd": (of_sgd, "needs betas, eps"),
-    "amsgrad": (of_amsgrad, r"the state of 0\.weight holds .*max_exp_avg_sq"),
+    "another-order": (
+        lambda model: Lamb(reversed(list(model.named_parameters()))).state_dict(),
+        "2.bias in the place of 0.weight",
+    ),
+    "sgd": (
+        lambda model: after_a_step(torch.optim.SGD(model.named_parameters(), momentum=0.9), model),
+        "needs betas, eps",
+    ),
+    "amsgrad": (
+        lambda model: after_a_step(torch.optim.AdamW(model.named_parameters(), amsgrad=True), model),
+        r"the state of 0\.weight holds .*max_exp_avg_sq",
+    ),
     "steps-as-numbers": (with_numbers_for_steps, r"step of 0\.weight is 1 of type int"),
-    "other-groups": (with_fewer_groups, "different number of parameter groups"),
+    "other-groups": (
+        lambda model: Lamb(parameter_groups(model, weight_decay=0.1)).state_dict(),
+        "different number of parameter groups",
+    ),
 }
 
 
 @pytest.mark.parametrize(("state", "message"), FOREIGN.values(), ids=FOREIGN)
 def test_a_foreign_state_is_refused_when_it_is_loaded(state, message):
     model = network()
-    foreign, ours = state(copy.deepcopy(model), flambe), flambe(model)
+    foreign, ours = state(copy.deepcopy(model)), flambe(model)
     run_back(model)
     ours.step()
     before, groups = snapshot(model, ours), copy.deepcopy(ours.state_dict()["param_groups"])

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from family import Family, Head
+from family import Family, Head, encoder_states, token_ids
 from torch import Tensor
 
 # Coprime where they can be, so that a transposed matrix cannot pass. A wide initializer, so that every weight shows.
@@ -31,10 +31,8 @@ BATCH, LENGTH = 4, 11
 
 def tokens(*shape: int) -> dict[str, Tensor]:
     """Random ids without padding ids, with the end of the first sequence masked."""
-    ids = torch.randint(1, SIZES["vocab_size"], shape or (BATCH, LENGTH))
-    mask = torch.ones_like(ids)
-    mask[0, ..., 7:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.randint(2, ids.shape)}
+    batch = token_ids(shape or (BATCH, LENGTH), 1, SIZES["vocab_size"])
+    return {**batch, "token_type_ids": torch.randint(2, batch["input_ids"].shape)}
 
 
 def masked_labels(*label_counts: int) -> Tensor:
@@ -48,12 +46,6 @@ def masked_labels(*label_counts: int) -> Tensor:
 def labels(high: int, *shape: int) -> Tensor:
     """Random class labels."""
     return torch.randint(high, shape or (BATCH,))
-
-
-def _memory() -> dict[str, Tensor]:
-    mask = torch.ones(BATCH, 6, dtype=torch.long)
-    mask[1, 4:] = 0
-    return {"encoder_hidden_states": torch.randn(BATCH, 6, SIZES["hidden_size"]), "encoder_attention_mask": mask}
 
 
 _ROWS = (3, 1, 5, 2)
@@ -75,7 +67,7 @@ CROSS_DECODER = Head(
     BERT,
     "LMHeadModel",
     "AutoModelForCausalLM",
-    lambda: {**DECODER.inputs(), **_memory()},
+    lambda: {**DECODER.inputs(), **encoder_states(BATCH, SIZES["hidden_size"])},
     config={**_DECODER, "add_cross_attention": True},
 )
 SEQUENCE = Head(

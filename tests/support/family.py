@@ -105,6 +105,21 @@ class Head:
         return self.inputs()
 
 
+def token_ids(shape: tuple[int, ...], first: int, vocab_size: int) -> dict[str, Tensor]:
+    """Random ids from ``first`` on, with the end of the first sequence masked."""
+    ids = torch.randint(first, vocab_size, shape)
+    mask = torch.ones_like(ids)
+    mask[0, ..., 7:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def encoder_states(batch_size: int, width: int) -> dict[str, Tensor]:
+    """States of an encoder, some of them masked."""
+    mask = torch.ones(batch_size, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    return {"encoder_hidden_states": torch.randn(batch_size, 6, width), "encoder_attention_mask": mask}
+
+
 def run(model: PreTrainedModel, batch: dict[str, Tensor], **options: Any) -> dict[str, Any]:
     """Every tensor that the model returns; a cache is left out."""
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from family import Family, Head
+from family import Family, Head, encoder_states, token_ids
 from torch import Tensor
 
 # Coprime where they can be, so that a transposed matrix cannot pass. A wide initializer, so that every weight shows.
@@ -36,23 +36,13 @@ BATCH, LENGTH = 4, 11
 
 def tokens(*shape: int) -> dict[str, Tensor]:
     """Random ids without special ones, with the end of the first sequence masked."""
-    ids = torch.randint(3, SIZES["vocab_size"], shape or (BATCH, LENGTH))
-    mask = torch.ones_like(ids)
-    mask[0, ..., 7:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return token_ids(shape or (BATCH, LENGTH), 3, SIZES["vocab_size"])
 
 
 def next_words() -> dict[str, Tensor]:
     """Tokens of which all but the masked ones are to be predicted."""
     batch = tokens()
     return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
-
-
-def memory() -> dict[str, Tensor]:
-    """States of an encoder, some of them masked."""
-    mask = torch.ones(BATCH, 6, dtype=torch.long)
-    mask[1, 4:] = 0
-    return {"encoder_hidden_states": torch.randn(BATCH, 6, SIZES["n_embd"]), "encoder_attention_mask": mask}
 
 
 def _choices() -> dict[str, Tensor]:
@@ -69,7 +59,7 @@ CROSS_LM = Head(
     GPT2,
     "LMHeadModel",
     "AutoModelForCausalLM",
-    lambda: {**next_words(), **memory()},
+    lambda: {**next_words(), **encoder_states(BATCH, SIZES["n_embd"])},
     config={"add_cross_attention": True},
 )
 DOUBLE = Head(GPT2, "DoubleHeadsModel", None, _choices)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers
-from family import Family, Head
+from family import Family, Head, encoder_states
 from torch import Tensor
 from transformers import PegasusConfig, PreTrainedConfig, PreTrainedModel
 
@@ -78,9 +78,7 @@ def translation() -> dict[str, Tensor]:
 
 def continuation() -> dict[str, Tensor]:
     """What a decoder alone is given, beside the states of some encoder."""
-    mask = torch.ones(BATCH, 6, dtype=torch.long)
-    mask[1, 4:] = 0
-    states = {"encoder_hidden_states": torch.randn(BATCH, 6, SIZES["d_model"]), "encoder_attention_mask": mask}
+    states = encoder_states(BATCH, SIZES["d_model"])
     return {**source(), "labels": torch.randint(3, 47, (BATCH, SOURCE)), **states}
 
 

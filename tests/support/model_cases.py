@@ -19,6 +19,12 @@ HEADS: dict[str, Head] = {
 }
 # A head of each family that has all that its others have.
 TYPICAL = ("bert-cross-decoder", "gpt2-cross-lm", "llama-biases", "marian-separate")
+NO_DROPOUT = {
+    "Bert": bert_cases.NO_DROPOUT,
+    "GPT2": gpt2_cases.NO_DROPOUT,
+    "Llama": {},
+    "Marian": marian_cases.NO_DROPOUT,
+}
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 
 

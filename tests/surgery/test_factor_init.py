@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import bert_cases
+import gpt2_cases
+import marian_cases
 import pytest
 import torch
 from conv_cases import factorized
-from family import attentions
+from family import Head, attentions
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
@@ -16,15 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl import (
     FactorizationConfig,
-    FactorizedBertConfig,
-    FactorizedBertForMaskedLM,
     FactorizedConv2d,
     FactorizedEmbedding,
-    FactorizedGPT2Config,
-    FactorizedGPT2LMHeadModel,
     FactorizedLinear,
-    FactorizedMarianConfig,
-    FactorizedMarianMTModel,
     factorize_,
     spectral_init,
 )
@@ -32,40 +29,21 @@ from hf_fnl.layers import Factorized
 from hf_fnl.layers.linear import dense_weight
 
 HEADS = 3
-FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "bert": (
-        FactorizedBertConfig,
-        FactorizedBertForMaskedLM,
-        {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2},
-    ),
-    "gpt2": (FactorizedGPT2Config, FactorizedGPT2LMHeadModel, {"vocab_size": 101, "n_embd": 48, "n_layer": 2}),
+FAMILIES: dict[str, tuple[Head, dict[str, Any]]] = {
+    "bert": (bert_cases.MASKED_LM, {"hidden_size": 48, "intermediate_size": 80, "initializer_range": 0.02}),
+    "gpt2": (gpt2_cases.LM, {"n_embd": 48, "n_inner": None, "initializer_range": 0.02}),
     "marian": (
-        FactorizedMarianConfig,
-        FactorizedMarianMTModel,
-        {
-            "vocab_size": 101,
-            "d_model": 48,
-            "encoder_layers": 2,
-            "decoder_layers": 1,
-            "encoder_ffn_dim": 80,
-            "decoder_ffn_dim": 80,
-            "pad_token_id": 100,
-            "decoder_start_token_id": 100,
-        },
+        marian_cases.MT,
+        {"d_model": 48, "encoder_ffn_dim": 80, "decoder_ffn_dim": 80, "decoder_layers": 1, "init_std": 0.02},
     ),
-}
-ATTENTION_HEADS = {
-    "bert": {"num_attention_heads": HEADS},
-    "gpt2": {"n_head": HEADS, "bos_token_id": 1, "eos_token_id": 2},
-    "marian": {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "eos_token_id": 0},
 }
 RANKS = {"qk_rank": 5, "ov_rank": 7, "ffn_rank": 9, "embedding_rank": 11}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def build(family: str, **options: Any) -> PreTrainedModel:
-    config, model, sizes = FAMILIES[family]
-    return model(config(**sizes, **ATTENTION_HEADS[family], **options)).eval()
+    head, sizes = FAMILIES[family]
+    return head.build(options, vocab_size=101, **sizes)
 
 
 def trained(family: str, **options: Any) -> PreTrainedModel:
@@ -196,7 +174,7 @@ def test_default_kernels_are_drawn_by_the_fan_ins_of_the_authors_code(scheme, si
 
 @pytest.mark.parametrize(("family", "given"), [("bert", "configuration"), ("gpt2", "argument"), ("marian", "in-place")])
 def test_singular_values_are_ones_where_the_configuration_says_so(family, given, tmp_path):
-    model_class = FAMILIES[family][1]
+    model_class = FAMILIES[family][0].ours
     model = trained(family) if given == "argument" else trained(family, factor_init="spectral_ones")
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     dense = {name: dense_weight(module) for name, module in linear}

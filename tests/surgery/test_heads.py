@@ -7,77 +7,26 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import stock_cases
 import torch
 import transformers as T
+from stock_cases import FAMILIES, HEADS, HIDDEN, WIDTH, batch, logits
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_fnl import FactorizationConfig, factorize_, find_products, load, merge_, restore_
+from hf_fnl import FactorizationConfig, factorize_, find_products, merge_, restore_
 from hf_fnl.layers import FactorizedLinear, HeadProjection
 
-HIDDEN, WIDTH, HEADS, GROUPS, VOCAB = 24, 6, 4, 2, 31
-_DECODER: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 23,
-    "num_hidden_layers": 2,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": GROUPS,
-    "head_dim": WIDTH + 2,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_ENCODER = {key: _DECODER[key] for key in _DECODER if key not in ("head_dim", "num_key_value_heads")}
-_GPT2 = {
-    "vocab_size": VOCAB,
-    "n_embd": HIDDEN,
-    "n_layer": 2,
-    "n_head": HEADS,
-    "n_positions": 40,
-    "initializer_range": 0.3,
-}
-_T5 = {"vocab_size": VOCAB, "d_model": HIDDEN, "d_kv": 7, "num_heads": HEADS, "num_layers": 2, "d_ff": 23}
-# Class, sizes, and the products by which its attentions compute.
-MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "llama": ("LlamaForCausalLM", _DECODER, ("ov",)),
-    "llama-biases": ("LlamaForCausalLM", {**_DECODER, "attention_bias": True}, ("ov",)),
-    "mistral-sliding": ("MistralForCausalLM", {**_DECODER, "sliding_window": 3}, ("ov",)),
-    "qwen3": ("Qwen3ForCausalLM", _DECODER, ("ov",)),
-    "phi3": ("Phi3ForCausalLM", {k: v for k, v in _DECODER.items() if k != "head_dim"}, ("ov",)),
-    "gpt2": ("GPT2LMHeadModel", _GPT2, ("qk", "ov")),
-    "bert": ("BertForMaskedLM", _ENCODER, ("qk", "ov")),
-    "opt": ("OPTForCausalLM", {**_ENCODER, "word_embed_proj_dim": HIDDEN, "ffn_dim": 23}, ("qk", "ov")),
-    "t5": ("T5ForConditionalGeneration", _T5, ("qk", "ov")),
-}
 each_model = pytest.mark.parametrize("name", ["llama-biases", "qwen3", "phi3", "gpt2", "bert", "t5"])
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model_class = getattr(T, MODELS[name][0])
-    model = model_class(model_class.config_class(**MODELS[name][1])).to(dtype).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            nn.init.normal_(parameter, 0.5)
-    return model
-
-
-def batch(model: PreTrainedModel, length: int = 6) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(3, VOCAB, (2, length))
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(**batch(model)).logits
+    return stock_cases.build(name, dtype)
 
 
 def cut(name: str, model: PreTrainedModel, calibration: Any = None, **options: Any) -> Any:
-    options = {"kinds": MODELS[name][2], **options}
+    options = {"kinds": FAMILIES[name].kinds, **options}
     return factorize_(model, FactorizationConfig(**options), calibration=calibration)
 
 
@@ -92,7 +41,7 @@ def test_heads_of_full_rank_compute_what_they_did(name):
         model = build(name)
         before = logits(model)
         done = cut(name, model, batch(model, 40) if calibrated else None, rank_scale=1.0)
-        assert {replacement.kind for replacement in done.replacements} == set(MODELS[name][2])
+        assert {replacement.kind for replacement in done.replacements} == set(FAMILIES[name].kinds)
         assert_close(logits(model), before, rtol=tolerance, atol=tolerance)
 
 
@@ -106,9 +55,9 @@ def test_a_product_is_the_nearest_of_its_rank(name):
             nn.init.zeros_(parameter)
     dense = copy.deepcopy(model)
     done = {each.name: each for each in cut(name, model, rank=2).replacements}
-    products = {product.name: product for product in find_products(model, MODELS[name][2])}
+    products = {product.name: product for product in find_products(model, FAMILIES[name].kinds)}
     assert products.keys() == done.keys()
-    for product in find_products(dense, MODELS[name][2]):
+    for product in find_products(dense, FAMILIES[name].kinds):
         left, right = product.factors(dense)
         full, shared = (left, right) if left.shape[:-2] != right.shape[:-2] and left.shape[1] > 1 else (right, left)
         full, shared = (x if x.ndim == 4 else x.unsqueeze(1) for x in (full, shared))
@@ -117,48 +66,6 @@ def test_a_product_is_the_nearest_of_its_rank(name):
         lost = (product.matrix(dense) - products[product.name].matrix(model)).square().sum()
         assert_close(lost, energies[..., 2:].sum())
         assert_close(done[product.name].energy, float(energies[..., :2].sum() / energies.sum()))
-
-
-@each_model
-def test_it_is_saved_and_loaded_and_merged(name, tmp_path):
-    model = build(name, torch.float32)
-    plain = {key: type(module) for key, module in model.named_modules()}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    done = cut(name, model, rank=2)
-    left = sum(parameter.numel() for parameter in model.parameters())
-    assert parameters - left == done.parameters_before - done.parameters_after > 0
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    for loaded in (load(tmp_path), type(model).from_pretrained(tmp_path)):
-        assert narrow_layers(loaded).keys() == narrow_layers(model).keys()
-        assert torch.equal(logits(loaded), expected)
-    merge_(loaded)
-    assert {key: type(module) for key, module in loaded.named_modules()} == plain
-    assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
-    loaded.save_pretrained(tmp_path / "plain")
-    assert "hf_fnl" not in (tmp_path / "plain" / "config.json").read_text()
-
-
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
-@pytest.mark.parametrize(
-    ("name", "attention"),
-    [("llama-biases", "eager"), ("mistral-sliding", "sdpa"), ("phi3", "sdpa"), ("gpt2", "sdpa"), ("opt", "eager")],
-)
-def test_it_generates_as_the_merged_model_does(name, attention):
-    model = build(name)
-    model.set_attn_implementation(attention)
-    cut(name, model, rank=2)
-    merged = copy.deepcopy(model)
-    merge_(merged)
-    ids = batch(model)["input_ids"]
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0  # padded on the left
-    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 2}):
-        assert torch.equal(model.generate(ids, **options, **cache), merged.generate(ids, **options, **cache)), cache
-    early = StaticCache(config=model.config, max_cache_len=12)
-    given = model.generate(ids, **options, past_key_values=early)
-    assert torch.equal(given, merged.generate(ids, **options))
 
 
 @each_model
