@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_fnl.layers.weight import readable_weight, refuse_write
+from hf_fnl.layers.weight import HoldsFactors
 from hf_fnl.math.factors import product
 from hf_fnl.math.spectral import (
     DRAWN_METHODS,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Dense = TypeVar("Dense", bound=nn.Module)
 
 
-class Factorized(nn.Module):
+class Factorized(HoldsFactors):
     """A layer that holds factors in the place of a weight.
 
     Args:
@@ -93,45 +93,10 @@ class Factorized(nn.Module):
         """Values for :meth:`factors` from the dense layer's weight."""
         raise NotImplementedError
 
-    def factors(self) -> tuple[Tensor, ...]:
-        """The factors in the order in which they are multiplied."""
-        raise NotImplementedError
-
     @property
     def dense_shape(self) -> tuple[int, ...]:
         """Shape of the dense layer's weight."""
         return self.shape
-
-    def weight_from(self, *factors: Tensor) -> Tensor:
-        """The dense layer's weight, in the layout that this layer has, as a function of :meth:`factors`."""
-        raise NotImplementedError
-
-    def dense_weight(self) -> Tensor:
-        """The dense layer's weight: the factors multiplied out, in the layout that this layer has."""
-        return self.weight_from(*self.factors())
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense layer's weight, to be read: see :class:`~hf_fnl.layers.weight.DenseWeight`.
-
-        Raises:
-            RuntimeError: If something is written into it, or put in its place.
-        """
-        return readable_weight(self)
-
-    @weight.setter
-    def weight(self, value: object) -> None:
-        refuse_write(self, "layer.weight = ...")
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in torch; ``weight`` is none.
-
-        Raises:
-            RuntimeError: If the name is ``"weight"``.
-        """
-        if name == "weight":
-            refuse_write(self, "layer.weight = ...")
-        super().register_parameter(name, param)
 
     def draw_(self, weight: Tensor) -> None:
         """Fill a weight as the dense layer's own initialization would, :class:`torch.nn.Linear`'s unless overridden."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers.linear import FactorizedLinear, dense_weight
-from hf_fnl.layers.weight import readable_weight, refuse_write
+from hf_fnl.layers.weight import HoldsFactors, refuse_write
 from hf_fnl.math.factors import product
 from hf_fnl.math.spectral import check_rank
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class LinearPair(nn.Sequential):
+class LinearPair(HoldsFactors, nn.Sequential):
     r"""``y = (x A^T) B^T + b``: two linear layers, ``A (rank, in)`` without a bias and then ``B (out, rank)`` with it.
 
     They are ``pair[0]`` and ``pair[1]``, of class ``torch.nn.Linear``, so that whatever is done to such layers can be
@@ -118,18 +118,9 @@ class LinearPair(nn.Sequential):
         shape = (self.out_features, self.in_features)
         return shape[::-1] if self.dense_class is Conv1D else shape
 
-    def weight_from(self, U: Tensor, V: Tensor) -> Tensor:
+    def weight_from(self, *factors: Tensor) -> Tensor:
         """Return the dense layer's weight, which ``Conv1D`` holds transposed."""
-        return product(U, V).mT if self.dense_class is Conv1D else product(U, V)
-
-    def dense_weight(self) -> Tensor:
-        """Return the dense layer's weight: the two multiplied out."""
-        return self.weight_from(*self.factors())
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense layer's weight, to be read, as that of a factorized layer."""
-        return readable_weight(self)
+        return product(*factors).mT if self.dense_class is Conv1D else product(*factors)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in torch; ``bias`` is that of the second layer.

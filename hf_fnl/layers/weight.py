@@ -9,28 +9,64 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from hf_fnl.layers.base import Factorized
-    from hf_fnl.layers.linear_pair import LinearPair
+
+class HoldsFactors(nn.Module):
+    """Module that holds a weight only as factors; ``weight`` can be read, and nothing be written into it."""
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the dense layer's weight."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors in the order in which they are multiplied."""
+        raise NotImplementedError
+
+    def weight_from(self, *factors: Tensor) -> Tensor:
+        """The dense layer's weight, in the layout that this layer has, as a function of :meth:`factors`."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor:
+        """The dense layer's weight: the factors multiplied out, in the layout that this layer has."""
+        return self.weight_from(*self.factors())
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense layer's weight, to be read: a :class:`DenseWeight`, or plain values for compilers and tracers.
+
+        Raises:
+            RuntimeError: If something is written into it, or put in its place.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.dense_weight()
+        factors = self.factors()
+        # As of a parameter, `requires_grad` does not depend on where it is asked for.
+        with torch.set_grad_enabled(not any(factor.is_inference() for factor in factors)):
+            weight: Tensor = _Composition.apply(self, *factors)
+        return weight
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        refuse_write(self, "layer.weight = ...")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; ``weight`` is none.
+
+        Raises:
+            RuntimeError: If the name is ``"weight"``.
+        """
+        if name == "weight":
+            refuse_write(self, "layer.weight = ...")
+        super().register_parameter(name, param)
 
 
-def readable_weight(layer: Factorized | LinearPair) -> Tensor:
-    """Return ``W`` of a layer: a :class:`DenseWeight`, or plain values where a compiler or a tracer follows them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return layer.dense_weight()
-    factors = layer.factors()
-    # As of a parameter, `requires_grad` does not depend on where it is asked for.
-    with torch.set_grad_enabled(not any(factor.is_inference() for factor in factors)):
-        weight: Tensor = _Composition.apply(layer, *factors)
-    return weight
-
-
-def refuse_write(layer: Factorized | LinearPair, operation: str) -> NoReturn:
+def refuse_write(layer: HoldsFactors, operation: str) -> NoReturn:
     """Raise a ``RuntimeError`` that says what to do in the place of a write into the weight of a layer."""
     kind = type(layer).__name__
     names = ", ".join(name for name, _ in layer.named_parameters() if not name.endswith("bias"))
@@ -46,7 +82,7 @@ class _Composition(torch.autograd.Function):
     """``W`` as a function of its factors, which are multiplied when it is read."""
 
     @staticmethod
-    def forward(layer: Factorized, *factors: Tensor) -> Tensor:
+    def forward(layer: HoldsFactors, *factors: Tensor) -> Tensor:
         return DenseWeight(layer, factors)
 
     @staticmethod
@@ -77,7 +113,7 @@ class DenseWeight(Tensor):
         values: Those of a view, which is of their shape.
     """
 
-    _layer: Factorized
+    _layer: HoldsFactors
     _factors: tuple[Tensor, ...]
     _view_values: Tensor | None
     _address: Tensor | None
@@ -85,7 +121,7 @@ class DenseWeight(Tensor):
     _is_hf_initialized: bool
 
     @staticmethod
-    def __new__(cls, layer: Factorized, factors: Sequence[Tensor], values: Tensor | None = None) -> Self:  # noqa: D102
+    def __new__(cls, layer: HoldsFactors, factors: Sequence[Tensor], values: Tensor | None = None) -> Self:  # noqa: D102
         like = factors[0] if values is None else values
         shape = layer.dense_shape if values is None else values.shape
         options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}

@@ -83,7 +83,10 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         super().post_init()
         if is_first and any(map(is_partitioned, self.parameters())):
             name = type(self).__name__
-            raise ValueError(f"a {name} is made whole: call {name}(config), and DeepSpeed divides it when it starts")
+            raise ValueError(
+                f"DeepSpeed divided the layers of this {name} before they could be cut: make it by {name}(config) "
+                "outside of deepspeed.zero.Init, and DeepSpeed divides it when it starts"
+            )
         if is_first:
             self._cut_(cuts_of(self, self.config))
             refuse_unknown_inputs_(self, self.loss_inputs)
@@ -268,9 +271,9 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             if data is not None and isinstance(layer, Factorized) and getattr(dense, "bias", None) is not None:
                 dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
         swap_(self, replacements, models_in(self))
-        for target in (each.target for each in cuts) if self.shapes_heads else ():
-            if isinstance(target, HeadTarget):
-                narrow_(self.get_submodule(target.module_name))
+        attentions = {each.target.module_name: None for each in cuts if isinstance(each.target, HeadTarget)}
+        for name in attentions if self.shapes_heads else ():
+            narrow_(self.get_submodule(name))
 
     @torch.no_grad()
     def merge(self) -> PreTrainedModel:

@@ -163,7 +163,7 @@ def live_models(module: nn.Module) -> list[PreTrainedModel]:
     if gc.get_freeze_count() and not isinstance(module, PreTrainedModel):
         warnings.warn(
             f"after gc.freeze() it cannot be told which model holds this {type(module).__name__}: if one of "
-            "Transformers does, hand over that model, or its configuration will not say what was factorized",
+            "Transformers does, pass that model, or its configuration will not say what was factorized",
             stacklevel=3,
         )
     objects, classes = gc.get_objects(), set(_subclasses(PreTrainedModel))

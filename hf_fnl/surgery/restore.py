@@ -61,7 +61,7 @@ def merge_(model: nn.Module) -> list[str]:
     for name, layer in layers.items():
         reason = replacement_obstacle(layer)
         if other := next((outside[factor] for factor in held_weights(layer) if factor in outside), None):
-            reason = f"its factor is also {other}, outside of what is merged: hand over what holds both"
+            reason = f"its factor is also {other}, outside of what is merged: pass the model that holds both"
         if reason is not None:
             raise ValueError(f"{name} cannot be merged: {reason}")
     weight_of: dict[Tensor, nn.Parameter] = {}

@@ -76,7 +76,7 @@ def select(
         is_output = any(layer in outputs or isinstance(layer, nn.Embedding) for layer in holders.values())
         reason = _obstacle(model, holders, config)
         if reason is None and weight in outside:
-            reason = f"its weight is also {outside[weight]}, outside of what is factorized: hand over what holds both"
+            reason = f"its weight is also {outside[weight]}, {_OUTSIDE}"
         if reason is None and is_output and not wants_embeddings and not any(map(config.matches_explicitly, chosen)):
             reason = "it is the output embedding: add 'embedding' to kinds, or its name to include"
         if reason is None:
@@ -143,9 +143,9 @@ def _heads_of(
         if len(others) > 0:
             return f"its weight is also that of {others[0]}"
         if weight in outside:
-            return f"its weight is also {outside[weight]}, outside of what is factorized: hand over what holds both"
+            return f"its weight is also {outside[weight]}, {_OUTSIDE}"
         if computes_otherwise(type(layer)) and not isinstance(layer, HeadProjection):
-            return f"a {type(layer).__name__} does not compute what a stock layer does"
+            return f"{type(layer).__name__} does not compute what a stock layer does"
         if is_read_by_its_parent(layer):
             return _READ_BY_ITS_PARENT
         if reason := weight_obstacle(weight) or replacement_obstacle(layer):
@@ -220,7 +220,7 @@ def _why_not(layer: nn.Module, attribute: str) -> str:
     if isinstance(layer, HeadProjection):
         return "its heads are cut"
     if computes_otherwise(type(layer)):
-        return f"a {kind} does not compute what a {stock.__name__} does"
+        return f"{kind} does not compute what {stock.__name__} does"
     if attribute != "weight":
         return f"its weight is computed from {attribute}"
     if type(layer) is stock:
@@ -268,6 +268,7 @@ def _output_embeddings(model: nn.Module) -> set[nn.Module]:
     return {output for output in (m.get_output_embeddings() for m in models) if output is not None}
 
 
+_OUTSIDE = "outside of what is factorized: pass the model that holds both"
 _READ_BY_ITS_PARENT = "torch's MultiheadAttention reads its weight and does not call it"
 
 
@@ -307,7 +308,7 @@ def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -
 def _class_that_differs(model: nn.Module, name: str) -> str:
     holder = type(model.get_submodule(name.rpartition(".")[0]))
     stock = stock_class(holder)
-    return "" if stock is None else f": a {holder.__name__} does not compute what a {stock.__name__} does"
+    return "" if stock is None else f": {holder.__name__} does not compute what {stock.__name__} does"
 
 
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:

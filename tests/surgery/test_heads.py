@@ -149,7 +149,7 @@ def test_a_budget_and_an_energy_go_by_spectra():
             {"kinds": ("qk", "ov"), "include": ("*.self_attn",)},
             "self_attn.qk cannot be cut: the attention does",
         ),
-        ("llama", {"rank": 9}, r"rank of model.layers.0.self_attn.ov must be in \[1, 8\], got 9"),
+        ("llama", {"rank": 9}, r"rank of model.layers.0.self_attn.ov must be in \[1, 6\], got 9"),
         ("llama", {"kinds": ("ov",), "deep": True}, "deep are for linear layers and convolutions, not for kind 'ov'"),
         ("llama", {"kinds": ("ov",), "exclude": ("*o_proj",)}, "no layer of LlamaForCausalLM matches kinds=ov"),
     ],
