@@ -357,5 +357,4 @@ def _plain(value: object) -> str:
 
 
 def _one_line(value: object) -> str:
-    # JSON may hold half of a surrogate pair, which no file can.
-    return printable(" ".join(str(value).encode("utf-8", "replace").decode().split()))
+    return printable(" ".join(str(value).split()))

@@ -120,49 +120,6 @@ def test_heads_of_gpt2_may_have_two_widths(qk, ov, is_cross):
     assert_close({product.kind: product.matrix(attention) for product in find_products(attention)}, expected)
 
 
-def run_bert(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    attention = model.encoder.layer[0].attention
-    context, weights = attention.self(x)
-    return attention.output.dense(context), weights
-
-
-def run_gpt2(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    return model.h[0].attn(x)
-
-
-def run_llama(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    unrotated = torch.ones(1, x.shape[1], 4), torch.zeros(1, x.shape[1], 4)
-    return model.layers[0].self_attn(x, position_embeddings=unrotated, attention_mask=None)
-
-
-def run_t5(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    output, _, weights = model.decoder.block[0].layer[1].EncDecAttention(x, key_value_states=x)
-    return output, weights
-
-
-@pytest.mark.parametrize(
-    ("name", "run", "product_name", "scale"),
-    [
-        pytest.param("bert", run_bert, "encoder.layer.0.attention", 5**-0.5, id="bert"),
-        pytest.param("gpt2", run_gpt2, "h.0.attn", 5**-0.5, id="gpt2"),
-        pytest.param("llama", run_llama, "layers.0.self_attn", 4**-0.5, id="llama"),
-        pytest.param("phi3", run_llama, "layers.0.self_attn", 4**-0.5, id="phi3"),
-        pytest.param("t5", run_t5, "decoder.block.0.layer.1.EncDecAttention", 1.0, id="t5"),
-    ],
-)
-def test_products_are_what_an_attention_computes(name, run, product_name, scale):
-    """Scores are ``x Q_h K_h^T x^T`` and the output is a weighted sum of ``x V_h O_h^T``, head by head."""
-    model = CASES[name].build().double()
-    with register_attention(rotary_attention):
-        products = [p for p in find_products(model) if p.name.startswith(product_name + ".")]
-    qk, ov = (product.matrix(model).flatten(0, -3) for product in products)
-    x = torch.randn(1, 7, qk.shape[-1]).double() / 4
-    with torch.no_grad():
-        output, weights = run(model, x)
-    assert_close(weights[0], torch.softmax(x @ qk @ x.mT * scale, -1), check_dtype=False)
-    assert_close(output[0], (weights[0] @ x @ ov).sum(0))
-
-
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 7, "vdim": 5}], ids=["one-size", "three-sizes"])
 def test_torchs_attention(sizes):
     attention = nn.MultiheadAttention(HIDDEN, HEADS, batch_first=True, **sizes)

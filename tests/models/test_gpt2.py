@@ -1,4 +1,4 @@
-"""Factorized GPT-2: heads of unequal ranks, one product for queries, keys and values, caches, initial scales."""
+"""Factorized GPT-2: variants of attention, one product for queries, keys and values, initial scales."""
 
 import math
 
@@ -122,6 +122,3 @@ def test_a_cross_attention_may_start_otherwise_in_one_product_too() -> None:
         U, _ = product.factors(model)
         is_orthonormal = torch.allclose(U.mT @ U, torch.eye(11), atol=1e-4)
         assert is_orthonormal == (product.part is None), product.name
-
-
-# Cross-attention and caches

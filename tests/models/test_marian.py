@@ -1,4 +1,6 @@
-"""Factorized Marian computes what the stock model computes: every head, layout and kernel."""
+"""Factorized Marian: ranks of encoder and decoder, ties, labels, and the parts of its products."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,16 +53,19 @@ def test_every_selector_can_have_an_initialization_of_its_own(head: Head, table:
 
 
 @each_lm_head
-def test_what_the_stock_model_ties_is_tied_factor_by_factor(head: Head) -> None:
+def test_what_the_stock_model_ties_is_tied_factor_by_factor_and_so_it_is_loaded(head: Head, tmp_path: Path) -> None:
     ours, stock = head.build(LOW), head.build_stock()
+    ours.save_pretrained(tmp_path)
+    loaded = head.auto_class.from_pretrained(tmp_path)
     names = [name for name in factorized_layers(ours) if name.endswith(("shared", "embed_tokens", "lm_head"))]
     assert len(names) >= 2
     for first in names:
         for second in names:
             tied = stock.get_submodule(first).weight is stock.get_submodule(second).weight
             for factor in ("U", "V"):
-                a, b = (ours.get_parameter(f"{name}.{factor}") for name in (first, second))
-                assert (a is b) == tied, (first, second)
+                for model in (ours, loaded):
+                    a, b = (model.get_parameter(f"{name}.{factor}") for name in (first, second))
+                    assert (a is b) == tied, (first, second)
     expected = {  # by which savers and loaders know what to leave out
         name.replace("weight", factor): source.replace("weight", factor)
         for name, source in stock.all_tied_weights_keys.items()

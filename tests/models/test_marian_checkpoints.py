@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from family import Head
-from marian_cases import DECODER, LOW, MT, PRE_NORM, SEPARATE, SIZES, UNTIED
+from marian_cases import DECODER, LOW, MT, PRE_NORM, SIZES
 from safetensors import safe_open
 from torch.testing import assert_close
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
@@ -41,18 +41,6 @@ def test_positions_are_computed_and_neither_saved_nor_trained(head: Head, tmp_pa
     with safe_open(tmp_path / "model.safetensors", framework="pt") as weights:
         kept = {name for name, p in model.named_parameters() if p.requires_grad}
         assert set(weights.keys()) == {*kept, "final_logits_bias"}
-
-
-@pytest.mark.parametrize("head", [MT, SEPARATE, UNTIED], ids=["shared", "separate", "untied"])
-def test_ties_hold_after_loading(head: Head, tmp_path: Path) -> None:
-    model = trained(head, LOW)
-    model.save_pretrained(tmp_path)
-    loaded = head.auto_class.from_pretrained(tmp_path)
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith((".U", ".V"))]
-    for first in names:
-        for second in names:
-            tied = model.get_parameter(first) is model.get_parameter(second)
-            assert (loaded.get_parameter(first) is loaded.get_parameter(second)) == tied
 
 
 def test_the_decoder_of_a_translation_checkpoint(tmp_path: Path) -> None:

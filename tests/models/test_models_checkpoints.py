@@ -110,27 +110,6 @@ def test_a_head_on_the_checkpoint_of_a_backbone(head: Head, tmp_path: Path) -> N
         assert torch.isfinite(parameter).all(), key
 
 
-@pytest.mark.parametrize(
-    ("source", "target", "missing"),
-    [
-        ("bert-pretraining", "bert-sequence", {"classifier.weight", "classifier.bias"}),
-        ("gpt2-lm", "gpt2-sequence", {"score.weight"}),
-    ],
-    ids=["bert", "gpt2"],
-)
-@pytest.mark.usefixtures("poisoned_memory")
-def test_the_checkpoint_of_a_language_model_becomes_a_classifier(
-    source: str, target: str, missing: set[str], tmp_path: Path
-) -> None:
-    model = trained(HEADS[source], HEADS[source].family.low["all"])
-    model.save_pretrained(tmp_path)
-    loaded, info = HEADS[target].auto_class.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
-    assert info["missing_keys"] == missing
-    assert_same_state(loaded.base_model, model.base_model)
-    fresh = loaded.get_parameter(max(missing))
-    assert fresh.std().item() == pytest.approx(loaded.config.initializer_range, rel=0.3)
-
-
 @some("bert-masked-lm", "gpt2-lm", "marian-translation")
 def test_a_stock_checkpoint_loads_where_nothing_is_factorized(head: Head, tmp_path: Path) -> None:
     stock = head.build_stock()

@@ -8,7 +8,6 @@ import gpt2_cases
 import pytest
 import torch
 from family import Head
-from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
@@ -128,47 +127,6 @@ def test_the_loss_of_a_plain_head_holds_no_logits(embedding: dict[str, Any]) -> 
         change(model)
         goes_around = name == "nothing" or name.endswith("of the embedding")
         assert (model(**gpt2_cases.LM.batch()).logits is None) == goes_around, name
-
-
-ADAPTERS = {
-    "lora": lambda head: LoraConfig(target_modules=[head], r=2, init_lora_weights=False),
-    "saved": lambda head: LoraConfig(target_modules=["dense", "c_proj"], modules_to_save=[head.rpartition(".")[2]]),
-    "tokens of the head": lambda head: TrainableTokensConfig(target_modules=[head], token_indices=[3, 4]),
-    "tokens": lambda head: LoraConfig(
-        target_modules=["dense", "c_proj"], trainable_token_indices={"wte": [3, 4], "word_embeddings": [3, 4]}
-    ),
-}
-
-
-# For a factorized layer PEFT has no adapter and says so.
-ADAPTED = {
-    f"{embedding}-{adapter}": (EMBEDDINGS[embedding], adapter)
-    for embedding in EMBEDDINGS
-    for adapter in (["saved"] if "factorized" in embedding else ADAPTERS)
-}
-
-
-@each_head
-@pytest.mark.parametrize(("embedding", "adapter"), ADAPTED.values(), ids=ADAPTED)
-@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out", "ignore:.*modules_to_save", "ignore:.*[Uu]ntie")
-def test_adapters_of_the_head_train_and_count(
-    head: Head, options: dict[str, Any], embedding: dict[str, Any], adapter: str
-) -> None:
-    model = build(head, options, embedding)
-    output = model.get_output_embeddings()
-    (name,) = (name for name, module in model.named_modules() if module is output)
-    config = ADAPTERS[adapter](name)
-    if adapter == "tokens":
-        present = {"wte": head.family is gpt2_cases.GPT2, "word_embeddings": head.family is bert_cases.BERT}
-        config.trainable_token_indices = {key: [3, 4] for key, is_there in present.items() if is_there}
-    model = get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.linspace(0, 0.1, parameter.numel(), dtype=parameter.dtype).view_as(parameter))
-    results = [loss_and_gradients(model.train(training), head.batch()) for training in (False, True)]
-    assert_close(*results, **FLOAT32)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} <= results[0].keys()
 
 
 @each_head

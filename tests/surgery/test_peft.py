@@ -329,23 +329,6 @@ def test_an_adapter_is_merged_before_the_class_is(head, auto, target):
 # Prompts
 
 
-@pytest.mark.parametrize(
-    ("name", "head", "task"),
-    [
-        ("PrefixTuningConfig", GPT2_HEADS["lm"], "CAUSAL_LM"),
-        ("PromptTuningConfig", BERT_HEADS["sequence"], "SEQ_CLS"),
-    ],
-    ids=["gpt2", "bert"],
-)
-def test_prompts_before_a_factorized_embedding(name, head, task):
-    model = head.build({"embedding_rank": 6})
-    prompted = get_peft_model(model, getattr(peft, name)(task_type=task, num_virtual_tokens=3))
-    assert prompted.word_embeddings is model.get_input_embeddings()
-    outputs = prompted(IDS, attention_mask=torch.ones_like(IDS))
-    outputs[0].sum().backward()
-    assert all(p.grad is not None for p in prompted.prompt_encoder.parameters())
-
-
 def test_the_name_of_a_factor_gives_its_layer():
     model = GPT2_HEADS["lm"].build({"embedding_rank": 6})
     assert model.get_submodule("transformer.wte.U") is model.transformer.wte

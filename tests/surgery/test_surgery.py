@@ -231,22 +231,6 @@ def test_on_meta_ranks_cannot_depend_on_spectra(rule):
 # Initialization and calibration
 
 
-@pytest.mark.parametrize("init", ["spectral_ones", "default"])
-def test_factors_start_by_the_method_of_the_configuration(init):
-    model = nn.Sequential(nn.Linear(31, 41), nn.Embedding(31, 41), nn.Conv2d(11, 13, 3))
-    before = [layer.weight.detach().clone() for layer in model]
-    bias = model[0].bias.detach().clone()
-    done = factorize_(model, FactorizationConfig(rank=3, kinds=ALL_KINDS, init=init))
-    assert [layer.init for layer in model] == [init] * 3
-    assert [replacement.energy for replacement in done.replacements] == [None] * 3
-    assert torch.equal(model[0].bias, bias)
-    for layer, weight in zip(model, before, strict=True):
-        assert layer.weight.shape == weight.shape
-        if init == "spectral_ones":
-            singular_values = torch.linalg.svdvals(layer.composed())[:3]
-            assert_close(singular_values, torch.ones(3))
-
-
 def test_calibration_lowers_the_error_of_the_outputs_and_the_biases_stay_the_same_parameters():
     dense, data = Net(), Net.data()
     errors = []
