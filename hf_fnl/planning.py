@@ -29,8 +29,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -318,54 +318,47 @@ def _flops_of_layers(counter: FlopCounterMode, model: nn.Module, layers: list[nn
     return sum(sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name in names)
 
 
+@dataclass
 class Kept:
     """Bytes that autograd keeps in a forward pass, every storage once and no parameter; see :func:`kept_by`.
 
-    Attributes:
+    Args:
         total: All bytes so far.
         layers: Those that each layer added.
         inputs: Those of the hidden states that enter each layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.total = 0
-        self.layers: list[int] = []
-        self.inputs: list[int] = []
-        self._storages: dict[int, Tensor] = {_storage(parameter): parameter for parameter in model.parameters()}
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Count a tensor unless its storage is counted."""
-        if _storage(tensor) not in self._storages:
-            self._storages[_storage(tensor)] = tensor  # kept alive, so that no other storage gets its number
-            self.total += tensor.untyped_storage().nbytes()
-        return tensor
-
-    def begin_layer(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        """Begin a layer."""
-        self.inputs.append(args[0].nbytes)
-        self.layers.append(-self.total)
-
-    def end_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End it."""
-        self.layers[-1] += self.total
+    total: int = 0
+    layers: list[int] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
 
 
 @contextmanager
 def kept_by(model: nn.Module) -> Iterator[Kept]:
     """Count what autograd keeps while a model runs, on any device."""
-    kept, handles = Kept(model), []
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            handles += [
-                module.register_forward_pre_hook(kept.begin_layer),
-                module.register_forward_hook(kept.end_layer),
-            ]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
-            yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
+    kept = Kept()
+    storages: dict[int, Tensor] = {_storage(parameter): parameter for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in storages:
+            storages[_storage(tensor)] = tensor  # kept alive, so that no other storage gets its number
+            kept.total += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def begin_layer(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        kept.inputs.append(args[0].nbytes)
+        kept.layers.append(-kept.total)
+
+    def end_layer(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kept.layers[-1] += kept.total
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                stack.enter_context(module.register_forward_pre_hook(begin_layer))
+                stack.enter_context(module.register_forward_hook(end_layer))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+        yield kept
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,7 +1,8 @@
-"""A linear layer whose weight is a product of factors."""
+"""A linear layer whose weight is a product of factors, and parts of plain linear layers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,3 +138,40 @@ class FactorizedLinear(FactorizedMatrix):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}{deep}"
         )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Outputs of a linear layer that follow one another: all of them, or the queries of a layer that gives keys too.
+
+    Args:
+        layer: The layer.
+        start: First output.
+        length: Number of outputs; ``None`` for all from ``start`` on.
+    """
+
+    layer: nn.Linear | Conv1D
+    start: int = 0
+    length: int | None = None
+
+    def of(self, outputs: Tensor, dim: int = -1) -> Tensor:
+        """These outputs among all, which lie along ``dim``; a view."""
+        length = outputs.shape[dim] - self.start if self.length is None else self.length
+        return outputs.narrow(dim, self.start, length)
+
+    @property
+    def weight(self) -> Tensor:
+        """Their rows ``(length, in_features)`` of the weight, which ``Conv1D`` holds transposed; a view."""
+        return self.of(dense_weight(self.layer), 0)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Their part of the bias; a view."""
+        return None if self.layer.bias is None else self.of(self.layer.bias)
+
+    @torch.no_grad()
+    def set_(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Write their rows of the weight, and their part of the bias if there is one."""
+        self.weight.copy_(weight)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)

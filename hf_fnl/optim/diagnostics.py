@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention import Product
@@ -118,8 +116,6 @@ def parameter_count(model: nn.Module) -> Figures:
     total = sum(map(_numel, parameters))
     in_products = sum(_factor_count(layer) for layer in factorized_layers(model))
     dense = total + sum(before - after for after, before in map(layer_count, cut_layers(model)))
-    if getattr(model, "dense_class", None) is not None:
-        dense = _stock_count(model)
     return {
         "total": total,
         "trainable": sum(_numel(p) for p in parameters if p.requires_grad),
@@ -150,20 +146,6 @@ def layer_count(layer: nn.Module) -> tuple[int, int]:
         return layer.rank * (layer.in_features + layer.out_features), layer.in_features * layer.out_features
     assert isinstance(layer, Factorized)
     return _factor_count(layer), _dense_count(layer)
-
-
-def _stock_count(model: Any) -> int:
-    """Parameters of the stock model that one of ours stands for, with what a subclass of ours adds."""
-    with torch.device("meta"), init.no_init_weights():
-        stock = model.dense_class(model.config.to_dense())
-    stock.tie_weights()
-    names = {name for name, _ in stock.named_parameters(remove_duplicate=False)}
-    added = [
-        parameter
-        for name, parameter in model.named_parameters()
-        if not {name, f"{name.rpartition('.')[0]}.weight"} & names
-    ]
-    return sum(parameter.numel() for parameter in stock.parameters()) + sum(map(_numel, added))
 
 
 def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:

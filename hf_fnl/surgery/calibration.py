@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import TransformersKwargs, logging
 
-from hf_fnl.layers.span import Span
+from hf_fnl.layers.linear import Span
 from hf_fnl.math.truncation import HeadMoments, Moments
 from hf_fnl.surgery.blocks import BlockOutputCache, replaced_forwards
 from hf_fnl.surgery.padding import Batch, unpadded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,15 +58,11 @@ def candidates_of(
     candidates = []
     for name, group in groups.items():
         limits, counts, full = zip(*(target.sizes(**options) for target in group), strict=True)
-        count = functools.partial(_sum_of, counts)
+        count = functools.partial(lambda counts, rank: sum(count(rank) for count in counts), counts)
         dense = sum(target.parameters for target in group)
         of_group = functools.partial(energies, group, min(limits))
         candidates.append(Candidate(name, min(limits), count, dense, of_group, min(full), in_loss))
     return candidates
-
-
-def _sum_of(counts: Iterable[Callable[[int], int]], rank: int) -> int:
-    return sum(count(rank) for count in counts)
 
 
 def check_values(targets: Iterable[Target], *, calibrated: bool) -> None:

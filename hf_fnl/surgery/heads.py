@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention.projections import AttentionProjections
 from hf_fnl.layers import Factorized, HeadProjection
-from hf_fnl.layers.span import Span
+from hf_fnl.layers.linear import Span
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.math.truncation import HeadMoments, Projection, ov_energies, qk_energies, truncate_ov, truncate_qk

@@ -276,9 +276,10 @@ def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -
     """Why layers that share a weight cannot be factorized together, if they cannot."""
     for name, layer in holders.items():
         if layer is None:
-            return f"its weight is also {name}, which is not the weight of a layer that can be factorized" + (
-                _class_that_differs(model, name)
-            )
+            holder = type(model.get_submodule(name.rpartition(".")[0]))
+            stock = stock_class(holder)
+            why = "" if stock is None else f": {holder.__name__} does not compute what {stock.__name__} does"
+            return f"its weight is also {name}, which is not the weight of a layer that can be factorized{why}"
         if not name:
             return "it is the model itself; use the from_dense of its factorized class"
         if config.excludes(name):
@@ -303,12 +304,6 @@ def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -
     except ValueError as error:
         return str(error)
     return None
-
-
-def _class_that_differs(model: nn.Module, name: str) -> str:
-    holder = type(model.get_submodule(name.rpartition(".")[0]))
-    stock = stock_class(holder)
-    return "" if stock is None else f": {holder.__name__} does not compute what {stock.__name__} does"
 
 
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:

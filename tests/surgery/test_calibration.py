@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import AlbertConfig, AlbertModel
 
 from hf_fnl.layers import FactorizedLinear
-from hf_fnl.layers.span import Span
+from hf_fnl.layers.linear import Span
 from hf_fnl.math.truncation import Moments
 from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.calibration import CalibrationData, Handler, HeadMomentsRequest, Request, visit_modules
