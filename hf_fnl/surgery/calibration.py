@@ -81,7 +81,18 @@ class CalibrationData:
     """
 
     def __init__(self, model: nn.Module, batches: Calibration) -> None:
-        self.model, self.batches = model, checked_batches(model, batches)
+        self.model: nn.Module = model
+        self.batches: Sequence[Batch] = [batches] if isinstance(batches, Mapping) else list(batches)
+        if not self.batches:
+            raise ValueError("there are no calibration batches")
+        for number, batch in enumerate(self.batches):
+            _check(f"calibration batch {number}" if len(self.batches) > 1 else "the calibration batch", batch)
+            if set(batch) != set(self.batches[0]):
+                raise ValueError(
+                    f"calibration batches have different keys: {', '.join(self.batches[0]) or 'none'} in the first, "
+                    f"{', '.join(batch) or 'none'} in number {number}"
+                )
+        _check_taken(model, self.batches[0])
         self.has_labels = "labels" in self.batches[0]
         self._sensitivities: dict[str, Tensor] = {}
 
@@ -163,7 +174,7 @@ class _Visits:
     ties: Ties
     store: BlockOutputCache
     changes: bool
-    found: dict[str, nn.Module] = field(default_factory=dict)
+    handled: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.modules = {name: self.model.get_submodule(name) for name in self.requests}
@@ -253,7 +264,7 @@ class _Visits:
         return self.model(**inputs)
 
     def _measure_stage(self, is_once: bool, progress: Any) -> None:
-        unfinished = {name for name in self.requests if name not in self.found}
+        unfinished = {name for name in self.requests if name not in self.handled}
         if not self.changes:
             unfinished -= {*self.stage}
         self.later = unfinished - {*self.stage}
@@ -278,7 +289,7 @@ class _Visits:
     def _handle(self, name: str, measured: Measured) -> None:
         module, new = self.modules[name], self.handle(name, measured)
         self.replacements.update({module: new} if isinstance(new, nn.Module) else new or {})
-        self.found[name] = self.replacements.get(module, module)
+        self.handled.add(name)
         several = () if measured is None else vars(measured).values()
         for moments in (measured,) if isinstance(measured, Moments) else several:
             if isinstance(moments, Moments) and moments.count < (width := moments.mean.shape[-1]):
@@ -304,9 +315,9 @@ class _Visits:
             self.given = given
         elif name in self.later and self.remaining == Counter() and not self.is_inside:
             raise _Reached
-        elif name in self.stage and name not in self.found and not self.is_inside:
+        elif name in self.stage and name not in self.handled and not self.is_inside:
             self._measure(name, given, functools.partial(forward, *args, **kwargs))
-        new = self.replacements.get(module) if name in self.found else None
+        new = self.replacements.get(module) if name in self.handled else None
         return forward(*args, **kwargs) if new is None else new(*args, **kwargs)
 
     def _measure(self, name: str, given: Any, call: Callable[[], Any]) -> None:
@@ -398,27 +409,6 @@ def _check_taken(model: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(
                 f"{type(model).__name__} takes no {name}, and would ignore it: leave it out of the calibration{meant}"
             )
-
-
-def checked_batches(model: nn.Module, batches: Calibration) -> Sequence[Batch]:
-    """Return the batches one by one.
-
-    Raises:
-        ValueError: If there is none, their keys differ, values are not finite, or the model would ignore an input.
-        TypeError: If a batch is no mapping from names to tensors.
-    """
-    batches = [batches] if isinstance(batches, Mapping) else list(batches)
-    if not batches:
-        raise ValueError("there are no calibration batches")
-    for number, batch in enumerate(batches):
-        _check(f"calibration batch {number}" if len(batches) > 1 else "the calibration batch", batch)
-        if set(batch) != set(batches[0]):
-            raise ValueError(
-                f"calibration batches have different keys: {', '.join(batches[0]) or 'none'} in the first, "
-                f"{', '.join(batch) or 'none'} in number {number}"
-            )
-    _check_taken(model, batches[0])
-    return batches
 
 
 def _check(which: str, batch: Any) -> None:

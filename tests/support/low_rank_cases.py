@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from training_cases import PLAIN, tiny_examples
 from training_cases import SIZES as BERT_SIZES
-from training_cases import tiny_examples
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_fnl import (
@@ -24,19 +24,7 @@ from hf_fnl import (
 SIZES: dict[str, Any] = {"vocab_size": 31, "n_embd": 12, "n_layer": 2, "n_head": 3, "n_inner": 20, "n_positions": 8}
 SWITCH = 3  # steps of the dense phase
 
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 0.02,
-    "weight_decay": 0.1,
-    "max_steps": 6,
-    "per_device_train_batch_size": 8,
-    "max_grad_norm": 0.0,
-    "lr_scheduler_type": "linear",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
+DEFAULTS: dict[str, Any] = {**PLAIN, "lr_scheduler_type": "linear"}
 
 # As Kamalakara et al. 2022 do it: the queries', keys' and values' matrix, and the feed-forward ones.
 GPT2_LAYERS = FactorizationConfig(rank=5, include=["*.c_attn", "*.c_fc", "*.mlp.c_proj"])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_cases import QUIET
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -60,17 +61,12 @@ def tiny_images(count: int = 24) -> list[dict[str, Tensor]]:
 def image_trainer(output_dir: str | Path, model: nn.Module, **options: Any) -> FLAMBeTrainer:
     """A trainer with strong decay and momentum, so that a weight that is not held would move."""
     defaults = {
+        **QUIET,
         "optim": "sgd",
         "optim_args": "momentum=0.9",
         "learning_rate": 0.1,
         "weight_decay": 0.1,
-        "max_steps": 6,
         "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
     }
     args = FLAMBeTrainingArguments(output_dir=str(output_dir), **{**defaults, **options})
     return FLAMBeTrainer(model, args, train_dataset=tiny_images(), eval_dataset=tiny_images()[:5])

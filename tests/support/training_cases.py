@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForPreTraining
+from transformers import BertConfig, BertForPreTraining, Trainer
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining, FLAMBeTrainer, FLAMBeTrainingArguments
 
@@ -46,25 +46,30 @@ def tiny_examples(count: int = 48, length: int = 13) -> list[dict[str, Tensor]]:
     return examples
 
 
+QUIET: dict[str, Any] = {
+    "max_steps": 6,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+PLAIN: dict[str, Any] = {
+    **QUIET,
+    "learning_rate": 0.02,
+    "weight_decay": 0.1,
+    "per_device_train_batch_size": 8,
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant",
+}
+
+
 def tiny_trainer(output_dir: str | Path, model: torch.nn.Module | None = None, **options: Any) -> FLAMBeTrainer:
     """A trainer over the tiny problem, with clipping off and everything written to ``output_dir``."""
-    defaults = {
-        "learning_rate": 0.02,
-        "weight_decay": 0.1,
-        "max_steps": 6,
-        "per_device_train_batch_size": 8,
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    args = FLAMBeTrainingArguments(output_dir=str(output_dir), **{**defaults, **options})
+    args = FLAMBeTrainingArguments(output_dir=str(output_dir), **{**PLAIN, **options})
     return FLAMBeTrainer(model if model is not None else tiny_model(), args, train_dataset=tiny_examples())
 
 
-def losses(trainer: FLAMBeTrainer) -> list[float]:
+def losses(trainer: Trainer) -> list[float]:
     """The training losses that a trainer logged."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import torch
+from training_cases import QUIET
 from transformers import DataCollatorForSeq2Seq, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
 from hf_fnl.tasks.phrases import embedded_phrases
@@ -54,16 +55,11 @@ def tiny_marian(tokenizer: PreTrainedTokenizerFast, *, dropout: float = 0.0, pos
 def tiny_trainer(output_dir: str | Path, *, dropout: float = 0.0, **options: Any) -> TranslationTrainer:
     """A trainer over the tiny problem, with clipping off and everything written to ``output_dir``."""
     defaults = {
+        **QUIET,
         "learning_rate": 0.02,
-        "max_steps": 6,
         "max_tokens": 600,
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
     }
     tokenizer = tiny_tokenizer()
     model = tiny_marian(tokenizer, dropout=dropout)
@@ -74,8 +70,3 @@ def tiny_trainer(output_dir: str | Path, *, dropout: float = 0.0, **options: Any
         eval_dataset=encode_pairs(phrases(23), tokenizer, longest=128),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
     )
-
-
-def losses(trainer: TranslationTrainer) -> list[float]:
-    """The training losses that a trainer logged."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from launching import launch, launches
 from torch.nn import functional as F
-from translation_cases import losses, tiny_trainer
+from training_cases import losses
+from translation_cases import tiny_trainer
 
 from hf_fnl.tasks.translation_training import TranslationArguments, smoothed_cross_entropy
 

@@ -10,7 +10,8 @@ from hf_fnl.utils.processes import close_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from accelerate.utils import gather_object
-from translation_cases import losses, tiny_trainer
+from training_cases import losses
+from translation_cases import tiny_trainer
 
 from hf_fnl.tasks.translation_training import TranslationTrainer
 
