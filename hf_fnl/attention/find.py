@@ -80,7 +80,7 @@ def _all_products(model: nn.Module, attentions: dict[str, KnownAttention]) -> It
 
 
 def _complaint(model: nn.Module, known: Mapping[str, KnownAttention], kinds: set[str]) -> str:
-    """What to say of the attentions that have no product of a kind that is wanted; empty if all have."""
+    """Return a sentence on the attentions that have no product of a kind that is wanted; empty if all have."""
     if not kinds:
         return ""
     modules = dict(model.named_modules())

@@ -101,7 +101,7 @@ def _run(
 def _changes(
     twin: nn.Module, projections: AttentionProjections, arguments: Mapping[str, Any], generator: torch.Generator
 ) -> dict[str, tuple[float, float]]:
-    """How far the outputs move, relative to them, if one factor of a product changes alone, and if both do."""
+    """Return how far the outputs move, relative to them, if one factor of a product changes alone, and if both do."""
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     products = list(projections.products("", names, None))
     for factor in (factor for product in products for factor in product.factors(twin)):

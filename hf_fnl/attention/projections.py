@@ -81,7 +81,7 @@ class AttentionProjections:
         return self.num_heads * size(self.key, 0) // size(self.query, 0)
 
     def factorized_kinds(self) -> set[str]:
-        """Of ``"qk"`` and ``"ov"`` those with a projection that is itself held as factors."""
+        """Return those of ``"qk"`` and ``"ov"`` with a projection that is itself held as factors."""
         pairs = {"qk": (self.query, self.key), "ov": (self.value, self.output)}
         return {kind for kind, pair in pairs.items() if any(isinstance(side, Factorized) for side in pair)}
 
@@ -127,7 +127,7 @@ def inputs_of(projection: Projection) -> int:
 
 
 def _shared_heads(full: int, part: int, num_heads: int) -> int | None:
-    """How many heads as wide as those of ``full`` there are in ``part``; ``None`` if that does not work out."""
+    """Count the heads as wide as those of ``full`` in ``part``; ``None`` if that does not work out."""
     if num_heads < 1 or full % num_heads or part == 0 or part * num_heads % full:
         return None
     shared = part * num_heads // full

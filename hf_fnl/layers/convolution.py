@@ -68,7 +68,7 @@ class Convolution(Factorized):
         raise NotImplementedError
 
     def operands(self) -> tuple[Tensor, ...]:
-        """What the kernels of both ways are made of, in the order of :meth:`factors`."""
+        """Return the tensors that the kernels of both ways are made of, in the order of :meth:`factors`."""
         return self.factors()
 
     def kernels(self, *operands: Tensor) -> tuple[Tensor, ...]:
@@ -181,7 +181,7 @@ class Convolution(Factorized):
 
     @classmethod
     def options_like(cls, dense: nn.Conv2d) -> dict[str, Any]:
-        """The options that both have."""
+        """Return the options that both have."""
         return options_of(dense)
 
     def placed_like(self, dense: nn.Module) -> Self:

@@ -73,7 +73,7 @@ class FactorizedEmbedding(FactorizedMatrix):
 
     @classmethod
     def options_like(cls, dense: nn.Embedding) -> dict[str, Any]:
-        """Its sizes; raises a ``ValueError`` if it rescales its rows in the forward pass or has sparse gradients."""
+        """Return its sizes; a ``ValueError`` if it rescales its rows in the forward pass or has sparse gradients."""
         if dense.max_norm is not None or dense.scale_grad_by_freq or dense.sparse:
             raise ValueError("an embedding with max_norm, scale_grad_by_freq or sparse gradients cannot be factorized")
         return {name: getattr(dense, name) for name in ("num_embeddings", "embedding_dim", "padding_idx")}

@@ -109,7 +109,7 @@ class FactorizedLinear(FactorizedMatrix):
 
     @classmethod
     def options_like(cls, dense: nn.Linear | Conv1D) -> dict[str, Any]:
-        """Its sizes, and whether it has a bias."""
+        """Return its sizes, and whether it has a bias."""
         out_features, in_features = dense_weight(dense).shape
         return {"in_features": in_features, "out_features": out_features, "bias": dense.bias is not None}
 

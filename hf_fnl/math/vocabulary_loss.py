@@ -140,7 +140,7 @@ def _summed_loss(
 
 
 def _empty(rows: Tensor, weight: Tensor, wanted: list[bool], accurate: torch.dtype) -> list[Tensor]:
-    """What :func:`_summed_loss` returns, without values."""
+    """Return the tensors of :func:`_summed_loss` without values."""
     shapes = rows.shape, weight.shape, weight.shape[:1]
     dtypes = rows.dtype, accurate, accurate
     gradients = [

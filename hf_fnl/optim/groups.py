@@ -76,7 +76,7 @@ def parameter_groups(
 
 
 def _scaled_factors(model: nn.Module, ordinary: Mapping[str, Tensor], factor_decay: str) -> tuple[float, list[str]]:
-    """By how much the decay of factors is scaled, and the names of these factors; none where it is not."""
+    """Return the scale of the decay of factors, and the names of these factors; none where it is not scaled."""
     if factor_decay not in FACTOR_DECAYS:
         raise ValueError(f"factor_decay must be one of {', '.join(FACTOR_DECAYS)}, got {factor_decay!r}")
     if factor_decay == "weight":

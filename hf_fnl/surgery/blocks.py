@@ -197,7 +197,7 @@ def _holds(outer: nn.Module, module: nn.Module) -> bool:
 
 
 def _mapped(value: Any, by: Callable[[Any], Any]) -> Any:
-    """What a module returned, with every tensor, or what stands for one, mapped."""
+    """Return a module's output with every tensor, or what stands for one, mapped."""
     if isinstance(value, Tensor | _NaN):
         return by(value)
     if isinstance(value, Mapping):

@@ -152,9 +152,9 @@ def visit_modules(
 
     batches = [part for batch in data.batches for part in unpadded(model, batch)]
     with _evaluating(model), tempfile.TemporaryDirectory(prefix="hf_fnl-") as folder:
-        store = BlockOutputCache(model, Path(folder))
-        visits = _Visits(model, batches, requests, handle_with_sensitivity, ties, store, changes)
-        with visits.replacing_forwards(), visits.store.replacing_forwards():
+        cache = BlockOutputCache(model, Path(folder))
+        visits = _Visits(model, batches, requests, handle_with_sensitivity, ties, cache, changes)
+        with visits.replacing_forwards(), visits.cache.replacing_forwards():
             visits.run()
     visits.warn_of_few()
 
@@ -172,7 +172,7 @@ class _Visits:
     requests: Mapping[str, Request]
     handle: Handler
     ties: Ties
-    store: BlockOutputCache
+    cache: BlockOutputCache
     changes: bool
     handled: set[str] = field(default_factory=set)
 
@@ -235,8 +235,8 @@ class _Visits:
         """Whether what reaches two modules is the same whether or not the first was handled, and one block has both."""
         if self.changes or not self.requests[first] == "inputs" == self.requests[name]:
             return False
-        block = self.store.block_of(self.modules[first])
-        return block is not None and self.store.block_of(self.modules[name]) is block
+        block = self.cache.block_of(self.modules[first])
+        return block is not None and self.cache.block_of(self.modules[name]) is block
 
     def _trace(self, number: int) -> list[tuple[str, bool]]:
         """Calls of a whole pass; the first one also finds the chains of blocks."""
@@ -249,7 +249,7 @@ class _Visits:
             return output
 
         if number == 0:
-            self.store.find_chains(run)
+            self.cache.find_chains(run)
         else:
             run()
         self.traced, self.given = None, None
@@ -269,10 +269,10 @@ class _Visits:
             unfinished -= {*self.stage}
         self.later = unfinished - {*self.stage}
         pending = {module for module, name in self.names.items() if name in unfinished}
-        with self.store.passes(lambda block: not pending.isdisjoint(block.modules())):
+        with self.cache.passes(lambda block: not pending.isdisjoint(block.modules())):
             for number in range(len(self.batches)):
                 self.remaining = Counter(self.stage) if is_once else None
-                self.store.begin(number)
+                self.cache.begin(number)
                 with contextlib.suppress(_Reached):
                     self._pass(number)
                 self.given, self.shared = None, None

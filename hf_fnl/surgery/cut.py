@@ -119,7 +119,7 @@ def cut(
 
 
 def _requests(targets: Iterable[Target]) -> dict[str, Request]:
-    """What is to be measured at each module; the products of an attention are measured in one pass."""
+    """Return the measurements to make at each module; the products of an attention are measured in one pass."""
     requests: dict[str, Request] = {}
     for target in targets:
         request, other = target.request, requests.get(target.module_name)

@@ -92,12 +92,12 @@ def _dims(model: nn.Module, name: str, batch: Batch, masks: Batch) -> dict[str, 
 
 
 def _prefix(name: str) -> str:
-    """How the names of the inputs begin that a mask goes with."""
+    """Return the beginning of the names of the inputs that a mask goes with."""
     return name.removesuffix("attention_mask").removesuffix("mask")
 
 
 def _extent(name: str, mask: Tensor) -> Extent:
-    """What the mask of one sequence leaves; nothing if it hides all."""
+    """Return the extent that the mask of one sequence leaves; empty if it hides all."""
     places = mask.nonzero()
     if not len(places):
         return ()

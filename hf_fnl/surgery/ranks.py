@@ -221,7 +221,7 @@ def _least_loss(
 
 
 def _lower_hull(points: Sequence[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
-    """Those of points, by increasing cost, that lie on the lower convex hull of cost and loss."""
+    """Return the points, by increasing cost, that lie on the lower convex hull of cost and loss."""
     hull: list[tuple[int, float, int]] = []
     for point in points:
         while hull and (point[0] <= hull[-1][0] or (len(hull) > 1 and _is_above(hull[-2], hull[-1], point))):

@@ -179,7 +179,7 @@ def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
 
 
 def models_with(models: Iterable[PreTrainedModel], layers: Iterable[nn.Module]) -> list[PreTrainedModel]:
-    """Those of some models that hold one of some layers."""
+    """Return the models that hold one of some layers."""
     sought = set(layers)
     return [model for model in models if not sought.isdisjoint(model.modules())]
 

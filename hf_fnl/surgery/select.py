@@ -183,7 +183,7 @@ def _check_classes(classes: Iterable[type]) -> None:
 
 
 def _not_chosen(model: nn.Module, weight: Tensor, holders: Holders, config: FactorizationConfig) -> dict[str, str]:
-    """Why a weight that looks like a matrix, and that the patterns name, is none of a class that is meant."""
+    """Return why a weight that looks like a matrix, and that the patterns name, is of no class that is meant, by name."""
     if sum(size > 1 for size in weight.shape) < 2 or weight.shape[0] == 1:
         return {}  # a vector, or a table that is added to every example
     name, layer = next(iter(holders.items()))
@@ -210,7 +210,7 @@ def _is_adapters(model: nn.Module, name: str) -> bool:
 
 
 def _why_not(layer: nn.Module, attribute: str) -> str:
-    """Why a weight is none of a class that is meant; ``attribute`` is the name by which its layer holds it."""
+    """Return why a weight is of no class that is meant; ``attribute`` is the name by which its layer holds it."""
     kind, stock = type(layer).__name__, stock_class(type(layer))
     if hasattr(layer, "parametrizations"):
         return "it is parametrized, as by torch.nn.utils.parametrizations"
@@ -273,7 +273,7 @@ _READ_BY_ITS_PARENT = "torch's MultiheadAttention reads its weight and does not 
 
 
 def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -> str | None:
-    """Why layers that share a weight cannot be factorized together, if they cannot."""
+    """Return why layers that share a weight cannot be factorized together; ``None`` if they can."""
     for name, layer in holders.items():
         if layer is None:
             holder = type(model.get_submodule(name.rpartition(".")[0]))

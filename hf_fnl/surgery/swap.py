@@ -243,7 +243,7 @@ def check_not_quantized(model: nn.Module) -> None:
 
 
 def weight_obstacle(weight: Tensor) -> str | None:
-    """Why a weight is no matrix of numbers that can be factorized, if it is none."""
+    """Return why a weight is no matrix of numbers that can be factorized; ``None`` if it is one."""
     if type(weight) not in (nn.Parameter, Tensor):
         return f"its weight is a {type(weight).__name__}"
     if weight.numel() == 0:
