@@ -126,7 +126,7 @@ class Factorized(HoldsFactors):
         self.register_parameter("bias", bias)
 
     def placed_like(self, dense: nn.Module) -> Self:
-        """Move this layer from the meta device to that of ``dense``, with its mode and what is trained of it; return it.
+        """Move this layer from the meta device to that of ``dense``, with its mode and what is trained of it.
 
         Parameters are not set yet.
         """

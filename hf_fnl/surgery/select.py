@@ -183,7 +183,7 @@ def _check_classes(classes: Iterable[type]) -> None:
 
 
 def _not_chosen(model: nn.Module, weight: Tensor, holders: Holders, config: FactorizationConfig) -> dict[str, str]:
-    """Return why a weight that looks like a matrix, and that the patterns name, is of no class that is meant, by name."""
+    """Return, by name, why a weight that looks like a matrix and that patterns name is of no class that is meant."""
     if sum(size > 1 for size in weight.shape) < 2 or weight.shape[0] == 1:
         return {}  # a vector, or a table that is added to every example
     name, layer = next(iter(holders.items()))
