@@ -4,7 +4,6 @@ import pytest
 import torch
 from conv_cases import DOUBLE, Convolutions, convolution
 from torch import nn
-from torch.testing import assert_close
 
 from hf_fnl.layers import FactorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix, matrix_kernel
@@ -25,15 +24,6 @@ def test_entries_of_the_spatial_matrix():
     kernel = torch.randn(7, 3, 2, 5)
     matrix = kernel_matrix(kernel, "spatial")
     assert matrix[4 * 2 + 1, 2 * 5 + 3] == kernel[4, 2, 1, 3]
-
-
-@each_scheme
-@pytest.mark.parametrize("groups", [1, 2])
-def test_lower_rank_is_the_best_approximation(scheme, groups):
-    dense = convolution(groups=groups)
-    P, S, Qt = torch.linalg.svd(kernel_matrix(dense.weight.detach(), scheme))
-    layer = FactorizedConv2d.from_dense(dense, 3, scheme=scheme)
-    assert_close(layer.composed(), P[:, :3] * S[:3] @ Qt[:3])
 
 
 @each_scheme
@@ -72,12 +62,6 @@ def test_an_empty_overcomplete_layer_has_the_rank(scheme):
     assert layer.init == "default"
     layer.reset_parameters()
     assert torch.equal(layer.M, torch.eye(41, **DOUBLE))
-
-
-def test_state_dict_names_and_shapes():
-    layer = FactorizedConv2d(3, 7, (2, 5), 4, deep=True)
-    shapes = {name: tuple(value.shape) for name, value in layer.state_dict().items()}
-    assert shapes == {"U": (14, 4), "M": (4, 4), "V": (15, 4), "bias": (7,)}
 
 
 @pytest.mark.parametrize(

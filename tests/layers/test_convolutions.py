@@ -204,14 +204,6 @@ def test_the_path_with_fewer_operations_in_training_is_taken(scheme, options):
     assert not paths_taken(make, [1], (1, 6, 6, 5))[0]  # too small an input to pay for the kernel
 
 
-@each_scheme
-def test_all_paths_compile_without_graph_breaks(scheme):
-    layers = [factorized(scheme, 6, 10, 3, 4, padding=1, compose=compose, **DOUBLE) for compose in PATHS]
-    x = images()
-    compiled = torch.compile(lambda x: [layer(x) for layer in layers], backend="eager", fullgraph=True)
-    assert_close(compiled(x), [layer(x) for layer in layers])
-
-
 # Initialization
 
 

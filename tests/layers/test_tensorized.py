@@ -152,30 +152,6 @@ def test_singular_values_are_those_of_the_kernel_as_a_matrix(shape, rank, scheme
 
 
 @pytest.mark.parametrize(
-    ("scheme", "init", "shapes"),
-    [
-        ("tt", "default", [(2, 3, 1, 1), (2, 2, 1, 5), (2, 2, 4, 1), (7, 2, 1, 1)]),
-        ("tucker", "default", [(2, 3, 1, 1), (2, 2, 4, 5), (7, 2, 1, 1)]),
-        ("tt", "spectral", [(7, 3, 4, 5)]),
-        ("tucker", "spectral", [(7, 3, 4, 5)]),
-    ],
-)
-def test_what_is_drawn_has_the_shape_of_kernels(scheme, init, shapes):
-    layer, drawn = TensorizedConv2d(3, 7, (4, 5), 2, scheme=scheme, init=init), []
-
-    def draw(kernel: Tensor) -> None:
-        drawn.append(tuple(kernel.shape))
-        nn.init.ones_(kernel)
-
-    factors = layer.fresh_factors(draw)
-    assert drawn == shapes
-    if init == "default":
-        assert all(torch.equal(factor, torch.ones_like(factor)) for factor in factors)
-    else:
-        assert_close(tensors.product(*factors), torch.ones(7, 3, 4, 5))
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         pytest.param({"scheme": "cp"}, "one of tt, tucker, got 'cp'", id="scheme"),

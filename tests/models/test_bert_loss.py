@@ -6,7 +6,6 @@ import pytest
 import torch
 from bert_cases import (
     BATCH,
-    HEADS,
     LENGTH,
     LOW,
     MASKED_LM,
@@ -88,8 +87,3 @@ def test_logits_under_autocast_have_the_dtype_of_the_stock_model(rank: int | Non
         expected = run(MASKED_LM.build_stock(), MASKED_LM.batch())["logits"]
         logits = run(MASKED_LM.build({"embedding_rank": rank}), MASKED_LM.batch())["logits"]
     assert logits.dtype == expected.dtype == torch.bfloat16
-
-
-def test_trainer_is_told_which_heads_honour_the_totals() -> None:
-    honouring = {name for name, head in HEADS.items() if head.ours.accepts_loss_kwargs}
-    assert honouring == {"pretraining", "masked-lm", "decoder", "cross-decoder"}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from family import Head, loss_and_gradients, run
-from gpt2_cases import BATCH, CROSS_LM, FULL, FULL_QKV, HEADS, LENGTH, LM, LOW, LOW_QKV, NO_DROPOUT, SIZES
+from gpt2_cases import BATCH, CROSS_LM, FULL, FULL_QKV, LENGTH, LM, LOW, LOW_QKV, NO_DROPOUT, SIZES
 from torch.testing import assert_close
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -100,8 +100,3 @@ def test_a_label_outside_the_vocabulary_is_refused() -> None:
     batch["labels"][1, 3] = SIZES["vocab_size"]
     with pytest.raises(IndexError, match="out of bounds"):
         LM.build(LOW).train()(**batch)
-
-
-def test_trainer_is_told_which_heads_honour_the_total() -> None:
-    honouring: set[str] = {name for name, head in HEADS.items() if head.ours.accepts_loss_kwargs}
-    assert honouring == {"lm", "cross-lm"}

@@ -78,7 +78,7 @@ def test_flex_attention_equals_sdpa_at_unequal_ranks() -> None:
 
 @some(
     *("bert-pretraining", "bert-masked-lm", "bert-decoder", "gpt2-lm", "gpt2-cross-lm", "llama-lm"),
-    *("marian-translation", "marian-decoder"),
+    *("marian-translation", "marian-pre-norm", "marian-decoder"),
 )
 def test_unequal_parts_of_a_batch_with_its_totals_add_up(head: Head) -> None:
     model, batch = head.build(head.family.low["all"], **NO_DROPOUT[head.family.name]).train(), head.batch()
@@ -92,6 +92,12 @@ def test_unequal_parts_of_a_batch_with_its_totals_add_up(head: Head) -> None:
     close = {"rtol": 1e-4, "atol": 1e-5}
     assert_close(add([loss_and_gradients(model, part, **totals) for part in parts]), whole, **close)
     assert_close(loss_and_gradients(model, batch, **totals), whole, **close)
+
+
+def test_the_trainer_is_told_of_which_heads_parts_add_up() -> None:
+    told = {head.ours.__name__ for head in HEADS.values() if getattr(head.ours, "accepts_loss_kwargs", False)}
+    names = ("BertForPreTraining", "BertForMaskedLM", "BertLMHeadModel", "GPT2LMHeadModel", "MarianMTModel")
+    assert told == {f"Factorized{name}" for name in (*names, "MarianForCausalLM")}
 
 
 # What a model starts from

@@ -222,7 +222,7 @@ def test_mode_kernel_and_settings_of_generation_are_kept(head: Head) -> None:
     assert model.config._attn_implementation == attention
     assert not model.training
     assert head.ours.from_dense(stock.train(), ffn_rank=3).training
-    assert model.generation_config.max_new_tokens == 7
+    assert model.generation_config.max_new_tokens == model.merge().generation_config.max_new_tokens == 7
     model.generation_config.max_new_tokens = 8
     assert stock.generation_config.max_new_tokens == 7
 
@@ -231,7 +231,8 @@ def test_mode_kernel_and_settings_of_generation_are_kept(head: Head) -> None:
 def test_the_names_of_labels_are_kept(head: Head) -> None:
     labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     stock = head.build_stock(**{**head.config, "num_labels": 2, **labels})
-    assert head.ours.from_dense(stock, ffn_rank=3).config.id2label == labels["id2label"]
+    ours = head.ours.from_dense(stock, ffn_rank=3)
+    assert ours.config.id2label == ours.merge().config.id2label == labels["id2label"]
 
 
 @some(*LMS)

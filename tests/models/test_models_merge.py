@@ -45,20 +45,6 @@ def test_merging_keeps_the_bias_of_a_decoder_tied() -> None:
     assert merged.cls.predictions.decoder.bias is merged.cls.predictions.bias
 
 
-@some("bert-next-sentence", "gpt2-tokens")
-def test_merging_keeps_the_names_of_labels(head: Head) -> None:
-    labels = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
-    config = {**head.config, "num_labels": 2, **labels}
-    assert head.build(head.family.low["all"], **config).merge().config.id2label == labels["id2label"]
-
-
-@some("bert-decoder", "gpt2-lm")
-def test_merging_keeps_the_settings_of_generation(head: Head) -> None:
-    model = head.build(head.family.low["all"])
-    model.generation_config.max_new_tokens = 7
-    assert model.merge().generation_config.max_new_tokens == 7
-
-
 @some("bert-masked-lm", "gpt2-lm")
 def test_merging_an_untied_output_matrix_keeps_both(head: Head) -> None:
     model = head.build(head.family.low["all"], tie_word_embeddings=False)

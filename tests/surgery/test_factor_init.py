@@ -148,27 +148,6 @@ def test_surgery_draws_overcomplete_kernels_and_others_by_he(scheme):
     assert_drawn_by_he(model[0].factors()[0], 20)
 
 
-# The default
-
-
-@pytest.mark.parametrize("scheme", ["spatial", "channel"])
-@pytest.mark.parametrize(
-    ("sizes", "options"),
-    [
-        pytest.param((64, 64, 3), {}, id="3x3"),
-        pytest.param((64, 64, (3, 1)), {}, id="column"),
-        pytest.param((64, 64, 3), {"groups": 4}, id="groups"),
-        pytest.param((64, 64, 3), {"deep": True}, id="deep"),
-        pytest.param((64, 64, 3), {"overcomplete": True, "rank": 300, "deep": True}, id="wide"),
-    ],
-)
-def test_default_kernels_are_drawn_by_the_fan_ins_of_the_authors_code(scheme, sizes, options):
-    """Uniformly within one by the root of it, as :class:`torch.nn.Conv2d`: the rank, and that of the first kernel."""
-    layer = FactorizedConv2d(*sizes, **{"rank": 32, **options}, scheme=scheme, init="default")
-    for factor, fan_in in ((layer.U, layer.rank), (layer.V, layer.shape[1])):
-        assert factor.abs().max().item() * math.sqrt(fan_in) == pytest.approx(1, abs=0.01)
-
-
 # Cut from trained weights
 
 
