@@ -111,8 +111,8 @@ def spectral_init(weight: Tensor, rank: int, method: str = "spectral") -> tuple[
     Raises:
         ValueError: If ``rank`` or ``method`` is not allowed, or ``weight`` is not finite.
     """
-    check_split_method(method)
     P, S, Q = truncated_svd(weight, rank)
+    check_split_method(method)
     if method == "spectral" and not S.is_meta:  # where models are built to be loaded, and shapes are enough
         P, Q = P * S.sqrt(), Q * S.sqrt()
     return P.to(weight.dtype).contiguous(), Q.to(weight.dtype).contiguous()
