@@ -139,19 +139,6 @@ def test_the_record_of_the_folder_that_a_model_was_loaded_from_is_in_its_card(hu
     assert "| phase-1 / eval_mlm_accuracy | 0.25 |" in written.text
 
 
-def test_a_trainer_pushes_the_card_of_its_run(hub, tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=2, hub_model_id="tester/run")
-    trainer.train()
-    trainer.push_to_hub(license="mit", tags="tiny")
-    written = hub.card("tester/run")
-    assert str(written) == (tmp_path / "README.md").read_text()
-    assert written.data.license == "mit"
-    assert written.data.tags == ["hf_fnl", "transformers", "low-rank", "flambe", "tiny"]
-    for line in ("| optimizer steps | 2 |", "| `optim` | flambe |", "| `frobenius_decay` | ov |", "| train_loss |"):
-        assert line in written.text
-    assert WEIGHTS in hub.repos["tester/run"]
-
-
 def test_a_card_by_hand_in_the_folder_goes_up_but_no_file_that_it_links_to(hub, tmp_path):
     draw().save_pretrained(tmp_path / "bert")
     (tmp_path / "secret").write_text("# Nobody's business\n")

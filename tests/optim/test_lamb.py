@@ -95,10 +95,12 @@ def test_norms_of_millions_of_numbers_are_right_to_rounding(dtype):
 
 
 @pytest.mark.usefixtures("way")
-def test_order_in_memory_does_not_matter():
+@pytest.mark.parametrize("expanded", [False, True], ids=["transposed", "expanded"])
+def test_order_in_memory_does_not_matter(expanded):
     start, gradient = torch.randn(5, 7).double(), torch.randn(5, 7).double()
+    strided = torch.randn(1, 1).double().expand(5, 7) if expanded else gradient.mT.contiguous().mT
     expected, parameter = nn.Parameter(start.clone()), nn.Parameter(start.mT.contiguous().mT)
-    for p, grad in ((expected, gradient), (parameter, gradient.mT.contiguous().mT)):
+    for p, grad in ((expected, strided.clone(memory_format=torch.contiguous_format)), (parameter, strided)):
         p.grad = grad
         Lamb([p], lr=0.1, weight_decay=0.1).step()
     assert not parameter.is_contiguous()

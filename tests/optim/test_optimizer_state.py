@@ -235,27 +235,6 @@ def test_numbers_that_lamb_cannot_update_are_refused(dtype):
     assert torch.equal(other, torch.ones(3))
 
 
-GRADIENTS = {
-    "expanded": lambda shape: torch.randn(1, 1).expand(shape),
-    "transposed": lambda shape: torch.randn(shape[::-1]).mT,
-}
-
-
-@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
-def test_the_order_of_a_gradient_in_memory_does_not_matter(gradient):
-    start = torch.randn(5, 7)
-    results = []
-    strided = gradient((5, 7))
-    for given in (strided, strided.clone(memory_format=torch.contiguous_format)):
-        parameter = nn.Parameter(start.clone())
-        parameter.grad = given
-        optimizer = Lamb([parameter], lr=0.1)
-        optimizer.step()
-        optimizer.step()
-        results.append(parameter.detach())
-    assert_close(*results)
-
-
 def test_factors_that_do_not_belong_together_are_refused():
     model = network()
     for harm in (lambda: torch.randn(11, 2), lambda: torch.randn(11, 3, dtype=torch.float64)):
