@@ -14,6 +14,7 @@ from hf_fnl.attention.selectors import KINDS, PARTS, Selector
 from hf_fnl.layers import keep_narrow
 from hf_fnl.optim.frobenius_decay import MODES
 from hf_fnl.optim.groups import FACTOR_DECAYS
+from hf_fnl.training.profiling import STEPS_BEFORE
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
 CHECKPOINTING_OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the name now and before
@@ -74,6 +75,12 @@ class FLAMBeTrainingArguments(TrainingArguments):
     diagnostics_steps: int = field(
         default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
     )
+    profile_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Profile so many steps after the first three: profile.txt and profile_trace.json in output_dir."
+        },
+    )
 
     dense_steps: int = field(default=0, metadata={"help": "Steps before the model is factorized; 0: none."})
     low_rank_lr_scale: float = field(
@@ -109,6 +116,7 @@ class FLAMBeTrainingArguments(TrainingArguments):
         self._check_processes()
         self._keep_narrow()
         self._check_decay()
+        self._check_records()
         self._check_rate()
         self._check_dense_steps()
         self._check_checkpoints()
@@ -160,8 +168,13 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"frobenius_coefficient must not be negative, got {self.frobenius_coefficient}")
         if self.factor_decay not in FACTOR_DECAYS:
             raise ValueError(f"factor_decay must be one of {', '.join(FACTOR_DECAYS)}, got {self.factor_decay!r}")
-        if self.diagnostics_steps < 0:
-            raise ValueError(f"diagnostics_steps must not be negative, got {self.diagnostics_steps}")
+
+    def _check_records(self) -> None:
+        for name in ("diagnostics_steps", "profile_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.profile_steps and 0 < self.max_steps <= STEPS_BEFORE:
+            raise ValueError(f"profile_steps begin after step {STEPS_BEFORE}, and max_steps is {self.max_steps}")
 
     def _check_rate(self) -> None:
         kind = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
