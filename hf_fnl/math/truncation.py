@@ -154,7 +154,7 @@ def _input_root(moments: Moments, bias: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadMoments:
-    """What flows through the heads of an attention, each ``(heads, r)`` and ``(heads, r, r)``, or ``None``.
+    """Moments of what flows through the heads of an attention, each ``(heads, r)`` and ``(heads, r, r)``, or ``None``.
 
     Args:
         query: Of the queries, biases included; of all that share a key.
@@ -306,7 +306,7 @@ def _stacked(factor: Tensor, num_heads: int) -> Tensor:
 
 
 def _for_each_head(shared: Tensor, projection: Projection) -> Tensor:
-    """What heads share, once for each head of a projection."""
+    """Return tensors that heads share once for each head of a projection."""
     return shared.repeat_interleave(len(projection.weight) // len(shared), 0)
 
 
@@ -330,10 +330,10 @@ def _head_maps(
     check_rank(rank, min(*left.shape[-2:], right.shape[-2]))
     maps = _best_maps(*roots, rank)
     if moments is not None:  # roots of the factors themselves have balanced them
-        balanced = (_weight_root(factor.double() @ by) for factor, by in zip((left, right), maps, strict=True))
-        left_root, right_root = balanced
-        balances = _best_maps(left_root, right_root, rank)
-        maps = maps[0] @ balances[0], maps[1] @ balances[1]
+        left_map, right_map = maps
+        roots = _weight_root(left.double() @ left_map), _weight_root(right.double() @ right_map)
+        left_balance, right_balance = _best_maps(*roots, rank)
+        maps = left_map @ left_balance, right_map @ right_balance
     if method == "spectral":
         return maps
     # Columns of both are orthogonal and as long as the roots of the singular values, which become ones.
