@@ -61,7 +61,7 @@ def _distinct(found: Iterable[Product]) -> Iterator[Product]:
     """Each product once; one that several parts of the model hold belongs to none of them."""
     places: dict[tuple[Factor, ...], list[Product]] = defaultdict(list)
     for product in found:
-        places[product.parts].append(product)
+        places[product.places].append(product)
     for same in places.values():
         parts = {product.part for product in same} - {None}
         yield replace(same[0], part=parts.pop() if len(parts) == 1 else None)

@@ -59,14 +59,14 @@ class Product:
             ``V_h O_h^T``) or ``"tensor"`` (a kernel held as the cores of a tensor decomposition). Those of an attention
             are products of the weights: where it rotates or normalizes queries and keys, its scores are no longer
             ``x Q_h K_h^T x^T``.
-        parts: The factors in the order in which they are multiplied.
+        places: Where the factors lie, in the order in which they are multiplied.
         part: Where in the model it is: ``"encoder"``, ``"decoder"`` or ``"cross"`` for cross-attentions; ``None`` where
             there are no such parts, or if several share it.
     """
 
     name: str
     kind: str
-    parts: tuple[Factor, ...]
+    places: tuple[Factor, ...]
     part: str | None = None
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Product:
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """Names of the parameters that hold the factors, each once."""
-        return tuple(dict.fromkeys(part.name for part in self.parts))
+        return tuple(dict.fromkeys(factor.name for factor in self.places))
 
     def factors(self, source: Source) -> tuple[Tensor, ...]:
         """The factors as views of the parameters of ``source``, a model or a mapping from names to parameters.
@@ -86,7 +86,7 @@ class Product:
             group)`` for query and output, ``(key_value_heads, 1)`` for what is shared. For a tensor the cores, as
             :mod:`hf_fnl.math.tensors` describes them.
         """
-        return tuple(part.view(_parameter(source, part.name)) for part in self.parts)
+        return tuple(factor.view(_parameter(source, factor.name)) for factor in self.places)
 
     @property
     def is_tensor(self) -> bool:
@@ -129,11 +129,11 @@ def beside_factors(products: Iterable[Product], source: Source) -> dict[str, Ten
         Such parameters by name, copied, with all factors set to zero; differentiable. None that is a factor from end
         to end.
     """
-    parts: dict[str, list[Factor]] = {}
-    for part in (part for each in products for part in each.parts):
-        parts.setdefault(part.name, []).append(part)
+    by_name: dict[str, list[Factor]] = {}
+    for factor in (factor for each in products for factor in each.places):
+        by_name.setdefault(factor.name, []).append(factor)
     rest = {}
-    for name, factors in parts.items():
+    for name, factors in by_name.items():
         parameter = _parameter(source, name)
         if sum(factor.view(parameter).numel() for factor in factors) < parameter.numel():
             rest[name] = parameter.clone()

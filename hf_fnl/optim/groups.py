@@ -119,7 +119,7 @@ def check_factors(products: Sequence[Product], groups: list[dict[str, Any]]) -> 
                 raise ValueError(f"product {product.name}: its factor {name} is frozen")
     by_parameter: dict[str, list[Factor]] = defaultdict(list)
     for product in products:
-        for part in product.parts:
-            if any(part.overlaps(other) for other in by_parameter[part.name]):
-                raise ValueError(f"product {product.name}: its factor {part.name} belongs to more than one product")
-            by_parameter[part.name].append(part)
+        for factor in product.places:
+            if any(factor.overlaps(other) for other in by_parameter[factor.name]):
+                raise ValueError(f"product {product.name}: its factor {factor.name} belongs to more than one product")
+            by_parameter[factor.name].append(factor)

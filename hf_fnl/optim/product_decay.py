@@ -109,14 +109,14 @@ def _full_terms(products: Sequence[Product], source: Mapping[str, Tensor]) -> De
     for alike in alike_products(products, source):
         if alike[0].is_tensor:
             gradients = alike[0].decay_gradients(source)
-            terms.known |= {part.name: F for part, F in zip(alike[0].parts, gradients, strict=True)}
+            terms.known |= {factor.name: F for factor, F in zip(alike[0].places, gradients, strict=True)}
             continue
         each = zip(*(product.factors(source) for product in alike), strict=True)
         stacked = [factors[0][None] if len(factors) == 1 else torch.stack(factors) for factors in each]
         for i, (left, right) in enumerate(decay_multipliers(*stacked)):
             lefts = [None] * len(alike) if left is None else left.unbind()
             for product, L, R in zip(alike, lefts, right.unbind(), strict=True):
-                terms.multipliers[product.parts[i].name].append(Multiplier(product.parts[i], L, R))
+                terms.multipliers[product.places[i].name].append(Multiplier(product.places[i], L, R))
     return terms
 
 
@@ -180,24 +180,25 @@ class _Held(NamedTuple):
 def _sharded_terms(products: Sequence[Product], shards: Shards) -> dict[str, Tensor]:
     """Return ``F_p`` of what is held here of each parameter with a factor, flat."""
     local = {name: shard.of(shard.owner.detach()).reshape(-1) for name, shard in shards.by_name.items()}
-    entire = [part for each in products for part in (each.parts if each.is_tensor else each.parts[1:-1])]
-    tall = [part for each in products if not each.is_tensor for part in (each.parts[0], each.parts[-1])]
-    held = _complete([Blocks.of(part, shards.by_name[part.name].shape) for part in tall], local, shards)
+    entire = [factor for each in products for factor in (each.places if each.is_tensor else each.places[1:-1])]
+    tall = [factor for each in products if not each.is_tensor for factor in (each.places[0], each.places[-1])]
+    held = _complete([Blocks.of(factor, shards.by_name[factor.name].shape) for factor in tall], local, shards)
     sums = _sums(entire, held, local, shards)
     terms = {name: local[name].clone() for product in products for name in product.parameter_names}
     found: dict[tuple[str, int], Tensor] = {}  # by where it begins; factors beside each other share rows
     for product in products:
-        matrices = [sums[part] for part in product.parts]
+        matrices = [sums[factor] for factor in product.places]
         if product.is_tensor:
-            cores = {part.name: core for part, core in zip(product.parts, matrices, strict=True)}
+            cores = {factor.name: core for factor, core in zip(product.places, matrices, strict=True)}
             found |= {(name, 0): F.reshape(-1) for name, F in zip(cores, product.decay_gradients(cores), strict=True)}
             continue
-        for part, matrix, (left, right) in zip(product.parts, matrices, multipliers_from_grams(*matrices), strict=True):
+        multipliers = multipliers_from_grams(*matrices)
+        for factor, matrix, (left, right) in zip(product.places, matrices, multipliers, strict=True):
             if left is not None:
-                found[part.name, 0] = (left @ matrix @ right).reshape(-1)
+                found[factor.name, 0] = (left @ matrix @ right).reshape(-1)
                 continue
-            each, right = held[part], right.expand(*(part.heads or (1,)), *right.shape[-2:]).flatten(0, -3)
-            out = found.setdefault((part.name, each.begin), each.flat.clone())
+            each, right = held[factor], right.expand(*(factor.heads or (1,)), *right.shape[-2:]).flatten(0, -3)
+            out = found.setdefault((factor.name, each.begin), each.flat.clone())
             view = each.blocks.matrices
             view(out).copy_(view(each.flat) @ each.of_heads(right, each.begin))
     for (name, begin), F in found.items():
@@ -210,27 +211,27 @@ def _sums(
     entire: Sequence[Factor], held: Mapping[Factor, _Held], local: Mapping[str, Tensor], shards: Shards
 ) -> dict[Factor, Tensor]:
     """Return the Gram matrices ``(*heads, r, r)`` of factors, and those that are taken entire, by one message."""
-    shapes = {part: shards.by_name[part.name].shape for part in entire}
-    shapes |= {part: (*(part.heads or ()), each.blocks.rank, each.blocks.rank) for part, each in held.items()}
+    shapes = {factor: shards.by_name[factor.name].shape for factor in entire}
+    shapes |= {factor: (*(factor.heads or ()), each.blocks.rank, each.blocks.rank) for factor, each in held.items()}
     sizes = list(map(math.prod, shapes.values()))
     example = local[next(iter(shapes)).name]
     message = example.new_zeros(sum(sizes), dtype=torch.promote_types(example.dtype, torch.float32))
     totals = dict(zip(shapes, message.split(sizes), strict=True))
-    for part, total in totals.items():
-        shard = shards.by_name[part.name]
+    for factor, total in totals.items():
+        shard = shards.by_name[factor.name]
         if shard.group is None and shards.processes.rank > 0:
             continue  # of what every process holds, one share counts
-        if part not in held:
-            total[shard.start : shard.stop] = local[part.name]
+        if factor not in held:
+            total[shard.start : shard.stop] = local[factor.name]
             continue
-        each = held[part]
+        each = held[factor]
         block, r = each.blocks, each.blocks.rank
         own = block.first - (block.first - shard.start) // block.size * block.size  # before it others count theirs
         begin = max(each.begin, own)
         x = block.matrices(each.flat[begin - each.begin :])
         each.of_heads(total.view(block.heads, r, r), begin).add_(x.mT @ x)
     shards.processes.sum_(message)
-    return {part: total.to(local[part.name].dtype).view(shapes[part]) for part, total in totals.items()}
+    return {factor: total.to(local[factor.name].dtype).view(shapes[factor]) for factor, total in totals.items()}
 
 
 def _complete(blocks: Sequence[Blocks], local: Mapping[str, Tensor], shards: Shards) -> dict[Factor, _Held]:
@@ -274,13 +275,14 @@ def _cut(flat: Tensor, start: int, low: int, high: int) -> Tensor:
 
 def _check_factors(product: Product, source: Mapping[str, Tensor], shards: Shards | None) -> None:
     """Raise a ``ValueError`` unless the factors of a product can be multiplied with each other."""
-    held = [shards.by_name[part.name].owner if shards else source[part.name] for part in product.parts]
-    shapes = [shards.by_name[part.name].shape if shards else tuple(source[part.name].shape) for part in product.parts]
-    ranks = set() if product.is_tensor else {Blocks.of(*each).rank for each in zip(product.parts, shapes, strict=True)}
+    names = [factor.name for factor in product.places]
+    held = [shards.by_name[name].owner if shards else source[name] for name in names]
+    shapes = [shards.by_name[name].shape if shards else tuple(source[name].shape) for name in names]
+    ranks = set() if product.is_tensor else {Blocks.of(*each).rank for each in zip(product.places, shapes, strict=True)}
     if len(ranks) > 1 or len({(p.dtype, p.device) for p in held}) > 1:
         listed = ", ".join(
-            f"{part.name}: {p.dtype} of shape {shape} on {p.device}"
-            for part, p, shape in zip(product.parts, held, shapes, strict=True)
+            f"{name}: {p.dtype} of shape {shape} on {p.device}"
+            for name, p, shape in zip(names, held, shapes, strict=True)
         )
         raise ValueError(f"product {product.name}: its factors differ in rank, dtype or device ({listed})")
 

@@ -181,8 +181,8 @@ def _attention_products(model: nn.Module) -> dict[str, list[Product]]:
         with contextlib.suppress(ValueError):  # there are none
             products = [product for product in find_products(model) if product.kind in ("qk", "ov")]
     covered: Counter[str] = Counter()
-    for part in (part for product in products for part in product.parts):
-        covered[part.name] += part.view(model.get_parameter(part.name)).numel()
+    for factor in (factor for product in products for factor in product.places):
+        covered[factor.name] += factor.view(model.get_parameter(factor.name)).numel()
     for product in products:
         if all(covered[name] >= model.get_parameter(name).numel() for name in product.parameter_names):
             found.setdefault(product.name.rpartition(".")[0], []).append(product)

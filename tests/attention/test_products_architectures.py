@@ -68,13 +68,13 @@ def changes(model: nn.Module, products: Sequence[Product], inputs: dict[str, Any
     expected = outputs_of(model, inputs)
     bases, moved = [], []
     for product in products:
-        shape = [min(sizes) for sizes in zip(*(part.heads for part in product.parts), strict=True)]
+        shape = [min(sizes) for sizes in zip(*(factor.heads for factor in product.places), strict=True)]
         r = product.factors(model)[0].shape[-1]
         Q, scale = torch.linalg.qr(torch.randn(*shape, r, r).double()).Q, torch.rand(*shape, 1, r).double() + 0.5
         bases.append((Q * scale, Q / scale))
     for side in (0, 1):
         for product, basis in zip(products, bases, strict=True):
-            transform_(model, product.parts[side], basis[side], has_bias=side == 0 or product.kind == "qk")
+            transform_(model, product.places[side], basis[side], has_bias=side == 0 or product.kind == "qk")
         moved.append(distance(outputs_of(model, inputs), expected))
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])

@@ -153,7 +153,7 @@ def test_factors_with_different_decay():
 
 def test_a_section_of_two_products():
     module, products = build("gpt2", ["ov", "qk"])
-    again = dataclasses.replace(products[1], name="again", parts=(products[0].parts[0],))
+    again = dataclasses.replace(products[1], name="again", places=(products[0].places[0],))
     message = r"product again: its factor h.0.attn.c_attn.weight belongs to more than one product"
     with pytest.raises(ValueError, match=message):
         FLAMBe(module.named_parameters(), products=[*products, again])

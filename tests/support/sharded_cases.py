@@ -45,7 +45,7 @@ def groups_of(model: BertForMaskedLM, case: Mapping[str, Any]) -> list[dict[str,
     products = products_of(model)
     groups = parameter_groups(model, weight_decay=0.1, products=products)
     if case.get("split"):
-        right = {product.parts[-1].name for product in products}
+        right = {product.places[-1].name for product in products}
         factors = groups.pop()["params"]
         for chosen in (True, False):
             groups.append({"params": [pair for pair in factors if (pair[0] in right) is chosen], "weight_decay": 0.1})

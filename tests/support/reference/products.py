@@ -24,12 +24,12 @@ def half_squared_norms(products: Sequence[Product], parameters: Mapping[str, Ten
     rest = {name: parameters[name].clone() for product in products for name in product.parameter_names}
     total = torch.zeros((), dtype=torch.float64)
     for product in products:
-        num_heads = max(math.prod(part.heads or (1,)) for part in product.parts)
+        num_heads = max(math.prod(factor.heads or (1,)) for factor in product.places)
         for head in range(num_heads):
-            factors = [_cut(part, parameters[part.name], head, num_heads) for part in product.parts]
+            factors = [_cut(factor, parameters[factor.name], head, num_heads) for factor in product.places]
             total = total + torch.einsum(_FORMULAS[product.kind == "tensor", len(factors)], *factors).square().sum() / 2
-            for part in product.parts:
-                _cut(part, rest[part.name], head, num_heads).zero_()
+            for factor in product.places:
+                _cut(factor, rest[factor.name], head, num_heads).zero_()
     return total + sum(parameter.square().sum() for parameter in rest.values()) / 2
 
 
@@ -42,12 +42,12 @@ def decay_gradients(products: Sequence[Product], parameters: Mapping[str, Tensor
     return dict(zip(names, gradients, strict=True))
 
 
-def _cut(part: Factor, parameter: Tensor, head: int, num_heads: int) -> Tensor:
+def _cut(factor: Factor, parameter: Tensor, head: int, num_heads: int) -> Tensor:
     """What one query head uses: ``(m, r)``."""
-    if part.heads is None:
+    if factor.heads is None:
         return parameter
-    start, length = part.section or (0, parameter.shape[part.dim])
-    blocks = math.prod(part.heads)
+    start, length = factor.section or (0, parameter.shape[factor.dim])
+    blocks = math.prod(factor.heads)
     width = length // blocks
     first = start + head * blocks // num_heads * width
-    return parameter[first : first + width].T if part.dim == 0 else parameter[:, first : first + width]
+    return parameter[first : first + width].T if factor.dim == 0 else parameter[:, first : first + width]
