@@ -22,7 +22,7 @@ from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Case, Comparison, Goal, Row, interleave
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining
 from hf_fnl.math.spectral import spectral_init
-from hf_fnl.math.truncation import Projection, truncate_ov
+from hf_fnl.math.truncation import HeadWeights, truncate_ov
 
 INITIALIZER_RANGE = 0.02  # of BERT's normal initialization
 EXCESS_TOLERANCE = 1e-5  # relative to the norm of the weight; float32 holds 7 digits
@@ -111,7 +111,7 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def _cut_heads(left: Tensor, right: Tensor, rank: int) -> Factors:
-    cut = truncate_ov(Projection(left, None), Projection(right, None), rank)
+    cut = truncate_ov(HeadWeights(left, None), HeadWeights(right, None), rank)
     return cut[0].weight, cut[1].weight
 
 

@@ -20,7 +20,7 @@ from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_, merge_
-from hf_fnl.layers.convolution import Convolution
+from hf_fnl.layers.conv_base import Convolution
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.vision.models import inner_convolutions, vision_model
 

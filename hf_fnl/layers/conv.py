@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.layers.base import FactorizedMatrix
-from hf_fnl.layers.convolution import Convolution, KernelShape, Pair
+from hf_fnl.layers.conv_base import Convolution, KernelShape, Pair
 from hf_fnl.math.factors import product
 from hf_fnl.math.spectral import draw_factor
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hf_fnl.layers.convolution import Convolution, KernelShape, Pair
+from hf_fnl.layers.conv_base import Convolution, KernelShape, Pair
 from hf_fnl.math.spectral import check_rank
 from hf_fnl.math.tensors import Shape, core_shapes, decompose, largest_bonds, product, product_cost
 

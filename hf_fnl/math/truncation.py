@@ -175,7 +175,7 @@ class HeadMoments:
 
 
 @dataclass(frozen=True)
-class Projection:
+class HeadWeights:
     """One side of the per-head products of an attention.
 
     Args:
@@ -186,18 +186,18 @@ class Projection:
     weight: Tensor
     bias: Tensor | None
 
-    def mapped(self, by: Tensor) -> Projection:
+    def mapped(self, by: Tensor) -> HeadWeights:
         """Both multiplied by ``(heads, r, rank)`` from the right, in their dtypes."""
         weight = (self.weight.double() @ by).to(self.weight.dtype)
         if self.bias is None or self.bias.ndim == 1:
-            return Projection(weight, self.bias)
-        return Projection(weight, (self.bias.double().unsqueeze(-2) @ by).squeeze(-2).to(self.bias.dtype))
+            return HeadWeights(weight, self.bias)
+        return HeadWeights(weight, (self.bias.double().unsqueeze(-2) @ by).squeeze(-2).to(self.bias.dtype))
 
 
 @torch.no_grad()
 def truncate_qk(
-    query: Projection, key: Projection, rank: int, moments: HeadMoments | None = None, method: str = "spectral"
-) -> tuple[Projection, Projection]:
+    query: HeadWeights, key: HeadWeights, rank: int, moments: HeadMoments | None = None, method: str = "spectral"
+) -> tuple[HeadWeights, HeadWeights]:
     r"""Cut every head's scores ``(x Q + b_q)(y K + b_k)^T`` to a rank.
 
     ``(x Q + b_q) b_k^T`` is the same for all keys ``y``, so the softmax does not see it, and the new key bias is zero.
@@ -220,13 +220,13 @@ def truncate_qk(
     """
     left = _stacked(_augmented(query), len(key.weight))
     to_query, to_key = _head_maps(left, key.weight, rank, _qk_roots(query, key, moments), method, moments)
-    return query.mapped(_for_each_head(to_query, query)), Projection(key.mapped(to_key).weight, _zeros(key.bias, rank))
+    return query.mapped(_for_each_head(to_query, query)), HeadWeights(key.mapped(to_key).weight, _zeros(key.bias, rank))
 
 
 @torch.no_grad()
 def truncate_ov(
-    value: Projection, output: Projection, rank: int, moments: HeadMoments | None = None, method: str = "spectral"
-) -> tuple[Projection, Projection]:
+    value: HeadWeights, output: HeadWeights, rank: int, moments: HeadMoments | None = None, method: str = "spectral"
+) -> tuple[HeadWeights, HeadWeights]:
     r"""Cut every head's ``V_h O_h^T`` to a rank.
 
     Attention weights sum to one, so ``b_v O_h^T`` moves into the output bias exactly and the new value bias is zero.
@@ -261,18 +261,18 @@ def truncate_ov(
     kept = (mean - b_v).unsqueeze(-2) @ to_value
     lost = mean.unsqueeze(-1) - to_output @ kept.mT  # of each head's mean context, as the output projection sees it
     lost = (output.weight.double() @ _for_each_head(lost, output)).sum(0).squeeze(-1)
-    cut = Projection(value.mapped(to_value).weight, _zeros(value.bias, rank))
-    return cut, Projection(cut_output.weight, (output.bias + lost).to(output.bias.dtype))
+    cut = HeadWeights(value.mapped(to_value).weight, _zeros(value.bias, rank))
+    return cut, HeadWeights(cut_output.weight, (output.bias + lost).to(output.bias.dtype))
 
 
 @torch.no_grad()
-def qk_energies(query: Projection, key: Projection, moments: HeadMoments | None = None) -> Tensor:
+def qk_energies(query: HeadWeights, key: HeadWeights, moments: HeadMoments | None = None) -> Tensor:
     """Squared singular values of what :func:`truncate_qk` cuts, summed over the heads rank by rank, float64."""
     return _energies(_qk_roots(query, key, moments))
 
 
 @torch.no_grad()
-def ov_energies(value: Projection, output: Projection, moments: HeadMoments | None = None) -> Tensor:
+def ov_energies(value: HeadWeights, output: HeadWeights, moments: HeadMoments | None = None) -> Tensor:
     """Squared singular values of what :func:`truncate_ov` cuts, summed over the heads rank by rank, float64."""
     return _energies(_ov_roots(value, output, moments))
 
@@ -281,7 +281,7 @@ def _energies(roots: tuple[Tensor, Tensor]) -> Tensor:
     return torch.linalg.svdvals(roots[0].mT @ roots[1]).square().sum(0)
 
 
-def _qk_roots(query: Projection, key: Projection, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:
+def _qk_roots(query: HeadWeights, key: HeadWeights, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:
     if moments is None:
         return _weight_root(_stacked(_augmented(query), len(key.weight))), _weight_root(key.weight)
     assert moments.query is not None
@@ -289,7 +289,7 @@ def _qk_roots(query: Projection, key: Projection, moments: HeadMoments | None) -
     return metric_root(moments.query.second), metric_root(moments.key.covariance)
 
 
-def _ov_roots(value: Projection, output: Projection, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:
+def _ov_roots(value: HeadWeights, output: HeadWeights, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:
     scale = _output_scale(moments)
     outputs = output.weight if scale is None else output.weight.double() * scale
     right = _weight_root(_stacked(outputs, len(value.weight)))
@@ -305,12 +305,12 @@ def _stacked(factor: Tensor, num_heads: int) -> Tensor:
     return factor.unflatten(0, (num_heads, -1)).flatten(1, 2)
 
 
-def _for_each_head(shared: Tensor, projection: Projection) -> Tensor:
+def _for_each_head(shared: Tensor, projection: HeadWeights) -> Tensor:
     """Return tensors that heads share once for each head of a projection."""
     return shared.repeat_interleave(len(projection.weight) // len(shared), 0)
 
 
-def _augmented(projection: Projection) -> Tensor:
+def _augmented(projection: HeadWeights) -> Tensor:
     """``[Q; b_q] (heads, d + 1, r)``, or ``Q`` where there is no bias."""
     if projection.bias is None:
         return projection.weight

@@ -17,7 +17,7 @@ from hf_fnl.layers import Factorized, HeadProjection
 from hf_fnl.layers.linear import Span
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.math.spectral import DRAWN_METHODS
-from hf_fnl.math.truncation import HeadMoments, Projection, ov_energies, qk_energies, truncate_ov, truncate_qk
+from hf_fnl.math.truncation import HeadMoments, HeadWeights, ov_energies, qk_energies, truncate_ov, truncate_qk
 from hf_fnl.surgery.calibration import HeadMomentsRequest
 from hf_fnl.surgery.targets import Cut, Draw, LayerTarget, Replacements
 
@@ -78,13 +78,13 @@ class Attention:
         """Return the present width of the heads of a projection."""
         return self.spans[side].weight.shape[int(side == Side.OUTPUT)] // self.count(side)
 
-    def projection(self, side: int) -> Projection:
+    def projection(self, side: int) -> HeadWeights:
         """Return a projection head by head: ``(heads, d, r)``, and its bias."""
         span, count = self.spans[side], self.count(side)
         if side == Side.OUTPUT:
-            return Projection(span.weight.unflatten(1, (count, -1)).transpose(0, 1), span.bias)
+            return HeadWeights(span.weight.unflatten(1, (count, -1)).transpose(0, 1), span.bias)
         bias = None if span.bias is None else span.bias.unflatten(0, (count, -1))
-        return Projection(span.weight.unflatten(0, (count, -1)).mT, bias)
+        return HeadWeights(span.weight.unflatten(0, (count, -1)).mT, bias)
 
     def layers(self, kinds: Sequence[str]) -> dict[nn.Module, list[int]]:
         """Return the layers that hold the products of some kinds, each with all projections that lie in it."""
@@ -235,7 +235,7 @@ def cut_heads(cuts: Sequence[Cut], moments: HeadMoments | None, draw: Callable[[
     return new
 
 
-def _drawn(attention: Attention, side: int, cut: Cut, draw: Draw) -> Projection:
+def _drawn(attention: Attention, side: int, cut: Cut, draw: Draw) -> HeadWeights:
     """Return a projection that is drawn as a layer of its own; biases of heads start at zero."""
     present, count = attention.projection(side), attention.count(side)
     size, is_output = present.weight.shape[1], side == Side.OUTPUT
@@ -247,6 +247,6 @@ def _drawn(attention: Attention, side: int, cut: Cut, draw: Draw) -> Projection:
     else:
         draw(weight)
     if is_output:
-        return Projection(weight.unflatten(1, (count, -1)).transpose(0, 1), present.bias)
+        return HeadWeights(weight.unflatten(1, (count, -1)).transpose(0, 1), present.bias)
     bias = None if present.bias is None else torch.zeros_like(present.bias[:, : cut.rank])
-    return Projection(weight.unflatten(0, (count, -1)).mT, bias)
+    return HeadWeights(weight.unflatten(0, (count, -1)).mT, bias)

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_fnl.layers import FactorizedLinear
 from hf_fnl.math.truncation import (
     HeadMoments,
+    HeadWeights,
     Moments,
-    Projection,
     linear_energies,
     metric_root,
     ov_energies,
@@ -30,30 +30,30 @@ RIDGED = {"rtol": 1e-3, "atol": 1e-9}
 each_rank = pytest.mark.parametrize("rank", RANKS, ids="rank-{}".format)
 
 
-def projection_to_heads(*, bias: bool = True, dtype: torch.dtype = DOUBLE) -> Projection:
+def projection_to_heads(*, bias: bool = True, dtype: torch.dtype = DOUBLE) -> HeadWeights:
     weight = torch.randn(HEADS, HIDDEN, WIDTH, dtype=dtype)
-    return Projection(weight, torch.randn(HEADS, WIDTH, dtype=dtype) if bias else None)
+    return HeadWeights(weight, torch.randn(HEADS, WIDTH, dtype=dtype) if bias else None)
 
 
-def projection_back(*, bias: bool = True, dtype: torch.dtype = DOUBLE) -> Projection:
+def projection_back(*, bias: bool = True, dtype: torch.dtype = DOUBLE) -> HeadWeights:
     weight = torch.randn(HEADS, HIDDEN, WIDTH, dtype=dtype)
-    return Projection(weight, torch.randn(HIDDEN, dtype=dtype) if bias else None)
+    return HeadWeights(weight, torch.randn(HIDDEN, dtype=dtype) if bias else None)
 
 
-def project(x: Tensor, to_heads: Projection) -> Tensor:
+def project(x: Tensor, to_heads: HeadWeights) -> Tensor:
     """``(length, hidden)`` to ``(heads, length, width)``."""
     out = x @ to_heads.weight
     return out if to_heads.bias is None else out + to_heads.bias.unsqueeze(-2)
 
 
-def attend(x: Tensor, query: Projection, key: Projection, value: Projection, output: Projection) -> Tensor:
+def attend(x: Tensor, query: HeadWeights, key: HeadWeights, value: HeadWeights, output: HeadWeights) -> Tensor:
     """A whole attention, with the softmax scale of its dense heads."""
     weights = (project(x, query) @ project(x, key).mT * WIDTH**-0.5).softmax(-1)
     out = (weights @ project(x, value) @ output.weight.mT).sum(0)
     return out if output.bias is None else out + output.bias
 
 
-def augmented(query: Projection) -> Tensor:
+def augmented(query: HeadWeights) -> Tensor:
     return query.weight if query.bias is None else torch.cat([query.weight, query.bias.unsqueeze(-2)], -2)
 
 
@@ -108,8 +108,8 @@ def test_outputs_count_by_what_the_loss_feels_of_them(bias: bool) -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_outputs_of_heads_count_by_what_the_loss_feels_of_them(bias: bool) -> None:
     """What is lost of each head's output, formed, is what the energies say; without the weights more is lost."""
-    value = Projection(torch.randn(2, 11, 4, dtype=DOUBLE), None)
-    output = Projection(torch.randn(4, 7, 4, dtype=DOUBLE), torch.randn(7, dtype=DOUBLE) if bias else None)
+    value = HeadWeights(torch.randn(2, 11, 4, dtype=DOUBLE), None)
+    output = HeadWeights(torch.randn(4, 7, 4, dtype=DOUBLE), torch.randn(7, dtype=DOUBLE) if bias else None)
     d = torch.tensor([1e4, 1, 1e-2, 3, 5, 20, 0.5], dtype=DOUBLE)
     context = Moments.of(torch.stack([skewed(200, 4) for _ in range(2)]))
     moments = HeadMoments(context=context, sensitivity=d)
@@ -258,8 +258,8 @@ def test_nothing_is_left_in_the_graph() -> None:
     moments = Moments.of(torch.randn(20, 7, requires_grad=True))
     assert not moments.mean.requires_grad
     assert not any(tensor.requires_grad for tensor in truncate_linear(weight, bias, 3, moments))
-    sides = [Projection(nn.Parameter(torch.randn(2, 7, 3)), nn.Parameter(torch.randn(2, 3))) for _ in range(3)]
-    back = Projection(nn.Parameter(torch.randn(2, 7, 3)), nn.Parameter(torch.randn(7)))
+    sides = [HeadWeights(nn.Parameter(torch.randn(2, 7, 3)), nn.Parameter(torch.randn(2, 3))) for _ in range(3)]
+    back = HeadWeights(nn.Parameter(torch.randn(2, 7, 3)), nn.Parameter(torch.randn(7)))
     for side in (*truncate_qk(sides[0], sides[1], 2), *truncate_ov(sides[2], back, 2)):
         assert not side.weight.requires_grad
         assert not side.bias.requires_grad
@@ -333,7 +333,7 @@ def test_heads_come_balanced_with_orthogonal_columns(rank: int) -> None:
 # Heads, in the metric of data
 
 
-def head_moments(x: Tensor, query: Projection, key: Projection, value: Projection) -> HeadMoments:
+def head_moments(x: Tensor, query: HeadWeights, key: HeadWeights, value: HeadWeights) -> HeadMoments:
     weights = (project(x, query) @ project(x, key).mT * WIDTH**-0.5).softmax(-1)
     parts = (project(x, query), project(x, key), weights @ project(x, value))
     return HeadMoments(*(Moments.of(part) for part in parts))
@@ -346,11 +346,11 @@ def test_calibrated_scores_are_the_nearest_there_are(rank: int) -> None:
     x = skewed(200, HIDDEN)
     moments = head_moments(x, query, key, key)
 
-    def seen(query: Projection, key: Projection) -> Tensor:
+    def seen(query: HeadWeights, key: HeadWeights) -> Tensor:
         scores = project(x, query) @ project(x, key).mT
         return scores - scores.mean(-1, keepdim=True)
 
-    def lost(pair: tuple[Projection, Projection]) -> Tensor:
+    def lost(pair: tuple[HeadWeights, HeadWeights]) -> Tensor:
         return (seen(*pair) - seen(query, key)).square().sum((-2, -1)) / len(x) ** 2
 
     best = tail(seen(query, key), rank) / len(x) ** 2
@@ -373,10 +373,10 @@ def test_calibrated_outputs_are_the_nearest_there_are(biases: tuple[bool, bool],
     def centered(outputs: Tensor) -> Tensor:
         return outputs - outputs.mean(-2, keepdim=True) if biases[1] else outputs
 
-    def heads(value: Projection, output: Projection) -> Tensor:
+    def heads(value: HeadWeights, output: HeadWeights) -> Tensor:
         return centered(weights @ project(x, value) @ output.weight.mT)
 
-    def lost(pair: tuple[Projection, Projection]) -> Tensor:
+    def lost(pair: tuple[HeadWeights, HeadWeights]) -> Tensor:
         return (heads(*pair) - heads(value, output)).square().sum((-2, -1)) / len(x)
 
     best = tail(heads(value, output), rank) / len(x)
@@ -423,7 +423,7 @@ def test_fewer_positions_than_the_width_of_a_head() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_heads_keep_their_dtype(dtype: torch.dtype) -> None:
     projections = [projection_to_heads(dtype=dtype) for _ in range(3)] + [projection_back(dtype=dtype)]
-    exact = [Projection(p.weight.double(), p.bias.double()) for p in projections]
+    exact = [HeadWeights(p.weight.double(), p.bias.double()) for p in projections]
     cut = (*truncate_qk(*projections[:2], 3), *truncate_ov(*projections[2:], 3))
     expected = (*truncate_qk(*exact[:2], 3), *truncate_ov(*exact[2:], 3))
     for side, wanted in zip(cut, expected, strict=True):
@@ -449,7 +449,7 @@ def test_heads_that_share_a_key_or_a_value_are_cut_together(bias: bool, rank: in
     """As one stacked matrix, and every head of a group gets the same columns."""
     group = 2
     query, output = (
-        Projection(torch.randn(HEADS * group, HIDDEN, WIDTH, dtype=DOUBLE), extra)
+        HeadWeights(torch.randn(HEADS * group, HIDDEN, WIDTH, dtype=DOUBLE), extra)
         for extra in (
             torch.randn(HEADS * group, WIDTH, dtype=DOUBLE) if bias else None,
             torch.randn(HIDDEN, dtype=DOUBLE) if bias else None,
@@ -470,7 +470,7 @@ def test_heads_that_share_a_key_or_a_value_are_cut_together(bias: bool, rank: in
 # What is refused
 
 
-def poisoned(projection: Projection) -> Projection:
+def poisoned(projection: HeadWeights) -> HeadWeights:
     projection.weight[1, 2, 3] = torch.nan
     return projection
 
@@ -486,7 +486,7 @@ def poisoned(projection: Projection) -> Projection:
         pytest.param(lambda a, b: qk_energies(a, poisoned(a)), "attention .* NaN or Inf", id="energies-nan"),
     ],
 )
-def test_heads_that_cannot_be_cut(cut: Callable[[Projection, Projection], object], message: str) -> None:
+def test_heads_that_cannot_be_cut(cut: Callable[[HeadWeights, HeadWeights], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cut(projection_to_heads(), projection_back())
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_fnl.layers import FactorizedConv2d, TensorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix
-from hf_fnl.layers.convolution import Convolution
+from hf_fnl.layers.conv_base import Convolution
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
 
 DOUBLE = {"dtype": torch.float64}
