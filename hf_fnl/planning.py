@@ -44,7 +44,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hf_fnl.models as models
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.checkpoint import read_config, saved_class
+from hf_fnl.models.surgery_loading import read_config, saved_class
 from hf_fnl.surgery import factorize_, restore_
 from hf_fnl.surgery.config import FactorizationConfig
 from hf_fnl.surgery.record import QUANT_METHOD, method_of

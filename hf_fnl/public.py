@@ -33,7 +33,7 @@ from hf_fnl.models import (
     FactorizedMarianModel,
     FactorizedMarianMTModel,
 )
-from hf_fnl.models.checkpoint import load
+from hf_fnl.models.surgery_loading import load
 from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 from hf_fnl.optim.diagnostics import diagnose
 from hf_fnl.optim.frobenius_decay import FrobeniusDecay

@@ -111,7 +111,7 @@ def measure(source: str, settings: Settings) -> dict[str, Any]:
     from transformers.utils import logging
 
     from hf_fnl.cli.texts import longest_input
-    from hf_fnl.models.checkpoint import load
+    from hf_fnl.models.surgery_loading import load
     from hf_fnl.tasks.perplexity import first_tokens, text_perplexity
     from hf_fnl.tasks.tokenization import load_tokenizer
 

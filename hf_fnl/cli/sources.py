@@ -11,7 +11,7 @@ import hf_fnl.vision.models  # registers them
 from hf_fnl.cli.terminal import Terminal
 from hf_fnl.cli.texts import longest_input, text_inputs
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.checkpoint import load
+from hf_fnl.models.surgery_loading import load
 
 
 def factorized_classes() -> dict[type[PreTrainedModel], type[FactorizedPreTrainedModel]]:

@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
 import hf_fnl.vision.models  # noqa: F401  (registers them)
-from hf_fnl.models.checkpoint import load
+from hf_fnl.models.surgery_loading import load
 from hf_fnl.optim.diagnostics import Figures, forward_flops, parameter_count
 from hf_fnl.report.inspection import Matrix, Progress, inspect_model, read_energies
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE

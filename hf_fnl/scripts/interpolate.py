@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.checkpoint import load
+from hf_fnl.models.surgery_loading import load
 from hf_fnl.surgery import merge_
 from hf_fnl.tasks.clm import build_blocks
 from hf_fnl.tasks.documents import DocumentOptions

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import adopt_modules_
-from hf_fnl.models.checkpoint import load
+from hf_fnl.models.surgery_loading import load
 
 
 def match_checkpoint_(model: nn.Module, folder: str | os.PathLike[str]) -> None:

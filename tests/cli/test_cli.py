@@ -42,7 +42,7 @@ from hf_fnl import (
 from hf_fnl.attention import find_products
 from hf_fnl.cli.tables import LAYERS_KEY
 from hf_fnl.layers.linear import dense_weight
-from hf_fnl.models.checkpoint import load
+from hf_fnl.models.surgery_loading import load
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.report import inspect_model
 from hf_fnl.surgery import factorize_

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-import hf_fnl.models.checkpoint  # noqa: F401  # registers the record with Transformers
+import hf_fnl.models.surgery_loading  # noqa: F401  # registers the record with Transformers
 from hf_fnl.layers import Factorized, FactorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.surgery import Factorization, factorize_, merge_

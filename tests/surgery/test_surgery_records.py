@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from hf_fnl.layers import Factorized, FactorizedLinear
-from hf_fnl.models.checkpoint import load
 from hf_fnl.models.loading import CheckpointMismatchError
+from hf_fnl.models.surgery_loading import load
 from hf_fnl.surgery import factorize_, merge_, update_records_
 from hf_fnl.surgery.config import FactorizationConfig
 

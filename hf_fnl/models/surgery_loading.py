@@ -1,4 +1,4 @@
-"""Checkpoints of models that went through surgery.
+"""Loading of saved models that went through surgery.
 
 Transformers builds a model, lets a *quantization method* change it, and then loads the weights. Surgery is registered
 as such a method under the name ``hf_fnl``: the factorized layers are put in their places before the weights arrive.

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, BertModel, PreTrainedM
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM
 from hf_fnl.layers import Factorized, FactorizedLinear
-from hf_fnl.models.checkpoint import load
+from hf_fnl.models.surgery_loading import load
 from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.config import FactorizationConfig
 
