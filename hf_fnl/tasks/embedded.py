@@ -94,7 +94,7 @@ def _documents() -> dict[str, str]:
     seen: set[str] = set()
     documents = {}
     for name, text in sorted(topics.items(), key=lambda item: (len(item[1]), item[0])):
-        paragraphs = [paragraph for paragraph in _paragraphs(text) if paragraph not in seen]
+        paragraphs = [paragraph for paragraph in dict.fromkeys(_paragraphs(text)) if paragraph not in seen]
         seen.update(paragraphs)
         if any(_is_prose(paragraph) for paragraph in paragraphs):
             documents[name] = "\n\n".join(paragraphs)

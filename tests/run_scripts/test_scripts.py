@@ -229,7 +229,7 @@ def test_two_launched_processes_have_the_losses_of_one(tmp_path):
     ("flags", "message"),
     [
         (["--qk_rank", "9"], r"qk_rank must be in \[1, 8\], got 9"),
-        (["--ffn_rank", "0"], "ffn_rank must be at least 1"),
+        (["--ffn_rank", "0"], r"ffn_rank must be in \[1, 24\], got 0"),
         (["--factor_init", "svd"], "factor_init must be one of spectral, spectral_ones, default, he, got 'svd'"),
         (["--max_seq_length", "128"], "max_seq_length must be at most max_position_embeddings=64, got 128"),
         (["--stock", "true"], "stock=True does not go with qk_rank, ov_rank, ffn_rank, embedding_rank"),
