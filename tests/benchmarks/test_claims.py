@@ -322,7 +322,7 @@ def test_what_the_quickstart_learns():
     loss, entropy = (
         f"{found[f'{name}, nats']:.2f}" for name in ("loss of masked word pieces", "entropy of word pieces")
     )
-    assert says(README, f"has a loss of {loss} after 1,900 updates and three minutes, where frequencies give {entropy}")
+    assert says(README, f"has a loss of {loss} after 1,900 updates and four minutes, where frequencies give {entropy}")
 
 
 def test_speeds_of_a_cut_language_model():
