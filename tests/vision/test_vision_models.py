@@ -179,6 +179,24 @@ def test_the_loss_is_taken_in_float32(count: int | None) -> None:
 
 
 @each_family
+def test_hidden_states_are_those_of_the_stem_and_of_each_stage(case: VisionCase) -> None:
+    model, pixels = case.build(), case.batch()["pixel_values"]
+    seen: list[Tensor] = []
+    for module in (model.backbone.stem, *model.backbone.stages):
+        module.register_forward_hook(lambda module, args, output: seen.append(output))
+    features = model.backbone(pixels, output_hidden_states=True)
+    assert len(features.hidden_states) == len(model.backbone.stages) + 1 == len(seen)
+    assert_close(features.hidden_states[:-1], tuple(seen[:-1]), **EXACT)
+    assert features.hidden_states[-1] is features.last_hidden_state
+    assert_close(model(pixels, output_hidden_states=True).hidden_states, features.hidden_states)
+    assert model(pixels).hidden_states is None
+    assert model.backbone(pixels, return_dict=False)[1].shape == features.pooler_output.shape
+    model.config.output_hidden_states = True
+    assert_close(model(pixels).hidden_states, features.hidden_states)
+    assert model(pixels, output_hidden_states=False).hidden_states is None
+
+
+@each_family
 def test_a_checkpoint_comes_back_bitwise(case: VisionCase, tmp_path: Path) -> None:
     model = case.build()
     model.save_pretrained(tmp_path)

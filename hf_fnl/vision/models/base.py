@@ -102,22 +102,37 @@ class VisionBackbone(VisionPreTrainedModel):
         return hidden_state
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPoolingAndNoAttention:
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
         """Compute the features of images.
 
         Args:
             pixel_values: ``(batch, num_channels, height, width)``.
+            output_hidden_states: Whether the output has ``hidden_states``; that of the configuration unless given.
 
         Returns:
-            ``last_hidden_state (batch, hidden_size, rows, columns)`` and its average ``pooler_output (batch,
-            hidden_size)``.
+            ``last_hidden_state (batch, hidden_size, rows, columns)``, its average ``pooler_output (batch,
+            hidden_size)``, and ``hidden_states``, the outputs of the stem and of each stage, of which the last is
+            ``last_hidden_state``.
 
         Raises:
             ValueError: If the images are too small or have another number of channels.
         """
         self._check_images(pixel_values.shape)
-        features = self.normalized(self.stages(self.stem(pixel_values)))
-        return BaseModelOutputWithPoolingAndNoAttention(features, pooler_output=features.mean((2, 3)))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_state = self.stem(pixel_values)
+        states = [hidden_state]
+        for stage in self.stages:
+            hidden_state = stage(hidden_state)
+            states = [*states, hidden_state] if output_hidden_states else [hidden_state]
+        states[-1] = self.normalized(hidden_state)
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=states[-1],
+            pooler_output=states[-1].mean((2, 3)),
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
 
     def _check_images(self, shape: Sequence[int]) -> None:
         channels, smallest = self.config.num_channels, self.config.smallest_image
@@ -145,6 +160,7 @@ class ImageClassifier(VisionPreTrainedModel):
         self,
         pixel_values: Tensor,
         labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> ImageClassifierOutputWithNoAttention:
         """Classify images.
@@ -153,22 +169,24 @@ class ImageClassifier(VisionPreTrainedModel):
             pixel_values: ``(batch, num_channels, height, width)``.
             labels: Classes, ``(batch,)`` in ``[0, num_labels)``, where -100 leaves an image out of the loss; or
                 targets ``(batch, num_labels)`` for the other problem types of Transformers.
+            output_hidden_states: Whether the output has ``hidden_states``; that of the configuration unless given.
             num_items_in_batch: Labels in the whole batch, over accumulation steps and processes, as the Trainer passes
                 it.
 
         Returns:
-            ``logits (batch, num_labels)`` and, where there are labels, the ``loss`` in float32.
+            ``logits (batch, num_labels)``, where there are labels the ``loss`` in float32, and the backbone's
+            ``hidden_states``.
 
         Raises:
             ValueError: If the images are too small or have another number of channels.
         """
-        features = self.backbone(pixel_values, return_dict=True)
+        features = self.backbone(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
         logits = self.classifier(features.pooler_output)
         loss = None
         if labels is not None:
             options = {"config": self.config, "num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(labels, logits.float(), **options)
-        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=features.hidden_states)
 
 
 def convolution(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Conv2d:
