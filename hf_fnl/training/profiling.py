@@ -19,7 +19,7 @@ _ROWS = 40
 
 
 class ProfilerCallback(TrainerCallback):
-    """Profiles steps of a training in its first process, for a table of ranges and operations and a Chrome trace.
+    """Profiles steps of a training in this process, for a table of ranges and operations and a Chrome trace.
 
     Ranges are the loader's (``enumerate(DataLoader)``), the optimizer's (``Optimizer.step``) and that of the decay.
 
@@ -37,22 +37,18 @@ class ProfilerCallback(TrainerCallback):
         self._folder = Path(args.output_dir)
         timing = schedule(wait=STEPS_BEFORE - 1, warmup=1, active=self.steps, repeat=1)
         self._profiler = profile(schedule=timing, on_trace_ready=self._write)
-        if args.process_index == 0:
-            self._profiler.start()
+        self._profiler.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tell it that a step is done."""
-        if args.process_index == 0:
-            self._profiler.step()
+        self._profiler.step()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop it, which writes what there is."""
-        if args.process_index > 0:
-            return
         self._profiler.stop()
-        if not (self._folder / TABLE_FILE).exists():
+        if self._profiler.step_num <= STEPS_BEFORE:
             logger.warning("no step was profiled: the training ended within the first %d", STEPS_BEFORE)
 
     def _write(self, profiler: profile) -> None:

@@ -111,7 +111,7 @@ class FLAMBeTrainer(Trainer):
         self._diagnostics = DiagnosticsCallback((), args.diagnostics_steps, self.log)
         if args.diagnostics_steps:
             self.add_callback(self._diagnostics)
-        if args.profile_steps:
+        if args.profile_steps and args.process_index == 0:
             self.add_callback(ProfilerCallback(args.profile_steps))
         self._watch_products()
 

@@ -49,3 +49,9 @@ def test_a_training_that_ends_before_says_so(tmp_path, caplog):
     tiny_trainer(tmp_path, num_train_epochs=1, max_steps=-1, per_device_train_batch_size=64, profile_steps=2).train()
     assert "no step was profiled" in caplog.text
     assert not (tmp_path / TABLE_FILE).exists()
+
+
+def test_a_profile_of_an_earlier_run_is_not_taken_for_one_of_this(tmp_path, caplog):
+    (tmp_path / TABLE_FILE).write_text("of an earlier run")
+    tiny_trainer(tmp_path, num_train_epochs=1, max_steps=-1, per_device_train_batch_size=64, profile_steps=2).train()
+    assert "no step was profiled" in caplog.text
