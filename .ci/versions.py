@@ -21,6 +21,7 @@ NAMES = ("transformers", "accelerate")
 # Transformers 5.17 needs an older huggingface_hub than the environment has, and that one another client.
 WITH_LOWEST = ("huggingface_hub<2", "httpx", "httpcore")
 TESTS = (
+    "tests/layers/test_keep_narrow.py",
     "tests/models/test_forwards.py",
     "tests/models/test_plain_heads.py",
     "tests/models/test_adapters_of_families.py",
@@ -36,9 +37,9 @@ TESTS = (
     "tests/surgery/test_families.py",
     "tests/surgery/test_to_linear.py",
 )
-# What compiles takes long, and most of that is torch. Transformers 5.17 compiles no training step of Marian, has no
-# beams where its vocabularies differ, and has another name for checkpointing of activations.
-EXCEPT = "flex_attention or compiles or (beams and separate) or gradient_checkpointing"
+# What compiles takes long, and most of that is torch. Transformers 5.17 compiles no training step of Marian, and has
+# no beams where its vocabularies differ.
+EXCEPT = "flex_attention or compiles or (beams and separate)"
 
 
 def bounds() -> dict[str, Requirement]:

@@ -20,7 +20,7 @@ def keep_narrow() -> tuple[AbstractContextManager[Any], AbstractContextManager[A
     feed-forward network. All else is computed again: what is wide (the GELU's input and output) and what costs little
     (dropout, LayerNorm). Only the widening half of the products is paid for twice.
 
-    With Transformers::
+    With Transformers (before 5.23: ``gradient_checkpointing``)::
 
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": keep_narrow})
 

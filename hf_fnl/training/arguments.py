@@ -17,7 +17,10 @@ from hf_fnl.optim.groups import FACTOR_DECAYS
 from hf_fnl.training.profiling import STEPS_BEFORE
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
-CHECKPOINTING_OPTIONS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # the name now and before
+# The option from Transformers 5.23 on, and before.
+CHECKPOINTING = [
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+]
 
 
 @dataclass
@@ -131,19 +134,19 @@ class FLAMBeTrainingArguments(TrainingArguments):
         if not self.keep_narrow:
             return
         if not self.gradient_checkpointing:
-            raise ValueError("keep_narrow=true says what activation checkpointing keeps: set activation_checkpointing")
+            raise ValueError(f"keep_narrow=true says what activation checkpointing keeps: set {CHECKPOINTING[0]}")
         given = self.gradient_checkpointing_kwargs or {}
         if given.get("use_reentrant") or given.get("context_fn", keep_narrow) is not keep_narrow:
             raise ValueError(f"keep_narrow sets use_reentrant=False and context_fn itself, got {given}")
         options = {**given, "use_reentrant": False, "context_fn": keep_narrow}
-        for name in CHECKPOINTING_OPTIONS:
-            setattr(self, name, options)
+        for name in CHECKPOINTING:
+            setattr(self, f"{name}_kwargs", options)
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers, without the function that ``keep_narrow`` stands for."""
         values: dict[str, Any] = super().to_dict()
         if self.keep_narrow:
-            for name in CHECKPOINTING_OPTIONS:
+            for name in (f"{option}_kwargs" for option in CHECKPOINTING):
                 given = values.get(name) or {}
                 values[name] = {key: value for key, value in given.items() if key != "context_fn"} or None
         return values

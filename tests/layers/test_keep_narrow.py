@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from family import gradients
+from family import CHECKPOINTING, gradients
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from gpt2_cases import LM
 from torch._dynamo.backends.common import aot_autograd
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_plain_training_with_dropout(build):
     found, counts = [], []
     for options in (None, {"use_reentrant": False}, OPTIONS):
         if options:
-            model.activation_checkpointing_enable(options)
+            getattr(model, f"{CHECKPOINTING}_enable")(options)
         torch.manual_seed(2)
         with Products() as products:
             loss = model(**batch).loss
@@ -96,7 +96,7 @@ def test_compiled_too_only_the_widening_half_is_computed_again():
 
 def test_the_trainer_trains_alike_and_its_arguments_can_be_written(tmp_path):
     plain, narrow = (
-        tiny_trainer(tmp_path, tiny_model(dropout=0.1), max_steps=3, activation_checkpointing=on, keep_narrow=on)
+        tiny_trainer(tmp_path, tiny_model(dropout=0.1), max_steps=3, keep_narrow=on, **{CHECKPOINTING: on})
         for on in (False, True)
     )
     for trainer in (plain, narrow):
@@ -106,14 +106,15 @@ def test_the_trainer_trains_alike_and_its_arguments_can_be_written(tmp_path):
     assert losses(narrow) == losses(plain)
     assert_close(dict(narrow.model.named_parameters()), dict(plain.model.named_parameters()), **EXACT)
     written = json.loads(narrow.args.to_json_string())
-    assert FLAMBeTrainingArguments(**{**written, "use_cpu": True}).activation_checkpointing_kwargs == OPTIONS
+    read = FLAMBeTrainingArguments(**{**written, "use_cpu": True})
+    assert getattr(read, f"{CHECKPOINTING}_kwargs") == OPTIONS
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "set activation_checkpointing"),
-        ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "got .*True"),
+        ({}, f"set {CHECKPOINTING}"),
+        ({CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}, "got .*True"),
     ],
     ids=["alone", "reentrant"],
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from family import (
+    CHECKPOINTING,
     Head,
     Ranks,
     add,
@@ -198,7 +199,7 @@ def test_gradient_checkpointing_changes_nothing(head: Head) -> None:
         results = []
         for checkpointing in (False, True):
             if checkpointing:
-                model.activation_checkpointing_enable()
+                getattr(model, f"{CHECKPOINTING}_enable")()
             loss, slopes = seeded_loss_and_gradients(model, head)
             results.append((loss, slopes))
         assert_close(*results, rtol=1e-5, atol=1e-7)  # gradients of a tied table are added up in another order

@@ -28,6 +28,13 @@ needs_flex_attention = pytest.mark.skipif(
     not (_COMPILES_FLEX or torch.cuda.is_available()), reason="torch has no flex_attention here"
 )
 
+# What options and methods of activation checkpointing are called: from Transformers 5.23 on, and before.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+
 
 @dataclass(frozen=True)
 class Family:
