@@ -18,6 +18,7 @@ from hf_fnl.math.spectral import check_rank, check_split_method, spectral_init, 
 # Share of the mean variance that is added to every direction: data seldom span all of them.
 _RIDGE = 1e-5
 _OUTPUT_RIDGE = 1e-2  # share of the mean sensitivity that is added to every coordinate
+_NOT_FELT = 1e-100  # sensitivity of a layer that no loss feels: all coordinates alike, and next to no energy
 _BLOCK = 2048  # vectors whose products are summed in float32, or their own dtype if that is wider
 
 
@@ -143,9 +144,10 @@ def linear_energies(weight: Tensor, bias: Tensor | None = None, moments: Moments
 
 def _output_scale(moments: Moments | HeadMoments | None) -> Tensor | None:
     """``d^{1/2}`` as a column, ridged so that no coordinate is free; ``None`` where all count alike."""
-    if moments is None or moments.sensitivity is None or not (mean := moments.sensitivity.double().mean()) > 0:
+    if moments is None or moments.sensitivity is None:
         return None
-    return (moments.sensitivity.double() + _OUTPUT_RIDGE * mean).sqrt().unsqueeze(-1)
+    sensitivity = moments.sensitivity.double()
+    return (sensitivity + _OUTPUT_RIDGE * sensitivity.mean()).clamp(min=_NOT_FELT).sqrt().unsqueeze(-1)
 
 
 def _input_root(moments: Moments, bias: Tensor | None) -> Tensor:

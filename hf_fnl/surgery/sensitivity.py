@@ -16,10 +16,12 @@ from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 def sensitivities(
     model: nn.Module, batches: Sequence[Mapping[str, Tensor]], layers: Mapping[str, Sequence[nn.Module]]
 ) -> dict[str, Tensor]:
-    r"""Mean squares of a loss's gradient at the outputs of layers, ``E[(\partial L / \partial y_i)^2]``.
+    r"""Squares of a loss's gradient at the outputs of layers, ``(\partial L / \partial y_i)^2``, summed per label.
 
     ``L`` is the sum over tokens of the loss that the model computes from the ``labels`` in a batch, as the mean of
-    those that are not ignored. Parameters get no gradient; one batch's activations are in memory at a time.
+    those that are not ignored. The sum is over all outputs of a layer, so that one that gives many of them for a label
+    counts by all; it is zero where no loss feels a layer. Where there is an output for each label, it is the mean.
+    Parameters get no gradient; one batch's activations are in memory at a time.
 
     Args:
         model: The model, in the mode that it is to be measured in.
@@ -33,18 +35,19 @@ def sensitivities(
         ValueError: If the model returns no loss, or one that is not finite.
     """
     sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = dict.fromkeys(layers, 0)
+    num_labels = 0
 
     def add(name: str, gradient: Tensor) -> None:
-        squares = gradient.detach().double().flatten(0, -2).square().sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
-        counts[name] += gradient[..., 0].numel()
+        sums[name] += gradient.detach().double().flatten(0, -2).square().sum(0)
 
-    def hook(name: str) -> Callable[..., None]:
-        def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+    def hook(name: str) -> Callable[..., Tensor]:
+        @torch.enable_grad()
+        def watch(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
-                output.requires_grad_()
+                output = output.requires_grad_().clone()  # the model may write into it, as it may not into a leaf
+            sums.setdefault(name, output.new_zeros(output.shape[-1], dtype=torch.float64))
             output.register_hook(lambda gradient: add(name, gradient))
+            return output
 
         return watch
 
@@ -58,10 +61,11 @@ def sensitivities(
             if loss is None or not loss.isfinite().all():
                 got = "no loss" if loss is None else f"a loss of {loss.item():g}"
                 raise ValueError(f"the calibration data hold labels, for which {type(model).__name__} returned {got}")
+            count = int((batch["labels"] != IGNORE_INDEX).sum())
+            num_labels += count
             if loss.requires_grad:
-                # Of the sum, for in float16 gradients of the mean underflow.
-                (loss * int((batch["labels"] != IGNORE_INDEX).sum())).backward()
-    return {name: total / counts[name] for name, total in sums.items()}
+                (loss * count).backward()  # of the sum, for in float16 gradients of the mean underflow
+    return {name: total / num_labels for name, total in sums.items()}
 
 
 @contextmanager

@@ -28,8 +28,8 @@ class DistillationTrainer(FLAMBeTrainer):
 
     Where both give logits, it is the mean over positions of :math:`KL(p_{teacher} \| p_{model})`; else the squared
     error of the last hidden states over the teacher's squared norm. The models have one output for each token that they
-    are given, as language models and encoders have. Positions that ``attention_mask`` hides count for nothing; labels
-    are not looked at.
+    are given, as language models and encoders have, and encoder-decoders for each of ``decoder_input_ids``. Positions
+    that ``decoder_attention_mask``, or else ``attention_mask``, hides count for nothing; labels are not looked at.
 
     Args:
         model: The model to train.
@@ -59,10 +59,14 @@ class DistillationTrainer(FLAMBeTrainer):
     ) -> Any:
         """Return the distance from the teacher, of the mean of its batch."""
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        has_two_sides = getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False)
+        if has_two_sides and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
+            raise ValueError("distillation of an encoder-decoder needs decoder_input_ids: labels are not looked at")
         with torch.no_grad():
             target = self.teacher(**inputs)
         outputs = model(**inputs)
-        loss = distillation_loss(outputs, target, inputs.get("attention_mask"))
+        mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+        loss = distillation_loss(outputs, target, mask)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -116,11 +120,14 @@ def heal_(
         The loss on the batches that are held out, as ``held_out_before`` and ``held_out_after``.
 
     Raises:
-        ValueError: If there are fewer than two batches, or as :class:`FLAMBeTrainer`.
+        ValueError: If there are fewer than two batches, ``dense`` is the cut model itself, a batch for an
+            encoder-decoder has no ``decoder_input_ids``, or as :class:`FLAMBeTrainer`.
 
     Warns:
         UserWarning: If the model is farther from the dense one than before.
     """
+    if model is dense:
+        raise ValueError("dense is the cut model itself: keep a copy of the model before it is cut, or load it anew")
     batches = list(batches)
     if len(batches) < 2:
         raise ValueError(f"healing needs two batches or more, one of which is held out; got {len(batches)}")

@@ -72,6 +72,27 @@ def test_small_gradients_of_many_rows_count_in_half_precision() -> None:
     assert_close(found["layer"], slopes.double().square(), rtol=1e-3, atol=0)
 
 
+class Pooled(nn.Module):
+    """A layer of tokens, whose outputs are written into, and one of their mean; the loss is of one label a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.pooled = (nn.Linear(3, 3, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
+        y = self.tokens(x).mul_(2)
+        return SimpleNamespace(loss=self.pooled(y.mean(1)).square().sum(-1).mean(), y=y)
+
+
+def test_a_layer_counts_by_all_that_it_gives_for_a_label() -> None:
+    model, data = Pooled(), {"x": torch.randn(5, 7, 3, dtype=torch.float64), "labels": torch.ones(5)}
+    found = sensitivities(model, [data], {name: [layer] for name, layer in model.named_children()})
+    result = model(**data)
+    (gradient,) = torch.autograd.grad(5 * result.loss, result.y)
+    assert_close(found["tokens"], (2 * gradient).square().sum((0, 1)) / 5)
+    assert_close(found["pooled"], (2 * model.pooled(result.y.mean(1))).square().sum(0) / 5)
+
+
 class Silent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -93,22 +114,25 @@ def test_labels_without_a_finite_loss_are_refused() -> None:
 
 
 class Branches(nn.Module):
-    """Two layers alike, of which the loss hardly feels the second, and of the first only some outputs."""
+    """Two layers alike, of which the loss hardly feels the second, or not at all, and of the first some outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float | None) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.share = share
         self.strong, self.weak = nn.Linear(20, 20), nn.Linear(20, 20)
         self.factors = torch.tensor([3.0] * 5 + [0.1] * 15)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
-        y = self.factors * self.strong(x) + 0.01 * self.weak(x)
+        y, weak = self.factors * self.strong(x), self.weak(x)
+        y = y if self.share is None else y + self.share * weak
         return SimpleNamespace(loss=None if labels is None else (y - labels).square().mean(), y=y)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.0, None])
 @pytest.mark.parametrize("options", [{"rank": 6}, {"budget": 0.6}], ids=str)
-def test_what_the_loss_feels_is_kept(options: dict[str, Any]) -> None:
-    model = Branches()
+def test_what_the_loss_feels_is_kept(options: dict[str, Any], share: float | None) -> None:
+    model = Branches(share)
     x = torch.randn(500, 20)
     with torch.no_grad():
         exact = model(x).y

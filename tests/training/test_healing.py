@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from hf_fnl import FactorizationConfig, FactorizedBertModel, factorize_
 from hf_fnl.training import DistillationTrainer, FLAMBeTrainingArguments, heal_
@@ -107,6 +115,12 @@ def test_what_cannot_be_healed(tmp_path: Path) -> None:
     dense = llama()
     with pytest.raises(ValueError, match="two batches or more, one of which is held out; got 1"):
         heal_(cut(dense), dense, batches(1))
+    with pytest.raises(ValueError, match="dense is the cut model itself"):
+        heal_(dense, dense, batches(2))
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    two_sides = [BartForConditionalGeneration(BartConfig(vocab_size=40, **sizes)) for _ in range(2)]
+    with pytest.raises(ValueError, match="an encoder-decoder needs decoder_input_ids: labels are not looked at"):
+        heal_(*two_sides, [{**batch, "labels": batch["input_ids"]} for batch in batches(2)], steps=1)
     options = {"optim": "adamw_torch", "frobenius_decay": ["linear"], "frobenius_mode": "penalty"}
     args = FLAMBeTrainingArguments(output_dir=str(tmp_path), report_to=[], **options)
     with pytest.raises(ValueError, match="frobenius_mode cannot be penalty where a teacher gives the loss"):
