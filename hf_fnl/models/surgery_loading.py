@@ -20,6 +20,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -64,7 +65,8 @@ class _Surgery:
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
-        layers = _without_dense(self.layers, model, checkpoint_files or ())
+        shapes = _shapes_in(checkpoint_files or ())
+        layers = {**_found_beside(model, shapes), **_without_dense(self.layers, model, shapes)}
         swap_(model, empty_layers(model, layers), models_in(model))
         return super()._process_model_before_weight_loading(  # type: ignore[misc]
             model, checkpoint_files=checkpoint_files, **kwargs
@@ -113,17 +115,32 @@ class SurgeryLoader(_Surgery, HfQuantizer):
         return True
 
 
-def _without_dense(layers: Layers, model: PreTrainedModel, files: Sequence[str | os.PathLike]) -> Layers:
+def _shapes_in(files: Sequence[str | os.PathLike]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what weight files hold, by name; nothing if one is not in the format of safetensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            return {}
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _found_beside(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Layers:
+    """Records of matrices that weight files hold as factors under the names of layers at the top of a model.
+
+    A class that has a part of another model and a projection of that reads the record of the part only.
+    """
+    layers = (name for name, layer in model.named_children() if isinstance(layer, nn.Linear))
+    found = {name: shapes[f"{name}.U"][1] for name in layers if f"{name}.U" in shapes}
+    return {name: {"rank": rank} | ({"deep": True} if f"{name}.M" in shapes else {}) for name, rank in found.items()}
+
+
+def _without_dense(layers: Layers, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Layers:
     """The layers of a record without those that weight files hold as dense ones, as they are in ``model``.
 
     A dense model that was made from the configuration of a factorized one has that one's record.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            return layers
-        with safe_open(file, framework="pt") as weights:
-            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     # Whatever the names of the layers are in the files of this architecture.
     has_factors = not shapes or any(name.rpartition(".")[2] in _FIRST_FACTORS for name in shapes)
     dense = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}

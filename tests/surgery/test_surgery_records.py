@@ -229,6 +229,8 @@ def test_a_part_is_loaded_from_the_folder_of_the_model(tmp_path):
     towers.save_pretrained(tmp_path / "clip")
     text = transformers.CLIPTextModel.from_pretrained(tmp_path / "clip")
     assert len(factorized(text)) == len(factorized(towers.text_model))
+    projected = transformers.CLIPTextModelWithProjection.from_pretrained(tmp_path / "clip", projection_dim=8)
+    assert_close(dict(projected.state_dict()), {n: towers.state_dict()[n] for n in projected.state_dict()}, **EXACT)
     t5 = T5.build()
     factorize_(t5, LOW)
     t5.save_pretrained(tmp_path / "t5")
