@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,8 @@ class FrobeniusDecay:
 
     With ``F_p`` the gradient of ``||W||_F^2 / 2`` with respect to a factor ``p``, summed over the heads that share it:
 
-    - ``"coupled"``: ``p.grad += weight_decay * F_p`` before the step, as ``weight_decay`` in :class:`torch.optim.SGD`;
+    - ``"coupled"``: ``p.grad += weight_decay * F_p`` before the step, as ``weight_decay`` in :class:`torch.optim.SGD`,
+      and with the opposite sign where the optimizer maximizes;
     - ``"decoupled"``: ``p -= lr * weight_decay * F_p`` before the step, as in :class:`torch.optim.AdamW`, with the
       ``lr`` of the group of ``p``;
     - ``"penalty"``: the steps are left alone, :meth:`penalty` is to be added to the loss.
@@ -68,7 +70,7 @@ class FrobeniusDecay:
     for a penalty, they may lie in parts on several processes (FSDP2, ZeRO).
 
     Args:
-        optimizer: Any optimizer over named parameters.
+        optimizer: Any optimizer over named parameters, or what accelerate made of it.
         products: The products to decay. Their factors are in groups with ``weight_decay`` 0, as
             :func:`~hf_fnl.optim.parameter_groups` makes them with ``frobenius_decay=0``.
         weight_decay: Coefficient of the decay.
@@ -84,8 +86,9 @@ class FrobeniusDecay:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode of Frobenius decay must be one of {', '.join(MODES)}, got {mode!r}")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay of Frobenius decay must not be negative, got {weight_decay}")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay of Frobenius decay must be finite and not negative, got {weight_decay}")
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper takes no hooks
         self.optimizer, self.products, self.weight_decay, self.mode = optimizer, tuple(products), weight_decay, mode
         check_factors(self.products, optimizer.param_groups)
         _check_no_ordinary_decay(self.products, optimizer.param_groups)
@@ -107,8 +110,9 @@ class FrobeniusDecay:
         Args:
             scale: By which the gradients are scaled, as in fp16.
         """
-        for _, gradient, F, _ in self._due(self.optimizer):
-            gradient.add_(F, alpha=scale * self.weight_decay)
+        for _, gradient, F, group in self._due(self.optimizer):
+            sign = -1 if group.get("maximize") else 1
+            gradient.add_(F, alpha=sign * scale * self.weight_decay)
 
     def remove(self) -> None:
         """Leave the steps of the optimizer alone from now on."""
@@ -131,8 +135,12 @@ class FrobeniusDecay:
             )
         if isinstance(optimizer, Lamb):
             optimizer.check()
+        # A GradScaler leaves both to the step of a fused optimizer: to divide the gradients, and to skip what overflowed.
+        scale, overflowed = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+        if overflowed:
+            return
         if self.mode == "coupled":
-            self.add_gradients_()
+            self.add_gradients_(1.0 if scale is None else float(scale))
             return
         for parameter, _, F, group in self._due(optimizer):
             parameter.sub_(F * (group["lr"] * self.weight_decay))

@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from accelerate import Accelerator
 from flambe_cases import build
 from gpt2_cases import CROSS_LM, LOW
 from reference.products import decay_gradients, half_squared_norms
@@ -122,6 +123,44 @@ def test_decoupled_with_adamw(case):
 
 
 @pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+def test_a_maximizing_optimizer_decays_as_one_that_minimizes_the_negative(mode):
+    model, products = two_factors()
+    other = copy.deepcopy(model)
+    for each, sign in ((model, 1), (other, -1)):
+        optimizer = torch.optim.SGD(groups_of(each, products), lr=0.1, maximize=sign < 0)
+        FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode=mode)
+        (sign * each(torch.ones(3, 5).double()).square().sum()).backward()
+        optimizer.step()
+    assert_moved_to(other, snapshot(model))
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients(mode, fused):
+    """A fused optimizer divides them itself, and is called also where they overflow."""
+    model, products = two_factors()
+    other = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu")
+    for each, scaled in ((other, False), (model, True)):
+        optimizer = torch.optim.SGD(groups_of(each, products), lr=0.1, fused=fused)
+        FrobeniusDecay(optimizer, products, WEIGHT_DECAY, mode=mode)
+        loss = each(torch.ones(3, 5).double()).square().sum()
+        (scaler.scale(loss) if scaled else loss).backward()
+        scaler.step(optimizer) if scaled else optimizer.step()
+    assert_moved_to(model, snapshot(other))
+    scaler.update()
+    model.get_parameter("1.U").grad.fill_(torch.inf)
+    scaler.step(optimizer)
+    assert_moved_to(model, snapshot(other))
+
+
+def test_the_decay_of_what_accelerate_wrapped():
+    model, products = two_factors()
+    optimizer = Accelerator(cpu=True).prepare(torch.optim.SGD(groups_of(model, products)))
+    assert FrobeniusDecay(optimizer, products, WEIGHT_DECAY).optimizer is optimizer.optimizer
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled"])
 def test_a_factor_without_gradient_stays(mode):
     model, products = three_factors()
     before = snapshot(model)
@@ -191,7 +230,7 @@ ORDINARY = r"product 1: its factor 1.U is .* group with weight_decay=0.1; pass f
     ("params", "options", "message"),
     [
         (groups_of, {"mode": "l2"}, "mode of Frobenius decay must be one of penalty, coupled, decoupled, got 'l2'"),
-        (groups_of, {"weight_decay": -0.1}, "weight_decay of Frobenius decay must not be negative, got -0.1"),
+        (groups_of, {"weight_decay": -0.1}, "weight_decay of Frobenius decay must be finite and not negative, got -0.1"),
         (groups_of, {"products": []}, r"there are no products to decay; find_products\(model\) lists those"),
         (lambda m, p: m.parameters(), {}, r"the parameters have none: build the optimizer from parameter_groups"),
         (lambda m, p: parameter_groups(m, weight_decay=0.1, products=p), {}, ORDINARY),
