@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+_CAUSAL_BY_ANOTHER_NAME = {
+    "BertGenerationDecoder",
+    "BertLMHeadModel",
+    "CTRLLMHeadModel",
+    "GPT2LMHeadModel",
+    "OpenAIGPTLMHeadModel",
+    "ReformerModelWithLMHead",
+}
+
+
 @contextmanager
 def full_parameters() -> Iterator[None]:
     """Let Transformers make and load models whole in here; DeepSpeed divides them when it starts."""
@@ -53,6 +63,19 @@ def forget_old_names_(model: nn.Module) -> None:
     if noted is not None:
         old = [each.source_patterns for each in get_checkpoint_conversion_mapping("legacy")]
         model._weight_conversions = [each for each in noted if each.source_patterns not in old]  # type: ignore[assignment]
+
+
+def name_causal_loss_(model: nn.Module) -> None:
+    """Have the Trainer count those labels of a causal language model over which its loss is a mean.
+
+    Transformers 5.17 to 5.24 tells by ``ForCausalLM`` in a class's name that labels are shifted, and counts the first
+    of each sequence of other such models, too: losses of GPT-2 are too small by one in its length. Ends when the
+    Trainer asks for the loss that the model computes.
+    """
+    for module in model.modules():
+        names = {each.__name__ for each in type(module).__mro__}
+        if names & _CAUSAL_BY_ANOTHER_NAME and getattr(module, "loss_type", None) is None:
+            module.loss_type = "ForCausalLM"  # type: ignore[assignment]
 
 
 def forget_evaluation(accelerator: Accelerator, model: nn.Module) -> None:

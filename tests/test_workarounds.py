@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bert_cases import LOW, MASKED_LM
+from low_rank_cases import tiny_gpt2, tiny_texts
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from training_cases import losses, tiny_examples, tiny_model
@@ -90,3 +91,18 @@ def test_a_stock_trainer_loses_the_normalizations_of_an_old_checkpoint_and_ours_
     assert losses(stock[0]) != losses(stock[1]), "Transformers is mended: forget_old_names_ can go"
     ours = resumed(FLAMBeTrainer, FLAMBeTrainingArguments(str(tmp_path / "ours"), **OPTIONS), old)
     assert losses(ours[0]) == losses(ours[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stock_trainer_counts_labels_of_gpt2_that_nothing_predicts_and_ours_does_not(tmp_path):
+    model, texts = tiny_gpt2(dropout=0.0), tiny_texts(8)
+    ids = torch.stack([text["input_ids"] for text in texts])
+    expected = model.eval()(input_ids=ids, labels=ids).loss.item()
+    data = {"train_dataset": texts, "eval_dataset": texts}
+    options = {**OPTIONS, "max_steps": 1}
+    stock = Trainer(model, TrainingArguments(str(tmp_path), **options), **data)
+    assert stock.evaluate()["eval_loss"] != pytest.approx(expected), "mended: name_causal_loss_ can go"
+    ours = FLAMBeTrainer(model, FLAMBeTrainingArguments(str(tmp_path), **options), **data)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(expected)
+    ours.train()
+    assert losses(ours) == [pytest.approx(expected, rel=1e-4)]

@@ -135,7 +135,7 @@ class FrobeniusDecay:
             )
         if isinstance(optimizer, Lamb):
             optimizer.check()
-        # A GradScaler leaves both to the step of a fused optimizer: to divide the gradients, and to skip what overflowed.
+        # A fused optimizer divides gradients by the scale of a GradScaler itself, and skips those that overflow.
         scale, overflowed = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if overflowed:
             return

@@ -53,15 +53,25 @@ class DiagnosticsCallback(TrainerCallback):
             control.should_log = should_log
 
     def _record(
-        self, args: TrainingArguments, state: TrainerState, *, model: nn.Module, lr_scheduler: Any, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        lr_scheduler: Any,
+        **_: Any,
     ) -> None:
         if not self.products:
             return
+        rate = lr_scheduler.get_last_lr()[0]  # of an optimizer whose parameters have no names
+        rates = {name: group["lr"] for group in optimizer.param_groups for name in group.get("param_names", ())}
         figures: dict[str, Figures] = {}
         for product in self.products:
             with full_parameters(model, product.parameter_names) as parameters:
                 if state.is_world_process_zero:
-                    figures |= diagnose(parameters, [product], learning_rate=lr_scheduler.get_last_lr()[0])
+                    own = rates.get(product.parameter_names[0], rate)
+                    figures |= diagnose(parameters, [product], learning_rate=own)
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / DIAGNOSTICS_FILE

@@ -83,6 +83,16 @@ def check_current(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         )
 
 
+def check_decay(args: FLAMBeTrainingArguments) -> None:
+    """Raise a ``ValueError`` if ``args`` ask for a decay that an optimizer which was built before does not know of."""
+    if args.optim != "flambe" and args.frobenius_decay and args.frobenius_mode != "penalty":
+        raise ValueError(
+            f"frobenius_decay with frobenius_mode={args.frobenius_mode} is applied by the optimizer, and the one that "
+            "was given knows nothing of it: give it a FrobeniusDecay and leave frobenius_decay out, let the trainer "
+            "build the optimizer, or set frobenius_mode=penalty"
+        )
+
+
 def decayed_products(model: nn.Module, args: FLAMBeTrainingArguments, *, dense: bool = False) -> list[Product]:
     """The products of ``model`` under Frobenius decay; none if ``args`` name no kind.
 

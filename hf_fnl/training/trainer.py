@@ -35,6 +35,7 @@ from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.optimizers import (
     build_optimizer,
     check_current,
+    check_decay,
     decayed_products,
     inverse_sqrt,
     optimizer_and_decay,
@@ -44,7 +45,7 @@ from hf_fnl.training.resuming import Resumption, checkpoint_to_take
 from hf_fnl.training.run_lock import locked
 from hf_fnl.training.streaming import StreamPosition, is_stream, stream_loader
 from hf_fnl.utils.processes import first_decides
-from hf_fnl.workarounds import forget_evaluation, forget_old_names_, ties_in_one_unit
+from hf_fnl.workarounds import forget_evaluation, forget_old_names_, name_causal_loss_, ties_in_one_unit
 
 # Bytes that may be left on a disk that is full.
 _FULL = 1 << 16
@@ -67,9 +68,9 @@ class FLAMBeTrainer(Trainer):
 
     Raises:
         ValueError: If the model has no product of a kind in ``args.frobenius_decay``; an optimizer is given whose
-            parameters surgery has replaced, now or when the training begins; only one of ``dense_steps`` and
-            ``factorize`` is given; or ``dense_steps`` meets what cannot follow it: an optimizer that was built before,
-            ``model_init``, DeepSpeed or FSDP.
+            parameters surgery has replaced, now or when the training begins, or that is to apply a Frobenius decay;
+            only one of ``dense_steps`` and ``factorize`` is given; or ``dense_steps`` meets what cannot follow it: an
+            optimizer that was built before, ``model_init``, DeepSpeed or FSDP.
     """
 
     args: FLAMBeTrainingArguments
@@ -88,6 +89,8 @@ class FLAMBeTrainer(Trainer):
         if kwargs.get("optimizers", (None, None))[0] is None and "optimizer_cls_and_kwargs" not in kwargs:
             # The one way to hand over an optimizer that no engine drops: called without arguments, then with the model.
             kwargs["optimizer_cls_and_kwargs"] = (lambda: self._build_optimizer, {})
+        if model is not None:
+            name_causal_loss_(model)
         super().__init__(model, args, **kwargs)
         unwrapped = self.accelerator.unwrap_model(self.model)
         check_engine(self.accelerator, unwrapped, args)
@@ -99,6 +102,7 @@ class FLAMBeTrainer(Trainer):
             self.add_callback(callback)
         if self.optimizer is not None:
             check_current(self.optimizer, unwrapped)
+            check_decay(args)
         if _averages_over_its_own_batch(unwrapped):
             self.model_accepts_loss_kwargs = False
         self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters
@@ -365,8 +369,11 @@ class FLAMBeTrainer(Trainer):
             penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
         if self.args.frobenius_mode == "coupled":
             penalty = penalty - penalty.detach()  # its gradient, for an engine that clips within its step
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            # A loss normalized over the whole batch is not divided by the accumulation steps afterwards.
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what a subclass says of its loss
+        if is_scaled is None:
+            of_the_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            is_scaled = of_the_model or self.compute_loss_func is not None
+        if is_scaled:  # by the accumulation steps, so that the Trainer does not divide it by them
             penalty = penalty / self.current_gradient_accumulation_steps
         return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
 

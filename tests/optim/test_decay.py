@@ -230,7 +230,11 @@ ORDINARY = r"product 1: its factor 1.U is .* group with weight_decay=0.1; pass f
     ("params", "options", "message"),
     [
         (groups_of, {"mode": "l2"}, "mode of Frobenius decay must be one of penalty, coupled, decoupled, got 'l2'"),
-        (groups_of, {"weight_decay": -0.1}, "weight_decay of Frobenius decay must be finite and not negative, got -0.1"),
+        (
+            groups_of,
+            {"weight_decay": -0.1},
+            "weight_decay of Frobenius decay must be finite and not negative, got -0.1",
+        ),
         (groups_of, {"products": []}, r"there are no products to decay; find_products\(model\) lists those"),
         (lambda m, p: m.parameters(), {}, r"the parameters have none: build the optimizer from parameter_groups"),
         (lambda m, p: parameter_groups(m, weight_decay=0.1, products=p), {}, ORDINARY),

@@ -18,9 +18,11 @@ from hf_fnl import (
     FLAMBeTrainingArguments,
     FrobeniusDecay,
     Lamb,
+    diagnose,
     factorize_,
     find_products,
     merge_,
+    parameter_groups,
 )
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 
@@ -132,6 +134,44 @@ def test_penalty_and_coupled_decay_are_the_same_for_sgd(tmp_path):
     assert moved > 1e-4
 
 
+def own_loss(outputs, labels, num_items_in_batch):
+    logits = outputs["prediction_logits"].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize(
+    ("stock", "function", "is_scaled"),
+    [(True, own_loss, None), (False, own_loss, None), (False, None, False), (True, None, True)],
+    ids=["own loss", "own loss, and the model could", "said of a mean", "said of a sum"],
+)
+def test_a_penalty_is_that_of_coupled_decay_however_the_loss_is_scaled(tmp_path, stock, function, is_scaled):
+    if is_scaled is not None and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        pytest.skip("this Transformers does not ask what a loss is")
+    options = {"frobenius_decay": ["ov"], "frobenius_coefficient": 0.3, "learning_rate": 0.05, "max_steps": 2}
+    runs = []
+    for mode in ("penalty", "coupled"):
+        model = tiny_model(stock=stock)
+        args = tiny_trainer(
+            tmp_path, model, optim="sgd", frobenius_mode=mode, gradient_accumulation_steps=2, **options
+        ).args
+        trainer = FLAMBeTrainer(model, args, train_dataset=tiny_examples(), compute_loss_func=function)
+        trainer.loss_is_scaled_for_ga = is_scaled
+        trainer.train()
+        runs.append(weights(trainer))
+    assert_close(*runs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_decay_that_a_given_optimizer_does_not_apply_is_refused(tmp_path):
+    options = {"optim": "sgd", "frobenius_decay": ["ov"], "use_cpu": True, "report_to": "none"}
+    model = tiny_model()
+    optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None)
+    with pytest.raises(ValueError, match="frobenius_mode=coupled is applied by the optimizer, and the one that was gi"):
+        FLAMBeTrainer(
+            model, FLAMBeTrainingArguments(tmp_path, frobenius_mode="coupled", **options), optimizers=optimizers
+        )
+    FLAMBeTrainer(model, FLAMBeTrainingArguments(tmp_path, frobenius_mode="penalty", **options), optimizers=optimizers)
+
+
 @pytest.mark.parametrize(("optim", "accumulation"), [("sgd", 2), ("lamb", 1)])
 def test_coupled_decay_is_clipped_as_the_gradient_of_a_penalty_is(tmp_path, optim, accumulation):
     """Weights and logged norms agree; both runs clip, and decay is a large part of what is clipped."""
@@ -205,6 +245,24 @@ def test_diagnostics_are_logged_and_survive_a_resume(tmp_path):
     records = [json.loads(line) for line in (tmp_path / DIAGNOSTICS_FILE).read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 2, 4]
     assert list(records[0]["products"]) == [p.name for p in find_products(trainer.model, ["ov"])]
+
+
+def test_a_step_size_is_that_of_the_group_of_the_product(tmp_path):
+    model = tiny_model()
+    products = find_products(model, ["ov"])
+    groups = parameter_groups(model, weight_decay=0.1, products=products)
+    for group, rate in zip(groups, (0.01, 0.02, 0.03), strict=True):
+        group["lr"] = rate
+    args = tiny_trainer(tmp_path, model, diagnostics_steps=1, max_steps=1).args
+    trainer = FLAMBeTrainer(
+        model, args, train_dataset=tiny_examples(), optimizers=(FLAMBe(groups, products=products), None)
+    )
+    trainer.train()
+    logged = [
+        entry["ov/effective_step_size"] for entry in trainer.state.log_history if "ov/effective_step_size" in entry
+    ]
+    figures = diagnose(model, products, learning_rate=0.03)
+    assert logged[-1] == pytest.approx(sum(each["effective_step_size"] for each in figures.values()) / len(figures))
 
 
 @pytest.mark.parametrize(
