@@ -167,7 +167,7 @@ def _embedded(streaming: bool) -> tuple[Any, Any]:
 def _read_files(files: Sequence[Path], split: str, streaming: bool) -> tuple[Any, Any]:
     """The documents in files and the first record of them (``None`` if there is none)."""
     kind = common_kind(files)
-    options = {"sample_by": "paragraph"} if kind == "text" else {}
+    options = {"sample_by": "paragraph", "encoding": "utf-8-sig"} if kind == "text" else {}
     # `datasets` takes file names for patterns.
     data_files = {split.partition("[")[0]: [glob.escape(str(file)) for file in files]}
     try:

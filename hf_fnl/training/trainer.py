@@ -361,7 +361,16 @@ class FLAMBeTrainer(Trainer):
         """As in Transformers, with the Frobenius penalty added in training where the mode is ``penalty``.
 
         Under DeepSpeed its gradient alone is added where the mode is ``coupled``.
+
+        Raises:
+            ValueError: If labels are to be smoothed and Transformers smooths none of this model's.
         """
+        smooths = self.label_smoother is not None and self.compute_loss_func is None
+        if smooths and ("labels" not in inputs or "next_sentence_label" in inputs):
+            raise ValueError(
+                "label_smoothing_factor smooths labels of one output, and those of these batches are "
+                f"{', '.join(self.label_names)}: set it to 0"
+            )
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self._penalized and model.training):
             return result

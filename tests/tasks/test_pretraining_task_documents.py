@@ -92,6 +92,14 @@ def test_a_list_of_files_is_read_in_its_order(tmp_path):
     assert load_documents(files)["text"][:] == TEXTS
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path, streaming):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbfOne.\r\nTwo.\r\n\r\nThree.\r\n")
+    documents = load_documents([tmp_path / "a.txt", tmp_path / "b.txt"], streaming=streaming)
+    assert [row["text"] for row in documents] == 2 * ["One.\nTwo.", "Three."]
+
+
 def test_a_folder_keeps_its_splits(tmp_path):
     write_txt(tmp_path / "train.txt", TEXTS[:2])
     (tmp_path / "validation.txt").write_text(" \n = One = \n \n\n\nTwo.\nStill two.\n \nThree")

@@ -172,6 +172,15 @@ def test_a_decay_that_a_given_optimizer_does_not_apply_is_refused(tmp_path):
     FLAMBeTrainer(model, FLAMBeTrainingArguments(tmp_path, frobenius_mode="penalty", **options), optimizers=optimizers)
 
 
+@pytest.mark.parametrize("left_out", [None, "labels"], ids=["two losses", "no labels"])
+def test_labels_that_are_not_smoothed_are_refused(tmp_path, left_out):
+    examples = [{name: value for name, value in each.items() if name != left_out} for each in tiny_examples()]
+    trainer = tiny_trainer(tmp_path, label_smoothing_factor=0.1)
+    trainer.train_dataset = examples
+    with pytest.raises(ValueError, match="label_smoothing_factor smooths labels of one output, and those of these ba"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(("optim", "accumulation"), [("sgd", 2), ("lamb", 1)])
 def test_coupled_decay_is_clipped_as_the_gradient_of_a_penalty_is(tmp_path, optim, accumulation):
     """Weights and logged norms agree; both runs clip, and decay is a large part of what is clipped."""
