@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 
+ENOUGH = 2**14  # labels; means over more of them cost time and hardly move
+
 
 @torch.enable_grad()
 def sensitivities(
@@ -21,11 +23,12 @@ def sensitivities(
     ``L`` is the sum over tokens of the loss that the model computes from the ``labels`` in a batch, as the mean of
     those that are not ignored. The sum is over all outputs of a layer, so that one that gives many of them for a label
     counts by all; it is zero where no loss feels a layer. Where there is an output for each label, it is the mean.
-    Parameters get no gradient; one batch's activations are in memory at a time.
+    Parameters get no gradient; one batch's activations are in memory at a time. Batches from all over the data are run
+    until they held 16,384 labels and every layer was reached.
 
     Args:
         model: The model, in the mode that it is to be measured in.
-        batches: Inputs with ``labels``, run one after the other.
+        batches: Inputs with ``labels``.
         layers: Modules by names; several of one name are measured in one.
 
     Returns:
@@ -56,16 +59,25 @@ def sensitivities(
             for module in modules:
                 stack.enter_context(module.register_forward_hook(hook(name)))
         device = next(model.parameters()).device
-        for batch in batches:
+        for batch, labels in _spread(batches):
+            if num_labels >= ENOUGH and len(sums) == len(layers):
+                break
             loss = getattr(model(**{name: value.to(device) for name, value in batch.items()}), "loss", None)
             if loss is None or not loss.isfinite().all():
                 got = "no loss" if loss is None else f"a loss of {loss.item():g}"
                 raise ValueError(f"the calibration data hold labels, for which {type(model).__name__} returned {got}")
-            count = int((batch["labels"] != IGNORE_INDEX).sum())
-            num_labels += count
+            num_labels += labels
             if loss.requires_grad:
-                (loss * count).backward()  # of the sum, for in float16 gradients of the mean underflow
+                (loss * labels).backward()  # of the sum, for in float16 gradients of the mean underflow
     return {name: total / num_labels for name, total in sums.items()}
+
+
+def _spread(batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Mapping[str, Tensor], int]]:
+    """Batches with how many labels they hold, in an order in which the first hold enough and lie evenly apart."""
+    labels = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
+    apart = max(1, sum(labels) // ENOUGH)
+    for first in range(apart):
+        yield from zip(batches[first::apart], labels[first::apart], strict=True)
 
 
 @contextmanager

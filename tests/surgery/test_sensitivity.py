@@ -52,6 +52,23 @@ def test_sensitivities_are_mean_squares_of_gradients() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_few_of_many_batches_are_run_from_all_over_the_data(monkeypatch) -> None:
+    """As many as hold enough labels, and on until every layer was reached."""
+    monkeypatch.setattr("hf_fnl.surgery.sensitivity.ENOUGH", 20)
+    model, data = llama(), batches(*[2] * 9)  # of 14 labels each
+    seen: list[int] = []
+    number = {id(batch["labels"]): i for i, batch in enumerate(data)}
+    model.register_forward_pre_hook(lambda m, args, given: seen.append(number[id(given["labels"])]), with_kwargs=True)
+    name = "model.layers.0.mlp.down_proj"
+    found = sensitivities(model, data, {name: [model.get_submodule(name)]})
+    assert seen == [0, 6]
+    assert_close(found, sensitivities(model, [data[0], data[6]], {name: [model.get_submodule(name)]}))
+    late, seen[:] = nn.Identity(), []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, y: late(y) if seen[-1] == 1 else y)
+    assert set(sensitivities(model, data, {name: [model.get_submodule(name)], "late": [late]})) == {name, "late"}
+    assert seen == [0, 6, 1]
+
+
 class Slopes(nn.Module):
     """A layer of which the loss of each row feels the outputs by known numbers."""
 
