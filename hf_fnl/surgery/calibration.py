@@ -1,9 +1,10 @@
-"""Truncation while data run through a model: every layer is replaced when the data have reached it.
+"""Truncation while data run through a model: every block is replaced when the data have reached it.
 
-Batches run one at a time, and what is measured adds up over them. Layers are visited in the order of execution; what a
-layer sees comes from layers that are replaced already. Layers that are given the same tensor, as queries, keys and
-values are, are visited together and share its moments; nobody else's are in memory then. What blocks gave that are
-done is kept on disk (:mod:`hf_fnl.surgery.blocks`), so that all visits together cost a few passes over the data.
+Batches run one at a time, and what is measured adds up over them. Layers are visited in the order of execution, those
+of one block together; what a block is given comes from blocks that are replaced already. Layers that are given the same
+tensor, as queries, keys and values are, share its moments; those of one block are in memory at a time. What blocks gave
+that are done is kept on disk (:mod:`hf_fnl.surgery.blocks`), so that all visits together cost a few passes over the
+data. Heads are measured as they run, and what comes after them in their block when they are replaced.
 
 A layer that a pass calls several times, as those that ALBERT shares between its depths, sees at all its calls what the
 layers replaced so far give, itself not among them.
@@ -116,7 +117,7 @@ def visit_modules(
     *,
     changes: bool = True,
 ) -> None:
-    """Handle modules of a model by name: one after the other, or, given data, each when these have reached it.
+    """Handle modules of a model by name: one after the other, or, given data, when these have reached their block.
 
     The model itself stays as it is: what a handler returns runs in its place in these passes only. Dropout is off.
 
@@ -126,7 +127,7 @@ def visit_modules(
         handle: Gets a name and, where there are data, what was asked for, in the order of execution.
         data: Inputs of the model, which run one batch after the other, several times.
         ties: Names of other modules whose calls count as calls of one that is named, for they hold its weight.
-        changes: Whether the handler returns modules; where it only looks, all of a block are measured in one pass.
+        changes: Whether the handler returns modules; where it only looks, a block need not run again.
 
     Raises:
         ValueError: If no token reaches a module that is named, or a mask hides positions between others.
@@ -211,13 +212,14 @@ class _Visits:
         counts: Counter[str] = Counter()
         for number in range(len(self.batches)):
             before: str | None = None
-            for name, shares in self._trace(number):
+            trace = self._trace(number)
+            for name, shares in trace:
                 if name not in order:
                     order.insert(0 if before is None else order.index(before) + 1, name)
                     if shares and self.requests[name] == "inputs" == self.requests[before or name]:
                         joining.add(name)
                 before = name
-                counts[name] += 1
+            counts |= Counter(name for name, _ in trace)
             if len(order) == len(self.requests):
                 break
         if missed := [name for name in self.requests if name not in order]:
@@ -232,8 +234,8 @@ class _Visits:
         return stages
 
     def _share_a_pass(self, first: str, name: str) -> bool:
-        """Whether what reaches two modules is the same whether or not the first was handled, and one block has both."""
-        if self.changes or not self.requests[first] == "inputs" == self.requests[name]:
+        """Whether two modules are measured in one pass: layers that are in one block."""
+        if not self.requests[first] == "inputs" == self.requests[name]:
             return False
         block = self.cache.block_of(self.modules[first])
         return block is not None and self.cache.block_of(self.modules[name]) is block

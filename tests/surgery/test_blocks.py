@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -95,9 +96,9 @@ def test_what_is_kept_on_disk_changes_nothing(
     stock = build().eval()
     batches = [inputs_of(stock, rows, padded) for rows in (3, 2)]
     state, cut = stock.state_dict(), []
-    for has_chains in (True, False):
-        if not has_chains:
-            monkeypatch.setattr(BlockOutputCache, "find_chains", lambda self, run: run())
+    for is_kept in (True, False):
+        if not is_kept:
+            monkeypatch.setattr(BlockOutputCache, "passes", lambda self, unfinished: nullcontext())
         model = build()
         model.load_state_dict(state)
         factorize_(model, FactorizationConfig(rank=3), calibration=batches)
@@ -132,6 +133,39 @@ def test_where_nothing_changes_a_block_runs_once_for_each_batch() -> None:
     for name, moments in seen[0].items():
         assert_close(moments.covariance, seen[1][name].covariance)
         assert moments.count == seen[1][name].count == 9 * 7
+
+
+class Experts(nn.Module):
+    """A block that sends each row to one of its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 5)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        for number, expert in enumerate(self.experts):
+            chosen = x[:, 0].long() == number
+            if chosen.any():
+                y[chosen] = torch.cat([x[chosen, :1], expert(x[chosen])[:, 1:]], 1)  # of the next block likewise
+        return y
+
+
+def test_all_experts_of_a_block_are_measured_in_one_pass() -> None:
+    """Also where the first batches do not reach all of them."""
+    model, rows = nn.Sequential(Experts(), Experts(), Experts()).eval(), torch.randn(3, 8, 5)
+    rows[:, :, 0] = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+    rows[1:, :4, 0] = torch.arange(4.0)
+    runs = counted_runs(model)
+    requests = {name: "inputs" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    seen: dict[str, Any] = {}
+    visit_modules(model, requests, seen.__setitem__, CalibrationData(model, [{"input": batch} for batch in rows]))
+    counts = rows[:, :, 0].long().flatten().bincount().tolist()
+    assert {name: moments.count for name, moments in seen.items()} == {
+        name: counts[int(name.split(".")[2])] for name in requests
+    }
+    looks = 3  # that find the chains and all experts; then each block is measured, and runs once more when it is cut
+    assert max(runs.values()) <= looks + 2 * len(rows)
 
 
 def test_a_block_that_is_done_runs_once_more_for_each_batch() -> None:
