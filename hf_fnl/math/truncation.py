@@ -231,7 +231,8 @@ def truncate_ov(
 ) -> tuple[HeadWeights, HeadWeights]:
     r"""Cut every head's ``V_h O_h^T`` to a rank.
 
-    Attention weights sum to one, so ``b_v O_h^T`` moves into the output bias exactly and the new value bias is zero.
+    Of the value bias ``b_v`` the heads keep what they hold; attention weights sum to one, so the rest of ``b_v O_h^T``
+    moves into the output bias. Where they do not, as with attention sinks, that is exact at full rank.
     Where there is no output bias, ``[V; b_v] O_h^T`` is cut and the values keep theirs. With ``moments`` the result is
     nearest in mean square for the contexts that a head sees, weighed by the sensitivity of a loss as in
     :func:`truncate_linear` where it is known, and the output bias takes over what their mean loses.
@@ -257,14 +258,13 @@ def truncate_ov(
     cut_output = output.mapped(_for_each_head(to_output, output))
     if output.bias is None:
         return value.mapped(to_value), cut_output
-    b_v = right.new_zeros(right.shape[0], right.shape[2]) if value.bias is None else value.bias
-    b_v = b_v.double()
-    mean = b_v if moments is None or moments.context is None else moments.context.mean
-    kept = (mean - b_v).unsqueeze(-2) @ to_value
-    lost = mean.unsqueeze(-1) - to_output @ kept.mT  # of each head's mean context, as the output projection sees it
+    mean = value.bias if moments is None or moments.context is None else moments.context.mean
+    if mean is None:
+        return value.mapped(to_value), cut_output
+    mean = mean.double().unsqueeze(-2)
+    lost = (mean - mean @ to_value @ to_output.mT).mT  # of each head's mean context, as the output projection sees it
     lost = (output.weight.double() @ _for_each_head(lost, output)).sum(0).squeeze(-1)
-    cut = HeadWeights(value.mapped(to_value).weight, _zeros(value.bias, rank))
-    return cut, HeadWeights(cut_output.weight, (output.bias + lost).to(output.bias.dtype))
+    return value.mapped(to_value), HeadWeights(cut_output.weight, (output.bias + lost).to(output.bias.dtype))
 
 
 @torch.no_grad()
