@@ -5,6 +5,7 @@ nothing, is tested in ``test_engines.py``: there training fails, or gives other 
 twice in one process is tested there, too.
 """
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,15 +95,17 @@ def test_a_stock_trainer_loses_the_normalizations_of_an_old_checkpoint_and_ours_
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_stock_trainer_counts_labels_of_gpt2_that_nothing_predicts_and_ours_does_not(tmp_path):
+@pytest.mark.parametrize("is_given", [True, False], ids=["model", "model_init"])
+def test_a_stock_trainer_counts_labels_of_gpt2_that_nothing_predicts_and_ours_does_not(tmp_path, is_given):
     model, texts = tiny_gpt2(dropout=0.0), tiny_texts(8)
     ids = torch.stack([text["input_ids"] for text in texts])
     expected = model.eval()(input_ids=ids, labels=ids).loss.item()
     data = {"train_dataset": texts, "eval_dataset": texts}
     options = {**OPTIONS, "max_steps": 1}
-    stock = Trainer(model, TrainingArguments(str(tmp_path), **options), **data)
+    stock = Trainer(copy.deepcopy(model), TrainingArguments(str(tmp_path), **options), **data)
     assert stock.evaluate()["eval_loss"] != pytest.approx(expected), "mended: name_causal_loss_ can go"
-    ours = FLAMBeTrainer(model, FLAMBeTrainingArguments(str(tmp_path), **options), **data)
+    data |= {"model": copy.deepcopy(model)} if is_given else {"model_init": lambda: copy.deepcopy(model)}
+    ours = FLAMBeTrainer(args=FLAMBeTrainingArguments(str(tmp_path), **options), **data)
     assert ours.evaluate()["eval_loss"] == pytest.approx(expected)
     ours.train()
     assert losses(ours) == [pytest.approx(expected, rel=1e-4)]

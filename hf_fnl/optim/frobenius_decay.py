@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from hf_fnl.attention import Product, beside_factors
 from hf_fnl.math.factors import squared_frobenius_norm
@@ -67,7 +68,8 @@ class FrobeniusDecay:
     What a parameter holds beside factors gets ordinary decay by the same coefficient: ``p`` in the place of ``F_p``.
     Parameters without gradient are passed over, as optimizers do. The decay lasts until :meth:`remove`, or to the end
     of a ``with`` block. Factors are found by name at each step, so that a wrapper may replace the parameters; except
-    for a penalty, they may lie in parts on several processes (FSDP2, ZeRO).
+    for a penalty, they may lie in parts on several processes (FSDP2, ZeRO). A copy of an optimizer alone
+    has no decay, for torch copies no hooks: ``copy.deepcopy((model, optimizer, decay))`` copies all three.
 
     Args:
         optimizer: Any optimizer over named parameters, or what accelerate made of it.
@@ -93,7 +95,15 @@ class FrobeniusDecay:
         check_factors(self.products, optimizer.param_groups)
         _check_no_ordinary_decay(self.products, optimizer.param_groups)
         self._decay, self._sharding = ProductDecay(), Sharding(optimizer.param_groups)
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_decay": None, "_sharding": None, "_handle": self._handle is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._decay, self._sharding = ProductDecay(), Sharding(self.optimizer.param_groups)
+        self._handle = self.optimizer.register_step_pre_hook(self._before_step) if state["_handle"] else None
 
     def penalty(self) -> Tensor:
         """:func:`frobenius_penalty` of the products as they are now: a differentiable scalar."""
@@ -116,7 +126,9 @@ class FrobeniusDecay:
 
     def remove(self) -> None:
         """Leave the steps of the optimizer alone from now on."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def __enter__(self) -> FrobeniusDecay:
         return self

@@ -119,6 +119,13 @@ class FLAMBeTrainer(Trainer):
             self.add_callback(ProfilerCallback(args.profile_steps))
         self._watch_products()
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in Transformers."""
+        model = super().call_model_init(trial)
+        name_causal_loss_(model)
+        forget_old_names_(model)
+        return model
+
     def train(
         self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
