@@ -99,8 +99,8 @@ def measure(source: str, settings: Settings) -> dict[str, Any]:
 
     Returns:
         Name, class, whether it is in int8, parameters, bytes of weights and of the cache for a token, perplexities with
-        their numbers of tokens and words, tokens per second by batch, and the peak memory in bytes: of the GPU, or of
-        the process.
+        the windows as they were for this model's positions and their numbers of tokens and words, tokens per second by
+        batch, and the peak memory in bytes: of the GPU, or of the process.
 
     Raises:
         OSError: If files are missing or damaged.
@@ -131,7 +131,8 @@ def measure(source: str, settings: Settings) -> dict[str, Any]:
     if ids.numel() and (largest := int(ids.max())) >= (known := model.get_input_embeddings().num_embeddings):
         raise ValueError(f"the tokenizer in {source} gives the token {largest}, and the model knows {known:,}")
     length = longest_input(model, settings.length)
-    found = text_perplexity(model, ids, words, length=length, stride=min(settings.stride, length - 1))
+    stride = min(settings.stride, length - 1)
+    found = text_perplexity(model, ids, words, length=length, stride=stride)
     return {
         "model": source,
         "class": type(model).__name__,
@@ -141,6 +142,8 @@ def measure(source: str, settings: Settings) -> dict[str, Any]:
         "cache_bytes_per_token": _cache_bytes(model, ids),
         "perplexity": found.per_token,
         "perplexity_per_word": found.per_word,
+        "length": length,
+        "stride": stride,
         "tokens": found.tokens,
         "words": found.words,
         "tokens_per_second": {str(batch): _speed(model, ids, batch) for batch in _BATCHES},
@@ -157,8 +160,8 @@ def _text(settings: Settings) -> str:
     parts: list[str] = []
     size, needed = 0, characters_of(settings.tokens)
     for row in load_documents(settings.texts, text_column=settings.column, streaming=True):
-        parts.append(row["text"])
-        size += len(row["text"])
+        parts.append(row["text"] or "")
+        size += len(parts[-1])
         if size >= needed:
             break
     return "\n\n".join(parts)

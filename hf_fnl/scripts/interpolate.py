@@ -8,7 +8,6 @@ hf-fnl report runs/low runs/dense_first --out line.html   # draws what the first
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -28,8 +27,8 @@ from hf_fnl.models.surgery_loading import load
 from hf_fnl.surgery import merge_
 from hf_fnl.tasks.clm import build_blocks
 from hf_fnl.tasks.documents import DocumentOptions
-from hf_fnl.tasks.metrics.accuracy import topk_hits
-from hf_fnl.tasks.metrics.tokens import causal_sums
+from hf_fnl.tasks.metrics.accuracy import image_sums
+from hf_fnl.tasks.metrics.tokens import causal_sums, perplexity
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments, progress
 from hf_fnl.utils.files import write_json
@@ -111,9 +110,8 @@ def image_evaluation(options: LineOptions, device: torch.device) -> tuple[Evalua
     def evaluate(model: nn.Module) -> dict[str, float]:
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in batches(evaluation):
-            outputs = model(**batch)
-            hits = topk_hits(outputs.logits, batch["labels"])[:, 0]
-            sums += torch.stack([outputs.loss * len(hits), hits.sum()]).cpu()
+            outputs = model(batch["pixel_values"])
+            sums += image_sums(outputs.logits, batch["labels"])[:, :2].double().sum(0).cpu()
         loss, accuracy = (sums / len(evaluation)).tolist()
         return {"loss": loss, "accuracy": accuracy}
 
@@ -129,7 +127,8 @@ def text_evaluation(options: LineOptions, model: PreTrainedModel) -> Evaluate:
     if (documents := data.validation()) is None:
         raise ValueError(f"baseline {options.baseline} was trained without validation_dataset: set eval_dataset")
     settings = read_json(Path(options.baseline) / CONFIG_FILE)
-    block_size = settings.get("block_size") or model.config.max_position_embeddings
+    sizes = (settings.get("eval_block_size"), settings.get("block_size"), model.config.max_position_embeddings)
+    block_size = next(filter(None, sizes))  # as train_clm chooses it
     tokenizer = load_tokenizer(options.baseline)
     blocks = build_blocks(documents, tokenizer, block_size=block_size, stride=settings.get("eval_stride"))
 
@@ -139,7 +138,7 @@ def text_evaluation(options: LineOptions, model: PreTrainedModel) -> Evaluate:
             ids, labels = (batch[name].to(model.device) for name in ("input_ids", "labels"))
             sums += causal_sums(model(input_ids=ids).logits, labels).sum(0)[:2].cpu()
         loss = float(sums[0] / sums[1])
-        return {"loss": loss, "perplexity": math.exp(loss)}
+        return {"loss": loss, "perplexity": perplexity(loss)}
 
     return evaluate
 

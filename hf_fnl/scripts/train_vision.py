@@ -24,7 +24,7 @@ from hf_fnl.math.spectral import DRAWN_METHODS, INIT_METHODS
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import factorize_, merge_
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES, FactorizationConfig
-from hf_fnl.tasks.metrics.accuracy import image_accuracy, topk_hits
+from hf_fnl.tasks.metrics.accuracy import image_metrics, image_sums
 from hf_fnl.training.command_line import UsageError, named, parse_arguments
 from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
 from hf_fnl.utils.hub import check_source
@@ -221,8 +221,8 @@ class Session:
             train_dataset=self.train,
             eval_dataset=self.held_out,
             data_collator=single_batch,
-            compute_metrics=image_accuracy,
-            preprocess_logits_for_metrics=topk_hits,
+            compute_metrics=image_metrics,
+            preprocess_logits_for_metrics=image_sums,
             **more,
         )
         announce(self.last_trainer)

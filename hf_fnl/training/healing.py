@@ -38,11 +38,14 @@ class DistillationTrainer(FLAMBeTrainer):
         **kwargs: As in :class:`FLAMBeTrainer`.
 
     Raises:
-        ValueError: If the Frobenius decay is to be a penalty, which is added to a loss of labels only.
+        ValueError: If the Frobenius decay is to be a penalty, which is added to a loss of labels only, or there is a
+            ``compute_loss_func`` or ``label_smoothing_factor``, which say how labels give a loss.
     """
 
     def __init__(self, model: nn.Module, args: FLAMBeTrainingArguments, *, teacher: nn.Module, **kwargs: Any) -> None:
         super().__init__(model, args, **kwargs)
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            raise ValueError("a teacher gives the loss: leave compute_loss_func and label_smoothing_factor out")
         if self._penalized:
             raise ValueError("frobenius_mode cannot be penalty where a teacher gives the loss; decoupled can")
         self.teacher = teacher.eval().to(args.device)
@@ -74,13 +77,20 @@ def distillation_loss(outputs: Any, target: Any, attention_mask: Tensor | None =
     """Return the distance of a model's outputs from a teacher's, as :class:`DistillationTrainer` says.
 
     Raises:
-        ValueError: If the outputs are not one for each token of ``attention_mask``.
+        ValueError: If the two have not the same outputs, or not one for each token of ``attention_mask``.
     """
-    if "logits" in target:
-        found, wanted = (each["logits"].float().log_softmax(-1) for each in (outputs, target))
+    name = "logits" if "logits" in target else "last_hidden_state"
+    of_model, of_teacher = (tuple(each[name].shape) if name in each else None for each in (outputs, target))
+    if of_model is None or of_model != of_teacher:
+        raise ValueError(
+            f"a model learns from one with the same outputs, and {name} of the model are {of_model}, of the teacher "
+            f"{of_teacher}"
+        )
+    found, wanted = (each[name].float() for each in (outputs, target))
+    if name == "logits":
+        found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
         distance = nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
     else:
-        found, wanted = (each["last_hidden_state"].float() for each in (outputs, target))
         distance = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
     if attention_mask is None:
         return distance.mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import shutil
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
-from transformers import BertLMHeadModel, BertPreTrainedModel, Trainer, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_fnl.attention import find_products
@@ -103,8 +104,11 @@ class FLAMBeTrainer(Trainer):
         if self.optimizer is not None:
             check_current(self.optimizer, unwrapped)
             check_decay(args)
-        if _averages_over_its_own_batch(unwrapped):
-            self.model_accepts_loss_kwargs = False
+        base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped  # of PEFT
+        self._is_scaling_known = hasattr(base, "accepts_loss_kwargs")
+        if self.label_smoother is not None and _shifts_labels(base):
+            # The Trainer tells by the names of Transformers' own classes which labels are a token ahead of the logits.
+            self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
         self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters
         self._is_dense = args.dense_steps > 0
         self._coupled: FrobeniusDecay | None = None
@@ -378,6 +382,8 @@ class FLAMBeTrainer(Trainer):
                 "label_smoothing_factor smooths labels of one output, and those of these batches are "
                 f"{', '.join(self.label_names)}: set it to 0"
             )
+        if num_items_in_batch is not None and model.training and not smooths:
+            self._find_scaling(model, inputs)
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self._penalized and model.training):
             return result
@@ -393,14 +399,32 @@ class FLAMBeTrainer(Trainer):
             penalty = penalty / self.current_gradient_accumulation_steps
         return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
 
+    def _find_scaling(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Find out, once, whether a model that takes any keyword divides its loss by ``num_items_in_batch``.
 
-def _averages_over_its_own_batch(model: nn.Module) -> bool:
-    """Whether a stock BERT head ignores ``num_items_in_batch``, although it takes the argument.
+        Many of Transformers do not, and average over their own part of a batch. The Trainer would add up what they
+        give for accumulation steps and processes where it is to average it.
+        """
+        parts = self.current_gradient_accumulation_steps * self.args.world_size
+        if self._is_scaling_known or not self.model_accepts_loss_kwargs or self.compute_loss_func or parts == 1:
+            return
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        with torch.no_grad():
+            counts = (torch.tensor(count, device=self.args.device) for count in (1.0, 2.0))
+            outputs = [model(**inputs, num_items_in_batch=count) for count in counts]
+        first, second = (each["loss"] if isinstance(each, dict) else each[0] for each in outputs)
+        for module, mode in modes.items():
+            module.training = mode
+        tells = first.isfinite() & (first != 0)  # a part without any label tells nothing
+        found = self.accelerator.reduce(torch.stack([tells, tells & (first != second)]).float(), reduction="sum")
+        if found[0]:
+            self.model_accepts_loss_kwargs, self._is_scaling_known = bool(found[1]), True
 
-    The Trainer would then add up the losses of accumulation steps and processes where it should average them.
-    """
-    stock = isinstance(model, BertPreTrainedModel) and not hasattr(model, "accepts_loss_kwargs")
-    return stock and not isinstance(model, BertLMHeadModel)
+
+def _shifts_labels(model: nn.Module) -> bool:
+    is_seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return getattr(model, "loss_type", None) == "ForCausalLM" and not is_seq2seq
 
 
 def _reason(error: BaseException, run: Path) -> str:

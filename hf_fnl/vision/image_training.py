@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import statistics
 import time
@@ -160,7 +159,9 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
 
 def steps_per_epoch(args: TrainingArguments, num_images: int) -> int:
     """Return the number of optimizer steps of an epoch."""
-    return math.ceil(num_images / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
+    batches = num_images / (args.train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(batches / args.gradient_accumulation_steps)
 
 
 def step_schedule(args: ImageTrainingArguments, num_training_steps: int, num_images: int) -> Callable[[int], float]:
@@ -192,10 +193,6 @@ class ImageTrainer(FLAMBeTrainer):
         self, model: nn.Module, args: ImageTrainingArguments, *, transform: Callable[..., Tensor], **kwargs: Any
     ) -> None:
         super().__init__(model, args, **kwargs)
-        if "num_items_in_batch" not in inspect.signature(self.accelerator.unwrap_model(model).forward).parameters:
-            # The Trainer would add up the mean losses of accumulation steps and processes of a classifier that takes
-            # any keyword and ignores this one, as those of Transformers do.
-            self.model_accepts_loss_kwargs = False
         self.transform = transform
         self.epoch_seconds = EpochSeconds()
         self.add_callback(self.epoch_seconds)

@@ -113,6 +113,13 @@ def test_int8_stands_beside_each_model(folder: Path) -> None:
     assert rows[3]["bytes"] < rows[1]["bytes"]
 
 
+def test_rows_without_text_are_passed_over_and_windows_are_those_of_the_model(folder: Path) -> None:
+    rows = [None, " ".join(WORDS), None, " ".join(WORDS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    found = measure(str(folder / "dense"), Settings(str(folder / "rows.jsonl"), "text", 60, 9999, 10, "float32", "cpu"))
+    assert (found["tokens"], found["length"], found["stride"]) == (59, llama().config.max_position_embeddings, 10)
+
+
 def test_narrow_values_take_less_of_the_cache(folder: Path) -> None:
     model = llama()
     factorize_(model, FactorizationConfig(kinds=("ov",), rank=3))

@@ -203,6 +203,7 @@ def test_perplexity_is_that_of_the_whole_text(tmp_path, tokenizer, tokens, strid
     words = sum(len(text.split()) for text in TEXTS)
     assert (found["eval_tokens"], found["eval_words"]) == (len(tokens) - 1, words)
     assert found["eval_nats_per_token"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
+    assert found["eval_loss"] == found["eval_nats_per_token"]
     assert found["eval_perplexity_per_token"] == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-4)
     assert found["eval_perplexity_per_word"] == pytest.approx(math.exp(nats / words), rel=1e-3)
 

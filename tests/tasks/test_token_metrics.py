@@ -31,6 +31,8 @@ def test_reduced_batches_give_the_figures_of_all_logits(pairs):
     assert metrics["mlm_accuracy"] == pytest.approx(accuracy, rel=1e-5)
     expected = (relationship.argmax(-1) == next_sentence).float().mean().item()
     assert metrics.get("next_sentence_accuracy") == (pytest.approx(expected) if pairs else None)
+    total = loss + F.cross_entropy(relationship, next_sentence).item() if pairs else loss
+    assert metrics["loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_nothing_labelled_is_no_division_by_zero():

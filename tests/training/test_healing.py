@@ -125,3 +125,11 @@ def test_what_cannot_be_healed(tmp_path: Path) -> None:
     args = FLAMBeTrainingArguments(output_dir=str(tmp_path), report_to=[], **options)
     with pytest.raises(ValueError, match="frobenius_mode cannot be penalty where a teacher gives the loss"):
         DistillationTrainer(cut(dense), args, teacher=dense, train_dataset=batches(2))
+    wider = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 41}))
+    for other, shape in ((wider, r"\(4, 9, 41\)"), (llama().model, "None")):
+        with pytest.raises(
+            ValueError, match=rf"same outputs, and logits of the model are {shape}, of the teacher \(4,"
+        ):
+            heal_(other, dense, batches(2), steps=1)
+    with pytest.raises(ValueError, match="a teacher gives the loss: leave compute_loss_func and label_smoothing"):
+        heal_(cut(dense), dense, batches(2), label_smoothing_factor=0.1)

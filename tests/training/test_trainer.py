@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from training_cases import losses, tiny_examples, tiny_model, tiny_trainer
-from transformers import Trainer
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    Trainer,
+)
 
 from hf_fnl import (
     FactorizationConfig,
+    FactorizedGPT2LMHeadModel,
     FactorizedLinear,
+    FactorizedLlamaForCausalLM,
     FLAMBe,
     FLAMBeTrainer,
     FLAMBeTrainingArguments,
@@ -240,6 +250,43 @@ def test_accumulated_halves_equal_one_batch(tmp_path, stock):
     else:
         assert losses(halves) == pytest.approx(losses(whole), rel=1e-4)
         assert_close(weights(halves), weights(whole), rtol=1e-3, atol=1e-4)
+
+
+SMALL = {"vocab_size": 29, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+TWO_SIDES = {"vocab_size": 29, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
+STOCK = {
+    "masked": lambda: RobertaForMaskedLM(RobertaConfig(**SMALL, hidden_dropout_prob=0, attention_probs_dropout_prob=0)),
+    "causal": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "sequences": lambda: BartForConditionalGeneration(BartConfig(**TWO_SIDES)),
+}
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_losses_of_parts_are_averaged_whether_the_model_divides_by_all_labels_or_by_its_own(tmp_path, kind):
+    ids = torch.randint(3, 29, (8, 7), generator=torch.Generator().manual_seed(0))
+    examples = [{"input_ids": row, "labels": row} for row in ids]  # as many labels in each half
+    found = []
+    for parts in (1, 2):
+        torch.manual_seed(0)
+        options = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts, "max_steps": 2}
+        trainer = tiny_trainer(tmp_path, STOCK[kind](), **options, frobenius_decay="none", optim="sgd")
+        trainer.train_dataset = examples
+        trainer.train()
+        found.append((losses(trainer), weights(trainer)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ours", [FactorizedLlamaForCausalLM, FactorizedGPT2LMHeadModel])
+def test_labels_of_causal_models_are_shifted_before_they_are_smoothed(tmp_path, ours):
+    torch.manual_seed(0)
+    model = ours(ours.config_class(vocab_size=29, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    ids = torch.randint(29, (8, 7))
+    logits = model.eval()(input_ids=ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.3)
+    trainer = tiny_trainer(tmp_path, model, label_smoothing_factor=0.3)
+    trainer.eval_dataset = [{"input_ids": row, "labels": row} for row in ids]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_diagnostics_are_logged_and_survive_a_resume(tmp_path):

@@ -13,7 +13,7 @@ from transformers import (
     EvalPrediction,
 )
 
-from hf_fnl.tasks.metrics.accuracy import image_accuracy, topk_hits
+from hf_fnl.tasks.metrics.accuracy import image_metrics, image_sums
 from hf_fnl.vision.image_batches import (
     ImageFiles,
     ImageOptions,
@@ -247,14 +247,14 @@ def test_an_image_processor_does_what_evaluation_does(made, new, tmp_path):
 
 
 @pytest.mark.parametrize(("classes", "names"), [(10, ["accuracy"]), (11, ["accuracy", "top5_accuracy"])])
-def test_accuracies_equal_sorting_all_logits(classes, names):
+def test_loss_and_accuracies_equal_those_of_all_logits(classes, names):
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(57, classes, generator=generator), torch.arange(57) % classes
-    hits = torch.cat([topk_hits((logits[rows], None), labels[rows]) for rows in (slice(0, 40), slice(40, 57))])
-    found = image_accuracy(EvalPrediction(predictions=hits.numpy(), label_ids=labels.numpy()))
+    sums = torch.cat([image_sums((logits[rows], None), labels[rows]) for rows in (slice(0, 40), slice(40, 57))])
+    found = image_metrics(EvalPrediction(predictions=sums.numpy(), label_ids=labels.numpy()))
     ranked = logits.argsort(-1, descending=True)
     best = {
         name: (ranked[:, :count] == labels[:, None]).any(-1).double().mean().item()
         for name, count in zip(names, (1, 5), strict=False)
     }
-    assert found == pytest.approx(best)
+    assert found == pytest.approx({"loss": torch.nn.functional.cross_entropy(logits, labels).item(), **best})

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from hf_fnl.vision.image_training import ImageTrainer, ImageTrainingArguments, step_schedule
+from hf_fnl.vision.image_training import ImageTrainer, ImageTrainingArguments, step_schedule, steps_per_epoch
 
 
 class Images(torch.utils.data.Dataset):
@@ -55,6 +55,18 @@ def test_the_schedule_goes_in_steps(tmp_path, options, factors):
     args = arguments(tmp_path, num_train_epochs=5, per_device_train_batch_size=8, **options)
     factor = step_schedule(args, 10, num_images=13)
     assert [factor(step) for step in range(10)] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_epochs_have_the_steps_of_the_trainer(tmp_path, accumulation, drop_last):
+    options = {"gradient_accumulation_steps": accumulation, "dataloader_drop_last": drop_last, "num_train_epochs": 1}
+    args = arguments(tmp_path, **options, save_strategy="no", eval_strategy="no")
+    trainer = ImageTrainer(
+        Classifier(), args, transform=lambda images, training: images.float(), train_dataset=Images(13)
+    )
+    trainer.train()
+    assert trainer.state.global_step == steps_per_epoch(args, 13)
 
 
 @pytest.mark.parametrize(

@@ -215,12 +215,15 @@ def text_runs(tmp_path_factory) -> tuple[str, str, str]:
     return dense, write_run(folder / "low", low, ov_rank=2), str(folder / "valid.txt")
 
 
-def test_lines_between_language_models_end_in_the_networks(text_runs, tmp_path):
+@pytest.mark.parametrize("eval_block_size", [None, 9])
+def test_lines_between_language_models_end_in_the_networks(text_runs, tmp_path, eval_block_size):
     dense, low, text = text_runs
+    settings = json.dumps({"block_size": 13, "eval_block_size": eval_block_size})
+    (Path(dense) / "run_config.json").write_text(settings)
     argv = ["--baseline", dense, "--low_rank", low, "--eval_dataset", text, "--steps", "3", "--use_cpu"]
     first, middle, last = script.main(argv)[low]
     for folder, point in ((dense, first), (low, last)):
-        nats, tokens = whole_text(load(folder), dense, text)
+        nats, tokens = whole_text(load(folder), dense, text, eval_block_size or 13)
         assert point["loss"] == pytest.approx(nats / tokens, rel=1e-4)
         assert point["perplexity"] == pytest.approx(torch.tensor(nats / tokens).exp().item(), rel=1e-3)
     assert middle["loss"] not in (first["loss"], last["loss"])
@@ -229,10 +232,10 @@ def test_lines_between_language_models_end_in_the_networks(text_runs, tmp_path):
     assert "From the baseline to the model" in (tmp_path / "line.html").read_text()
 
 
-def whole_text(model: PreTrainedModel, tokenizer: str, text: str) -> tuple[float, int]:
+def whole_text(model: PreTrainedModel, tokenizer: str, text: str, block_size: int) -> tuple[float, int]:
     """Cross-entropy of all tokens, one block after the other, and their number."""
     nats, count = 0.0, 0
-    for block in build_blocks(load_documents(text), load_tokenizer(tokenizer), block_size=17):
+    for block in build_blocks(load_documents(text), load_tokenizer(tokenizer), block_size=block_size):
         with torch.no_grad():
             logits = model(input_ids=block["input_ids"][None]).logits[0, :-1]
         nats += float(nn.functional.cross_entropy(logits, block["labels"][1:], reduction="sum"))

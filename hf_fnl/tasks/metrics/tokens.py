@@ -2,7 +2,8 @@
 
 ``*_sums`` is a Trainer's ``preprocess_logits_for_metrics``: it reduces the logits of a batch to sums of each sequence,
 so that an evaluation never keeps vocabulary logits. ``*_metrics`` is its ``compute_metrics``, of the sums of all
-sequences, whatever batches and processes they came in; the Trainer's own ``eval_loss`` is a mean of the batches' means.
+sequences, whatever batches and processes they came in. Its ``loss`` takes the place of the Trainer's own, a mean of the
+batches' means, in which a last batch of one sequence counts as much as a full one.
 """
 
 from __future__ import annotations
@@ -46,30 +47,33 @@ def causal_sums(logits: Any, labels: Tensor) -> Tensor:
 
 
 def masked_sums(logits: Any, labels: Any) -> Tensor:
-    """Return :func:`token_sums` and whether the next sentence was predicted right, NaN without such labels.
+    """Return :func:`token_sums`, and the next sentence's cross-entropy and whether it was right, NaN without labels.
 
     Args:
         logits: Vocabulary logits ``(batch, length, vocab_size)``, alone or followed by next-sentence logits.
         labels: Labels ``(batch, length)``, alone or followed by next-sentence labels.
 
     Returns:
-        ``(batch, 4)``.
+        ``(batch, 5)``.
     """
     is_pair = isinstance(logits, tuple | list)
     sums = token_sums(logits, labels[0] if is_pair else labels)
-    right = (logits[1].argmax(-1) == labels[1]).float() if is_pair else torch.full_like(sums[:, 0], math.nan)
-    return torch.cat([sums, right[:, None]], dim=1)
+    if not is_pair:
+        return torch.cat([sums, torch.full_like(sums[:, :2], math.nan)], dim=1)
+    loss = F.cross_entropy(logits[1].float(), labels[1], reduction="none")
+    right = (logits[1].argmax(-1) == labels[1]).float()
+    return torch.cat([sums, torch.stack([loss, right], dim=1)], dim=1)
 
 
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return loss, perplexity and accuracy per token; ``loss`` takes the place of the Trainer's own."""
+    """Return loss, perplexity and accuracy per token."""
     loss, tokens, right = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
     tokens = max(tokens, 1)
     return {"loss": loss / tokens, "perplexity": perplexity(loss / tokens), "token_accuracy": right / tokens}
 
 
 def masked_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return loss, accuracy and perplexity per labelled position, and next-sentence accuracy."""
+    """Return loss, accuracy and perplexity per labelled position, next-sentence accuracy, and the sum of the losses."""
     figures = np.asarray(prediction.predictions, dtype=np.float64)
     loss, labelled, right = figures[:, :3].sum(axis=0)
     labelled = max(labelled, 1)
@@ -78,8 +82,10 @@ def masked_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "mlm_accuracy": right / labelled,
         "mlm_perplexity": perplexity(loss / labelled),
     }
+    metrics["loss"] = metrics["mlm_loss"]
     if not np.isnan(figures[:, 3]).all():
-        metrics["next_sentence_accuracy"] = figures[:, 3].mean()
+        metrics["loss"] += figures[:, 3].mean()
+        metrics["next_sentence_accuracy"] = figures[:, 4].mean()
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -94,10 +100,12 @@ def causal_metrics(prediction: EvalPrediction, *, num_words: int) -> dict[str, f
             ``N`` and to the tokens, not to the words; WikiText's own counts have one more word for each line.
 
     Returns:
-        ``perplexity_per_token``, ``perplexity_per_word``, ``nats_per_token``, ``tokens`` and ``words``.
+        ``loss``, in nats per token, ``perplexity_per_token``, ``perplexity_per_word``, ``nats_per_token``, ``tokens``
+        and ``words``.
     """
     nats, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(0)[:2]
     return {
+        "loss": float(nats / max(tokens, 1)),
         "perplexity_per_token": perplexity(nats / max(tokens, 1)),
         "perplexity_per_word": perplexity(nats / max(num_words, 1)),
         "nats_per_token": float(nats / max(tokens, 1)),
