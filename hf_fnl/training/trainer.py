@@ -77,6 +77,8 @@ class FLAMBeTrainer(Trainer):
     args: FLAMBeTrainingArguments
     model: nn.Module
     lr_scheduler: LRScheduler | None
+    label_smoother: Callable[..., Tensor] | None
+    model_accepts_loss_kwargs: bool
 
     def __init__(
         self,
