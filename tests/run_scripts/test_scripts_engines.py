@@ -45,7 +45,7 @@ RUNS = {
 LAUNCHES = {"fsdp2": ("train_translation", "train_vision"), "zero3": ("pretrain_bert", "train_clm")}
 ENGINES = {"fsdp2": "DistributedType.FSDP", "zero3": "DistributedType.DEEPSPEED"}
 ALIKE_IN_ONE_PROCESS = {"pretrain_bert": pretrain_bert, "train_clm": train_clm}
-MEASURES = ("train_loss", "eval_loss", "eval_mlm_loss", "eval_nats_per_token")
+MEASURES = ("train_loss", "eval_mlm_loss", "eval_nats_per_token")
 
 
 def flags(script: str, folder: Path, batch_size: int) -> list[str]:
