@@ -140,7 +140,7 @@ def _pair(values: Mapping[str, Mapping[str, Mapping[int, float]]], pair: Sequenc
 def _markdown(plan: Plan, table: Mapping[str, Any]) -> str:
     rows = []
     for cell, measures in table["cells"].items():
-        shown = {measure: _with_spread(summary) for measure, summary in measures.items()}
+        shown = {measure: with_spread(summary) for measure, summary in measures.items()}
         rows.append({"cell": cell, **shown, "n": max((m["n"] for m in measures.values()), default=0)})
     pairs = [
         {"difference": f"{pair['cell']} - {pair['other']}", **{k: v for k, v in pair.items() if k not in _NAMES}}
@@ -159,7 +159,8 @@ def _markdown(plan: Plan, table: Mapping[str, Any]) -> str:
 _NAMES = ("cell", "other")
 
 
-def _with_spread(summary: Mapping[str, Any]) -> str | None:
+def with_spread(summary: Mapping[str, Any]) -> str | None:
+    """Return a mean with its standard deviation, where there are such."""
     if summary["mean"] is None:
         return None
     return f"{summary['mean']:.4g}" + ("" if summary["std"] is None else f" ± {summary['std']:.2g}")

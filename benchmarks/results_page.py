@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grid_runs import Plan, folder_of, read_plan, read_result
-from benchmarks.grid_tables import NOT_DECIDED, NOT_SEEN, SEEN, write_tables, write_text
+from benchmarks.grid_tables import NOT_DECIDED, NOT_SEEN, SEEN, with_spread, write_tables, write_text
 
 ROOT = Path(__file__).parents[1]
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by cell and seed
@@ -70,10 +70,7 @@ def _cells(cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     names = list(next(iter(found.values())))[:MEASURES] if found else []
     lines = [f"| cell | {' | '.join(names)} | n |", "|---" * (len(names) + 2) + "|"]
     for cell, measures in found.items():
-        values = [
-            f"{m['mean']:.4g}" + (f" ± {m['std']:.2g}" if m["std"] is not None else "")
-            for m in (measures[name] for name in names)
-        ]
+        values = [with_spread(measures[name]) or "" for name in names]
         lines.append(f"| {cell} | {' | '.join(values)} | {measures[names[0]]['n']} |")
     return "\n".join(lines) if found else ""
 
