@@ -27,6 +27,7 @@ from hf_fnl.utils.run_files import (
     STATE_FILE,
     flatten,
     last_figures,
+    phase_folders,
     read_json,
 )
 from hf_fnl.utils.suggest import printable
@@ -52,7 +53,7 @@ _SETTINGS = (
     *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay"),
     *("momentum", "lr_milestones", "num_train_epochs"),
     *("decay", "frobenius_decay", "frobenius_coefficient", "factor_decay", "overcomplete", "pruning"),
-    *("phases", "max_seq_length", "mlm_probability", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_seq_length", "mlm_probability", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("bf16", "fp16", "seed"),
 )
 
@@ -84,7 +85,7 @@ class Record:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"record must be the folder of a run or of a model; there is none at {folder}")
-        states = [read_json(part / STATE_FILE) for part in (folder, *sorted(folder.glob("phase-*")))]
+        states = [read_json(part / STATE_FILE) for part in (folder, *phase_folders(folder))]
         log = [entry for state in states for entry in state.get("log_history", [])]
         return cls(
             metrics=flatten(read_json(folder / METRICS_FILE)) or last_figures(log),

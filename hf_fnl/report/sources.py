@@ -17,7 +17,7 @@ from hf_fnl.models.surgery_loading import load
 from hf_fnl.optim.diagnostics import Figures, forward_flops, parameter_count
 from hf_fnl.report.inspection import Matrix, Progress, inspect_model, read_energies
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
-from hf_fnl.utils.run_files import CONFIG_FILE, METRICS_FILE, STATE_FILE, flatten, read_json
+from hf_fnl.utils.run_files import CONFIG_FILE, METRICS_FILE, STATE_FILE, flatten, phase_folders, read_json
 from hf_fnl.vision.interpolation import INTERPOLATION_FILE
 
 History = list[tuple[int, dict[str, Figures]]]
@@ -98,7 +98,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     traces: dict[str, Points] = {}
     history: History = []
     start = 0
-    for part in sorted(folder.glob("phase-*"), key=_phase_number) or [folder]:
+    for part in phase_folders(folder) or [folder]:
         log = [(start + entry["step"], entry) for entry in _log(part)]
         for step, entry in log:
             for key, value in entry.items():
@@ -175,8 +175,3 @@ def _interpolation(path: Path) -> dict[str, Points]:
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
     return flatten({key: value for key, value in options.items() if key not in _NOT_SETTINGS})
-
-
-def _phase_number(folder: Path) -> tuple[int, str]:
-    number = folder.name.removeprefix("phase-")
-    return (int(number) if number.isdigit() else 0), folder.name

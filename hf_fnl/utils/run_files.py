@@ -20,6 +20,12 @@ def last_figures(log: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: entry[key] for entry in log for key in entry if key.startswith(("eval_", "train_"))}
 
 
+def phase_folders(run: Path) -> list[Path]:
+    """Return the folders ``phase-*`` of a run's trainings, by their numbers; none of a run that is one training."""
+    folders = {folder: folder.name.removeprefix("phase-") for folder in run.glob("phase-*")}
+    return sorted(folders, key=lambda folder: (int(folders[folder]) if folders[folder].isdigit() else 0, folder.name))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if there is no file.
 

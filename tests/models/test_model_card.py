@@ -285,6 +285,13 @@ def test_a_record_is_what_lies_in_the_folder(tmp_path):
     assert Record.read(tmp_path) == Record({"phase-1 / eval_loss": 2.0}, {"seed": 1}, FACTORIZATION, 34)
 
 
+def test_the_last_phase_is_the_one_of_the_highest_number(tmp_path):
+    for number in (9, 10, 2):
+        log = [{"eval_loss": float(number)}]
+        write_run(tmp_path / f"phase-{number}", trainer_state={"global_step": 1, "log_history": log})
+    assert Record.read(tmp_path).metrics == {"eval_loss": 10.0}
+
+
 def test_without_metrics_the_log_is_asked(tmp_path):
     log = [{"loss": 3.0, "step": 1}, {"eval_loss": 2.0}, {"eval_loss": 1.0}, {"train_loss": 2.5}]
     write_run(tmp_path, trainer_state={"global_step": 2, "log_history": log})
