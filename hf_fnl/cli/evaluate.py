@@ -153,18 +153,10 @@ def measure(source: str, settings: Settings) -> dict[str, Any]:
 
 
 def _text(settings: Settings) -> str:
-    """As many characters of the text as its first tokens can be."""
-    from hf_fnl.tasks.documents import load_documents
-    from hf_fnl.tasks.perplexity import characters_of
+    """As much of the text as its first tokens can be, read as calibration reads it."""
+    from hf_fnl.cli.texts import Texts
 
-    parts: list[str] = []
-    size, needed = 0, characters_of(settings.tokens)
-    for row in load_documents(settings.texts, text_column=settings.column, streaming=True):
-        parts.append(row["text"] or "")
-        size += len(parts[-1])
-        if size >= needed:
-            break
-    return "\n\n".join(parts)
+    return "\n\n".join(Texts(settings.texts, settings.column, samples=1, length=settings.tokens).documents())
 
 
 def _in_int8(model: PreTrainedModel) -> PreTrainedModel:

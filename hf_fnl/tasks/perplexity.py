@@ -38,14 +38,9 @@ class Perplexity:
         return perplexity(self.nll / self.words)
 
 
-def characters_of(count: int) -> int:
-    """Return how many characters of a text are read for its first tokens."""
-    return count * _CHARACTERS
-
-
 def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> tuple[Tensor, int]:
     """Return the ids ``(count,)`` of the first tokens of a text, fewer of a shorter one, and the number of words."""
-    text = text[: characters_of(count)]
+    text = text[: count * _CHARACTERS]
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids = torch.tensor(encoded["input_ids"][:count])
     end = encoded["offset_mapping"][len(ids) - 1][1] if len(ids) else 0

@@ -120,6 +120,16 @@ def test_rows_without_text_are_passed_over_and_windows_are_those_of_the_model(fo
     assert (found["tokens"], found["length"], found["stride"]) == (59, llama().config.max_position_embeddings, 10)
 
 
+def test_a_text_file_is_one_text_as_it_stands(folder: Path) -> None:
+    text = "one\n\n\n    two\n three\n"
+    (folder / "lines.txt").write_text(text)
+    settings = Settings(str(folder / "lines.txt"), "text", 60, 20, 10, "float32", "cpu")
+    read = mock.patch("hf_fnl.tasks.perplexity.first_tokens", side_effect=InterruptedError)
+    with read as tokens, pytest.raises(InterruptedError):
+        measure(str(folder / "dense"), settings)
+    assert tokens.call_args.args[1] == text.strip()
+
+
 def test_narrow_values_take_less_of_the_cache(folder: Path) -> None:
     model = llama()
     factorize_(model, FactorizationConfig(kinds=("ov",), rank=3))
