@@ -36,6 +36,7 @@ class Factorized(HoldsFactors):
 
     Attributes:
         kind: What kind of product the layer is; see :class:`~hf_fnl.attention.Product`.
+        dense_classes: Classes of the dense layers whose place it takes.
         shape: Shape of the product of the factors.
         bias: The bias, ``None`` where there is none.
 
@@ -44,6 +45,7 @@ class Factorized(HoldsFactors):
     """
 
     kind: ClassVar[str]
+    dense_classes: ClassVar[tuple[type[nn.Module], ...]]
     shape: tuple[int, ...]
     bias: nn.Parameter | None
 
@@ -66,8 +68,9 @@ class Factorized(HoldsFactors):
 
         Raises:
             ImportError: If a kernel is to be decomposed and TensorLy is not installed.
-            ValueError: If ``rank`` or an option is not allowed, the weight is not finite, or ``dense`` computes what
-                factors cannot stand for, as a depthwise convolution or an embedding with ``max_norm``.
+            ValueError: If ``rank`` or an option is not allowed, the weight is not finite, pruned or parametrized, or
+                ``dense`` computes what factors cannot stand for, as a layer of another class, a depthwise convolution
+                or an embedding with ``max_norm``.
         """
         check_split_method(options.get("init", "spectral"))
         layer = cls.empty_like(dense, rank, **options)
@@ -81,8 +84,17 @@ class Factorized(HoldsFactors):
 
         What carries over, the options and the errors are those of :meth:`from_dense`, but for ``init``, which is any.
         """
+        cls._check_dense(dense)
         given = {**cls.options_like(dense), **options, "device": "meta", "dtype": dense.weight.dtype}
         return cls(rank=rank, **given).placed_like(dense)
+
+    @classmethod
+    def _check_dense(cls, dense: nn.Module) -> None:
+        if not any(computes_as(type(dense), stock) for stock in cls.dense_classes):
+            wanted = " or ".join(stock.__name__ for stock in cls.dense_classes)
+            raise ValueError(f"{cls.__name__} takes the place of a {wanted} with its forward pass, got {dense}")
+        if "weight" not in dict(dense.named_parameters(recurse=False)):
+            raise ValueError(f"the weight of {dense} is pruned or parametrized: make it a plain one first")
 
     @classmethod
     def options_like(cls, dense: Any) -> dict[str, Any]:
@@ -166,6 +178,12 @@ class Factorized(HoldsFactors):
         """Copy ``values`` into the bias, if there is one."""
         if self.bias is not None and values is not None:
             self.bias.copy_(values)
+
+
+def computes_as(dense: type[nn.Module], stock: type[nn.Module]) -> bool:
+    """Return whether a class is a stock one, or is derived from it without a forward pass of its own."""
+    methods = ("forward", "_conv_forward", "__call__", "__getattr__")
+    return issubclass(dense, stock) and all(getattr(dense, m, None) is getattr(stock, m, None) for m in methods)
 
 
 def factorized_layers(model: nn.Module) -> list[Factorized]:

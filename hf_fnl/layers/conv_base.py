@@ -45,6 +45,7 @@ class Convolution(Factorized):
         recompute: ``False`` keeps it always, for speed; ``True`` never does; ``None`` follows that rule.
     """
 
+    dense_classes = (nn.Conv2d,)
     scheme: str
     compose: bool | None
     recompute: bool | None = None

@@ -29,6 +29,7 @@ class FactorizedEmbedding(FactorizedMatrix):
     """
 
     kind = "embedding"
+    dense_classes = (nn.Embedding,)
     # As of the only embeddings that can be factorized, for code that looks rows up as this one would.
     max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False
 

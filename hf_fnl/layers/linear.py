@@ -41,6 +41,7 @@ class FactorizedLinear(FactorizedMatrix):
     """
 
     kind = "linear"
+    dense_classes = (nn.Linear, Conv1D)
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from hf_fnl.layers import (
     FactorizedMatrix,
     TensorizedConv2d,
 )
+from hf_fnl.layers.base import computes_as
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.math.factors import kept_energy
@@ -48,9 +49,7 @@ def stock_class(dense: type[nn.Module]) -> type[nn.Module] | None:
 
 def computes_otherwise(dense: type[nn.Module]) -> bool:
     """Return whether a class derived from a stock class has a forward pass of its own."""
-    stock = stock_class(dense) or nn.Module
-    methods = ("forward", "_conv_forward", "__call__", "__getattr__")
-    return any(getattr(dense, name, None) is not getattr(stock, name, None) for name in methods)
+    return not computes_as(dense, stock_class(dense) or nn.Module)
 
 
 def factorized_class(dense: type[nn.Module], scheme: str = "spatial") -> LayerClass | None:

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
-from hf_fnl.layers import FactorizedEmbedding, FactorizedLinear
+from hf_fnl.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.math.spectral import spectral_init
 
 DOUBLE = {"dtype": torch.float64}
@@ -209,11 +210,24 @@ def test_the_padding_row_starts_as_zero_and_gets_no_gradient(init):
         pytest.param(
             lambda: FactorizedEmbedding.from_dense(nn.Embedding(7, 5, sparse=True), 3), "sparse gradients", id="sparse"
         ),
+        pytest.param(
+            lambda: FactorizedConv2d.from_dense(nn.ConvTranspose2d(5, 5, 3), 3), "of a Conv2d with", id="transposed"
+        ),
+        pytest.param(lambda: FactorizedConv2d.from_dense(ScaledConv2d(5, 7, 3), 3), "of a Conv2d with", id="forward"),
+        pytest.param(lambda: FactorizedLinear.from_dense(nn.Embedding(7, 5), 3), "of a Linear or Conv1D", id="class"),
+        pytest.param(
+            lambda: FactorizedLinear.from_dense(weight_norm(nn.Linear(5, 7)), 3), "parametrized", id="parametrized"
+        ),
     ],
 )
 def test_layers_refuse_what_they_cannot_hold(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class ScaledConv2d(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 def poison(module: nn.Module) -> None:
