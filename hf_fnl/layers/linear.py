@@ -98,10 +98,12 @@ class FactorizedLinear(FactorizedMatrix):
             rank: Singular triples kept, ``1 <= rank <= min(in_features, out_features)``.
             moments: Of the layer's inputs: the product is then the one whose outputs are nearest to those of the layer
                 in mean square, and the bias takes over the mean of what is lost.
-            **options: ``init`` and ``deep``.
+            **options: ``init`` and ``deep``; with ``moments`` the former is ``"spectral"``.
         """
         if moments is None:
             return super().from_dense(dense, rank, **options)
+        if (init := options.get("init", "spectral")) != "spectral":
+            raise ValueError(f"moments cut a trained weight and need init='spectral', got {init!r}")
         layer = cls.empty_like(dense, rank, **options)
         U, V, bias = truncate_linear(dense_weight(dense), dense.bias, rank, moments)
         layer.set_factors_(layer.with_identity(U, V))

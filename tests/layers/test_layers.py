@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.math.spectral import spectral_init
+from hf_fnl.math.truncation import Moments
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -215,6 +216,13 @@ def test_the_padding_row_starts_as_zero_and_gets_no_gradient(init):
         ),
         pytest.param(lambda: FactorizedConv2d.from_dense(ScaledConv2d(5, 7, 3), 3), "of a Conv2d with", id="forward"),
         pytest.param(lambda: FactorizedLinear.from_dense(nn.Embedding(7, 5), 3), "of a Linear or Conv1D", id="class"),
+        pytest.param(
+            lambda: FactorizedLinear.from_dense(
+                nn.Linear(5, 7), 3, moments=Moments.of(torch.randn(9, 5)), init="spectral_ones"
+            ),
+            "moments .* need init='spectral', got 'spectral_ones'",
+            id="moments",
+        ),
         pytest.param(
             lambda: FactorizedLinear.from_dense(weight_norm(nn.Linear(5, 7)), 3), "parametrized", id="parametrized"
         ),
