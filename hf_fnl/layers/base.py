@@ -156,11 +156,14 @@ class Factorized(HoldsFactors):
 
     @torch.no_grad()
     def fill_dense_(self, dense: Dense) -> Dense:
-        """Give a dense layer the product of the factors, the bias, the mode and what is trained; returns it."""
-        first, weight = self.factors()[0], dense.get_parameter("weight")
-        if not first.is_meta:
+        """Give a dense layer the product of the factors, the bias, the mode and what is trained; returns it.
+
+        The weight is trained if a factor is.
+        """
+        factors, weight = self.factors(), dense.get_parameter("weight")
+        if not factors[0].is_meta:
             weight.copy_(self.dense_weight())
-        weight.requires_grad_(first.requires_grad)
+        weight.requires_grad_(any(factor.requires_grad for factor in factors))
         if self.bias is not None:
             if not self.bias.is_meta:
                 dense.get_parameter("bias").copy_(self.bias)

@@ -61,8 +61,9 @@ class LinearPair(HoldsFactors, nn.Sequential):
         U, *middle, V = layer.factors()
         pair = cls.empty_like(layer, layer.rank)
         A = V.mT if not middle else middle[0] @ V.mT
-        for half, weight in zip(pair, (A, U), strict=True):
-            half.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), U.requires_grad)
+        trained = any(factor.requires_grad for factor in (*middle, V)), U.requires_grad
+        for half, weight, is_trained in zip(pair, (A, U), trained, strict=True):
+            half.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), is_trained)
         pair.second.bias = layer.bias  # type: ignore[assignment]
         return pair
 

@@ -117,6 +117,14 @@ def test_round_trip_keeps_dtype_mode_and_what_is_trained(case):
     assert getattr(back, "padding_idx", None) == getattr(dense, "padding_idx", None)
 
 
+@pytest.mark.parametrize(("frozen", "is_trained"), [("", True), ("U", True), ("V", True), ("UV", False)])
+def test_a_merged_weight_is_trained_if_a_factor_was(frozen, is_trained):
+    layer = FactorizedLinear(5, 7, 3)
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+    assert layer.to_dense().weight.requires_grad == layer.weight.requires_grad == is_trained
+
+
 def test_meta_layers_stay_on_meta(case):
     dense, _, cls = case
     layer = cls.from_dense(dense.to("meta"), 3)

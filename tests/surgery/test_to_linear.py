@@ -57,6 +57,13 @@ def test_a_pair_computes_what_the_factors_do(deep: bool, bias: bool) -> None:
         pair.weight = nn.Parameter(torch.zeros(7, 5))
 
 
+@pytest.mark.parametrize(("frozen", "trained"), [("U", [True, False]), ("V", [False, True])])
+def test_halves_of_a_pair_are_trained_as_their_factors_are(frozen: str, trained: list[bool]) -> None:
+    layer = FactorizedLinear(5, 7, 3)
+    getattr(layer, frozen).requires_grad_(False)
+    assert [half.weight.requires_grad for half in LinearPair.from_factorized(layer)] == trained
+
+
 def test_what_shares_factors_stays_and_narrow_heads_are_plain_already() -> None:
     model = LLAMA.build(tie_word_embeddings=True)
     factorize_(model, FactorizationConfig(rank=3, kinds=("linear", "embedding", "ov")))
