@@ -109,7 +109,11 @@ def product_cost(*shapes: Shape) -> int:
 
 
 def squared_frobenius_norm(*cores: Tensor) -> Tensor:
-    """``||W||_F^2``, from Gram matrices of the bonds where that takes fewer operations than multiplying the cores."""
+    """``||W||_F^2``, from Gram matrices of the bonds where that takes fewer operations than multiplying the cores.
+
+    In float32 or better: the square of a norm is soon beyond float16.
+    """
+    cores = tuple(core.to(torch.promote_types(core.dtype, torch.float32)) for core in cores)
     shapes = [core.shape for core in cores]
     if sum(left * modes * right * (left + right) for left, modes, right in _links(shapes)) >= product_cost(*shapes):
         return product(*cores).square().sum()

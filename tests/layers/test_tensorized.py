@@ -122,6 +122,16 @@ def test_norm_and_decay_gradients_are_those_of_the_kernel(scheme, rank):
 
 
 @each_scheme
+def test_the_norm_of_half_precision_cores_is_taken_in_float32(scheme):
+    cores = [(8 * core).half() for core in random_cores((7, 5, 2, 3), 2, scheme)]
+    squared = tensors.squared_frobenius_norm(*cores)
+    assert squared.dtype == torch.float32
+    assert squared > torch.finfo(torch.float16).max
+    assert_close(squared, kernel_by_hand(*(core.double() for core in cores)).square().sum().float())
+    assert {gradient.dtype for gradient in tensors.decay_gradients(*cores)} == {torch.float16}
+
+
+@each_scheme
 def test_the_norm_takes_the_fewer_operations_of_both_ways(scheme):
     def flops(compute, cores) -> int:
         with FlopCounterMode(display=False) as counter:
