@@ -196,9 +196,9 @@ def snip_scores(model: nn.Module, batch: Batch) -> Tensors:
     Normalizations use the statistics of the batch, and dropout is off. Nothing of the model changes.
 
     Raises:
-        ValueError: If the loss is missing, NaN or infinite.
+        ValueError: If the loss is missing, NaN or infinite, or a weight is frozen.
     """
-    weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
+    weights = _scored_weights(model)
     with _probing(model):
         gradients = torch.autograd.grad(_checked(model(**batch).loss, batch), list(weights.values()))
     return {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
@@ -213,15 +213,23 @@ def grasp_scores(model: nn.Module, batch: Batch) -> Tensors:
     as in :func:`snip_scores`.
 
     Raises:
-        ValueError: If the loss is NaN or infinite.
+        ValueError: If the loss is NaN or infinite, or a weight is frozen.
     """
-    weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
+    weights = _scored_weights(model)
     with _probing(model):
         loss = _checked(F.cross_entropy(model(**batch).logits / TEMPERATURE, batch["labels"]), batch)
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
         products = torch.autograd.grad(flow, list(weights.values()))
     return {name: w.detach() * Hg for (name, w), Hg in zip(weights.items(), products, strict=True)}
+
+
+def _scored_weights(model: nn.Module) -> Tensors:
+    weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
+    for name, weight in weights.items():
+        if not weight.requires_grad:
+            raise ValueError(f"the weight of {name} is frozen, and without its gradient it has no score: train it too")
+    return weights
 
 
 def _checked(loss: Tensor | None, batch: Batch) -> Tensor:

@@ -195,6 +195,12 @@ def pruned_net() -> TinyNet:
     return net
 
 
+def frozen() -> TinyNet:
+    net = tiny_net()
+    net.middle.requires_grad_(False)
+    return net
+
+
 def with_nan() -> TinyNet:
     net = tiny_net()
     net.middle.weight.data[3, 1] = math.nan
@@ -218,6 +224,7 @@ def with_nan() -> TinyNet:
         pytest.param(lambda: nn.BatchNorm2d(3), 1, {}, "BatchNorm2d has no linear layers or two-d", id="no layer"),
         pytest.param(pruned_net, 1, {}, "the weight of stem is pruned or parametrized already", id="pruned already"),
         pytest.param(Tied, 1, {}, "the weight of head is tied to another one", id="tied"),
+        pytest.param(frozen, 9, {"method": "snip", "batch": batch()}, "weight of middle is frozen", id="frozen"),
         pytest.param(with_nan, 1, {}, "the scores of middle hold NaN or Inf", id="NaN in weights"),
         pytest.param(
             with_nan, 1, {"method": "snip", "batch": batch()}, "the loss of a batch with .* is nan", id="NaN loss"
