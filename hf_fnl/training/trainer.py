@@ -212,6 +212,16 @@ class FLAMBeTrainer(Trainer):
             return super().get_train_dataloader()
         return stream_loader(self.train_dataset, self.data_collator, self.args)
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As in Transformers, with the last batch: ``dataloader_drop_last`` drops that of training alone."""
+        with _all_batches(self.args):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As in Transformers, with the last batch: ``dataloader_drop_last`` drops that of training alone."""
+        with _all_batches(self.args):
+            return super().get_test_dataloader(*args, **kwargs)
+
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """As in Transformers; one that was built before must hold the parameters that the model has now."""
         if self.optimizer is not None and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -422,6 +432,16 @@ class FLAMBeTrainer(Trainer):
         found = self.accelerator.reduce(torch.stack([tells, tells & (first != second)]).float(), reduction="sum")
         if found[0]:
             self.model_accepts_loss_kwargs, self._is_scaling_known = bool(found[1]), True
+
+
+@contextlib.contextmanager
+def _all_batches(args: FLAMBeTrainingArguments) -> Iterator[None]:
+    """While the data loader of an evaluation is made, drop none of its batches."""
+    drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drop_last
 
 
 def _shifts_labels(model: nn.Module) -> bool:

@@ -289,6 +289,16 @@ def test_labels_of_causal_models_are_shifted_before_they_are_smoothed(tmp_path, 
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_an_evaluation_keeps_the_last_batch_that_training_drops(tmp_path):
+    trainer = tiny_trainer(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8)
+    eleven = list(tiny_examples())[:11]
+    loaders = trainer.get_eval_dataloader(eleven), trainer.get_test_dataloader(eleven)
+    assert [[len(batch["labels"]) for batch in loader] for loader in loaders] == [[8, 3], [8, 3]]
+    trainer.train_dataset = eleven
+    assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [8]
+    assert trainer.args.dataloader_drop_last
+
+
 def test_diagnostics_are_logged_and_survive_a_resume(tmp_path):
     options = {"diagnostics_steps": 2, "save_strategy": "steps", "save_steps": 3, "max_steps": 4}
     trainer = tiny_trainer(tmp_path, **options)
