@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel, TrainerCallback, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TrainerCallback, set_seed
 
 from hf_fnl.attention import find_products
 from hf_fnl.layers import Factorized
@@ -166,6 +166,15 @@ def kinds_of(model: nn.Module) -> set[str]:
     return {layer.kind for layer in model.modules() if isinstance(layer, Factorized)}
 
 
+@torch.no_grad()
+def redraw_classifier_(model: PreTrainedModel) -> None:
+    """Draw all but the backbone anew: the outputs of a classifier of other classes, though as many, mean others."""
+    fresh = AutoModelForImageClassification.from_config(model.config).state_dict()
+    for name, value in model.state_dict().items():
+        if not name.startswith(f"{model.base_model_prefix}."):
+            value.copy_(fresh[name])
+
+
 class Session:
     """The data and options of a run, from which its trainers are made."""
 
@@ -205,6 +214,9 @@ class Session:
             model = AutoModelForImageClassification.from_pretrained(
                 source, ignore_mismatched_sizes=True, use_safetensors=True, **labels
             )
+            known = [*AutoConfig.from_pretrained(source).id2label.values()]
+            if known not in (names, [f"LABEL_{number}" for number in id2label]):  # Transformers' for unnamed classes
+                redraw_classifier_(model)
         if model.config.num_channels != channels:
             raise ValueError(f"init_from={source} takes images of {model.config.num_channels} channels, got {channels}")
         return model

@@ -43,7 +43,7 @@ from vision_script_cases import (
 from hf_fnl.vision.image_batches import ImageOptions
 from hf_fnl.vision.image_training import ImageTrainingArguments
 from hf_fnl.vision.images import load_images
-from hf_fnl.vision.models import inner_convolutions
+from hf_fnl.vision.models import inner_convolutions, vision_model
 from hf_fnl.vision.norms import read_norms
 
 
@@ -284,3 +284,23 @@ def test_the_closest_ratio_that_is_named_can_be_met(tmp_path, scheme):
     closest = float(str(caught.value).split()[-1])
     metrics = train(tmp_path / "run", ratio=closest, conv_scheme=scheme, max_steps=1)
     assert metrics["parameters"]["ratio"] == pytest.approx(closest, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("names", "is_kept"),
+    [
+        pytest.param([str(digit) for digit in range(10)], True, id="same"),
+        pytest.param([f"LABEL_{number}" for number in range(10)], True, id="unnamed"),
+        pytest.param([str(9 - digit) for digit in range(10)], False, id="other-order"),
+    ],
+)
+def test_a_classifier_of_other_classes_is_drawn_anew_though_they_are_as_many(
+    tmp_path: Path, names: list[str], is_kept: bool
+) -> None:
+    network = vision_model("resnet20", num_labels=10, width=4, num_channels=1, id2label=dict(enumerate(names)))
+    network.save_pretrained(tmp_path / "source")
+    options = train_vision.ModelOptions(init_from=str(tmp_path / "source"))
+    args = ImageTrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+    model = train_vision.Session(options, ImageOptions(max_train_images=50), args).build_model()
+    assert torch.equal(model.classifier.weight, network.classifier.weight) == is_kept
+    assert torch.equal(model.backbone.stem[0].weight, network.backbone.stem[0].weight)
