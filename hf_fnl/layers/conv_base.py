@@ -43,6 +43,7 @@ class Convolution(Factorized):
 
     Attributes:
         recompute: ``False`` keeps it always, for speed; ``True`` never does; ``None`` follows that rule.
+            Gradients by :mod:`torch.func` need ``False``.
     """
 
     dense_classes = (nn.Conv2d,)

@@ -27,6 +27,7 @@ from conv_cases import (
 from torch import nn
 from torch.testing import assert_close
 
+from hf_fnl.layers import FactorizedConv2d, TensorizedConv2d
 from hf_fnl.layers.conv import kernel_matrix
 from hf_fnl.math import tensors
 from hf_fnl.math.spectral import spectral_init
@@ -315,3 +316,18 @@ def test_a_kernel_that_cannot_be_split_is_refused(scheme):
         from_dense(dense, scheme, 2, init="default")
     with pytest.raises(ValueError, match="holds NaN or Inf"):
         from_dense(dense.apply(poison), scheme, 2)
+
+
+@pytest.mark.parametrize(
+    "layer", [FactorizedConv2d(3, 5, 3, 4, padding=1, **DOUBLE), TensorizedConv2d(3, 5, 3, 3, padding=1, **DOUBLE)]
+)
+def test_gradients_of_each_image_are_taken_by_torch_func_where_nothing_is_computed_again(layer):
+    layer.recompute = False
+    images, factors = torch.randn(2, 3, 6, 6, **DOUBLE), dict(layer.named_parameters())
+
+    def loss(factors, image):
+        return torch.func.functional_call(layer, factors, (image,)).square().sum()
+
+    of_each = torch.func.vmap(torch.func.grad(loss), (None, 0))(factors, images)
+    summed = torch.autograd.grad(layer(images).square().sum(), list(factors.values()))
+    torch.testing.assert_close([gradients.sum(0) for gradients in of_each.values()], list(summed))
