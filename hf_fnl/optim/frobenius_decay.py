@@ -94,16 +94,20 @@ class FrobeniusDecay:
         self.optimizer, self.products, self.weight_decay, self.mode = optimizer, tuple(products), weight_decay, mode
         check_factors(self.products, optimizer.param_groups)
         _check_no_ordinary_decay(self.products, optimizer.param_groups)
-        self._decay, self._sharding = ProductDecay(), Sharding(optimizer.param_groups)
-        self._handle: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
+        self._register(lasts=True)
+
+    def _register(self, *, lasts: bool) -> None:
+        self._decay, self._sharding = ProductDecay(), Sharding(self.optimizer.param_groups)
+        self._handle: RemovableHandle | None = (
+            self.optimizer.register_step_pre_hook(self._before_step) if lasts else None
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_decay": None, "_sharding": None, "_handle": self._handle is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._decay, self._sharding = ProductDecay(), Sharding(self.optimizer.param_groups)
-        self._handle = self.optimizer.register_step_pre_hook(self._before_step) if state["_handle"] else None
+        self._register(lasts=state["_handle"])
 
     def penalty(self) -> Tensor:
         """:func:`frobenius_penalty` of the products as they are now: a differentiable scalar."""

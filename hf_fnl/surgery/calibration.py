@@ -35,6 +35,7 @@ from hf_fnl.math.truncation import HeadMoments, Moments
 from hf_fnl.surgery.blocks import BlockOutputCache, replaced_forwards
 from hf_fnl.surgery.padding import Batch, unpadded
 from hf_fnl.surgery.sensitivity import sensitivities
+from hf_fnl.utils.modes import preserved_modes
 from hf_fnl.utils.suggest import did_you_mean, listed
 
 Calibration: TypeAlias = Batch | Iterable[Batch]
@@ -386,16 +387,14 @@ def _samples(x: Tensor) -> Tensor:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without torch's fast path, which does not call the layers of an encoder."""
-    training = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
-        yield
+        with preserved_modes(model):
+            model.eval()
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _check_taken(model: nn.Module, names: Iterable[str]) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import (
     Factorized,
@@ -35,10 +34,7 @@ Replacements: TypeAlias = dict[nn.Module, nn.Module]  # new modules by those in 
 Draw: TypeAlias = Callable[[Tensor], object] | None  # fills a weight in place
 
 FACTORIZED_CLASSES: dict[type[nn.Module], LayerClass] = {
-    nn.Linear: FactorizedLinear,
-    Conv1D: FactorizedLinear,
-    nn.Embedding: FactorizedEmbedding,
-    nn.Conv2d: FactorizedConv2d,
+    stock: ours for ours in (FactorizedLinear, FactorizedEmbedding, FactorizedConv2d) for stock in ours.dense_classes
 }
 
 

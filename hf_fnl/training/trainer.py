@@ -45,6 +45,7 @@ from hf_fnl.training.profiling import DECAY, ProfilerCallback
 from hf_fnl.training.resuming import Resumption, checkpoint_to_take
 from hf_fnl.training.run_lock import locked
 from hf_fnl.training.streaming import StreamPosition, is_stream, stream_loader
+from hf_fnl.utils.modes import preserved_modes
 from hf_fnl.utils.processes import first_decides
 from hf_fnl.workarounds import forget_evaluation, forget_old_names_, name_causal_loss_, ties_in_one_unit
 
@@ -420,14 +421,11 @@ class FLAMBeTrainer(Trainer):
         parts = self.current_gradient_accumulation_steps * self.args.world_size
         if self._is_scaling_known or not self.model_accepts_loss_kwargs or self.compute_loss_func or parts == 1:
             return
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        with torch.no_grad():
+        with preserved_modes(model), torch.no_grad():
+            model.eval()
             counts = (torch.tensor(count, device=self.args.device) for count in (1.0, 2.0))
             outputs = [model(**inputs, num_items_in_batch=count) for count in counts]
         first, second = (each["loss"] if isinstance(each, dict) else each[0] for each in outputs)
-        for module, mode in modes.items():
-            module.training = mode
         tells = first.isfinite() & (first != 0)  # a part without any label tells nothing
         found = self.accelerator.reduce(torch.stack([tells, tells & (first != second)]).float(), reduction="sum")
         if found[0]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
 
+from hf_fnl.utils.modes import preserved_modes
 from hf_fnl.vision.choose import choose_layers
 
 METHODS = ("magnitude", "random", "snip", "grasp")
@@ -262,15 +263,12 @@ def _random_masks(layers: Mapping[str, nn.Module], keep: int) -> Tensors:
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
     """Normalize by the statistics of a batch and drop nothing; modes and buffers are put back at the end."""
-    modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    for module in modes:
-        module.training = isinstance(module, _BatchNorm)
     try:
-        with torch.enable_grad():
+        with preserved_modes(model), torch.enable_grad():
+            for module in model.modules():
+                module.training = isinstance(module, _BatchNorm)
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for buffer, before in buffers.items():
             buffer.copy_(before)
