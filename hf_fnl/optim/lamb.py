@@ -123,7 +123,8 @@ class Lamb(Optimizer):
         eps: Added to the root of the second moment.
         weight_decay: Coefficient of decay.
         compiled: Compiles the update with ``torch.compile``, once for each group: worth it on a GPU. States are the
-            same, results differ by rounding.
+            same, results differ by rounding. Groups, and betas of a schedule, beyond
+            ``torch._dynamo.config.recompile_limit`` are updated without it.
 
     Raises:
         ValueError: If an option, here or in a group, is out of range.
@@ -283,7 +284,7 @@ class Lamb(Optimizer):
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.compile(function, dynamic=False)
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

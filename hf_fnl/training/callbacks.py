@@ -40,7 +40,8 @@ class DiagnosticsCallback(TrainerCallback):
         path = Path(args.output_dir) / DIAGNOSTICS_FILE
         if state.is_world_process_zero and path.exists():
             lines = path.read_text().splitlines(keepends=True) if state.global_step else []
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
+            whole = [line for line in lines if line.endswith("\n")]  # one that was being written when a run was killed
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= state.global_step))
         if state.global_step == 0:
             self._record(args, state, **kwargs)
 

@@ -78,6 +78,13 @@ class CompleteCheckpoints(TrainerCallback):
         if is_first():
             self._rotate(checkpoint, state)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """List the files of a checkpoint of which nothing was said: ``enable_jit_checkpoint`` saves them so."""
+        if self.unfinished is not None:
+            self.on_save(args, state, control, **kwargs)
+
+    on_step_begin = on_pre_optimizer_step = on_epoch_end = on_step_end
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -115,6 +115,7 @@ class FLAMBeTrainer(Trainer):
         self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters
         self._is_dense = args.dense_steps > 0
         self._coupled: FrobeniusDecay | None = None
+        self._scheduler: LRScheduler | None = None
         self._finite = FiniteSteps(lambda: self.accelerator)
         self.add_callback(self._finite)
         self._add_switch(factorize)
@@ -238,6 +239,8 @@ class FLAMBeTrainer(Trainer):
 
     def _build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         optimizer, decay = optimizer_and_decay(model, self.args, dense=self._is_dense)
+        for group in optimizer.param_groups if not self._is_dense else ():
+            group["lr"] *= self.args.low_rank_lr_scale
         self._coupled = None
         if decay is not None and decay.mode == "coupled" and not self._is_divided_by_deepspeed:
             decay.remove()  # from the steps, before which gradients are clipped
@@ -261,12 +264,17 @@ class FLAMBeTrainer(Trainer):
                 self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
         return loss
 
+    def schedule(self, num_training_steps: int) -> Callable[[int], float] | None:
+        """Return the factor of the learning rate at each step, or ``None`` for a schedule of Transformers."""
+        start = self.args.warmup_start
+        return inverse_sqrt(self.args.get_warmup_steps(num_training_steps), start) if start else None
+
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """As in Transformers, or the schedule of ``args.warmup_start``."""
+        """As in Transformers, or by :meth:`schedule`; anew in each training."""
         self._ties.close()
-        if self.lr_scheduler is None and self.args.warmup_start:
-            schedule = inverse_sqrt(self.args.get_warmup_steps(num_training_steps), self.args.warmup_start)
-            self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), schedule)
+        factor = self.schedule(num_training_steps)
+        if factor is not None and self.lr_scheduler in (None, self._scheduler):
+            self.lr_scheduler = self._scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), factor)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _watch_products(self) -> None:

@@ -7,12 +7,10 @@ import statistics
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
@@ -197,12 +195,11 @@ class ImageTrainer(FLAMBeTrainer):
         self.epoch_seconds = EpochSeconds()
         self.add_callback(self.epoch_seconds)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """As in Transformers, or in steps."""
-        if self.lr_scheduler is None and self.args.lr_scheduler_type == "constant":
-            schedule = step_schedule(self.args, num_training_steps, len(self.train_dataset))
-            self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), schedule)
-        return super().create_scheduler(num_training_steps, optimizer)
+    def schedule(self, num_training_steps: int) -> Callable[[int], float] | None:
+        """Return that of the milestones, or ``None`` for a schedule of Transformers."""
+        if self.args.lr_scheduler_type != "constant":
+            return None
+        return step_schedule(self.args, num_training_steps, len(self.train_dataset))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, of the batch that the transform returns."""

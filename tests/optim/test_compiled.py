@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hf_fnl import FactorizedLinear, find_products
-from hf_fnl.optim import FLAMBe, parameter_groups
+from hf_fnl.optim import FLAMBe, Lamb, parameter_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # when inductor is imported
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -45,3 +45,16 @@ def test_it_is_the_eager_step_to_rounding_and_a_schedule_compiles_once(device):
         compiled.load_state_dict(states[0])
         eager.load_state_dict(states[1])
     assert {float(state["step"]) for state in compiled.state.values()} == {3}
+
+
+def test_groups_beyond_what_torch_compiles_are_updated_without_it():
+    compiled, eager = (nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3), nn.Linear(3, 2)) for _ in range(2))
+    compiled.load_state_dict(eager.state_dict())
+    torch.compiler.reset()
+    for model in (compiled, eager):
+        set_gradients(model, 0)
+        groups = [{"params": list(layer.parameters()), "weight_decay": 0.1} for layer in model]
+        with torch._dynamo.config.patch(recompile_limit=1):
+            Lamb(groups, compiled=model is compiled).step()
+    for mine, expected in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert_close(mine, expected)

@@ -16,6 +16,7 @@ import torch
 from launching import FORKS, launches
 from training_cases import losses, tiny_examples, tiny_model, tiny_trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_fnl import FactorizedBertForPreTraining, FLAMBeTrainer, FLAMBeTrainingArguments
@@ -204,6 +205,19 @@ def test_a_resumed_run_is_the_same_bit_by_bit(tmp_path, options):
     again = tiny_trainer(tmp_path / "again", tiny_model(dropout=0.2, seed=5), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
     assert_same_run(again, straight)
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_epoch_end"])
+def test_a_checkpoint_of_a_run_that_is_told_to_end_is_complete(tmp_path, event):
+    trainer = tiny_trainer(tmp_path, save_strategy="steps", save_steps=9, max_steps=4, enable_jit_checkpoint=True)
+    saving = next(c for c in trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
+    request = TrainerCallback()  # in the place of SIGTERM, after which the request comes by a clock
+    setattr(request, event, lambda *args, **kwargs: setattr(saving.jit_manager, "is_checkpoint_requested", True))
+    trainer.callback_handler.callbacks.insert(0, request)
+    trainer.train()
+    (found,) = checkpoints(tmp_path)
+    assert fault(found) is None
+    assert sorted(path.name for path in found.iterdir()) == sorted(FILES)
 
 
 def test_a_run_that_has_all_its_steps_is_not_trained_on(copy, run):

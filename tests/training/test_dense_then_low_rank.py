@@ -179,6 +179,11 @@ def test_the_learning_rate_is_scaled_from_the_switch_on(tmp_path):
     assert rates[1] == pytest.approx([rate * (1 if step < SWITCH else 0.5) for step, rate in enumerate(rates[0])])
 
 
+def test_the_rate_of_the_low_rank_phase_is_that_of_the_run(straight, tmp_path, caplog):
+    low_rank_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=checkpoint(straight, SWITCH + 1))
+    assert "not from this run" not in caplog.text
+
+
 def test_the_switch_takes_no_random_numbers(straight, tmp_path):
     def draw_and_factorize(model: nn.Module) -> None:
         torch.rand(7)

@@ -24,8 +24,8 @@ class Line(nn.Module):
         return {"loss": (x @ self.weight).square().mean()}
 
 
-def rates(folder, steps: int, **options) -> list[float]:
-    """The rates of all updates of a training, as the optimizer had them."""
+def rates(folder, steps: int, *, trainings: int = 1, **options) -> list[float]:
+    """The rates of all updates of one training after the other, as the optimizer had them."""
     args = FLAMBeTrainingArguments(
         str(folder), max_steps=steps, optim="sgd", use_cpu=True, report_to=[], save_strategy="no", **options
     )
@@ -34,7 +34,8 @@ def rates(folder, steps: int, **options) -> list[float]:
     used: list[float] = []
     trainer.create_optimizer()
     trainer.optimizer.register_step_pre_hook(lambda opt, args, kwargs: used.append(opt.param_groups[0]["lr"]))
-    trainer.train()
+    for _ in range(trainings):
+        trainer.train()
     return used
 
 
@@ -52,6 +53,12 @@ def test_a_trainer_takes_the_schedule_of_khodak_et_al_for_translation(tmp_path):
     options = {"lr_scheduler_type": "inverse_sqrt", "warmup_start": 1.0, "warmup_steps": 3, "learning_rate": 0.25}
     expected = [0.25, 0.25, 0.25, 0.25, 0.25 * math.sqrt(3 / 4), 0.25 * math.sqrt(3 / 5)]
     assert rates(tmp_path, 6, **options) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_second_training_has_the_schedule_from_its_beginning(tmp_path):
+    options = {"lr_scheduler_type": "inverse_sqrt", "warmup_start": 0.5, "warmup_steps": 2, "learning_rate": 1.0}
+    used = rates(tmp_path, 4, trainings=2, **options)
+    assert used[4:] == used[:4] == pytest.approx([0.5, 0.75, 1.0, math.sqrt(2 / 3)])
 
 
 def test_a_trainer_without_these_options_has_the_schedule_of_transformers(tmp_path):

@@ -306,6 +306,8 @@ def test_diagnostics_are_logged_and_survive_a_resume(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "ov/effective_rank" in entry]
     assert [entry["step"] for entry in logged] == [0, 2, 4]
     assert len(losses(trainer)) == 4
+    with (tmp_path / DIAGNOSTICS_FILE).open("a") as file:
+        file.write('{"step": 4, "prod')  # a run that was killed
     again = tiny_trainer(tmp_path, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     records = [json.loads(line) for line in (tmp_path / DIAGNOSTICS_FILE).read_text().splitlines()]

@@ -132,6 +132,16 @@ def test_training_is_torchs_sgd_over_transformed_batches(tmp_path):
         assert torch.allclose(parameter, model.get_parameter(name), atol=1e-6)
 
 
+def test_a_second_training_has_its_milestones_too(tmp_path):
+    options = {"lr_milestones": [0.5], "logging_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    args = arguments(tmp_path, per_device_train_batch_size=12, num_train_epochs=2, **options)
+    trainer = ImageTrainer(Classifier(), args, transform=lambda x, training: x.float(), train_dataset=Images())
+    for _ in range(2):
+        trainer.train()
+        rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+        assert rates == pytest.approx([0.1, 0.01])
+
+
 def test_what_follows_from_other_options_is_not_written(tmp_path):
     args = arguments(tmp_path, decay="frobenius", dense_epochs=1)
     args.set_products({"conv"}, 13)
