@@ -236,7 +236,7 @@ def _resident() -> int | None:
 def _table(rows: list[dict[str, Any]]) -> Table:
     """One line for each model."""
     speeds = (f"tokens/s, batch {n}" for n in _BATCHES)
-    columns = ("parameters", "weights", "cache/token", "perplexity", "per word", *speeds, "memory")
+    columns = ("parameters", "weights", "cache/token", "windows", "perplexity", "per word", *speeds, "memory")
     table = new_table("model", *columns)
     for row in rows:
         speeds = (f"{row['tokens_per_second'][str(batch)]:,.1f}" for batch in _BATCHES)
@@ -245,5 +245,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         cache = "-" if (size := row["cache_bytes_per_token"]) is None else f"{size / 2**10:,.1f} KiB"
         name = f"{row['model']}, int8" if row["int8"] else row["model"]
         losses = f"{row['perplexity']:.2f}", f"{row['perplexity_per_word']:.2f}"
-        table.add_row(name, f"{row['parameters']:,}", weights, cache, *losses, *speeds, memory)
+        windows = f"{row['length']} by {row['stride']}"
+        table.add_row(name, f"{row['parameters']:,}", weights, cache, windows, *losses, *speeds, memory)
     return table

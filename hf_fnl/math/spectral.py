@@ -3,6 +3,7 @@ r"""Truncated singular value decompositions and the initializations built on the
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -174,7 +175,9 @@ def draw_factor(weight: Tensor, draw: Callable[[Tensor], object], method: str) -
 
 
 def check_rank(rank: int, limit: int, option: str = "rank") -> None:
-    """Raise a ``ValueError`` unless ``1 <= rank <= limit``; ``option`` is the name that the user knows."""
+    """Raise a ``ValueError`` unless ``rank`` is an integer in ``[1, limit]``; the user knows it as ``option``."""
+    if isinstance(rank, bool) or not isinstance(rank, Integral):
+        raise ValueError(f"{option} must be an integer, got {rank!r}")
     if not 1 <= rank <= limit:
         raise ValueError(f"{option} must be in [1, {limit}], got {rank}")
 

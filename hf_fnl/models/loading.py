@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,14 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
     def holder(name: str) -> str:  # the module, whose name in the checkpoint of a backbone has no prefix
         return name.removeprefix(f"{model.base_model_prefix}.").rpartition(".")[0]
 
-    unexpected = {holder(name): name for name in sorted(info["unexpected_keys"])}
+    modules = {holder(f"{name}."): module for name, module in model.named_modules()}
+    unexpected = {}
+    for name in sorted(info["unexpected_keys"]):
+        place = holder(name)  # two layers may stand in the place of one
+        unexpected[place if place in modules else re.sub(r"\.[01]$", "", place)] = name
     for missing in info["missing_keys"]:
         if (found := unexpected.pop(holder(missing), None)) is not None:
             faults.append(f"the checkpoint holds {found} where the model holds {missing}")
-    modules = {holder(f"{name}."): module for name, module in model.named_modules()}
     for name, found in unexpected.items():
         if name in modules and found.endswith((".weight", ".bias")) and modules[name]._parameters:
             layer = type(modules[name]).__name__

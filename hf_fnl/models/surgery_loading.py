@@ -143,16 +143,14 @@ def _without_dense(layers: Layers, model: PreTrainedModel, shapes: Mapping[str, 
     """
     # Whatever the names of the layers are in the files of this architecture.
     has_factors = not shapes or any(name.rpartition(".")[2] in _FIRST_FACTORS for name in shapes)
+    has_pairs = not shapes or any(re.search(r"\.0\.[^.]+$", name) for name in shapes)
     dense = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 
     def is_dense(name: str, record: Mapping[str, Any]) -> bool:
         weight = f"{name}.weight"
         if "heads" in record:
             return weight in shapes and shapes[weight] == dense.get(weight)
-        if record.get("linear"):
-            first = f".{name.rpartition('.')[2]}.0."
-            return bool(shapes) and not any(first in f".{key}" for key in shapes)
-        return not has_factors or weight in shapes
+        return weight in shapes or not (has_pairs if record.get("linear") else has_factors)
 
     return {name: record for name, record in layers.items() if not is_dense(name, record)}
 

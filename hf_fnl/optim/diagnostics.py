@@ -71,7 +71,10 @@ def diagnose(
 def _figures(
     product: Product, source: nn.Module | Mapping[str, Tensor], learning_rate: float | None
 ) -> dict[str, Tensor]:
-    s = product.singular_values(source)
+    try:
+        s = product.singular_values(source)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"{product.name} has no singular values, for its factors hold NaN or Inf") from error
     nuclear_norm, operator_norm = s.sum(-1), s.amax(-1)
     figures = {
         "frobenius_norm": s.norm(dim=-1),
@@ -160,8 +163,8 @@ def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
         tokens: Tokens in the pass.
 
     Returns:
-        ``factorized`` for the model as it is, ``dense_equivalent`` with every product of a layer multiplied out, and
-        ``ratio`` of the first to the second.
+        ``factorized`` for the model as it is, ``dense_equivalent`` with every product of a layer multiplied out and
+        heads as wide as they were, and ``ratio`` of the first to the second.
     """
     ours = dense = 0
     for module in model.modules():
@@ -170,9 +173,11 @@ def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
         elif isinstance(module, FactorizedLinear):
             ours += _factor_count(module)
             dense += _dense_count(module)
+        elif isinstance(module, LinearPair):  # its halves are layers by themselves
+            dense += math.prod(module.dense_shape) - layer_count(module)[0]
         elif isinstance(module, nn.Linear | Conv1D):
             ours += _numel(module.weight)
-            dense += _numel(module.weight)
+            dense += math.prod(module.dense_shape) if isinstance(module, HeadProjection) else _numel(module.weight)
     return {"factorized": 2 * tokens * ours, "dense_equivalent": 2 * tokens * dense, "ratio": ours / max(dense, 1)}
 
 

@@ -312,7 +312,7 @@ def _mean(
     """The mean line of matrices, where all of them have a value: over fewer it would jump where a smaller rank ends."""
     values: dict[float, list[float]] = {}
     for points in matrices.values():
-        for x, y in points:
+        for x, y in dict(points).items():  # where phases meet, what the next one begins with
             values.setdefault(x, []).append(y)
     shared = sorted((x, ys) for x, ys in values.items() if len(ys) == len(matrices))
     band = [(x, min(ys), max(ys)) for x, ys in shared] if banded and len(matrices) > 1 else []

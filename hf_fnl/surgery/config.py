@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Integral
 
 from hf_fnl.attention.selectors import ATTENTION_KINDS
 from hf_fnl.layers.conv import CONV_SCHEMES
@@ -52,13 +53,13 @@ class RankRule:
         given = {name: value for name in RULES if (value := getattr(self, name)) is not None}
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(RULES)}; got {str(self) or 'none'}")
-        for name, value in given.items():
-            if name == "rank" and value < 1:
-                raise ValueError(f"rank must be at least 1, got {value}")
-            if name != "rank" and not 0 < value <= self._largest(name):
-                raise ValueError(f"{name} must be above 0 and at most {self._largest(name)}, got {value}")
-        if self.multiple_of < 1:
-            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+        ((name, value),) = given.items()
+        if name != "rank" and not 0 < value <= self._largest(name):
+            raise ValueError(f"{name} must be above 0 and at most {self._largest(name)}, got {value}")
+        for name in ("rank", "multiple_of"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
+                raise ValueError(f"{name} must be an integer and at least 1, got {value!r}")
 
     def _largest(self, option: str) -> float:
         return 1

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hf_fnl import FactorizationConfig, factorize_
 from hf_fnl.cli import app
-from hf_fnl.cli.evaluate import Settings, measure
+from hf_fnl.cli.evaluate import Settings, _table, measure
 from hf_fnl.tasks.perplexity import text_perplexity
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -118,6 +118,8 @@ def test_rows_without_text_are_passed_over_and_windows_are_those_of_the_model(fo
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     found = measure(str(folder / "dense"), Settings(str(folder / "rows.jsonl"), "text", 60, 9999, 10, "float32", "cpu"))
     assert (found["tokens"], found["length"], found["stride"]) == (59, llama().config.max_position_embeddings, 10)
+    windows = next(column for column in _table([found]).columns if column.header == "windows")
+    assert list(windows.cells) == [f"{found['length']} by 10"]
 
 
 def test_a_text_file_is_one_text_as_it_stands(folder: Path) -> None:

@@ -201,6 +201,7 @@ def test_the_padding_row_starts_as_zero_and_gets_no_gradient(init):
     [
         pytest.param(lambda: FactorizedLinear(5, 7, 0), r"rank must be in \[1, 5\], got 0", id="rank-0"),
         pytest.param(lambda: FactorizedLinear(5, 7, 6), r"rank must be in \[1, 5\], got 6", id="rank-above"),
+        pytest.param(lambda: FactorizedLinear(5, 7, 3.0), "rank must be an integer, got 3.0", id="rank-float"),
         pytest.param(lambda: FactorizedLinear(5, 7, 0, overcomplete=True), "got 0", id="overcomplete-rank-0"),
         pytest.param(lambda: FactorizedLinear(5, 7, 3, init="svd"), "one of .* got 'svd'", id="init"),
         pytest.param(lambda: FactorizedEmbedding(7, 5, 6), r"rank must be in \[1, 5\], got 6", id="embedding-rank"),

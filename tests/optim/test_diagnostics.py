@@ -9,6 +9,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_fnl import FactorizationConfig, factorize_, to_linear_
 from hf_fnl.attention import Product, find_products
 from hf_fnl.layers import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, TensorizedConv2d
 from hf_fnl.math.factors import non_orthogonality
@@ -111,6 +112,13 @@ def test_no_products_is_an_error():
         diagnose(stack(), [])
 
 
+def test_a_factor_that_is_not_finite_is_named():
+    model = stack()
+    model[1].V.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="1 has no singular values, for its factors hold NaN or Inf"):
+        diagnose(model, find_products(model))
+
+
 def test_summary_is_the_mean_of_each_kind():
     model = bert()
     products = find_products(model, ("qk", "ov"))
@@ -169,6 +177,18 @@ def test_flops_are_two_per_weight_and_token():
         "dense_equivalent": 20 * dense,
         "ratio": factorized / dense,
     }
+
+
+@pytest.mark.parametrize(("kinds", "pairs"), [(("qk", "ov"), False), (("linear",), True)], ids=["heads", "pairs"])
+def test_flops_of_the_dense_model_are_those_that_it_had(kinds, pairs):
+    model = bert()
+    dense = forward_flops(model)["factorized"]
+    factorize_(model, FactorizationConfig(rank=2, kinds=kinds))
+    if pairs:
+        to_linear_(model)
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
+    expected = {"factorized": 2 * sum(weight.numel() for weight in weights), "dense_equivalent": dense}
+    assert forward_flops(model) == expected | {"ratio": expected["factorized"] / dense}
 
 
 def test_counts_of_a_model_without_linear_layers():

@@ -257,6 +257,8 @@ def test_phases_follow_each_other_and_checkpoints_stand_in(runs, tmp_path):
     (source,) = read_sources([tmp_path / "run"])
     assert [step for step, _ in source.losses["training"]] == list(range(1, 13))
     assert [step for step, _ in source.history] == [0, 2, 4, 6, 6, 8, 10, 12]
+    lines = make_section([source], IN_TRAINING[0]).panels[0].lines
+    assert all([step for step, _ in line.points] == [0, 2, 4, 6, 8, 10, 12] for line in lines)
 
 
 @pytest.mark.parametrize(

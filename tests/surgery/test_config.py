@@ -17,9 +17,11 @@ SHARES = ("rank_scale", "ratio", "energy", "budget")
         pytest.param({"multiple_of": 8}, "exactly one of .*; got none", id="only-a-multiple"),
         pytest.param({"rank": 8, "ratio": 0.5}, "exactly one of .*; got rank=8, ratio=0.5", id="two"),
         pytest.param(dict.fromkeys(SHARES, 0.5), "got rank_scale=0.5, ratio=0.5, energy=0.5, budget=0.5", id="four"),
-        pytest.param({"rank": 0}, "rank must be at least 1, got 0", id="rank-0"),
-        pytest.param({"rank": -3}, "rank must be at least 1, got -3", id="negative-rank"),
-        pytest.param({"rank": 8, "multiple_of": 0}, "multiple_of must be at least 1, got 0", id="multiple-0"),
+        pytest.param({"rank": 0}, "rank must be an integer and at least 1, got 0", id="rank-0"),
+        pytest.param({"rank": -3}, "rank must be an integer and at least 1, got -3", id="negative-rank"),
+        pytest.param({"rank": 8.0}, "rank must be an integer and at least 1, got 8.0", id="rank-float"),
+        pytest.param({"rank": 8, "multiple_of": 0}, "multiple_of must be an integer .* got 0", id="multiple-0"),
+        pytest.param({"rank": 8, "multiple_of": 2.5}, "multiple_of must be an integer .* got 2.5", id="multiple-float"),
     ],
 )
 @pytest.mark.parametrize("cls", [RankRule, FactorizationConfig])

@@ -171,6 +171,7 @@ def test_what_does_not_fit_is_drawn_anew_when_asked(folder):
             rf"the checkpoint holds {LAYER}.[UV] where the model holds {LAYER}.weight",
             id="dense",
         ),
+        pytest.param(lambda layers: layers[LAYER].update(rank=2.0), "rank must be an integer, got 2.0", id="float"),
         pytest.param(lambda layers: layers[LAYER].update(rank=22), r"rank must be in \[1, 21\], got 22", id="rank"),
         pytest.param(lambda layers: layers[LAYER].update(size=3), f"record of {LAYER} .* does not fit", id="unknown"),
     ],

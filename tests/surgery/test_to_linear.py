@@ -97,7 +97,7 @@ def test_what_cannot_be_done_is_an_error_that_changes_nothing() -> None:
 # Checkpoints
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "vit"])  # whose layers have other names in its files
 def test_it_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     case = ARCHITECTURES[name]
     model = linear(case)
@@ -129,6 +129,15 @@ def test_pairs_factors_and_dense_layers_stand_in_one_checkpoint(tmp_path: Path) 
     dense = LLAMA.model_class(copy.deepcopy(model.config))  # with the record of another model
     dense.save_pretrained(tmp_path / "dense")
     assert type(load(tmp_path / "dense").get_submodule(UP)) is nn.Linear
+
+
+def test_without_its_record_a_pair_is_refused(tmp_path: Path) -> None:
+    linear().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"checkpoint holds model\.layers\.0\.\S+\.1\.weight where the model"):
+        load(tmp_path)
 
 
 def test_a_model_of_ours_comes_back_and_merges(tmp_path: Path) -> None:
