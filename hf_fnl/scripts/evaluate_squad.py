@@ -18,7 +18,7 @@ from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding,
 
 from hf_fnl.tasks.pretrained import check_length, load_pretrained
 from hf_fnl.tasks.squad import SquadOptions, load_squad
-from hf_fnl.tasks.squad_evaluation import answer_questions, score_predictions
+from hf_fnl.tasks.squad_evaluation import answer_questions, first_questions, score_predictions
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments
 from hf_fnl.training.runs import finish_run
@@ -44,10 +44,10 @@ class EvaluationOptions:
             raise ValueError("--output_dir is needed to write the predictions of a model")
         check_at_least(1, self, "max_questions", "batch_size")
 
-    def questions(self) -> Dataset:
-        """Load the questions to evaluate on."""
+    def questions(self) -> tuple[Dataset, bool]:
+        """Load the questions to evaluate on, and find out whether they are of version 2.0."""
         with named("dataset", self.dataset):
-            return load_squad(self.dataset, split=self.split, limit=self.max_questions)
+            return first_questions(load_squad(self.dataset, split=self.split), self.max_questions)
 
 
 def read_predictions(path: Path) -> dict[str, str]:
@@ -68,13 +68,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         check_writable("output_dir", Path(options.output_dir))
     if options.predictions:
         answers = read_predictions(Path(options.predictions))
-        metrics = score_predictions(options.questions(), answers)
+        examples, version_2 = options.questions()
+        metrics = score_predictions(examples, answers, version_2=version_2)
     else:
         with named("model", options.model):
             tokenizer = load_tokenizer(options.model)
         model = load_pretrained("model", options.model, AutoModelForQuestionAnswering, is_trained=True)
         check_length("max_seq_length", windows.max_seq_length, model, tokenizer)
-        examples = options.questions()
+        examples, version_2 = options.questions()
         arguments = TrainingArguments(
             output_dir=options.output_dir,
             per_device_eval_batch_size=options.batch_size,
@@ -83,7 +84,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             disable_tqdm=not sys.stderr.isatty(),
         )
         trainer = Trainer(model, arguments, data_collator=DataCollatorWithPadding(tokenizer))
-        metrics = answer_questions(trainer, examples, tokenizer, windows, folder=options.output_dir)
+        metrics = answer_questions(
+            trainer, examples, tokenizer, windows, folder=options.output_dir, version_2=version_2
+        )
     print(json.dumps(metrics, indent=2))
     if options.output_dir:
         finish_run(options.output_dir, metrics, options, windows)

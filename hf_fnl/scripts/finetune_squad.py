@@ -16,7 +16,7 @@ from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.tasks.arguments import SquadTrainingArguments
 from hf_fnl.tasks.pretrained import check_length, load_pretrained
 from hf_fnl.tasks.squad import SquadOptions, build_squad_features, load_squad
-from hf_fnl.tasks.squad_evaluation import answer_questions
+from hf_fnl.tasks.squad_evaluation import answer_questions, first_questions
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments
@@ -39,12 +39,12 @@ class DataOptions:
     def __post_init__(self) -> None:
         check_at_least(1, self, "max_train_questions", "max_eval_questions", "num_proc")
 
-    def questions(self, part: str) -> Dataset:
-        """Load the questions to train ("train") or to evaluate on ("eval")."""
+    def questions(self, part: str) -> tuple[Dataset, bool]:
+        """Load the questions to train ("train") or evaluate on ("eval"); also says whether they are of version 2.0."""
         option = f"{part}_dataset" if getattr(self, f"{part}_dataset") else "train_dataset"
         split, limit = getattr(self, f"{part}_split"), getattr(self, f"max_{part}_questions")
         with named(option, source := getattr(self, option)):
-            return load_squad(source, split=split, limit=limit)
+            return first_questions(load_squad(source, split=split), limit)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         tokenizer = load_tokenizer(data.model)
     model = load_pretrained("model", data.model, AutoModelForQuestionAnswering, is_trained=False)
     check_length("max_seq_length", options.max_seq_length, model, tokenizer)
-    train, examples = data.questions("train"), data.questions("eval")
+    (train, _), (examples, version_2) = data.questions("train"), data.questions("eval")
     trainer = FLAMBeTrainer(
         model,
         args,
@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     announce(trainer)
     metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
-    metrics |= answer_questions(trainer, examples, tokenizer, options, folder=args.output_dir, num_proc=data.num_proc)
+    reading = {"folder": args.output_dir, "num_proc": data.num_proc, "version_2": version_2}
+    metrics |= answer_questions(trainer, examples, tokenizer, options, **reading)
     trainer.save_state()
     if args.should_save:
         finish_run(args.output_dir, metrics, data, options, args)

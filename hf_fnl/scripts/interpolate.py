@@ -24,9 +24,8 @@ from transformers import PreTrainedModel
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.surgery_loading import load
+from hf_fnl.scripts.train_clm import DataOptions, block_sizes, held_out_blocks
 from hf_fnl.surgery import merge_
-from hf_fnl.tasks.clm import build_blocks
-from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.accuracy import image_sums
 from hf_fnl.tasks.metrics.tokens import causal_sums, perplexity
 from hf_fnl.tasks.tokenization import load_tokenizer
@@ -122,15 +121,11 @@ def image_evaluation(options: LineOptions, device: torch.device) -> tuple[Evalua
 def text_evaluation(options: LineOptions, model: PreTrainedModel) -> Evaluate:
     """Loss and perplexity of a causal language model, per token of the whole text."""
     data = options.recorded(
-        DocumentOptions, validation_dataset=options.eval_dataset, max_validation_documents=options.eval_limit
+        DataOptions, validation_dataset=options.eval_dataset, max_validation_documents=options.eval_limit
     )
-    if (documents := data.validation()) is None:
+    _, block_size = block_sizes(data, model.config.max_position_embeddings, is_fresh=False)
+    if (blocks := held_out_blocks(data, load_tokenizer(options.baseline), block_size)) is None:
         raise ValueError(f"baseline {options.baseline} was trained without validation_dataset: set eval_dataset")
-    settings = read_json(Path(options.baseline) / CONFIG_FILE)
-    sizes = (settings.get("eval_block_size"), settings.get("block_size"), model.config.max_position_embeddings)
-    block_size = next(filter(None, sizes))  # as train_clm chooses it
-    tokenizer = load_tokenizer(options.baseline)
-    blocks = build_blocks(documents, tokenizer, block_size=block_size, stride=settings.get("eval_stride"))
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         sums = torch.zeros(2, dtype=torch.float64)

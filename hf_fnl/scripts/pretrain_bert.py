@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import (
     BertConfig,
@@ -45,6 +45,8 @@ class ModelOptions(FactorOptions):
     max_position_embeddings: int = field(default=512, metadata={"help": "Longest sequence of the model."})
     dropout: float = field(default=0.1, metadata={"help": "Rate of dropout, of hidden states and attention weights."})
 
+    config_names: ClassVar = {"dropout": "hidden_dropout_prob"}
+
 
 @dataclass
 class DataOptions(DocumentOptions):
@@ -63,8 +65,8 @@ def build_model(options: ModelOptions, next_sentence: bool, tokenizer: Any) -> P
         model_class = BertForPreTraining if next_sentence else BertForMaskedLM
     else:
         model_class = FactorizedBertForPreTraining if next_sentence else FactorizedBertForMaskedLM
-    if options.init_from:
-        return model_class.from_pretrained(options.init_from, use_safetensors=True)
+    if (source := options.load_source(model_class, tokenizer)) is not None:
+        return source
     sizes = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,

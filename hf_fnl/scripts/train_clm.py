@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_data_collator, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, default_data_collator, set_seed
 
 from hf_fnl.models import FactorizedGPT2Config, FactorizedGPT2LMHeadModel
 from hf_fnl.optim.diagnostics import parameter_count
@@ -21,10 +21,9 @@ from hf_fnl.tasks.documents import DocumentOptions
 from hf_fnl.tasks.metrics.tokens import causal_metrics, causal_sums
 from hf_fnl.tasks.tokenization import train_byte_bpe
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.training.command_line import UsageError, named, parse_arguments
+from hf_fnl.training.command_line import UsageError, parse_arguments
 from hf_fnl.training.low_rank_phase import later_ranks
 from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
-from hf_fnl.utils.hub import check_source
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ class ModelOptions(FactorOptions):
 
     rank_options = ("qkv_rank", *FactorOptions.rank_options)
     not_stock = ("rank_scale", *rank_options)
+    config_names: ClassVar = {"dropout": "resid_pdrop"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +59,11 @@ class ModelOptions(FactorOptions):
             raise ValueError(f"rank_scale must be above 0 and at most 1, got {self.rank_scale}")
         if fixed := [name for name in ("qkv_rank", "ffn_rank") if getattr(self, name) is not None]:
             raise ValueError(f"rank_scale sets qkv_rank and ffn_rank: leave out rank_scale or {', '.join(fixed)}")
+
+    @property
+    def model_class(self) -> Any:
+        """The class to train."""
+        return GPT2LMHeadModel if self.stock else FactorizedGPT2LMHeadModel
 
     def ranks(self) -> dict[str, Any]:
         """All ranks, with those that ``rank_scale`` stands for."""
@@ -106,11 +111,11 @@ def train_tokenizer(data: DataOptions, args: FLAMBeTrainingArguments) -> Any:
         return train_byte_bpe(documents["text"], vocab_size=data.vocab_size)
 
 
-def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, Any]) -> PreTrainedModel:
-    """A fresh model of the sizes asked for and of these ranks, or the one to go on from."""
-    model_class = GPT2LMHeadModel if options.stock else FactorizedGPT2LMHeadModel
-    if options.init_from:
-        return model_class.from_pretrained(options.init_from, use_safetensors=True)
+def build_model(options: ModelOptions, tokenizer: Any, dense_steps: int) -> PreTrainedModel:
+    """A fresh model of the sizes asked for, dense at first if there are dense steps, or the one to go on from."""
+    if (source := options.load_source(options.model_class, tokenizer, dense_steps=dense_steps)) is not None:
+        return source
+    ranks = {} if dense_steps else options.ranks()
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -125,8 +130,10 @@ def build_model(options: ModelOptions, tokenizer: Any, ranks: dict[str, Any]) ->
         "attn_pdrop": options.dropout,
     }
     if options.stock:
-        return model_class(GPT2Config(**sizes))
-    return model_class(FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init)))
+        return GPT2LMHeadModel(GPT2Config(**sizes))
+    return FactorizedGPT2LMHeadModel(
+        FactorizedGPT2Config(**sizes, **ranks, factor_init=init_methods(options.factor_init))
+    )
 
 
 def block_sizes(data: DataOptions, n_positions: int, *, is_fresh: bool) -> tuple[int, int]:
@@ -161,17 +168,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Parse, build, run; returns the metrics."""
     options, data, args = parse_arguments(argv, ModelOptions, DataOptions, LanguageModelArguments, description=__doc__)
     check_output_folder(args)
-    ranks = options.ranks()
-    factorize = later_ranks(args.dense_steps, ranks)
-    positions = options.n_positions
-    if options.init_from:
-        with named("init_from", options.init_from):
-            check_source(options.init_from)
-            positions = AutoConfig.from_pretrained(options.init_from).n_positions
-    block_size, eval_block_size = block_sizes(data, positions, is_fresh=options.init_from is None)
+    factorize = later_ranks(args.dense_steps, options.ranks(), init_methods(options.factor_init))
+    sizes: Any = options.source_config(options.model_class) or options
+    block_size, eval_block_size = block_sizes(data, sizes.n_positions, is_fresh=sizes is options)
     set_seed(args.seed)
     tokenizer = options.tokenizer(data.tokenizer) or train_tokenizer(data, args)
-    model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)
+    model = build_model(options, tokenizer, args.dense_steps)
     held_out = held_out_blocks(data, tokenizer, eval_block_size)
     documents = data.training(streaming=data.streaming)
     trainer = FLAMBeTrainer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -32,7 +32,7 @@ from hf_fnl.tasks.arguments import FactorOptions, init_methods
 from hf_fnl.tasks.beam_search import translate
 from hf_fnl.tasks.length_batches import lengths_of
 from hf_fnl.tasks.metrics.bleu import bleu_scores
-from hf_fnl.tasks.pretrained import load_pretrained, longest_sequence
+from hf_fnl.tasks.pretrained import longest_sequence
 from hf_fnl.tasks.tokenization import train_joint_bpe
 from hf_fnl.tasks.translation import encode_pairs, load_pairs
 from hf_fnl.tasks.translation_training import TranslationArguments, TranslationTrainer
@@ -64,6 +64,7 @@ class ModelOptions(FactorOptions):
     )
 
     not_stock = ("rank_scale", "normalize_before", *FactorOptions.rank_options)
+    config_names: ClassVar = {"intermediate_size": "encoder_ffn_dim"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,10 +138,12 @@ class DataOptions:
             )
 
 
-def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, ranks: dict[str, int]) -> PreTrainedModel:
-    """A fresh Marian of the sizes asked for and of these ranks, or the model to go on from."""
-    if options.init_from:
-        return load_pretrained("init_from", options.init_from, AutoModelForSeq2SeqLM, is_trained=False)
+def build_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase, dense_steps: int) -> PreTrainedModel:
+    """A fresh Marian of the sizes asked for, dense at first if there are dense steps, or the model to go on from."""
+    own = MarianMTModel if options.stock else FactorizedMarianMTModel if dense_steps else AutoModelForSeq2SeqLM
+    if (source := options.load_source(own, tokenizer, dense_steps=dense_steps)) is not None:
+        return source
+    ranks = {} if dense_steps else options.ranks(len(tokenizer))
     ffn_dim = options.intermediate_size or 4 * options.hidden_size
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -237,9 +240,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         bleu_scores(["one"], ["one"], detokenize_lang=data.languages[1] if data.moses else None)
     train, validation, test = (data.load(part) for part in ("train", "validation", "test"))
     tokenizer = options.tokenizer(data.tokenizer) or train_tokenizer(options, data, train)
-    ranks = options.ranks(len(tokenizer))
-    factorize = later_ranks(args.dense_steps, ranks)
-    model = build_model(options, tokenizer, ranks={} if args.dense_steps else ranks)
+    factorize = later_ranks(args.dense_steps, options.ranks(len(tokenizer)), init_methods(options.factor_init))
+    model = build_model(options, tokenizer, args.dense_steps)
     positions = longest_sequence(model, tokenizer)
     encoded, encoded_validation = encode(data, args, tokenizer, positions, train, validation, test)
     trainer = TranslationTrainer(

@@ -108,6 +108,8 @@ class ModelOptions:
             if (given := getattr(self, option)) not in values:
                 listed = ", ".join(filter(None, values))
                 raise ValueError(f"{option} must be one of {listed}, got {given!r}")
+        if self.init_from and (self.width is not None or self.model != type(self).model):
+            raise ValueError(f"model and width are for a fresh network: leave them out with init_from={self.init_from}")
         self._check_pruning() if self.pruning else self._check_factors()
 
     def _check_pruning(self) -> None:
@@ -208,13 +210,14 @@ class Session:
                 width=self.options.width,
                 id2label=id2label,
             )
-        labels = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
         with named("init_from", source):
             check_source(source)
+            config = AutoConfig.from_pretrained(source)
+            known = [*config.id2label.values()]
+            config.id2label, config.label2id = id2label, {name: number for number, name in id2label.items()}
             model = AutoModelForImageClassification.from_pretrained(
-                source, ignore_mismatched_sizes=True, use_safetensors=True, **labels
+                source, config=config, ignore_mismatched_sizes=True, use_safetensors=True
             )
-            known = [*AutoConfig.from_pretrained(source).id2label.values()]
             if known not in (names, [f"LABEL_{number}" for number in id2label]):  # Transformers' for unnamed classes
                 redraw_classifier_(model)
         if model.config.num_channels != channels:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_fnl.tasks.pretrained import check_vocabulary, load_pretrained
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
-from hf_fnl.training.command_line import named
+from hf_fnl.training.command_line import UsageError, named
+from hf_fnl.utils.hub import check_source
 
 WORKERS = 2  # one makes two to three times as many examples of 128 tokens as a GPU of 2024 trains BERT-base on
 
@@ -41,6 +43,7 @@ class FactorOptions:
 
     rank_options: ClassVar[tuple[str, ...]] = ("qk_rank", "ov_rank", "ffn_rank", "embedding_rank")
     not_stock: ClassVar[tuple[str, ...]] = rank_options  # options that the stock class does not have
+    config_names: ClassVar[Mapping[str, str]] = {}  # fields of a configuration that are named otherwise than here
 
     def __post_init__(self) -> None:
         if self.stock and (given := [name for name in self.not_stock if getattr(self, name) not in (None, False)]):
@@ -56,6 +59,53 @@ class FactorOptions:
             return None
         with named("tokenizer" if source else "init_from", found):
             return load_tokenizer(found)
+
+    def source_config(self, auto_class: Any) -> PreTrainedConfig | None:
+        """Read the configuration of the model to go on from, which a class must load; ``None`` without one."""
+        if (source := self.init_from) is None:
+            return None
+        with named("init_from", source):
+            check_source(source)
+            config, own = AutoConfig.from_pretrained(source), getattr(auto_class, "config_class", None)
+            if own is not None and not issubclass(own, type(config)):
+                raise ValueError(f"it is a {config.model_type}, which {auto_class.__name__} does not load")
+        return config
+
+    def load_source(
+        self, auto_class: Any, tokenizer: PreTrainedTokenizerBase, *, dense_steps: int = 0
+    ) -> PreTrainedModel | None:
+        """Load the model to go on from, if there is one; sizes and ranks that are given must be its.
+
+        Args:
+            auto_class: A class of models, or one of Transformers' Auto classes.
+            tokenizer: Of the run.
+            dense_steps: Steps after which the ranks that are given are those of the model.
+
+        Raises:
+            FileNotFoundError: If there is no such model.
+            ValueError: If it is of another family, has another size or rank, or fewer embeddings than there are tokens.
+        """
+        if (source := self.init_from) is None:
+            return None
+        config = self.source_config(auto_class)
+        self._check_sizes(config, ignored=(*self.rank_options, "factor_init") if dense_steps else ())
+        model = load_pretrained("init_from", source, auto_class, is_trained=False)
+        check_vocabulary(model, tokenizer)
+        return model
+
+    def _check_sizes(self, config: PreTrainedConfig | None, ignored: Sequence[str]) -> None:
+        for option in fields(self):
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            given = getattr(self, option.name)
+            if option.name in ("init_from", "stock", *ignored) or given == default:
+                continue
+            value = init_methods(given) if option.name == "factor_init" else given
+            found = getattr(config, self.config_names.get(option.name, option.name), None)
+            if found != value:
+                raise UsageError(
+                    f"{option.name}={value} is for a fresh model, and the one of init_from={self.init_from} has "
+                    f"{found}: leave {option.name} out"
+                )
 
 
 def init_methods(entries: Sequence[str]) -> str | dict[str, str]:

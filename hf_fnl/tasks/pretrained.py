@@ -86,3 +86,12 @@ def check_length(option: str, length: int, model: PreTrainedModel, tokenizer: Pr
         raise ValueError(
             f"{option} must be at most {longest}, the positions of this {type(model).__name__}, got {length}"
         )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a ``ValueError`` if a tokenizer has more tokens than a model embeddings."""
+    if len(tokenizer) > (entries := model.config.get_text_config().vocab_size):
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, and this {type(model).__name__} embeds {entries}: it was "
+            "trained with another one"
+        )

@@ -68,7 +68,7 @@ class SquadOptions:
             )
 
 
-def load_squad(source: str | os.PathLike[str], *, split: str, limit: int | None = None) -> Dataset:
+def load_squad(source: str | os.PathLike[str], *, split: str) -> Dataset:
     """Load questions with the columns ``id``, ``title``, ``context``, ``question`` and ``answers``.
 
     ``answers`` holds the lists ``text`` and ``answer_start`` (in characters), empty where there is no answer.
@@ -76,15 +76,12 @@ def load_squad(source: str | os.PathLike[str], *, split: str, limit: int | None 
     Args:
         source: "embedded", a JSON file in the official structure of SQuAD 1.1 or 2.0, or the id of a Hub data set.
         split: Split of the Hub data set or of the embedded questions; a file is one split whatever this says.
-        limit: Keep the first so many questions.
 
     Raises:
         FileNotFoundError: If ``source`` names a JSON file that is not there.
         ValueError: If the data are empty, truncated, of another structure, or inconsistent: repeated ids, empty
             contexts, answers that do not stand in their context.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 question (or None for all), got {limit}")
     name = os.fspath(source)
     if name == "embedded":
         examples = _from_official(embedded_squad(split), name)
@@ -97,7 +94,7 @@ def load_squad(source: str | os.PathLike[str], *, split: str, limit: int | None 
             raise ValueError(f"{name} has no column {sorted(missing)}; its columns are {examples.column_names}")
         examples = examples.select_columns(list(SQUAD_FEATURES)).cast(SQUAD_FEATURES)
     _check_examples(examples, name)
-    return examples if limit is None else examples.select(range(min(limit, len(examples))))
+    return examples
 
 
 def _read_json(path: Path) -> Any:

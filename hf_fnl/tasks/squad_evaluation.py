@@ -39,6 +39,12 @@ def is_version_2(examples: Dataset) -> bool:
     return not all(answers["text"] for answers in examples["answers"])
 
 
+def first_questions(examples: Dataset, limit: int | None) -> tuple[Dataset, bool]:
+    """Return the first ``limit`` questions, or all, and whether all of them together are of version 2.0."""
+    chosen = examples if limit is None else examples.select(range(min(limit, len(examples))))
+    return chosen, is_version_2(examples)
+
+
 def answer_questions(
     trainer: Trainer,
     examples: Dataset,
@@ -47,6 +53,7 @@ def answer_questions(
     *,
     folder: str | Path,
     num_proc: int | None = None,
+    version_2: bool | None = None,
 ) -> dict[str, float]:
     """Answer every question, write the official prediction files into ``folder`` and score them.
 
@@ -57,11 +64,12 @@ def answer_questions(
         options: How contexts are cut and answers read off.
         folder: Where ``predictions.json`` and its companions go.
         num_proc: Processes that tokenize.
+        version_2: As in :func:`score_predictions`.
 
     Returns:
         ``exact_match`` and ``f1`` in percent, or the figures of version 2.0.
     """
-    version_2 = is_version_2(examples)
+    version_2 = is_version_2(examples) if version_2 is None else version_2
     features = build_squad_features(examples, tokenizer, options, train=False, num_proc=num_proc)
     with _in_order(trainer.args):
         start_logits, end_logits = trainer.predict(features).predictions[:2]

@@ -72,7 +72,7 @@ def _auto_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def train_wordpiece(texts: Iterable[str], *, vocab_size: int = 30522, lowercase: bool = True) -> BertTokenizer:
+def train_wordpiece(texts: Iterable[str | None], *, vocab_size: int = 30522, lowercase: bool = True) -> BertTokenizer:
     """Train a BERT tokenizer, whose vocabulary begins with ``[PAD]``, ``[UNK]``, ``[CLS]``, ``[SEP]``, ``[MASK]``.
 
     Args:
@@ -104,7 +104,7 @@ def train_wordpiece(texts: Iterable[str], *, vocab_size: int = 30522, lowercase:
         special_tokens=[*BERT_TOKENS, *alphabet, *continuing],
         show_progress=False,
     )
-    backend.train_from_iterator(tracked(texts, "training the tokenizer"), trainer)
+    backend.train_from_iterator(_not_empty(tracked(texts, "training the tokenizer")), trainer)
     vocab = sorted(backend.get_vocab().items(), key=lambda entry: entry[1])
     return BertTokenizer(vocab=dict(vocab), do_lower_case=lowercase)
 
@@ -161,7 +161,7 @@ def train_joint_bpe(sentences: Iterable[str], *, vocab_size: int = 10_000) -> Pr
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    backend.train_from_iterator(tracked(sentences, "training the tokenizer"), trainer)
+    backend.train_from_iterator(_not_empty(tracked(sentences, "training the tokenizer")), trainer)
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, backend.token_to_id(EOS))]
     )
@@ -194,10 +194,10 @@ def _not_empty(texts: Iterable[str | None]) -> Iterator[str]:
         raise ValueError("no text to train a tokenizer on")
 
 
-def _alphabet(texts: Iterable[str], limit: int, *, normal: Callable[[str], str]) -> list[str]:
+def _alphabet(texts: Iterable[str | None], limit: int, *, normal: Callable[[str], str]) -> list[str]:
     """Return the most frequent characters after normalization, at most ``limit``, in code point order."""
     raw: Counter[str] = Counter()
-    for text in tracked(texts, "counting characters"):
+    for text in _not_empty(tracked(texts, "counting characters")):
         raw.update(text)
     counts: Counter[str] = Counter()
     for char, count in raw.items():

@@ -177,12 +177,15 @@ def _continue_rates(scheduler: LambdaLR, groups: list[dict[str, Any]], scale: fl
     scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": base, "_last_lr": last})
 
 
-def later_ranks(dense_steps: int, ranks: Mapping[str, Any]) -> Callable[[Any], object] | None:
+def later_ranks(
+    dense_steps: int, ranks: Mapping[str, Any], factor_init: str | Mapping[str, str]
+) -> Callable[[Any], object] | None:
     """Return a script's ``factorize`` for a model of ours: its ``factorize_`` with the ranks that were asked for.
 
     Args:
         dense_steps: Steps of the dense phase; 0 if there is none.
         ranks: Ranks by the fields of the model's configuration, ``None`` for what stays dense.
+        factor_init: How its matrices are cut.
 
     Returns:
         The callable; ``None`` without a dense phase.
@@ -195,4 +198,4 @@ def later_ranks(dense_steps: int, ranks: Mapping[str, Any]) -> Callable[[Any], o
     given = {option: rank for option, rank in ranks.items() if rank is not None}
     if not given:
         raise UsageError(f"dense_steps={dense_steps} needs ranks for the steps after them, such as ffn_rank")
-    return lambda model: model.factorize_(**given)
+    return lambda model: model.factorize_(factor_init=factor_init, **given)

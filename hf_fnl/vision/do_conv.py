@@ -94,7 +94,7 @@ def merge_do_conv_(model: nn.Module) -> list[str]:
     return list(merged)
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # with gradients, and outside of any inference, whose tensors could not be trained on
 def _merge_(conv: nn.Conv2d) -> None:
     W = conv.get_parameter("parametrizations.weight.original0")
     is_trained = W.requires_grad

@@ -75,7 +75,10 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
 
     def __post_init__(self) -> None:
         self._derived: set[str] = set()
-        if self.optim == "sgd" and self.optim_args is None:
+        takes_momentum = self.optim == "sgd" and self.optim_args is None
+        if not takes_momentum and (self.momentum, self.nesterov) != (type(self).momentum, type(self).nesterov):
+            raise ValueError("momentum and nesterov are those of optim=sgd without optim_args, where they would stand")
+        if takes_momentum:
             self._derive(optim_args=f"momentum={self.momentum},nesterov={str(self.nesterov).lower()}")
         if self.frobenius_mode is None:
             self._derive(frobenius_mode="coupled" if self.optim == "sgd" else "decoupled")
@@ -97,6 +100,10 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
 
     def _check_schedule(self) -> None:
         stepwise = self.lr_scheduler_type == "constant"
+        if stepwise and self.warmup_steps:
+            raise ValueError(
+                f"lr_scheduler_type=constant has no warmup_steps, got {self.warmup_steps}: use warmup_epochs"
+            )
         if not stepwise and (self.lr_milestones or self.warmup_epochs):
             option = "lr_milestones" if self.lr_milestones else "warmup_epochs; use warmup_steps"
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type} does not go with {option}")

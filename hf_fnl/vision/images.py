@@ -105,7 +105,8 @@ def load_images(
     Raises:
         FileNotFoundError: If a path does not exist.
         ValueError: If the data cannot be read or are empty, a column is absent or ambiguous, a label is no number of a
-            class, a class has no training image, ``class_names`` lacks a class, or ``limit`` is below 1.
+            class, there is one class only, or one without a training image, ``class_names`` lacks a class, or ``limit``
+            is below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image or None for all, got {limit}")
@@ -251,6 +252,8 @@ def _training_classes(labels: NDArray[np.int64], names: list[str] | None, source
     """Return the names of all classes, each of which must occur."""
     present = np.unique(labels)
     count = len(names) if names else int(present[-1]) + 1
+    if count < 2:  # which Transformers would take for a regression
+        raise ValueError(f"images of two classes at least are needed, and those of {source} are of one")
     if len(present) < count:
         first = next((number for number, label in enumerate(present) if number != label), len(present))
         raise ValueError(

@@ -28,6 +28,7 @@ Batch = Mapping[str, Tensor]
 Tensors = dict[str, Tensor]  # by the name of the layer
 
 
+@torch.inference_mode(False)  # in which parameters would be made that cannot be trained
 def prune_(model: nn.Module, keep: int, *, method: str, batch: Batch | None = None) -> dict[str, tuple[int, int]]:
     """Set weights of the linear layers and two-dimensional convolutions of a model to zero, and hold them there.
 
@@ -80,6 +81,7 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tup
     return {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
 
 
+@torch.inference_mode(False)
 def finalize_(model: nn.Module) -> list[str]:
     """Make the weights of pruned layers plain parameters again, in place, with zeros where they were pruned.
 

@@ -126,15 +126,18 @@ def test_evaluating_the_model_or_its_predictions_gives_what_fine_tuning_gave(squ
     )
 
 
-def test_version_2_questions_end_to_end(pretrained, tmp_path):
+@pytest.mark.parametrize("article", [0, -1], ids=["among the first", "behind the first"])
+def test_version_2_questions_end_to_end(pretrained, tmp_path, article):
     questions = embedded_squad("train")
-    for paragraph in questions["data"][0]["paragraphs"]:
+    for paragraph in questions["data"][article]["paragraphs"]:
         for question in paragraph["qas"]:
             question |= {"is_impossible": True, "answers": []}
     (tmp_path / "v2.json").write_text(json.dumps(questions))
     metrics = finetune(pretrained, tmp_path / "run", "--train_dataset", str(tmp_path / "v2.json"))
-    assert metrics["NoAns_total"] + metrics["HasAns_total"] == metrics["total"] == 8
+    assert metrics.get("NoAns_total", 0) + metrics["HasAns_total"] == metrics["total"] == 8
     assert (tmp_path / "run" / "null_odds.json").exists()
+    given = f"--dataset {tmp_path}/v2.json --predictions {tmp_path}/run/predictions.json --max_questions 8"
+    assert evaluate_squad.main(given.split()).items() <= metrics.items()
 
 
 def test_what_users_do_with_a_pretrained_and_a_fine_tuned_model(pretrained, squad, tmp_path):

@@ -13,6 +13,7 @@ from vision_script_cases import parquet, picture, stock, train
         ({"model": "vgg19"}, "image_size must be at least 16, got 8"),
         ({"width": 0}, "width must be at least 1, got 0"),
         ({"init_from": "./nowhere"}, "nowhere"),
+        ({"init_from": "./nowhere", "width": 3}, "model and width are for a fresh network: leave them out"),
         ({"rank_scale": 0}, r"rank_scale must be above 0 and at most 1, got 0\.0"),
         ({"rank_scale": 1.5}, r"rank_scale must be above 0 and at most 1, got 1\.5"),
         ({"rank_scale": 0.3, "ratio": 0.3}, r"exactly one of .*; got rank_scale=0\.3, ratio=0\.3"),

@@ -53,7 +53,8 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def train(folder: Path, **options: Any) -> dict[str, Any]:
-    return train_vision.main(flags({**TINY, "output_dir": folder, **options}))
+    defaults = {name: value for name, value in TINY.items() if name != "width" or "init_from" not in options}
+    return train_vision.main(flags({**defaults, "output_dir": folder, **options}))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -64,6 +64,11 @@ def test_the_same_text_gives_the_same_tokenizer_in_every_process():
     assert json.loads(done.stdout) == serialized()
 
 
+@each_trainer
+def test_rows_without_text_change_nothing(train):
+    assert train([None, *CORPUS, "", None], vocab_size=500).get_vocab() == train(CORPUS, vocab_size=500).get_vocab()
+
+
 def test_a_wordpiece_is_berts():
     tokenizer = train_wordpiece(CORPUS, vocab_size=300)
     assert tokenizer.convert_ids_to_tokens(range(5)) == list(BERT_TOKENS)

@@ -100,6 +100,15 @@ def test_a_frozen_kernel_stays_frozen():
     assert not conv.weight.requires_grad
 
 
+def test_a_kernel_that_is_merged_in_inference_mode_can_be_trained():
+    conv = nn.Conv2d(2, 3, 3)
+    over_parametrize_(conv)
+    with torch.inference_mode():
+        merge_do_conv_(conv)
+    conv(torch.ones(1, 2, 3, 3)).sum().backward()
+    torch.testing.assert_close(conv.weight.grad, torch.ones_like(conv.weight))
+
+
 def twice() -> nn.Module:
     net = tiny_net()
     over_parametrize_(net)

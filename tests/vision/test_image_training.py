@@ -78,6 +78,9 @@ def test_epochs_have_the_steps_of_the_trainer(tmp_path, accumulation, drop_last)
             {"lr_scheduler_type": "cosine", "lr_milestones": [0.5]}, "does not go with lr_milestones", id="both"
         ),
         pytest.param({"lr_scheduler_type": "cosine", "warmup_epochs": 1}, "use warmup_steps", id="warm-up"),
+        pytest.param({"warmup_steps": 5}, "constant has no warmup_steps, got 5: use warmup_epochs", id="warm-up-steps"),
+        pytest.param({"optim": "adamw_torch", "momentum": 0.8}, "momentum and nesterov are those of", id="momentum"),
+        pytest.param({"optim_args": "momentum=0.5", "nesterov": True}, "momentum and nesterov are", id="nesterov"),
         pytest.param({"lr_gamma": 0.0}, "lr_gamma must be positive", id="gamma"),
         pytest.param({"dense_epochs": -1}, r"dense_epochs must be in \[0, num_train_epochs=4\)", id="dense-epochs"),
         pytest.param({"dense_epochs": 4}, r"dense_epochs must be in \[0, num_train_epochs=4\)", id="all-dense"),

@@ -195,6 +195,7 @@ REFUSED = [
         lambda: table([0, 1]), {}, r"1 of 3 classes have no training image.*number 2 \(cow\)", id="last-class"
     ),
     pytest.param(lambda: table([1, 2], None), {}, r"1 of 3 classes.*number 0; .*from 0", id="from-one"),
+    pytest.param(lambda: table([0, 0], None), {}, "two classes at least are needed, .* are of one", id="one-class"),
     pytest.param(lambda: table([0, 10**12], None), {}, r"classes.*number 1;", id="huge-label"),
     pytest.param(lambda: table([0, -1], None), {}, r"label -1 in record 1 .*set the split", id="minus-one"),
     pytest.param(lambda: table([0, None]), {}, r"holds ClassLabel.*number of a class", id="empty-label"),

@@ -70,6 +70,20 @@ def test_pruning_counts_exactly_and_zeroes_exactly(method):
         assert torch.equal(layer.weight, expected)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_pruned_and_made_plain_in_inference_mode_can_be_trained(method):
+    net, other, data = tiny_net(), tiny_net(), batch()
+    with torch.inference_mode():
+        prune_(net, 101, method=method, batch=data)
+    net(**batch()).loss.backward()
+    assert all(net.get_submodule(name).weight_orig.grad is not None for name in SIZES)
+    prune_(other, 101, method=method, batch=batch())
+    with torch.inference_mode():
+        finalize_(other)
+    other(**batch()).loss.backward()
+    assert all(other.get_submodule(name).weight.grad is not None for name in SIZES)
+
+
 def test_snip_is_weight_times_gradient():
     net, slow = tiny_net(), tiny_net()
     slow.dropout.p = 0.0
