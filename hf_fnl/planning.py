@@ -221,23 +221,23 @@ def cost_of(model: PreTrainedModel, setup: Setup) -> Cost:
         setup: Batch and precision.
 
     Raises:
-        ValueError: If the model reads something else, or the sequence is longer than its positions.
+        ValueError: If the model reads something else, cannot be run without values, or has no layers to compute again,
+            or the sequence is longer than its positions.
     """
     inputs = _inputs(model, setup)
     model.to(torch.float32 if setup.dtype == "fp32" else torch.bfloat16).train()
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if setup.checkpointing and not layers:
+        raise ValueError(f"checkpointing computes layers again, and a {type(model).__name__} has none that can be")
     sizes = [_trainable(layer) for layer in layers]
     parameters = _trainable(model)
-    with OnGPU(setup.labelled_share):
-        with kept_by(model) as kept:
-            model(**inputs)
-        # Counting operations hooks into all modules, beside which no loss goes around the vocabulary's logits.
-        with flop_counter() as forward:
-            loss = _loss(model(**inputs))
-        with flop_counter() as backward:
-            loss.backward()
+    try:
+        kept, forward, backward = _step(model, inputs, setup)
+    except Exception as error:  # whatever a model says that wants other inputs, or values
+        name = type(model).__name__
+        raise ValueError(f"a {name} cannot take a step in {setup.dtype} without values: {error}") from error
     computed, again, activations = forward.get_total_flops(), 0, kept.total
-    if setup.checkpointing and kept.layers:
+    if setup.checkpointing:
         again = _flops_of_layers(forward, model, layers)
         activations += sum(kept.inputs) + max(kept.layers) - sum(kept.layers)
     return Cost(
@@ -249,6 +249,21 @@ def cost_of(model: PreTrainedModel, setup: Setup) -> Cost:
         backward=backward.get_total_flops() + again,
         activations=activations,
     )
+
+
+def _step(
+    model: PreTrainedModel, inputs: dict[str, Tensor], setup: Setup
+) -> tuple[Kept, FlopCounterMode, FlopCounterMode]:
+    """What autograd keeps in a step, and the operations of its two passes."""
+    with OnGPU(setup.labelled_share):
+        with kept_by(model) as kept:
+            model(**inputs)
+        # Counting operations hooks into all modules, beside which no loss goes around the vocabulary's logits.
+        with flop_counter() as forward:
+            loss = _loss(model(**inputs))
+        with flop_counter() as backward:
+            loss.backward()
+    return kept, forward, backward
 
 
 def memory_of(cost: Cost, setup: Setup, engine: str) -> Memory:
@@ -295,7 +310,7 @@ def _inputs(model: PreTrainedModel, setup: Setup) -> dict[str, Tensor]:
     if model.main_input_name != "input_ids":
         raise ValueError(f"plan reads models of text and images, and a {type(model).__name__} {model.main_input_name}")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and setup.sequence_length > positions:
+    if positions is not None and 0 < positions < setup.sequence_length:
         raise ValueError(f"sequence_length must be at most {positions} for this model, got {setup.sequence_length}")
     ids = torch.empty(batch, setup.sequence_length, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int, int], None]
 
-_LONG = "rank_scale|layer_ratio|multiple_of|conv_scheme|text_column|qk_rank|ov_rank|ffn_rank|qkv_rank|embedding_rank"
+_LONG = "rank_scale|layer_ratio|multiple_of|conv_scheme|text_column|sequence_length|(?:qk|ov|ffn|qkv|embedding)_rank"
 _SHORT = "kinds|include|exclude|ratio|budget|energy|rank"  # words of the language as well: only where a value follows
 _OPTION = re.compile(
     rf"(?<![\w./'\"-])(?P<name>(?:{_LONG})(?![\w./'\"])|(?:{_SHORT})(?==| must\b| of \S+ must\b))(?P<value>=?)"

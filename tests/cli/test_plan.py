@@ -7,9 +7,13 @@ import json
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     BertConfig,
     BertForPreTraining,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
     MarianConfig,
@@ -53,6 +57,7 @@ LLAMA = LlamaConfig(
     num_key_value_heads=2,
     architectures=["LlamaForCausalLM"],
 )
+ALBERT = AlbertConfig(vocab_size=307, hidden_size=60, num_attention_heads=3, intermediate_size=112)
 MARIAN = MarianConfig(
     vocab_size=307,
     d_model=60,
@@ -187,6 +192,18 @@ def cli(*arguments: str, code: int = 0) -> str:
     return result.stdout if code == 0 else result.output
 
 
+@pytest.mark.parametrize(
+    ("build", "changes", "message"),
+    [
+        pytest.param(lambda: CLIPModel(CLIPConfig()), {}, "CLIPModel cannot take a step in fp32 without", id="inputs"),
+        pytest.param(lambda: AlbertModel(ALBERT), {"checkpointing": True}, "AlbertModel has none that", id="layers"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(build, changes, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        cost_of(build(), Setup(**{**vars(SETUP), **changes}))
+
+
 def test_the_command_shows_dense_beside_factorized_by_engine(tmp_path):
     LLAMA.save_pretrained(tmp_path)
     flags = (str(tmp_path), "--ratio", "0.6", "--gpus", "8", "--batch-size", "4", "--sequence-length", "64")
@@ -206,7 +223,7 @@ def test_the_command_shows_dense_beside_factorized_by_engine(tmp_path):
     [
         pytest.param(("nothing-here",), "there is no folder nothing-here, and the Hub", 1, id="model"),
         pytest.param(("bert-base", "--dtype", "fp8"), "dtype must be one of fp32, bf16, got 'fp8'", 2, id="dtype"),
-        pytest.param(("bert-base", "--sequence-length", "513"), "sequence_length must be at most 512", 1, id="length"),
+        pytest.param(("bert-base", "--sequence-length", "513"), "--sequence-length must be at most", 1, id="length"),
         pytest.param(("bert-base", "--ffn-rank", "769"), "--ffn-rank must be in [1, 768], got 769", 1, id="rank"),
         pytest.param(("gpt2", "--ffn-rank", "9", "--ratio", "0.5"), "leave out", 1, id="both"),
     ],
