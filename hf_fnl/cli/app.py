@@ -285,6 +285,7 @@ def report(
     with session(as_json=as_json, debug=debug, sources=sources) as terminal:
         from hf_fnl.report import write_report
 
+        out = out.expanduser()
         if out.is_file() and not out.read_bytes()[:100].lstrip().lower().startswith(b"<!doctype html"):
             raise FileExistsError(f"--out {out} is a file, and no report: name another")
         with terminal.step("decomposing") as advance:

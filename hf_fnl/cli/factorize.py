@@ -20,7 +20,7 @@ from hf_fnl.layers.linear import dense_weight
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.card_files import CARD_FILE, stated_in, write_card
-from hf_fnl.optim.diagnostics import parameter_count
+from hf_fnl.optim.diagnostics import cut_layers, parameter_count
 from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.calibration import Calibration
 from hf_fnl.surgery.config import FactorizationConfig, RankRule
@@ -150,7 +150,7 @@ def _heal(
 def _class_for(dense: PreTrainedModel, source: str, how: How) -> type[FactorizedPreTrainedModel] | None:
     """Our class to make from a model, or ``None`` for surgery; what does not fit the model is refused."""
     name = type(dense).__name__
-    if isinstance(dense, FactorizedPreTrainedModel):
+    if cut_layers(dense):
         raise ValueError(f"{source} is factorized already, a {name}; hf-fnl merge makes it dense")
     ours = None if how.surgery else factorized_classes().get(type(dense))
     if ours is None and how.ranks:

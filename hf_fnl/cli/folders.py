@@ -18,8 +18,9 @@ from hf_fnl.utils.folders import is_inside
 
 # Tokenizers and processors, the parts of a sentence-transformers model, and what the law wants to stay beside it.
 CARRIED = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.spm"),
-    *("chat_template*", "*processor_config.json"),
+    *("*tokenizer*", "*vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.spm"),
+    *("bpe.codes", "normalizer.json", "dict.txt", "emoji.json", "byte_maps.json", "tekken.json"),
+    *("chat_template*", "additional_chat_templates/*", "*processor_config.json"),
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("LICENSE*", "NOTICE*"),
 )
@@ -123,15 +124,20 @@ def carry_files(source: str, target: Path, *more: str) -> None:
     folder = local_files(source, (*CARRIED, *more))
     found = {path for pattern in (*CARRIED, *more) for path in folder.glob(pattern) if path.is_file()}
     for path in sorted(found):
-        if not (target / path.name).exists() and _is_followed(path, folder):
-            shutil.copyfile(path, target / path.name)
+        if not (target / path.relative_to(folder)).exists() and _is_followed(path, folder):
+            _copy(path, folder, target)
     for part in _parts(folder / "modules.json") if _is_followed(folder / "modules.json", folder) else ():
         home = local_files(source, [f"{part}/*"])
         for path in sorted((home / part).rglob("*")):
             if path.is_file() and _is_followed(path, home):
-                copy = target / path.relative_to(home)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+                _copy(path, home, target)
+
+
+def _copy(path: Path, home: Path, target: Path) -> None:
+    """Copy a file of a folder to the same place in another."""
+    copy = target / path.relative_to(home)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, copy)
 
 
 def _is_followed(path: Path, folder: Path) -> bool:

@@ -80,7 +80,9 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         remedy = "Leave the ranks as its config.json has them"
-        if not callable(getattr(model, "merge", None)):  # nor a class of ours, whose ranks are options
+        if info["mismatched_keys"]:
+            remedy = "Leave ranks and sizes as its config.json has them"
+        elif not callable(getattr(model, "merge", None)):  # nor a class of ours, whose ranks are options
             remedy = (
                 "Its config.json does not say what is factorized: that of a model which is put together from "
                 "factorized parts does if hf_fnl.surgery.update_records_([model]) is called before saving. Save it anew"

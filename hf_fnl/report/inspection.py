@@ -108,7 +108,7 @@ def read_energies(folder: str | Path) -> dict[str, float]:
     Raises:
         ValueError: If the file is damaged.
     """
-    path = Path(folder) / FACTORIZATION_FILE
+    path = Path(folder).expanduser() / FACTORIZATION_FILE
     try:
         layers = read_json(path).get("layers", [])
         return {layer["name"]: layer["energy"] for layer in layers if layer.get("energy") is not None}

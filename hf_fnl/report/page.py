@@ -65,9 +65,10 @@ def write_report(sources: Sequence[str | Path], target: str | Path, *, progress:
         OSError: If ``target`` is a folder or cannot be written to.
     """
     require_matplotlib()
-    if Path(target).is_dir():
+    target = Path(target).expanduser()
+    if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder, and a report is a file, such as {Path(target, 'report.html')}")
-    check_writable("out", Path(target).parent)
+    check_writable("out", target.parent)
     if len(sources) > len(PALETTE):
         raise ValueError(f"a report compares up to {len(PALETTE)} runs or models, got {len(sources)}")
     return write_text(target, printable(make_page(read_sources(sources, progress))))

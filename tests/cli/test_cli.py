@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from bert_cases import BACKBONE, MASKED_LM, SIZES
-from cli_cases import cli
+from cli_cases import cli, llama
 from gpt2_cases import LM
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -225,11 +225,15 @@ def test_what_makes_a_model_usable_comes_along_and_traces_of_its_training_do_not
     save_file({"weight": torch.ones(2)}, source / "1_Dense" / "model.safetensors")
     for name in ("LICENSE", "metrics.json", "optimizer.pt", "pytorch_model.bin"):
         (source / name).write_text("{}")
+    carried = ("additional_chat_templates/tool.jinja", "target_vocab.json", "normalizer.json")
+    (source / "additional_chat_templates").mkdir()
+    for name in carried:
+        (source / name).write_text("{}")
     (source / "README.md").write_text("---\nlicense: mit\nlanguage: de\n---\nA model.\n")
     cli("factorize", source, "--out", tmp_path / "out", "--rank-scale", "0.5")
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
     expected = {"config.json", "model.safetensors", "README.md", "factorization.json", "modules.json"}
-    assert written == expected | {"tokenizer.json", "tokenizer_config.json", "1_Dense/model.safetensors"}
+    assert written == expected | {"tokenizer.json", "tokenizer_config.json", "1_Dense/model.safetensors", *carried}
     assert (tmp_path / "out" / "LICENSE").is_file()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit" in card
@@ -304,14 +308,17 @@ def test_inspect_has_a_line_for_matrices_alike_and_ends_with_the_total(half):
     assert lines[-1].endswith(f"{total:,} parameters, {total / dense:.1%} of the dense model's {dense:,}")
 
 
-def test_report_replaces_a_report_and_no_other_file(half, tmp_path):
+def test_report_replaces_a_report_and_no_other_file(half, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     source = shutil.copytree(half, tmp_path / "model")
     before = (source / "config.json").read_bytes()
     assert "no report" in cli("report", source, "--out", source / "config.json", code=1).stderr
     assert (source / "config.json").read_bytes() == before
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "no report" in cli("report", source, "--out", "~/model/config.json", code=1).stderr
     for _ in range(2):
-        cli("report", source, "--out", tmp_path / "r.html")
+        cli("report", source, "--out", "~/r.html")
+    assert (tmp_path / "r.html").is_file()
 
 
 def test_one_share_of_the_parameters_stands_everywhere(bert, half, tmp_path):
@@ -456,7 +463,11 @@ def test_the_model_itself_is_not_overwritten(half, command):
 
 
 def test_what_is_factorized_is_not_factorized_again_nor_what_is_dense_merged(bert, half, tmp_path):
-    assert "factorized already" in cli("factorize", half, "--out", tmp_path / "x", "--rank", 2, code=1).stderr
+    model = llama()
+    factorize_(model, FactorizationConfig(rank=3, kinds=("embedding",)))
+    model.save_pretrained(tmp_path / "by-surgery")
+    for folder in (half, tmp_path / "by-surgery"):
+        assert "factorized already" in cli("factorize", folder, "--out", tmp_path / "x", "--rank", 2, code=1).stderr
     assert "no factorized layer" in cli("merge", bert, "--out", tmp_path / "x", code=1).stderr
 
 
