@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -35,7 +36,10 @@ def unpadded(model: nn.Module, batch: Batch, *, choices_apart: bool = True) -> I
     Raises:
         ValueError: If a mask has the shape of no input, hides all positions, or some between others.
     """
-    masks = {name: mask for name, mask in batch.items() if name.endswith(("attention_mask", "pixel_mask"))}
+    named = {name: mask for name, mask in batch.items() if name.endswith(("attention_mask", "pixel_mask"))}
+    # One of no such inputs, as Longformer's global_attention_mask, tells something else.
+    inputs = ["", *_SIDES, *(name for name in batch if name not in named)]
+    masks = {name: mask for name, mask in named.items() if any(key.startswith(_prefix(name)) for key in inputs)}
     padded = {name: mask for name, mask in masks.items() if not mask.all()}
     dims = {name: _dims(model, name, batch, masks) for name in masks}
     for name, mask in masks.items():
@@ -57,21 +61,39 @@ def unpadded(model: nn.Module, batch: Batch, *, choices_apart: bool = True) -> I
 
 
 def _groups(batch: Batch, padded: Batch, dims: Mapping[str, Mapping[str, int]]) -> Iterator[Batch]:
-    count = len(next(iter(padded.values())))
+    mask = next(iter(padded.values()))
     rows: dict[tuple[Extent, ...], list[int]] = {}
-    for row in range(count):
-        extents = tuple(_extent(name, mask[row]) for name, mask in padded.items())
+    for row in range(len(mask)):
+        extents = tuple(_extent(name, each[row]) for name, each in padded.items())
         if all(extents):
             rows.setdefault(extents, []).append(row)
     if not rows:
         raise ValueError(f"{', '.join(padded)} leaves no position: is every position masked?")
     for extents, chosen in rows.items():
-        part = {key: value[chosen] if value.shape[:1] == (count,) else value for key, value in batch.items()}
+        part = {key: _of_sequences(key, value, mask, chosen) for key, value in batch.items()}
         for name, extent in zip(padded, extents, strict=True):
             for key, first in dims[name].items():
                 for dim, (start, stop) in enumerate(extent, first):
                     part[key] = part[key].narrow(dim, start, stop - start)
         yield part
+
+
+def _of_sequences(key: str, value: Tensor, mask: Tensor, chosen: list[int]) -> Tensor:
+    """The part of an input that belongs to some of the sequences of a mask; all of it where it belongs to none."""
+    dim = _first_dim(key, value, mask)
+    if value.shape[dim : dim + 1] == mask.shape[:1]:
+        return value.index_select(dim, torch.tensor(chosen, device=value.device))
+    if key.startswith("pixel_values") and value.ndim == 2 and len(chosen) < len(mask):  # patches, as of Qwen2-VL
+        raise ValueError(
+            f"{key} of shape {tuple(value.shape)} does not tell which patches belong to which of {len(mask)} sequences "
+            "that are padded differently: give each of these in a calibration batch of its own"
+        )
+    return value
+
+
+def _first_dim(key: str, value: Tensor, mask: Tensor) -> int:
+    """The dimension of sequences; ``position_ids`` of images have those of time, height and width before it."""
+    return value.ndim - mask.ndim if key == "position_ids" else 0
 
 
 def _dims(model: nn.Module, name: str, batch: Batch, masks: Batch) -> dict[str, int]:
@@ -82,10 +104,13 @@ def _dims(model: nn.Module, name: str, batch: Batch, masks: Batch) -> dict[str, 
     found = {}
     for key, value in batch.items():
         side = f"decoder_{key}" if has_two_sides and key == "labels" else key
-        if key in masks or not side.startswith(own) or side.startswith(others) or value.shape[:1] != mask.shape[:1]:
+        first = _first_dim(key, value, mask)
+        sizes = [mask.shape[:1], (1,)] if key == "position_ids" else [mask.shape[:1]]
+        is_of_others = key in masks or not side.startswith(own) or side.startswith(others)
+        if is_of_others or value.shape[first : first + 1] not in sizes:
             continue
         # Positions come after the sequences, or after the channels of these.
-        places = (dim for dim in (1, 2) if value.shape[dim : dim + mask.ndim - 1] == mask.shape[1:])
+        places = (dim + first for dim in (1, 2) if value.shape[dim + first :][: mask.ndim - 1] == mask.shape[1:])
         if (dim := next(places, None)) is not None:
             found[key] = dim
     return {name: 1, **found} if found else {}
