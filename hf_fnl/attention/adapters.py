@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,18 +137,19 @@ class KnownAttention:
 
     Args:
         projections: Its projections.
-        kinds: The products by which it computes, of ``"qk"`` and ``"ov"``; ``None`` if there is no telling.
+        kinds: The products by which it computes, of ``"qk"`` and ``"ov"``, each with whether it calls the layers that
+            hold it, and does not only read their weights; ``None`` if there is no telling.
     """
 
     projections: AttentionProjections
-    kinds: frozenset[str] | None
+    kinds: Mapping[str, bool] | None
 
 
 def attention_of(module: nn.Module) -> KnownAttention | None:
     """Return what is known of a module as an attention, ``None`` if no adapter knows it."""
     for registered in reversed(_REGISTERED.values()):
         if (projections := registered(module)) is not None:
-            return KnownAttention(projections, frozenset({"qk", "ov"}))
+            return KnownAttention(projections, {"qk": True, "ov": True})
     for adapter in _BUILT_IN:
         if (projections := adapter(module)) is not None:
             return KnownAttention(projections, invariant_kinds(module, adapter))

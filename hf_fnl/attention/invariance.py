@@ -27,13 +27,15 @@ _WIDTH = 64  # inputs and outputs of an attention that are looked at, which keep
 # What a copy does not take along: the state of nn.Module, hooks among it, and what accelerate puts before a forward.
 _NOT_COPIED = frozenset(vars(nn.Module())) | {"forward", "_hf_hook", "_old_forward"}
 _ROTATIONS = ("position_embeddings", "sinusoidal_pos")
-_MEASURED: dict[Hashable, frozenset[str] | None] = {}
+_MEASURED: dict[Hashable, Mapping[str, bool] | None] = {}
 
 Adapter = Callable[[nn.Module], AttentionProjections | None]
 
 
-def invariant_kinds(attention: nn.Module, adapter: Adapter) -> frozenset[str] | None:
+def invariant_kinds(attention: nn.Module, adapter: Adapter) -> Mapping[str, bool] | None:
     """The kinds of products, of ``"qk"`` and ``"ov"``, by which an attention computes; ``None`` if it cannot be run.
+
+    Each with whether the attention calls the layers that hold it, and does not only read their weights.
 
     Measured once for all attentions of a class, sizes, settings and configuration. Tokens are at positions of their
     own, so that queries and keys which rotary embeddings turn by different angles are no product.
@@ -61,7 +63,7 @@ def _settings(attention: nn.Module) -> Iterator[Hashable]:
 
 
 @torch.no_grad()
-def _measure(attention: nn.Module, adapter: Adapter) -> frozenset[str] | None:
+def _measure(attention: nn.Module, adapter: Adapter) -> Mapping[str, bool] | None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
         try:
@@ -70,13 +72,25 @@ def _measure(attention: nn.Module, adapter: Adapter) -> frozenset[str] | None:
             return None
         if (projections := adapter(twin)) is None:
             return None
+        called: set[nn.Module] = set()
+        for module in twin.modules():
+            module.register_forward_pre_hook(lambda module, args: called.add(module))
         seen = [found for calls in _calls(twin, projections, generator) if (found := _run(twin, projections, calls))]
     if not seen:
         return None
     # However it may be called: with rotary positions, too, where these can be left out.
     kinds = {kind for changes in seen for kind, (alone, _) in changes.items() if alone > _TOLERANCE}
     false = {kind for changes in seen for kind, (alone, both) in changes.items() if both > _TOLERANCE * alone}
-    return frozenset(kinds - false)
+    holders = {p.kind: {_holder(twin, f.name) for f in p.places} for p in projections.products("", _names(twin), None)}
+    return {kind: holders[kind] <= called for kind in kinds - false}
+
+
+def _holder(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
 def _run(
@@ -102,8 +116,7 @@ def _changes(
     twin: nn.Module, projections: AttentionProjections, arguments: Mapping[str, Any], generator: torch.Generator
 ) -> dict[str, tuple[float, float]]:
     """Return how far the outputs move, relative to them, if one factor of a product changes alone, and if both do."""
-    names = {id(parameter): name for name, parameter in twin.named_parameters()}
-    products = list(projections.products("", names, None))
+    products = list(projections.products("", _names(twin), None))
     for factor in (factor for product in products for factor in product.factors(twin)):
         factor[..., _WIDTH:, :] = 0
     expected = _outputs(twin, arguments)

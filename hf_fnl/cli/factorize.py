@@ -22,7 +22,7 @@ from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.card_files import CARD_FILE, stated_in, write_card
 from hf_fnl.optim.diagnostics import cut_layers, parameter_count
 from hf_fnl.surgery import factorize_
-from hf_fnl.surgery.calibration import Calibration
+from hf_fnl.surgery.calibration_data import Calibration
 from hf_fnl.surgery.config import FactorizationConfig, RankRule
 from hf_fnl.tasks.documents import looks_like_path
 from hf_fnl.utils.files import write_json

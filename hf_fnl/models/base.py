@@ -22,7 +22,7 @@ from hf_fnl.models.configuration import FactorizedConfig, LayerRank
 from hf_fnl.models.cuts import Names, check_methods, cuts_of, layer_in, names_in_backbone, ranks_by_rule
 from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, refuse_unknown_inputs_
 from hf_fnl.models.loading import load_checked
-from hf_fnl.surgery.calibration import Calibration, CalibrationData
+from hf_fnl.surgery.calibration_data import Calibration, CalibrationData
 from hf_fnl.surgery.config import RankRule
 from hf_fnl.surgery.cut import check_values, cut
 from hf_fnl.surgery.heads import HeadTarget

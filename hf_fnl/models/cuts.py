@@ -14,7 +14,7 @@ from hf_fnl.attention.adapters import projections_of
 from hf_fnl.attention.parts import parts_of
 from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.models.configuration import FactorizedConfig, LayerRank
-from hf_fnl.surgery.calibration import CalibrationData
+from hf_fnl.surgery.calibration_data import CalibrationData
 from hf_fnl.surgery.config import RankRule
 from hf_fnl.surgery.cut import candidates_of, parameters_beside
 from hf_fnl.surgery.heads import Attention, HeadTarget, Target

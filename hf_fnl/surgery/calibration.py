@@ -16,29 +16,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import logging
 
 from hf_fnl.layers.linear import Span
 from hf_fnl.math.truncation import HeadMoments, Moments
 from hf_fnl.surgery.blocks import BlockOutputCache, replaced_forwards
+from hf_fnl.surgery.calibration_data import CalibrationData, evaluating, run_over
 from hf_fnl.surgery.padding import Batch, unpadded
-from hf_fnl.surgery.sensitivity import sensitivities
-from hf_fnl.utils.modes import preserved_modes
-from hf_fnl.utils.suggest import did_you_mean, listed
-
-Calibration: TypeAlias = Batch | Iterable[Batch]
+from hf_fnl.utils.suggest import listed
 
 
 @dataclass(frozen=True)
@@ -67,45 +63,6 @@ Measured: TypeAlias = Moments | HeadMoments | None
 # whose places they run, which may lie inside of it; ``None`` for the module itself.
 Handler: TypeAlias = Callable[[str, Any], nn.Module | Mapping[nn.Module, nn.Module] | None]
 Ties: TypeAlias = Mapping[str, Sequence[str]]
-
-
-class CalibrationData:
-    """Batches that are checked, and the sensitivities of layers where these hold labels, measured once.
-
-    Args:
-        model: The model that is calibrated.
-        batches: Its inputs: one batch, or several. Masks, ``(sequences, length)`` under names that end in
-            ``attention_mask``, tell padding, and so does a ``pixel_mask`` of images.
-
-    Raises:
-        ValueError: If there are none, they are not finite, or they are under a name that the model would ignore.
-        TypeError: If they are no mappings from names to tensors.
-    """
-
-    def __init__(self, model: nn.Module, batches: Calibration) -> None:
-        self.model: nn.Module = model
-        self.batches: Sequence[Batch] = [batches] if isinstance(batches, Mapping) else list(batches)
-        if not self.batches:
-            raise ValueError("there are no calibration batches")
-        for number, batch in enumerate(self.batches):
-            _check(f"calibration batch {number}" if len(self.batches) > 1 else "the calibration batch", batch)
-            if set(batch) != set(self.batches[0]):
-                raise ValueError(
-                    f"calibration batches have different keys: {', '.join(self.batches[0]) or 'none'} in the first, "
-                    f"{', '.join(batch) or 'none'} in number {number}"
-                )
-        _check_taken(model, self.batches[0])
-        self.has_labels = "labels" in self.batches[0]
-        self._sensitivities: dict[str, Tensor] = {}
-
-    def sensitivities(self, layers: Mapping[str, Sequence[nn.Module]]) -> Mapping[str, Tensor]:
-        """Return :func:`~hf_fnl.surgery.sensitivity.sensitivities` of layers; none where there are no labels."""
-        missing = {name: modules for name, modules in layers.items() if name not in self._sensitivities}
-        if self.has_labels and missing:
-            with _evaluating(self.model):
-                parts = [p for batch in self.batches for p in unpadded(self.model, batch, choices_apart=False)]
-                self._sensitivities |= sensitivities(self.model, parts, missing)
-        return {name: self._sensitivities[name] for name in layers if name in self._sensitivities}
 
 
 @torch.no_grad()
@@ -153,7 +110,7 @@ def visit_modules(
         return handle(name, replace(measured, sensitivity=by_name[name]) if name in by_name else measured)
 
     batches = [part for batch in data.batches for part in unpadded(model, batch)]
-    with _evaluating(model), tempfile.TemporaryDirectory(prefix="hf_fnl-") as folder:
+    with evaluating(model), tempfile.TemporaryDirectory(prefix="hf_fnl-") as folder:
         cache = BlockOutputCache(model, Path(folder))
         visits = _Visits(model, batches, requests, handle_with_sensitivity, ties, cache, changes)
         with visits.replacing_forwards(), visits.cache.replacing_forwards():
@@ -247,7 +204,7 @@ class _Visits:
 
         def run() -> Any:
             self.traced, self.given = [], None
-            output = self._pass(number)
+            output = run_over(self.model, self.batches[number])
             traces.append(self.traced)
             return output
 
@@ -257,14 +214,6 @@ class _Visits:
             run()
         self.traced, self.given = None, None
         return traces[0]
-
-    def _pass(self, number: int) -> Any:
-        """Run the model over a batch and return what it returns."""
-        device = next(self.model.parameters()).device
-        inputs: dict[str, Any] = {name: value.to(device) for name, value in self.batches[number].items()}
-        if hasattr(getattr(self.model, "config", None), "use_cache"):
-            inputs["use_cache"] = False
-        return self.model(**inputs)
 
     def _measure_stage(self, is_once: bool, progress: Any) -> None:
         unfinished = {name for name in self.requests if name not in self.handled}
@@ -277,7 +226,7 @@ class _Visits:
                 self.remaining = Counter(self.stage) if is_once else None
                 self.cache.begin(number)
                 with contextlib.suppress(_Reached):
-                    self._pass(number)
+                    run_over(self.model, self.batches[number])
                 self.given, self.shared = None, None
                 progress.update()
         if missed := [name for name in self.stage if name not in self.measured]:
@@ -382,41 +331,3 @@ def _head_moments(heads: HeadMomentsRequest, call: Callable[[], Any]) -> HeadMom
 def _samples(x: Tensor) -> Tensor:
     """Vectors ``(..., n)`` as ``(count, n)``."""
     return x.reshape(-1, x.shape[-1])
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without torch's fast path, which does not call the layers of an encoder."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with preserved_modes(model):
-            model.eval()
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _check_taken(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise a ``ValueError`` for an input that a model of Transformers, or of ours, would ignore without a word."""
-    if type(model).__module__.partition(".")[0] not in ("transformers", "hf_fnl"):
-        return
-    forwards = {type(module).forward for module in model.modules()}
-    taken = {name for forward in forwards for name in inspect.signature(forward).parameters}
-    taken |= {"attention_mask", *TransformersKwargs.__annotations__}  # a mask tells padding to this module as well
-    for name in names:
-        if not {name, name.removeprefix("encoder_"), name.removeprefix("decoder_")} & taken:
-            meant = did_you_mean(name, inspect.signature(model.forward).parameters)
-            raise ValueError(
-                f"{type(model).__name__} takes no {name}, and would ignore it: leave it out of the calibration{meant}"
-            )
-
-
-def _check(which: str, batch: Any) -> None:
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"{which} must be a mapping from the names of the model's inputs to tensors, got {batch!r:.80}")
-    for name, value in batch.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} in {which} must be a tensor, got {type(value).__name__}")
-        if value.is_floating_point() and not name.endswith("mask") and not value.isfinite().all():
-            raise ValueError(f"{name} in {which} holds NaN or Inf")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_fnl.surgery.calibration import Calibration, CalibrationData
+from hf_fnl.surgery.calibration_data import Calibration, CalibrationData
 from hf_fnl.surgery.config import LAYER_KINDS, FactorizationConfig
 from hf_fnl.surgery.cut import candidates_of, check_values, cut, parameters_beside
 from hf_fnl.surgery.heads import HeadTarget, Target
@@ -18,7 +18,7 @@ from hf_fnl.surgery.ranks import Candidate, UnreachableShare, choose_ranks
 from hf_fnl.surgery.record import QUANT_METHOD, layer_record, live_models
 from hf_fnl.surgery.select import by_reason, listed, select
 from hf_fnl.surgery.swap import check_not_quantized, check_present, swap_and_record_, unwrapped
-from hf_fnl.surgery.targets import Cut, Replacements
+from hf_fnl.surgery.targets import Cut, LayerTarget, Replacements
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,10 @@ def factorize_(
     targets, skipped = select(model, config, near)
     check_values(targets, calibrated=calibration is not None)
     data = None if calibration is None else CalibrationData(model, calibration)
+    if data is not None:
+        only_read = _only_read(targets, config, data)
+        targets = [target for target in targets if target.name not in only_read]
+        skipped |= only_read
     candidates = _candidates(model, targets, config, data)
     too_small = _below_rank(targets, candidates, config)
     candidates = [each for each in candidates if each.name not in too_small]
@@ -167,6 +171,20 @@ def factorize_(
                 dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
     swap_and_record_(model, replacements, near)
     return Factorization(done, skipped)
+
+
+def _only_read(targets: Sequence[Target], config: FactorizationConfig, data: CalibrationData) -> dict[str, str]:
+    """Return why layers stay dense that are given nothing to be calibrated with, as they are never called."""
+    layers = {target.name: list(target.layers.values()) for target in targets if isinstance(target, LayerTarget)}
+    names = data.only_read(layers)
+    if named := [name for name in names if config.matches_explicitly(name)]:
+        raise ValueError(f"{named[0]} cannot be calibrated: {_ONLY_READ}")
+    if len(names) == len(targets):
+        raise ValueError(f"{listed(names)} cannot be calibrated: {_ONLY_READ}")
+    return dict.fromkeys(names, _ONLY_READ)
+
+
+_ONLY_READ = "the model reads its weight and does not call it"
 
 
 def _below_rank(

@@ -135,6 +135,8 @@ def _heads_of(
         return "a projection is factorized already"
     if (attention := Attention.of(path, module, known.projections, kind)) is None:
         return _READ_BY_ITS_PARENT
+    if not known.kinds[kind]:
+        return f"{type(module).__name__} reads the weight of a layer of it and does not call that"
     names = []
     for layer in attention.layers([kind]):
         weight = layer.get_parameter("weight")

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from hf_fnl import FactorizationConfig, factorize_
 from hf_fnl.surgery.blocks import BlockOutputCache
-from hf_fnl.surgery.calibration import CalibrationData, visit_modules
+from hf_fnl.surgery.calibration import visit_modules
+from hf_fnl.surgery.calibration_data import CalibrationData
 
 TEXT = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 17}
 

@@ -20,7 +20,8 @@ from hf_fnl.layers import FactorizedLinear
 from hf_fnl.layers.linear import Span
 from hf_fnl.math.truncation import Moments
 from hf_fnl.surgery import factorize_
-from hf_fnl.surgery.calibration import CalibrationData, Handler, HeadMomentsRequest, Request, visit_modules
+from hf_fnl.surgery.calibration import Handler, HeadMomentsRequest, Request, visit_modules
+from hf_fnl.surgery.calibration_data import CalibrationData
 from hf_fnl.surgery.config import FactorizationConfig
 from hf_fnl.surgery.padding import unpadded
 
@@ -537,6 +538,46 @@ def test_what_belongs_to_no_sequence_stays_as_it_is() -> None:
         assert part["table"] is batch["table"]
 
 
+@pytest.mark.parametrize("shape", [(1,), (3,), (3, 1), (3, 3)], ids=["for-all", "each", "axes-for-all", "axes-of-each"])
+def test_position_ids_are_cut_as_tokens_are(shape: tuple[int, ...]) -> None:
+    ids, mask = torch.arange(21).view(3, 7), torch.ones(3, 7, dtype=torch.long)
+    mask[0, :2] = mask[1, 5:] = 0
+    positions = torch.arange(7) + 10 * torch.arange(len(torch.empty(shape).flatten())).view(*shape, 1)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    places = [(0, slice(2, 7)), (1, slice(0, 5)), (2, slice(0, 7))]
+    for (row, kept), part in zip(places, unpadded(nn.Module(), batch), strict=True):
+        assert part["input_ids"].tolist() == [ids[row, kept].tolist()]
+        of_row = positions if shape[-1] == 1 else positions[..., row : row + 1, :]
+        assert_close(part["position_ids"], of_row[..., kept], **EXACT)
+
+
+def test_a_mask_that_tells_no_padding_is_cut_as_tokens_are() -> None:
+    attends_to_all, mask = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0]]), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    batch = {"input_ids": torch.arange(8).view(2, 4), "attention_mask": mask, "global_attention_mask": attends_to_all}
+    parts = [part["global_attention_mask"].tolist() for part in unpadded(nn.Module(), batch)]
+    assert parts == [[[1, 0, 0]], [[1, 0, 0, 0]]]
+
+
+class ReadsWeights(nn.Module):
+    """Computes with the weight of one layer, calls another, and does both with a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.both = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(self.called(x @ self.read.weight.mT)) + x @ self.both.weight
+
+
+def test_a_layer_whose_weight_is_read_in_the_place_of_a_call_stays_dense() -> None:
+    batch = {"x": torch.randn(40, 6)}
+    done = factorize_(ReadsWeights(), FactorizationConfig(rank=2), calibration=batch)
+    assert done.skipped == {"read": "the model reads its weight and does not call it"}
+    for include in (["read"], ["*", "read"]):
+        with pytest.raises(ValueError, match="read cannot be calibrated: the model reads its weight and does not call"):
+            factorize_(ReadsWeights(), FactorizationConfig(rank=2, include=include), calibration=batch)
+
+
 def test_a_mask_of_patches_that_hides_nothing_is_passed_on() -> None:
     pixels = torch.randn(2, 1, 3, 8, 8)
     batch = {"pixel_values": pixels, "pixel_attention_mask": torch.ones(2, 1, 8, 8)}
@@ -562,15 +603,18 @@ def test_only_masked_positions_are_no_data() -> None:
         pytest.param(
             "bert", {"attention_mask": 1 - torch.eye(5).roll(1, 0)}, "hides positions between others", id="holes"
         ),
+        pytest.param(
+            "bert",
+            {"attention_mask": torch.ones(5, 5).tril(), "pixel_values": torch.ones(8, 3)},
+            r"pixel_values of shape \(8, 3\) does not tell which patches",
+            id="patches",
+        ),
     ],
 )
 def test_masks_that_tell_no_padding_are_refused(model: str, batch: dict[str, Tensor], message: str) -> None:
     stock_model = stock(model)
-    name = next(name for name, module in stock_model.named_modules() if isinstance(module, nn.Linear))
-    before = state_of(stock_model)
     with pytest.raises(ValueError, match=message):
-        seen_in(stock_model, {"input_ids": padded("right")[0], **batch}, name)
-    assert state_of(stock_model) == before
+        list(unpadded(stock_model, {"input_ids": padded("right")[0], **batch}))
 
 
 # Several batches

@@ -169,6 +169,16 @@ def test_torchs_own_attention_is_passed_over():
     assert "calls no layer" in done.skipped["self_attn.ov"] or "does not call it" in done.skipped["self_attn.ov"]
 
 
+def test_an_attention_that_reads_weights_in_the_place_of_calls_is_passed_over():
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 7}
+    convolutions = {"conv_dim": (4,), "conv_stride": (2,), "conv_kernel": (3,), "num_conv_pos_embedding_groups": 2}
+    model = T.WavLMModel(T.WavLMConfig(**sizes, **convolutions, num_conv_pos_embeddings=4))
+    done = factorize_(model, FactorizationConfig(kinds=("ov", "linear"), rank=2))
+    reason = "WavLMAttention reads the weight of a layer of it and does not call that"
+    assert done.skipped["encoder.layers.0.attention.ov"] == reason
+    assert model.eval()(torch.randn(1, 50)).last_hidden_state.isfinite().all()  # as matrices of their own they are cut
+
+
 @pytest.mark.parametrize("init", ["spectral_ones", "default", "he"])
 def test_heads_may_start_anew(init):
     model = build("gpt2")
