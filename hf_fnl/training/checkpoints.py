@@ -54,8 +54,10 @@ class CompleteCheckpoints(TrainerCallback):
         def make() -> None:
             if checkpoint.exists():
                 remove(checkpoint)
-            checkpoint.mkdir(parents=True)
-            _write(checkpoint, {"unfinished": True})
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            _mark(checkpoint).touch()
+            flush(checkpoint.parent)
+            checkpoint.mkdir()
 
         first_decides(make)
         self.unfinished = checkpoint
@@ -132,6 +134,7 @@ def remove(checkpoint: Path) -> None:
     removed = checkpoint.with_name(f".{checkpoint.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     checkpoint.rename(removed)
+    _mark(checkpoint).unlink(missing_ok=True)
     shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -162,7 +165,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / MANIFEST_FILE
     if not path.is_file():
-        if checkpoint.is_dir() and not any(_files(checkpoint)):
+        if _mark(checkpoint).exists() or (checkpoint.is_dir() and not any(_files(checkpoint))):
             raise UnfinishedError("its saving was broken off")
         raise FileNotFoundError(
             f"it has no {MANIFEST_FILE}, the list of its files: another Trainer wrote it, or the list was removed"
@@ -180,8 +183,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         ) from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(f"its {MANIFEST_FILE}, the list of its files, is damaged") from None
-    if content.get("unfinished"):
-        raise UnfinishedError("its saving was broken off")
     return content
 
 
@@ -231,7 +232,7 @@ def check_complete(checkpoint: Path) -> None:
     """
     if not first_decides(checkpoint.is_dir):
         raise FileNotFoundError(f"resume_from_checkpoint: there is no folder {checkpoint}")
-    if first_decides(lambda: not (checkpoint / MANIFEST_FILE).is_file() and any(_files(checkpoint))):
+    if first_decides(lambda: not (checkpoint / MANIFEST_FILE).is_file() and not is_unfinished(checkpoint)):
         if is_first():
             logger.warning("%s has no list of its files, and is taken as it is, unchecked", checkpoint)
         return
@@ -245,6 +246,11 @@ def clean(run: Path) -> None:
     """Remove what is left of checkpoints whose removal was broken off."""
     for path in run.glob(f".{PREFIX_CHECKPOINT_DIR}-*.removed"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _mark(checkpoint: Path) -> Path:
+    """Return the file that says that a checkpoint is being written: beside it, and not in what goes to the Hub."""
+    return checkpoint.with_name(f"_{checkpoint.name}.unfinished")
 
 
 def _step(checkpoint: Path) -> int:
@@ -282,6 +288,7 @@ def _write(checkpoint: Path, content: dict[str, Any]) -> None:
     write_json(checkpoint / MANIFEST_FILE, {"checksum": _checksum_of(content), **content})
     for folder in (checkpoint, checkpoint.parent):
         flush(folder)
+    _mark(checkpoint).unlink(missing_ok=True)
 
 
 def _flushed(path: Path) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class FLAMBeTrainer(Trainer):
         if self.label_smoother is not None and _shifts_labels(base):
             # The Trainer tells by the names of Transformers' own classes which labels are a token ahead of the logits.
             self.label_smoother = functools.partial(self.label_smoother, shift_labels=True)
-        self._counts_sequences = "num_sequences_in_batch" in inspect.signature(unwrapped.forward).parameters
+        self._counts_sequences = "num_sequences_in_batch" in inspect.signature(base.forward).parameters
         self._is_dense = args.dense_steps > 0
         self._coupled: FrobeniusDecay | None = None
         self._scheduler: LRScheduler | None = None

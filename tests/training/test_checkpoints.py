@@ -193,6 +193,17 @@ def test_a_run_killed_in_its_first_save_starts_afresh(tmp_path, caplog):
     tiny_trainer(tmp_path, **SAVES).train()  # no other run's
 
 
+def test_going_on_from_what_a_trainer_pushes_to_the_hub(tmp_path, run):
+    """It uploads a checkpoint before its files are listed."""
+    run_folder, pushed = tmp_path / "run", tmp_path / "last-checkpoint"
+    trainer = tiny_trainer(run_folder, **{**SAVES, "max_steps": 2})
+    push = TrainerCallback()
+    push.on_save = lambda *args, **kwargs: shutil.copytree(run_folder / "checkpoint-2", pushed) and None
+    trainer.callback_handler.callbacks.insert(0, push)
+    trainer.train()
+    assert_same_run(go_on(tmp_path / "again", str(pushed)), run)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"optim": "flambe", "frobenius_decay": ["ov", "linear"]}, {"optim": "adamw_torch", "frobenius_decay": ["linear"]}],
