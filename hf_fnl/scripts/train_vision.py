@@ -182,7 +182,7 @@ class Session:
 
     def __init__(self, options: ModelOptions, data: ImageOptions, args: ImageTrainingArguments) -> None:
         self.options, self.args = options, args
-        self.train, self.held_out = (self._placed(images) for images in load_image_sets(data))
+        self.train, self.held_out = (self._placed(images) for images in load_image_sets(data, seed=args.seed))
         self.transform = BatchTransform(
             *self.train.statistics(),
             crop_padding=data.crop_padding or 0,

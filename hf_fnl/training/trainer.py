@@ -215,9 +215,12 @@ class FLAMBeTrainer(Trainer):
         return stream_loader(self.train_dataset, self.data_collator, self.args)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As in Transformers, with the last batch: ``dataloader_drop_last`` drops that of training alone."""
+        """As in Transformers, with the last batch, that ``dataloader_drop_last`` drops in training, and of epoch 0."""
         with _all_batches(self.args):
-            return super().get_eval_dataloader(*args, **kwargs)
+            loader = super().get_eval_dataloader(*args, **kwargs)
+        if hasattr(loader, "set_epoch"):  # one with persistent workers is kept, and would count its evaluations
+            loader.set_epoch(0)
+        return loader
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """As in Transformers, with the last batch: ``dataloader_drop_last`` drops that of training alone."""

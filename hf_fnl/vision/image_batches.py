@@ -190,7 +190,9 @@ class ImageFiles(ImageData):
         image_size: Side of the square, in pixels.
         training: Whether to cut out a rectangle at random, of 8 to 100 % of the area and between 3:4 and 4:3, and to
             resize it (Szegedy et al. 2015); else the shorter side is resized to 256/224 of ``image_size`` and the
-            center is cut out. Random numbers come from torch's generator of the process, a data loader's worker or not.
+            center is cut out. The rectangle is a function of the seed, the epoch and the image, so that a resumed run
+            sees what an uninterrupted one would, with any number of workers.
+        seed: Of the rectangles.
 
     Raises:
         ValueError: If ``image_size`` is below 1.
@@ -198,10 +200,15 @@ class ImageFiles(ImageData):
 
     num_channels = 3
 
-    def __init__(self, records: ImageRecords, image_size: int, *, training: bool) -> None:
+    def __init__(self, records: ImageRecords, image_size: int, *, training: bool, seed: int = 0) -> None:
         _check_size(image_size)
+        self.seed, self._epoch = seed, torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it change
         self.records, self.class_names, self.training = records, records.class_names, training
         self.image_size, self.resized_side = (image_size, image_size), round(image_size * RESIZED_TO_CROPPED)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next pass."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -209,7 +216,8 @@ class ImageFiles(ImageData):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = self.records[index]
         if self.training:
-            image = image.resize(self.image_size, BILINEAR, box=random_box(*image.size))
+            rng = np.random.default_rng([self.seed, int(self._epoch), index])
+            image = image.resize(self.image_size, BILINEAR, box=random_box(*image.size, rng))
         else:
             image = resize_and_crop(image, shorter_side=self.resized_side, size=self.image_size[0])
         pixels = torch.from_numpy(to_array(image, num_channels=self.num_channels).copy())
@@ -220,12 +228,12 @@ class ImageFiles(ImageData):
         return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
 
 
-def load_image_sets(options: ImageOptions) -> tuple[ImageData, ImageData]:
-    """Load the images to train and to evaluate on, of the same classes, channels and size."""
+def load_image_sets(options: ImageOptions, *, seed: int = 0) -> tuple[ImageData, ImageData]:
+    """Load the images to train and to evaluate on, of the same classes, channels and size; crops follow the seed."""
     training = options.load("train")
     evaluation, size = options.load("eval", training.class_names), options.image_size
     if options.resized_crops and size is not None:  # the first asks for the second
-        return ImageFiles(training, size, training=True), ImageFiles(evaluation, size, training=False)
+        return ImageFiles(training, size, training=True, seed=seed), ImageFiles(evaluation, size, training=False)
     images = ImageTensors.decode(training, image_size=size)
     return images, ImageTensors.decode(evaluation, image_size=size, like=images)
 

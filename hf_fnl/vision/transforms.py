@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,7 +83,7 @@ class BatchTransform(nn.Module):
         return padded.flatten(2).gather(2, places.view(batch, 1, -1).expand(-1, channels, -1)).view_as(images)
 
 
-def random_box(width: int, height: int) -> tuple[int, int, int, int]:
+def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """Return a rectangle inside an image, of random area and ratio of its sides (Szegedy et al. 2015, Sec. 6).
 
     Of ten that are drawn, with areas of 8 to 100 % and ratios between 3:4 and 4:3 (uniform in the logarithm), the first
@@ -91,11 +92,12 @@ def random_box(width: int, height: int) -> tuple[int, int, int, int]:
     Args:
         width: Of the image, in pixels.
         height: The same.
+        rng: Source of all choices.
 
     Returns:
         Left, top, right and bottom, in pixels.
     """
-    for area, log_ratio, across, down in torch.rand(10, 4, dtype=torch.float64).tolist():
+    for area, log_ratio, across, down in rng.random((10, 4)).tolist():
         pixels = width * height * (CROP_AREAS[0] + area * (CROP_AREAS[1] - CROP_AREAS[0]))
         ratio = CROP_RATIOS[0] * (CROP_RATIOS[1] / CROP_RATIOS[0]) ** log_ratio
         w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))

@@ -178,6 +178,7 @@ def test_dense_epochs_come_before_the_low_rank_ones(runs):
         ("rank-scale", 3),
         ("do_conv", 3),
         ("snip", 3),
+        ("crops", 3),
         ("dense-first", 3),
         ("dense-first", 6),
     ],

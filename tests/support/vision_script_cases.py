@@ -41,6 +41,7 @@ FORMS: dict[str, dict[str, Any]] = {
     **{scheme: {"ratio": 0.5, "conv_scheme": scheme, "decay": "frobenius"} for scheme in SCHEMES},
     **{kind: {"overcomplete": kind} for kind in OVERCOMPLETE},
     **{method: {"ratio": 0.4, "pruning": method} for method in PRUNINGS},
+    "crops": {"resized_crops": True, "image_size": 8},
     "dense-first": {"rank_scale": 0.3, "decay": "frobenius", "dense_epochs": 1},
 }
 FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "metrics.json", "run_config.json"}

@@ -23,6 +23,7 @@ from hf_fnl.tasks.pretraining import DOCUMENTS_PER_GROUP, build_pretraining_data
 from hf_fnl.tasks.pretraining_examples import PretrainingOptions, Vocabulary, mask_tokens
 from hf_fnl.tasks.sentences import tokenize_documents
 from hf_fnl.tasks.tokenization import train_wordpiece
+from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import EpochCallback
 
 CORPUS = embedded_documents()
@@ -161,6 +162,19 @@ def test_persistent_workers_see_the_epoch(documents, tokenizer):
     for epoch in range(2):
         dataset.set_epoch(epoch)
         assert all(map(equal, workers, loader(dataset, tokenizer)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_all_evaluations_mask_alike_whoever_makes_the_batches(documents, tokenizer, tmp_path):
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "remove_unused_columns": False}
+    trainer = FLAMBeTrainer(
+        torch.nn.Linear(1, 1),
+        FLAMBeTrainingArguments(str(tmp_path), optim="lamb", use_cpu=True, **workers),
+        eval_dataset=build_pretraining_dataset(documents.select(range(5)), tokenizer, FULL),
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+    )
+    first, second = (list(trainer.get_eval_dataloader()) for _ in range(2))
+    assert all(map(equal, first, second))
 
 
 # Streams
