@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ import typer
 from hf_fnl.cli.evaluate import evaluate
 from hf_fnl.cli.help import EXAMPLES, Commands
 from hf_fnl.cli.options import (
+    RANKS,
     Debug,
     EmbeddingRank,
     FfnRank,
@@ -24,6 +25,7 @@ from hf_fnl.cli.options import (
     OvRank,
     QkRank,
     QkvRank,
+    given,
 )
 from hf_fnl.cli.plan import plan
 from hf_fnl.cli.programs import add_programs
@@ -61,13 +63,12 @@ def options(
 _COMPARED = 5  # the colours of a report that can be told apart
 _RULE, _WHERE = "How far (one of these, or ranks)", "What"
 _DATA, _HEAL = "Calibration", "Healing"
-
-
 _SHARE = (_RULE, "SHARE")
+_RULES = ("ratio", "budget", "layer_ratio", "energy", "rank_scale", "rank")
 
 
-def _option(text: str, panel: str, metavar: str | None = None, **settings: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel=panel, metavar=metavar, **settings)
+def _option(text: str, panel: str, metavar: str | None = None, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, **settings)
 
 
 @app.command(
@@ -106,11 +107,7 @@ def factorize(
     ] = "",
     surgery: Annotated[
         bool,
-        typer.Option(
-            "--surgery",
-            help="Factorize layer by layer, as models without a factorized class of ours always are.",
-            rich_help_panel=_WHERE,
-        ),
+        _option("Factorize layer by layer, as models without a class of ours always are.", _WHERE, None, "--surgery"),
     ] = False,
     include: Annotated[
         list[str] | None, _option("Only layers with such names, as '*.mlp.*'.", _WHERE, "PATTERN")
@@ -139,8 +136,7 @@ def factorize(
     ] = None,
     heal_steps: Annotated[int, _option("Steps, of some 1,000 tokens each.", _HEAL, min=1)] = 300,
     heal_bf16: Annotated[
-        bool,
-        typer.Option("--heal-bf16", help="Compute in bfloat16 where autocast allows.", rich_help_panel=_HEAL),
+        bool, _option("Compute in bfloat16 where autocast allows.", _HEAL, None, "--heal-bf16")
     ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -152,23 +148,8 @@ def factorize(
     every layer. Say how far with one rule, or give ranks. A calibrated model keeps more of what the dense one
     knows, and a healed one gets more of it back.
     """
-    rules: dict[str, Any] = {
-        "ratio": ratio,
-        "budget": budget,
-        "layer_ratio": layer_ratio,
-        "energy": energy,
-        "rank_scale": rank_scale,
-        "rank": rank,
-    }
-    by_kind = {
-        "qk_rank": qk_rank,
-        "ov_rank": ov_rank,
-        "ffn_rank": ffn_rank,
-        "qkv_rank": qkv_rank,
-        "embedding_rank": embedding_rank,
-    }
-    ranks = {name: value for name, value in by_kind.items() if value is not None}
-    _check_rules(rules, by_kind, multiple_of)
+    rules, ranks = given(context, _RULES), given(context, RANKS)
+    _check_rules(rules, ranks, multiple_of)
     with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli import factorize as work
         from hf_fnl.cli.texts import Texts
@@ -196,12 +177,16 @@ def factorize(
             terminal=terminal,
         )
         table = layers_table(record["layers"], record["parameters_before"], record["parameters_after"])
-        tokens = record["calibration_tokens"]
-        used = [] if tokens is None else [f"calibrated with {tokens:,} tokens"]
-        if (healed := record["healing"]) is not None:
-            losses = f"{healed['held_out_before']:.4g} to {healed['held_out_after']:.4g}"
-            used.append(f"healed with {healed['tokens']:,} tokens: held-out distance from the dense model {losses}")
-        terminal.show(record | {"out": str(out)}, table, "\n".join([LAYERS_KEY, "", *used, str(out)]))
+        terminal.show(record | {"out": str(out)}, table, "\n".join([LAYERS_KEY, "", *_texts_used(record), str(out)]))
+
+
+def _texts_used(record: dict[str, Any]) -> Iterator[str]:
+    """Say what a model was calibrated and healed with."""
+    if (tokens := record["calibration_tokens"]) is not None:
+        yield f"calibrated with {tokens:,} tokens"
+    if (healed := record["healing"]) is not None:
+        losses = f"{healed['held_out_before']:.4g} to {healed['held_out_after']:.4g}"
+        yield f"healed with {healed['tokens']:,} tokens: held-out distance from the dense model {losses}"
 
 
 @app.command(
@@ -309,12 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app(arguments, prog_name="hf-fnl")
 
 
-def _check_rules(rules: dict[str, Any], by_kind: dict[str, int | None], multiple_of: int) -> None:
-    given, ranks = ([name for name, value in options.items() if value is not None] for options in (rules, by_kind))
-    if len(given) + bool(ranks) != 1:
+def _check_rules(rules: dict[str, Any], ranks: dict[str, int], multiple_of: int) -> None:
+    if len(rules) + bool(ranks) != 1:
         raise typer.BadParameter(
-            f"say how far with exactly one of {_flags(rules)}; or with ranks: any of {_flags(by_kind)}; "
-            f"got {_flags((*given, *ranks)) or 'none'}"
+            f"say how far with exactly one of {_flags(_RULES)}; or with ranks: any of {_flags(RANKS)}; "
+            f"got {_flags((*rules, *ranks)) or 'none'}"
         )
     if ranks and multiple_of != 1:
         raise typer.BadParameter("--multiple-of belongs to a rule; ranks are taken as they are")

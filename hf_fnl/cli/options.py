@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+RANKS = ("qk_rank", "ov_rank", "ffn_rank", "qkv_rank", "embedding_rank")
+
+
+def given(context: typer.Context, names: Iterable[str]) -> dict[str, Any]:
+    """Return those of some options of a command that have a value."""
+    return {name: context.params[name] for name in names if context.params[name] is not None}
 
 
 def _rank(text: str) -> Any:

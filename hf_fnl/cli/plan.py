@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_fnl.cli.options import Debug, EmbeddingRank, FfnRank, Json, OvRank, QkRank, QkvRank
+from hf_fnl.cli.options import RANKS, Debug, EmbeddingRank, FfnRank, Json, OvRank, QkRank, QkvRank, given
 from hf_fnl.cli.tables import new_table, share_left
 from hf_fnl.cli.terminal import session, usage
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -51,13 +52,6 @@ def plan(
     A factorized model stands beside the dense one. The model is built without weights; nothing is downloaded and no
     GPU is needed. The formulas are in hf_fnl/planning.py.
     """
-    ranks: dict[str, Any] = {
-        "qk_rank": qk_rank,
-        "ov_rank": ov_rank,
-        "ffn_rank": ffn_rank,
-        "qkv_rank": qkv_rank,
-        "embedding_rank": embedding_rank,
-    }
     with session(as_json=as_json, debug=debug) as terminal:
         import hf_fnl.planning as planning
 
@@ -69,7 +63,7 @@ def plan(
                 dtype=dtype,
                 checkpointing=checkpointing,
             )
-        asked = planning.meta_model(model, ratio=ratio, **ranks)
+        asked = planning.meta_model(model, ratio=ratio, **given(context, RANKS))
         dense = planning.meta_model(model, dense=True)
         models = {"dense": dense}
         if sum(p.numel() for p in asked.parameters()) != sum(p.numel() for p in dense.parameters()):
@@ -78,13 +72,10 @@ def plan(
         for name, each in models.items():
             cost = planning.cost_of(each, setup)
             held = {engine: planning.memory_of(cost, setup, engine) for engine in planning.ENGINES}
-            found[name] = {
-                **asdict(cost),
-                "memory": {engine: asdict(parts) | {"total": parts.total} for engine, parts in held.items()},
-            }
-        options = {name: rank for name, rank in (ranks | {"ratio": ratio}).items() if rank is not None}
+            memories = {engine: asdict(parts) | {"total": parts.total} for engine, parts in held.items()}
+            found[name] = {**asdict(cost), "memory": memories}
         terminal.show(
-            {"model": model, "ranks": options, "setup": asdict(setup), **found},
+            {"model": model, "ranks": given(context, (*RANKS, "ratio")), "setup": asdict(setup), **found},
             f"{model}: processes: {gpus}, {batch_size} x {sequence_length} tokens in each, {dtype}\n",
             _step(found),
             "",
