@@ -26,10 +26,12 @@ _RATE, _FEW_STEPS = 3e-4, 50
 class DistillationTrainer(FLAMBeTrainer):
     r"""Trainer whose loss is how far a model is from another on the same inputs.
 
-    Where both give logits, it is the mean over positions of :math:`KL(p_{teacher} \| p_{model})`; else the squared
-    error of the last hidden states over the teacher's squared norm. The models have one output for each token that they
-    are given, as language models and encoders have, and encoder-decoders for each of ``decoder_input_ids``. Positions
-    that ``decoder_attention_mask``, or else ``attention_mask``, hides count for nothing; labels are not looked at.
+    Where both give logits, it is the mean over positions of :math:`KL(p_{teacher} \| p_{model})`, or their squared
+    error where they are those of no classes that exclude each other (``problem_type``, or one logit only); else the
+    squared error of the last hidden states over the teacher's squared norm. The models have one output for each
+    sequence, as classifiers have, for each token that they are given, as language models and encoders have, and
+    encoder-decoders for each of ``decoder_input_ids``. Positions that ``decoder_attention_mask``, or else
+    ``attention_mask``, hides count for nothing; labels are not looked at.
 
     Args:
         model: The model to train.
@@ -62,22 +64,25 @@ class DistillationTrainer(FLAMBeTrainer):
     ) -> Any:
         """Return the distance from the teacher, of the mean of its batch."""
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        has_two_sides = getattr(getattr(self.teacher, "config", None), "is_encoder_decoder", False)
+        config = getattr(self.teacher, "config", None)
+        has_two_sides = getattr(config, "is_encoder_decoder", False)
         if has_two_sides and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(inputs):
             raise ValueError("distillation of an encoder-decoder needs decoder_input_ids: labels are not looked at")
         with torch.no_grad():
             target = self.teacher(**inputs)
         outputs = model(**inputs)
         mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
-        loss = distillation_loss(outputs, target, mask)
+        loss = distillation_loss(outputs, target, mask, getattr(config, "problem_type", None))
         return (loss, outputs) if return_outputs else loss
 
 
-def distillation_loss(outputs: Any, target: Any, attention_mask: Tensor | None = None) -> Tensor:
+def distillation_loss(
+    outputs: Any, target: Any, attention_mask: Tensor | None = None, problem_type: str | None = None
+) -> Tensor:
     """Return the distance of a model's outputs from a teacher's, as :class:`DistillationTrainer` says.
 
     Raises:
-        ValueError: If the two have not the same outputs, or not one for each token of ``attention_mask``.
+        ValueError: If the two have not the same outputs, or not one for each sequence or token of ``attention_mask``.
     """
     name = "logits" if "logits" in target else "last_hidden_state"
     of_model, of_teacher = (tuple(each[name].shape) if name in each else None for each in (outputs, target))
@@ -87,16 +92,20 @@ def distillation_loss(outputs: Any, target: Any, attention_mask: Tensor | None =
             f"{of_teacher}"
         )
     found, wanted = (each[name].float() for each in (outputs, target))
-    if name == "logits":
+    if found.ndim == 4:  # of images, whose classes or channels come second
+        found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
+    if name == "last_hidden_state":
+        distance = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
+    elif found.shape[-1] > 1 and problem_type in (None, "single_label_classification"):
         found, wanted = found.log_softmax(-1), wanted.log_softmax(-1)
         distance = nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
     else:
-        distance = (found - wanted).square().sum(-1) / wanted.square().sum(-1)
-    if attention_mask is None:
+        distance = (found - wanted).square().mean(-1)
+    if attention_mask is None or distance.ndim == 1:
         return distance.mean()
     if distance.shape != attention_mask.shape:
         raise ValueError(
-            f"distillation needs an output for each token, and there are outputs {tuple(distance.shape)} for an "
+            f"distillation needs an output for each token or sequence, and there are {tuple(distance.shape)} for an "
             f"attention_mask {tuple(attention_mask.shape)}"
         )
     return distance[attention_mask.bool()].mean()
