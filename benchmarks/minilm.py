@@ -1,20 +1,20 @@
 """A trained model made smaller: all-MiniLM-L6-v2 at 0.9 to 0.3 of its encoder's parameters.
 
-For each share of the parameters of the encoder's matrices (heads and feed-forward), the model is truncated by one scale
-for all products (``ratio``) or by their spectra (``budget``), in the Frobenius norm (plain) or in the metric of 16,384
-tokens of Wikipedia (calibrated). Sentence embeddings of 5,000 other sentences are compared with the dense model's.
-Nothing is trained afterwards, but for rows that are healed on sentences of training articles, no sentence twice.
-Latency is taken apart from that, side by side with the dense model and torch's dynamic int8; rows that are measured
-already are kept.
+For each share of the parameters of the encoder's matrices, the model is cut by one scale for all heads and feed-forward
+matrices without data (plain), or by a budget with sentences of Wikipedia, heads and feed-forward matrices (heads) or
+all linear layers (layers). Sentence embeddings of 5,000 other sentences are compared with the dense model's. Nothing is
+trained afterwards, but for rows that are healed on sentences of training articles, no sentence twice. Latency is taken
+apart from that, side by side with the dense model and torch's dynamic int8; rows that are measured already are kept.
 
     python -m benchmarks.minilm --data ../shared/data
-    python -m benchmarks.minilm --data ../shared/data --heal 0.5 --heal-steps 400 --bf16
+    python -m benchmarks.minilm --data ../shared/data --heal 0.5 --heal-steps 400
     python -m benchmarks.minilm --data ../shared/data --latency
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -33,16 +33,17 @@ from benchmarks.harness.machine import machine
 from benchmarks.harness.record import revision, write_result
 from benchmarks.harness.tables import markdown_table, without_origin
 from benchmarks.harness.timing import interleave
-from hf_fnl import Factorized, FactorizedBertModel, RankRule, find_products
+from hf_fnl import FactorizationConfig, FactorizedBertModel, RankRule, factorize_
 from hf_fnl.tasks.documents import load_documents
 from hf_fnl.tasks.sentences import split_sentences
 from hf_fnl.training.healing import heal_
 from hf_fnl.utils.files import write_text
 
-SHARES = (0.5, 0.9, 0.7, 0.3, 0.8, 0.6, 0.4)  # in the order in which they are measured
-VARIANTS = (("ratio", False), ("ratio", True), ("budget", True))  # how ranks are chosen, whether data are used
+SHARES = (0.5, 0.9, 0.7, 0.3)  # in the order in which they are measured
+CUTS = ("plain", "heads", "layers")
 SENTENCES, NEIGHBOURS = 5000, 10
-HEALING_RATE = 5e-4
+CALIBRATION_TOKENS = 2**14
+HEALING_RATE = 1e-3
 RESULT = Path(__file__).parent / "results" / "minilm.json"
 
 
@@ -63,12 +64,18 @@ def held_out_sentences(data: Path) -> list[str]:
     return [found[i * len(found) // SENTENCES] for i in range(SENTENCES)]
 
 
-def calibration_batch(data: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """128 paragraphs of 128 tokens from training articles."""
-    texts = load_documents(data / "wikipedia" / "train.parquet", limit=500)["text"]
-    paragraphs = [max(text.split("\n"), key=len) for text in texts]
-    chosen = [paragraph for paragraph in paragraphs if len(paragraph) > 800][:128]
-    return tokenized(tokenizer, chosen)
+def calibration_batches(data: Path, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """Sentences of training articles, a batch of each length in tokens."""
+    sentences = list(itertools.islice(sentences_of(data, "train"), 20_000))
+    torch.manual_seed(1)
+    by_length: dict[int, list[list[int]]] = {}
+    total = 0
+    for i in torch.randperm(len(sentences)).tolist():
+        ids = tokenizer(sentences[i], truncation=True, max_length=128)["input_ids"]
+        by_length.setdefault(len(ids), []).append(ids)
+        if (total := total + len(ids)) >= CALIBRATION_TOKENS:
+            break
+    return [{"input_ids": torch.tensor(ids)} for ids in by_length.values()]
 
 
 @torch.no_grad()
@@ -97,39 +104,31 @@ def agreement(ours: Tensor, theirs: Tensor) -> float:
     return (a.unsqueeze(2) == b.unsqueeze(1)).any(2).float().mean().item()
 
 
-def product_error(ours: FactorizedBertModel, dense: BertModel) -> float:
-    """Mean over the encoder's products of ``||W - W_r||_F / ||W||_F``; heads together are one product."""
-    errors = []
-    for mine, theirs in zip(find_products(ours, ["qk", "ov"]), find_products(dense, ["qk", "ov"]), strict=True):
-        assert mine.name == theirs.name
-        errors.append((mine.matrix(ours) - theirs.matrix(dense)).norm() / theirs.matrix(dense).norm())
-    for name, module in ours.encoder.named_modules():
-        if isinstance(module, Factorized):
-            weight = dense.encoder.get_submodule(name).weight
-            errors.append((module.composed() - weight).norm() / weight.norm())
-    return torch.stack(errors).mean().item()
-
-
 def encoder_matrices(model: nn.Module) -> int:
     """Parameters of the encoder that are no biases or norms."""
     return sum(p.numel() for p in model.encoder.parameters() if p.ndim > 1)
 
 
-def quality(model: FactorizedBertModel, dense: BertModel, embeddings: Tensor, reference: Tensor) -> dict[str, Any]:
+def quality(model: BertModel, dense: BertModel, embeddings: Tensor, reference: Tensor) -> dict[str, Any]:
     """Size and errors of a cut model beside the dense one."""
     return {
         "encoder parameters": encoder_matrices(model),
         "of dense": encoder_matrices(model) / encoder_matrices(dense),
-        "product error": product_error(model, dense),
         "cosine": (embeddings * reference).sum(-1).mean().item(),
         "same neighbours": agreement(embeddings, reference),
     }
 
 
-def truncated(dense: BertModel, rule: str, share: float, calibration: dict[str, Tensor] | None) -> FactorizedBertModel:
-    """The dense model cut to a share of its encoder's matrices."""
-    ranks = RankRule(layer_ratio=share) if rule == "ratio" else RankRule(budget=share_of_model(dense, share))
-    return FactorizedBertModel.from_dense(dense, rule=ranks, calibration=calibration).eval()
+def cut(dense: BertModel, how: str, share: float, batches: list[dict[str, Tensor]]) -> BertModel:
+    """The dense model cut to a share of its encoder's matrices, in one of ``CUTS``."""
+    if how == "plain":
+        return FactorizedBertModel.from_dense(dense, rule=RankRule(layer_ratio=share)).eval()
+    budget = share_of_model(dense, share)
+    if how == "heads":
+        return FactorizedBertModel.from_dense(dense, rule=RankRule(budget=budget), calibration=batches).eval()
+    model = copy.deepcopy(dense)
+    factorize_(model, FactorizationConfig(budget=budget, include=["encoder.*"]), calibration=batches)
+    return model
 
 
 def share_of_model(dense: BertModel, share: float) -> float:
@@ -143,23 +142,22 @@ def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
     commit = revision()["commit"]
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     dense = BertModel.from_pretrained(get_model_path(), attn_implementation="sdpa").eval()
-    sentences, batch = held_out_sentences(data), calibration_batch(data, tokenizer)
+    sentences, batches = held_out_sentences(data), calibration_batches(data, tokenizer)
     reference = embed(dense, tokenizer, sentences)
-    full = truncated(dense, "rank_scale", 1.0, None)
+    full = FactorizedBertModel.from_dense(dense, rule=RankRule(rank_scale=1.0)).eval()
     assert (embed(full, tokenizer, sentences[:64]) - reference[:64]).abs().max() < 1e-5, "full rank differs from dense"
-    for share, (rule, calibrated) in itertools.product(SHARES, VARIANTS):
-        name = f"{share} {rule} {'calibrated' if calibrated else 'plain'}"
+    for share, how in itertools.product(SHARES, CUTS):
+        name = f"{share} {how}"
         if name in rows:
             continue
         started = time.perf_counter()
-        model = truncated(dense, rule, share, batch if calibrated else None)
+        model = cut(dense, how, share, batches)
         seconds = time.perf_counter() - started
         rows[name] = {
             "share": share,
-            "ranks by": rule,
-            "truncation": "calibrated" if calibrated else "plain",
+            "cut": how,
             **quality(model, dense, embed(model, tokenizer, sentences), reference),
-            "seconds to truncate": seconds,
+            "seconds to cut": seconds,
             "commit": commit,
         }
         save()
@@ -167,38 +165,37 @@ def measure(rows: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
 
 
 def healing_batches(data: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[dict[str, Tensor]]:
-    """Batches of 64 sentences from training articles, none of them twice."""
-    sentences = list(itertools.islice(sentences_of(data, "train"), 64 * count))
+    """Batches of 64 sentences of about one length from training articles, none of them twice, in random order."""
+    sentences = sorted(itertools.islice(sentences_of(data, "train"), 64 * count), key=len)
     torch.manual_seed(0)
-    parts = torch.randperm(len(sentences)).split(64)
-    return [tokenized(tokenizer, [sentences[i] for i in part]) for part in parts]
+    starts = torch.randperm(len(sentences) // 64) * 64
+    return [tokenized(tokenizer, sentences[start : start + 64]) for start in starts.tolist()]
 
 
 def measure_healed(
     rows: dict[str, Any], data: Path, share: float, steps: int, bf16: bool, save: Callable[[], None]
 ) -> None:
-    """Cut to a share by spectra, with data, heal, and fill in the row."""
+    """Cut the layers to a share, heal, and fill in the row."""
     commit = revision()["commit"]
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     dense = BertModel.from_pretrained(get_model_path(), attn_implementation="sdpa").eval()
     sentences = held_out_sentences(data)
     reference = embed(dense, tokenizer, sentences)
-    model = truncated(dense, "budget", share, calibration_batch(data, tokenizer))
+    model = cut(dense, "layers", share, calibration_batches(data, tokenizer))
     batches = healing_batches(data, tokenizer, steps * 10 // 9 + 2)  # a tenth of them is held out
     started = time.perf_counter()
     healing = heal_(model, dense, batches, steps=steps, learning_rate=HEALING_RATE, bf16=bf16, disable_tqdm=True)
     seconds = time.perf_counter() - started
-    rows[f"{share} budget healed {steps}"] = {
+    rows[f"{share} layers healed {steps}"] = {
         "share": share,
-        "ranks by": "budget",
-        "truncation": f"calibrated, healed for {steps} steps",
+        "cut": f"layers, healed for {steps} steps",
         **quality(model, dense, embed(model.eval(), tokenizer, sentences), reference),
         "seconds to heal": seconds,
         "healing": {"rate": HEALING_RATE, "bf16": bf16, "threads": torch.get_num_threads(), **healing},
         "commit": commit,
     }
     save()
-    print(rows[f"{share} budget healed {steps}"], flush=True)
+    print(rows[f"{share} layers healed {steps}"], flush=True)
 
 
 def measure_latency(latency: dict[str, Any], data: Path, save: Callable[[], None]) -> None:
@@ -211,7 +208,7 @@ def measure_latency(latency: dict[str, Any], data: Path, save: Callable[[], None
         int8 = torch.ao.quantization.quantize_dynamic(dense, {nn.Linear}, torch.qint8)
     models: dict[str, nn.Module] = {"dense": dense, "int8": int8}
     for share in sorted(SHARES, reverse=True):
-        models[f"{share} ratio"] = truncated(dense, "ratio", share, None)
+        models[f"{share} plain"] = cut(dense, "plain", share, [])
     sentences = held_out_sentences(data)
     reference = embed(dense, tokenizer, sentences)
     int8_embeddings = embed(int8, tokenizer, sentences)
@@ -275,7 +272,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}, "latency": {}}
     result["commands"] = [
-        f"python -m benchmarks.minilm{flags}" for flags in ("", " --heal 0.5 --heal-steps 400 --bf16", " --latency")
+        f"python -m benchmarks.minilm{flags}" for flags in ("", " --heal 0.5 --heal-steps 400", " --latency")
     ]
 
     def save() -> None:

@@ -102,7 +102,7 @@ def read_texts(tokenizer_source: str, texts: Texts) -> Read:
 def calibration_batches(model: PreTrainedModel, read: Read, texts: Texts) -> list[dict[str, Tensor]]:
     """Batches of text for a model, each of samples of one length: there is no padding.
 
-    For a causal language model they hold labels, so that it is known what its loss feels.
+    For a causal language model they hold labels, whose loss then tells what counts.
 
     Args:
         model: The model.

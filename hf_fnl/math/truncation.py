@@ -163,12 +163,15 @@ class HeadMoments:
         key: Of the keys, biases included.
         context: Of the attention-weighted sums of values, which the output projection sees; of all that share a value.
         sensitivity: How much a loss feels each coordinate ``(d,)`` of the attention's output, as in :class:`Moments`.
+        query_gradient: Second moment of a loss's gradient at the queries, ``(heads, r, r)``, summed over all that share
+            a key.
     """
 
     query: Moments | None = None
     key: Moments | None = None
     context: Moments | None = None
     sensitivity: Tensor | None = None
+    query_gradient: Tensor | None = None
 
     def joined(self, other: HeadMoments) -> HeadMoments:
         """Moments of the vectors of both."""
@@ -205,6 +208,8 @@ def truncate_qk(
     ``(x Q + b_q) b_k^T`` is the same for all keys ``y``, so the softmax does not see it, and the new key bias is zero.
     What is cut is the product of ``[Q; b_q]`` and ``K``: to its best approximation in the Frobenius norm, or, with
     ``moments``, to the one that is nearest in mean square for independent queries and centered keys of these moments.
+    Where the gradient ``g`` of a loss at the queries is known, it stands for the keys: queries ``q`` become ``q M``, by
+    which the loss changes by ``q (M - I) g^T`` to first order, and the mean square of that is the least.
     Queries that share a key are cut together, as ``[Q_1; b_1; Q_2; b_2; ..]``.
 
     Args:
@@ -288,7 +293,8 @@ def _qk_roots(query: HeadWeights, key: HeadWeights, moments: HeadMoments | None)
         return _weight_root(_stacked(_augmented(query), len(key.weight))), _weight_root(key.weight)
     assert moments.query is not None
     assert moments.key is not None
-    return metric_root(moments.query.second), metric_root(moments.key.covariance)
+    felt = moments.key.covariance if moments.query_gradient is None else moments.query_gradient
+    return metric_root(moments.query.second), metric_root(felt)
 
 
 def _ov_roots(value: HeadWeights, output: HeadWeights, moments: HeadMoments | None) -> tuple[Tensor, Tensor]:

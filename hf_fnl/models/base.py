@@ -215,7 +215,8 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             kinds: What ``rule`` is applied to: any of ``"qk"``, ``"ov"``, ``"ffn"``, ``"embedding"`` and ``"qkv"`` that
                 the configuration has. Heads and feed-forward matrices unless given.
             calibration: Inputs of the model, one batch or several, with an ``attention_mask`` where they are padded.
-                Some ten thousand tokens are enough. With ``labels`` the outputs count by what the loss feels of them.
+                Some ten thousand tokens are enough. Outputs count by what the loss feels of them, that of ``labels`` or
+                else the distance from what the model returned before.
             factor_init: As in the configuration, whose it is unless given, but only what cuts weights: ``"spectral"``
                 or ``"spectral_ones"``.
             **ranks: In place of a rule, the fields of the configuration that are ranks, such as ``ov_rank=32``.

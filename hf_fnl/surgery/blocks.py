@@ -119,13 +119,13 @@ class BlockOutputCache:
 
         def answer(other: Chain, index: int, args: Any, kwargs: Any, forward: Run) -> Any:
             nonlocal given, leaks
-            arrived = [x for x in _tensors((args, kwargs)) if _has_nan(x)]
+            arrived = [x for x in tensors_in((args, kwargs)) if _has_nan(x)]
             if other is not chain:
                 leaks |= len(arrived) > 0
                 return forward()
             leaks |= any(all(x is not y for y in given) for x in arrived) or (index > 0 and not arrived)
             output = _mapped(outputs[chain, index], lambda x: x.filled() if isinstance(x, _NaN) else x)
-            given = list(_tensors(output))
+            given = list(tensors_in(output))
             leaks |= any(not x.is_floating_point() for x in given)
             return output
 
@@ -134,7 +134,7 @@ class BlockOutputCache:
                 result = run()
             except (ArithmeticError, IndexError, RuntimeError, ValueError):  # of a model that refuses NaN
                 return False
-        return not leaks and not any(map(_has_nan, _tensors(result)))
+        return not leaks and not any(map(_has_nan, tensors_in(result)))
 
     @contextmanager
     def _observed(self, observe: Callable[[Chain, int, Any, Any, Run], Any]) -> Iterator[None]:
@@ -209,15 +209,16 @@ def _mapped(value: Any, by: Callable[[Any], Any]) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in what a module is given or returns, also in mappings and sequences."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for each in value.values():
-            yield from _tensors(each)
+            yield from tensors_in(each)
     elif isinstance(value, tuple | list):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_in(each)
 
 
 def _has_nan(x: Tensor) -> bool:

@@ -34,6 +34,7 @@ from hf_fnl.math.truncation import HeadMoments, Moments
 from hf_fnl.surgery.blocks import BlockOutputCache, replaced_forwards
 from hf_fnl.surgery.calibration_data import CalibrationData, evaluating, run_over
 from hf_fnl.surgery.padding import Batch, unpadded
+from hf_fnl.surgery.sensitivity import Probe
 from hf_fnl.utils.suggest import listed
 
 
@@ -98,16 +99,12 @@ def visit_modules(
         for name in requests:
             handle(name, None)
         return
-    layers: dict[str, list[nn.Module]] = {}  # whose outputs a loss feels
-    for name, request in requests.items():
-        if request == "inputs":
-            layers[name] = [model.get_submodule(each) for each in (name, *ties.get(name, ()))]
-        elif isinstance(request, HeadMomentsRequest) and request.output is not None:
-            layers[name] = [request.output]
-    by_name = data.sensitivities(layers)
+    felt = data.sensitivities(_probes(model, requests, ties))
 
     def handle_with_sensitivity(name: str, measured: Any) -> Any:
-        return handle(name, replace(measured, sensitivity=by_name[name]) if name in by_name else measured)
+        found = {"sensitivity": felt.get(name), "query_gradient": felt.get(f"{name} queries")}
+        known = {key: value for key, value in found.items() if value is not None}
+        return handle(name, replace(measured, **known) if known else measured)
 
     batches = [part for batch in data.batches for part in unpadded(model, batch)]
     with evaluating(model), tempfile.TemporaryDirectory(prefix="hf_fnl-") as folder:
@@ -116,6 +113,33 @@ def visit_modules(
         with visits.replacing_forwards(), visits.cache.replacing_forwards():
             visits.run()
     visits.warn_of_few()
+
+
+def _probes(model: nn.Module, requests: Mapping[str, Request], ties: Ties) -> dict[str, Probe]:
+    """Where gradients are looked at: outputs of layers and attentions, and queries, head by head."""
+    probes: dict[str, Probe] = {}
+    for name, request in requests.items():
+        if request == "inputs":
+            probes[name] = Probe([model.get_submodule(each) for each in (name, *ties.get(name, ()))])
+        elif isinstance(request, HeadMomentsRequest):
+            if request.output is not None:
+                probes[name] = Probe([request.output])
+            if request.query is not None:
+                probes[f"{name} queries"] = Probe([request.query.layer], functools.partial(_query_grams, request))
+    return probes
+
+
+def _query_grams(request: HeadMomentsRequest, gradient: Tensor) -> Tensor:
+    """Sums of ``g^T g`` of the gradients at queries, of all that share a key, ``(num_kv_heads, r, r)``."""
+    assert request.query is not None
+    by_head = _by_kv_head(request.query.of(gradient), request, request.num_heads)
+    return by_head.mT @ by_head
+
+
+def _by_kv_head(x: Tensor, request: HeadMomentsRequest, num_heads: int) -> Tensor:
+    """Vectors of ``num_heads`` heads side by side as ``(num_kv_heads, count, r)``, those that share a head in one."""
+    samples = _samples(x).unflatten(-1, (request.num_kv_heads, num_heads // request.num_kv_heads, -1))
+    return samples.transpose(0, 1).flatten(1, 2)
 
 
 class _Reached(Exception):
@@ -303,9 +327,8 @@ def _head_moments(heads: HeadMomentsRequest, call: Callable[[], Any]) -> HeadMom
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str, x: Tensor) -> None:
-        group = 1 if name == "key" else heads.num_heads // heads.num_kv_heads
-        samples = _samples(x).unflatten(-1, (heads.num_kv_heads, group, -1))
-        seen.setdefault(name, []).append(samples.transpose(0, 1).flatten(1, 2))
+        num_heads = heads.num_kv_heads if name == "key" else heads.num_heads
+        seen.setdefault(name, []).append(_by_kv_head(x, heads, num_heads))
 
     def note_span(name: str, span: Span, module: nn.Module, args: Any, result: Tensor) -> None:
         note(name, span.of(result))

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from transformers.utils import TransformersKwargs
 
 from hf_fnl.surgery.padding import Batch, unpadded
-from hf_fnl.surgery.sensitivity import sensitivities
+from hf_fnl.surgery.sensitivity import Probe, sensitivities
 from hf_fnl.utils.modes import preserved_modes
 from hf_fnl.utils.suggest import did_you_mean
 
@@ -24,7 +24,7 @@ Calibration: TypeAlias = Batch | Iterable[Batch]
 
 
 class CalibrationData:
-    """Batches that are checked, and the sensitivities of layers where these hold labels, measured once.
+    """Batches that are checked, and the sensitivities of layers, measured once.
 
     Args:
         model: The model that is calibrated.
@@ -49,17 +49,16 @@ class CalibrationData:
                     f"{', '.join(batch) or 'none'} in number {number}"
                 )
         _check_taken(model, self.batches[0])
-        self.has_labels = "labels" in self.batches[0]
         self._sensitivities: dict[str, Tensor] = {}
 
-    def sensitivities(self, layers: Mapping[str, Sequence[nn.Module]]) -> Mapping[str, Tensor]:
-        """Return :func:`~hf_fnl.surgery.sensitivity.sensitivities` of layers; none where there are no labels."""
-        missing = {name: modules for name, modules in layers.items() if name not in self._sensitivities}
-        if self.has_labels and missing:
+    def sensitivities(self, probes: Mapping[str, Probe]) -> Mapping[str, Tensor]:
+        """Return :func:`~hf_fnl.surgery.sensitivity.sensitivities` of outputs."""
+        missing = {name: probe for name, probe in probes.items() if name not in self._sensitivities}
+        if missing:
             with evaluating(self.model):
                 parts = [p for batch in self.batches for p in unpadded(self.model, batch, choices_apart=False)]
                 self._sensitivities |= sensitivities(self.model, parts, missing)
-        return {name: self._sensitivities[name] for name in layers if name in self._sensitivities}
+        return {name: self._sensitivities[name] for name in probes if name in self._sensitivities}
 
     @torch.no_grad()
     def only_read(self, layers: Mapping[str, Sequence[nn.Module]]) -> list[str]:

@@ -24,7 +24,7 @@ def candidates_of(
     """Return what ranks are chosen for: groups of targets that share one, by what they are called in errors.
 
     Their energies are squared singular values, in the metric of data if there are any, and measured when first asked
-    for. Each target counts by its own share; where the data hold labels, by what the loss is expected to lose.
+    for. Each target counts by its own share; where data reach all of them, by what the loss is expected to lose.
 
     Args:
         model: Any model.
@@ -33,8 +33,7 @@ def candidates_of(
         **options: ``deep`` and ``overcomplete`` where they are set.
     """
     targets = [target for group in groups.values() for target in group]
-    feels = all(target.request == "inputs" or target.kind == "ov" for target in targets)
-    in_loss = data is not None and data.has_labels and feels
+    in_loss = data is not None and all(target.request is not None for target in targets)
 
     @functools.cache
     def spectra() -> dict[str, Tensor]:

@@ -126,9 +126,9 @@ def factorize_(
         model: Any module; one that ``torch.compile`` returned compiles anew.
         config: Which layers, at which ranks.
         calibration: Inputs of the model, one batch or several: linear layers are then cut in the metric of what these
-            data are in front of them, and ranks that depend on spectra are chosen in it. Where they hold ``labels``,
-            the outputs count by what the model's loss feels of them, and a ``budget`` goes where the loss would lose
-            most; a matrix that compresses badly then stays dense.
+            data are in front of them, and ranks that depend on spectra are chosen in it. Outputs count by what the
+            model's loss feels of them, where batches hold no ``labels`` its distance from what it returned before, and
+            a ``budget`` goes where the loss would lose most; a matrix that compresses badly then stays dense.
 
     Returns:
         What was done.

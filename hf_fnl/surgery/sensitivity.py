@@ -1,83 +1,155 @@
-"""Diagonal empirical Fisher information of the outputs of layers, from labels in the calibration data."""
+"""Fisher information of what layers put out: how much a model's outputs, or the loss of labels, feel it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
+from hf_fnl.surgery.blocks import tensors_in
 
-ENOUGH = 2**14  # labels; means over more of them cost time and hardly move
+ENOUGH = 2**14  # labels, or positions; means over more of them cost time and hardly move
+
+
+def squares(gradient: Tensor) -> Tensor:
+    """Return the sum of the squares of gradients ``(..., m)``, shape ``(m,)``."""
+    return gradient.flatten(0, -2).square().sum(0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where gradients are looked at, and what is summed of them.
+
+    Args:
+        modules: Modules whose outputs are looked at.
+        summed: Makes a tensor of the gradient of an output, in float64.
+    """
+
+    modules: Sequence[nn.Module]
+    summed: Callable[[Tensor], Tensor] = squares
 
 
 @torch.enable_grad()
 def sensitivities(
-    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], layers: Mapping[str, Sequence[nn.Module]]
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], probes: Mapping[str, Probe]
 ) -> dict[str, Tensor]:
     r"""Squares of a loss's gradient at the outputs of layers, ``(\partial L / \partial y_i)^2``, summed per label.
 
     ``L`` is the sum over tokens of the loss that the model computes from the ``labels`` in a batch, as the mean of
-    those that are not ignored. The sum is over all outputs of a layer, so that one that gives many of them for a label
-    counts by all; it is zero where no loss feels a layer. Where there is an output for each label, it is the mean.
-    Parameters get no gradient; one batch's activations are in memory at a time. Batches from all over the data are run
-    until they held 16,384 labels and every layer was reached.
+    those that are not ignored. Where there are none, it is one whose mean square gradient is the curvature of the
+    distance from the model's own outputs: of a language model the loss of labels that are drawn from its logits, else
+    the sum of all outputs with random signs. A position counts as a label then.
+
+    The sum is over all outputs of a layer, so that one that gives many of them for a label counts by all; it is zero
+    where no loss feels a layer. Where there is an output for each label, it is the mean. Parameters get no gradient;
+    one batch's activations are in memory at a time. Batches from all over the data are run until they held 16,384
+    labels and every layer was reached.
 
     Args:
         model: The model, in the mode that it is to be measured in.
-        batches: Inputs with ``labels``.
-        layers: Modules by names; several of one name are measured in one.
+        batches: Inputs, with ``labels`` in all or in none.
+        probes: Where to look, by names.
 
     Returns:
-        A vector ``(m,)`` in float64 for each name, ``m`` being the width of the output.
+        What each probe sums, of which squares are one, over the labels, in float64.
 
     Raises:
-        ValueError: If the model returns no loss, or one that is not finite.
+        ValueError: If there are labels and the model returns no loss, or one that is not finite; if there are none and
+            it returns no tensor; if no gradient reaches any probe, or one is not finite.
     """
     sums: dict[str, Tensor] = {}
-    num_labels = 0
+    num_labels, is_felt = 0, not probes
+    generator = torch.Generator().manual_seed(0)
 
     def add(name: str, gradient: Tensor) -> None:
-        sums[name] += gradient.detach().double().flatten(0, -2).square().sum(0)
+        sums[name] = sums[name] + probes[name].summed(gradient.detach().double())
 
     def hook(name: str) -> Callable[..., Tensor]:
         @torch.enable_grad()
         def watch(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output.requires_grad_().clone()  # the model may write into it, as it may not into a leaf
-            sums.setdefault(name, output.new_zeros(output.shape[-1], dtype=torch.float64))
+            sums.setdefault(name, probes[name].summed(output.new_zeros(1, output.shape[-1], dtype=torch.float64)))
             output.register_hook(lambda gradient: add(name, gradient))
             return output
 
         return watch
 
     with _frozen(model), ExitStack() as stack:
-        for name, modules in layers.items():
-            for module in modules:
+        for name, probe in probes.items():
+            for module in probe.modules:
                 stack.enter_context(module.register_forward_hook(hook(name)))
         device = next(model.parameters()).device
         for batch, labels in _spread(batches):
-            if num_labels >= ENOUGH and len(sums) == len(layers):
+            if num_labels >= ENOUGH and len(sums) == len(probes):
                 break
-            loss = getattr(model(**{name: value.to(device) for name, value in batch.items()}), "loss", None)
-            if loss is None or not loss.isfinite().all():
-                got = "no loss" if loss is None else f"a loss of {loss.item():g}"
-                raise ValueError(f"the calibration data hold labels, for which {type(model).__name__} returned {got}")
+            outputs = model(**{name: value.to(device) for name, value in batch.items()})
+            # Of the sum, for in float16 gradients of the mean underflow.
+            loss = _loss(model, outputs) * labels if "labels" in batch else _drawn_loss(model, outputs, generator)
             num_labels += labels
             if loss.requires_grad:
-                (loss * labels).backward()  # of the sum, for in float16 gradients of the mean underflow
+                is_felt = True
+                loss.backward()
+    if not is_felt:
+        raise ValueError(
+            f"calibration looks at gradients, and none flow from what {type(model).__name__} returns to its layers: "
+            "does its forward pass run without gradients?"
+        )
+    if wrong := next((name for name, total in sums.items() if not total.isfinite().all()), None):
+        raise ValueError(f"gradients at {wrong} hold NaN or Inf in the calibration data: are all weights finite?")
     return {name: total / num_labels for name, total in sums.items()}
+
+
+def _loss(model: nn.Module, outputs: Any) -> Tensor:
+    """The loss of the labels in a batch."""
+    loss = getattr(outputs, "loss", None)
+    if loss is None or not loss.isfinite().all():
+        got = "no loss" if loss is None else f"a loss of {loss.item():g}"
+        raise ValueError(f"the calibration data hold labels, for which {type(model).__name__} returned {got}")
+    return loss
+
+
+def _drawn_loss(model: nn.Module, outputs: Any, generator: torch.Generator) -> Tensor:
+    """A loss of drawn labels or signs, whose mean square gradient is the Fisher information of the outputs."""
+    logits = getattr(outputs, "logits", None)
+    if logits is not None and _is_language_model(model):
+        logits = logits.flatten(0, -2).float()
+        if logits.isnan().any():
+            raise ValueError(f"{type(model).__name__} returned logits that hold NaN or Inf for the calibration data")
+        drawn = logits.detach().softmax(-1).cpu().multinomial(1, generator=generator).squeeze(-1)
+        return nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+    returned = outputs if isinstance(outputs, Tensor | Mapping | tuple | list) else vars(outputs)
+    found = [x for x in tensors_in(returned) if x.is_floating_point()]
+    if not found:
+        raise ValueError(f"calibration needs to see what {type(model).__name__} returns, and there is no tensor in it")
+    signs = (2.0 * torch.randint(2, x.shape, generator=generator).to(x.device) - 1 for x in found)
+    return torch.stack([(x.float() * by).sum() for x, by in zip(found, signs, strict=True)]).sum()
+
+
+def _is_language_model(model: nn.Module) -> bool:
+    embeddings = getattr(model, "get_output_embeddings", None)
+    return embeddings is not None and embeddings() is not None
 
 
 def _spread(batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Mapping[str, Tensor], int]]:
     """Batches with how many labels they hold, in an order in which the first hold enough and lie evenly apart."""
-    labels = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
+    labels = [_count(batch) for batch in batches]
     apart = max(1, sum(labels) // ENOUGH)
     for first in range(apart):
         yield from zip(batches[first::apart], labels[first::apart], strict=True)
+
+
+def _count(batch: Mapping[str, Tensor]) -> int:
+    """Labels in a batch, or else the positions of its tokens, or its rows."""
+    if "labels" in batch:
+        return int((batch["labels"] != IGNORE_INDEX).sum())
+    given = next(iter(batch.values()))
+    return len(given) if given.is_floating_point() else given.numel()
 
 
 @contextmanager

@@ -125,6 +125,25 @@ def test_outputs_of_heads_count_by_what_the_loss_feels_of_them(bias: bool) -> No
     assert lost(HeadMoments(context=context)) > 1.1 * lost(moments)
 
 
+def test_scores_count_by_what_the_loss_feels_of_queries() -> None:
+    """The mean over pairs of a query and a gradient, to first order; more is lost by looking at keys."""
+    query, key = (HeadWeights(torch.randn(heads, 11, 4, dtype=DOUBLE), None) for heads in (4, 2))
+    queries, keys, gradients = (torch.stack([skewed(200, 4) for _ in range(2)]) for _ in range(3))
+    felt = gradients.mT @ gradients / 200
+    moments = HeadMoments(query=Moments.of(queries), key=Moments.of(keys), query_gradient=felt)
+
+    def lost(moments: HeadMoments) -> Tensor:
+        cut_query, cut_key = truncate_qk(query, key, 2, moments)
+        to_query = torch.linalg.lstsq(query.weight, cut_query.weight).solution[::2]  # two queries share a key
+        to_key = torch.linalg.lstsq(key.weight, cut_key.weight).solution
+        changes = (queries @ to_query @ to_key.mT - queries) @ gradients.mT
+        return changes.square().mean((-2, -1)).sum()
+
+    expected = float(qk_energies(query, key, moments)[2:].sum())
+    assert float(lost(moments)) == pytest.approx(expected, rel=1e-3)
+    assert lost(HeadMoments(query=moments.query, key=moments.key)) > 1.1 * lost(moments)
+
+
 def test_a_small_variance_around_a_large_mean_is_not_lost() -> None:
     """As in the few coordinates of trained transformers that are large and almost constant."""
     samples = torch.randn(200, 7) * 0.01 + 300

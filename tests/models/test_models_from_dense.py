@@ -108,6 +108,7 @@ def check_biases(ours: Attention, theirs: Attention) -> None:
 # In the metric of data
 
 
+@pytest.mark.usefixtures("all_outputs_count_alike")
 @pytest.mark.parametrize(
     ("name", "ranks", "layer"),
     [
@@ -119,9 +120,7 @@ def check_biases(ours: Attention, theirs: Attention) -> None:
 def test_calibrated_heads_are_the_best_for_their_data(name: str, ranks: Ranks, layer: str) -> None:
     head = HEADS[name]
     stock, valid = stock_of(head), head.batch()["attention_mask"].bool()
-    batch = {
-        name: value for name, value in head.batch().items() if name != "labels"
-    }  # by which outputs would be weighed
+    batch = {name: value for name, value in head.batch().items() if name != "labels"}
     for option, rank in ranks.items():
         model = head.ours.from_dense(stock, **{option: rank}, calibration=batch)
         (theirs, their_output), (ours, our_output) = (attended(m, layer, head, valid) for m in (stock, model))
@@ -161,6 +160,7 @@ def attended(
     return (queries, keys, context), weight.mT
 
 
+@pytest.mark.usefixtures("all_outputs_count_alike")
 @pytest.mark.parametrize(
     ("name", "ranks", "layer"),
     [
@@ -262,11 +262,12 @@ def test_a_tied_output_matrix_is_the_embedding(head: Head, calibrated: bool) -> 
     assert_close(lost(embedding.composed(), whole), tail(whole, 13), rtol=1e-4, atol=0)
 
 
+@pytest.mark.usefixtures("all_outputs_count_alike")
 @some(*LMS)
 @calibrated_or_not
 def test_an_untied_output_matrix_is_cut_on_its_own(head: Head, calibrated: bool) -> None:
     stock = stock_of(head, tie_word_embeddings=False)
-    data = {name: value for name, value in head.batch().items() if name != "labels"}  # all outputs count alike
+    data = {name: value for name, value in head.batch().items() if name != "labels"}
     model = head.ours.from_dense(stock, embedding_rank=13, calibration=data if calibrated else None)
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     assert output.U is not embedding.U

@@ -1,6 +1,7 @@
 """What the loss feels of outputs: against autograd row by row, and what follows for cuts and ranks."""
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_fnl import FactorizationConfig, FactorizedBertForMaskedLM, RankRule, factorize_
-from hf_fnl.surgery.sensitivity import sensitivities
+from hf_fnl.surgery.calibration_data import CalibrationData
+from hf_fnl.surgery.sensitivity import Probe, sensitivities
 
 VOCAB = 41
 
@@ -34,7 +36,7 @@ def test_sensitivities_are_mean_squares_of_gradients() -> None:
     names = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
     model.get_submodule(names[0]).weight.requires_grad_(False)
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    found = sensitivities(model, data, {name: [model.get_submodule(name)] for name in names})
+    found = sensitivities(model, data, {name: Probe([model.get_submodule(name)]) for name in names})
     for name in names:
         gradients = []
         for batch in data:
@@ -60,12 +62,13 @@ def test_few_of_many_batches_are_run_from_all_over_the_data(monkeypatch) -> None
     number = {id(batch["labels"]): i for i, batch in enumerate(data)}
     model.register_forward_pre_hook(lambda m, args, given: seen.append(number[id(given["labels"])]), with_kwargs=True)
     name = "model.layers.0.mlp.down_proj"
-    found = sensitivities(model, data, {name: [model.get_submodule(name)]})
+    probe = Probe([model.get_submodule(name)])
+    found = sensitivities(model, data, {name: probe})
     assert seen == [0, 6]
-    assert_close(found, sensitivities(model, [data[0], data[6]], {name: [model.get_submodule(name)]}))
+    assert_close(found, sensitivities(model, [data[0], data[6]], {name: probe}))
     late, seen[:] = nn.Identity(), []
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, y: late(y) if seen[-1] == 1 else y)
-    assert set(sensitivities(model, data, {name: [model.get_submodule(name)], "late": [late]})) == {name, "late"}
+    assert set(sensitivities(model, data, {name: probe, "late": Probe([late])})) == {name, "late"}
     assert seen == [0, 6, 1]
 
 
@@ -85,7 +88,7 @@ def test_small_gradients_of_many_rows_count_in_half_precision() -> None:
     slopes = torch.tensor([3e-3, 1e-3, 1e-4], dtype=torch.float16)
     model, count = Slopes(slopes), 2**14
     data = {"x": torch.ones(count, 3, dtype=torch.float16), "labels": torch.ones(count)}
-    found = sensitivities(model, [data], {"layer": [model.layer]})
+    found = sensitivities(model, [data], {"layer": Probe([model.layer])})
     assert_close(found["layer"], slopes.double().square(), rtol=1e-3, atol=0)
 
 
@@ -103,7 +106,7 @@ class Pooled(nn.Module):
 
 def test_a_layer_counts_by_all_that_it_gives_for_a_label() -> None:
     model, data = Pooled(), {"x": torch.randn(5, 7, 3, dtype=torch.float64), "labels": torch.ones(5)}
-    found = sensitivities(model, [data], {name: [layer] for name, layer in model.named_children()})
+    found = sensitivities(model, [data], {name: Probe([layer]) for name, layer in model.named_children()})
     result = model(**data)
     (gradient,) = torch.autograd.grad(5 * result.loss, result.y)
     assert_close(found["tokens"], (2 * gradient).square().sum((0, 1)) / 5)
@@ -130,6 +133,18 @@ def test_labels_without_a_finite_loss_are_refused() -> None:
         factorize_(llama(), FactorizationConfig(rank=2), calibration=ignored)
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [(lambda y: SimpleNamespace(), "there is no tensor in it"), (Tensor.detach, "forward pass run without gradients")],
+    ids=["nothing", "no-gradient"],
+)
+def test_without_labels_something_has_to_be_returned(returned: Callable[[Tensor], Any], message: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 5))
+    model.forward = lambda x: returned(nn.Sequential.forward(model, x))
+    with pytest.raises(ValueError, match=message):
+        factorize_(model, FactorizationConfig(rank=2), calibration={"x": torch.randn(7, 5)})
+
+
 class Branches(nn.Module):
     """Two layers alike, of which the loss hardly feels the second, or not at all, and of the first some outputs."""
 
@@ -148,43 +163,90 @@ class Branches(nn.Module):
 
 @pytest.mark.parametrize("share", [0.01, 0.0, None])
 @pytest.mark.parametrize("options", [{"rank": 6}, {"budget": 0.6}], ids=str)
-def test_what_the_loss_feels_is_kept(options: dict[str, Any], share: float | None) -> None:
+def test_what_the_loss_feels_is_kept(options: dict[str, Any], share: float | None, monkeypatch) -> None:
+    """Of labels, and without them of what the model returns; against a cut that looks at inputs only."""
     model = Branches(share)
     x = torch.randn(500, 20)
     with torch.no_grad():
         exact = model(x).y
     labels = exact + 0.1 * torch.randn(500, 20)
     lost: list[float] = []
-    for felt in (True, False):
+    for data in ({"x": x, "labels": labels}, {"x": x}, None):
         small = copy.deepcopy(model)
-        data = {"x": x, "labels": labels} if felt else {"x": x}
-        done = factorize_(small, FactorizationConfig(**options), calibration=data)
+        if data is None:
+            monkeypatch.setattr(CalibrationData, "sensitivities", lambda self, probes: {})
+        done = factorize_(small, FactorizationConfig(**options), calibration={"x": x} if data is None else data)
         with torch.no_grad():
             lost.append(float((small(x).y - exact).square().mean()))
-        if felt and "budget" in options:
+        if data is not None and "budget" in options:
             ranks = {each.name: each.rank for each in done.replacements}
             assert "strong" not in ranks or ranks["strong"] > ranks["weak"]
-    assert lost[0] < 0.5 * lost[1]
+    assert max(lost[:2]) < 0.5 * lost[2]
 
 
 @torch.no_grad()
-def test_heads_and_layers_share_a_budget_by_what_the_loss_feels() -> None:
-    """In a model whose loss feels few of the coordinates, on tokens that it drew itself."""
-    model = llama()
+@pytest.mark.parametrize("kinds", [("ov", "linear"), ("qk", "ov", "linear")], ids=str)
+def test_heads_and_layers_share_a_budget_by_what_the_loss_feels(kinds: tuple[str, ...], monkeypatch) -> None:
+    """In a model whose loss feels few of the coordinates, with labels that it drew itself, and without any."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_inner": 23, "n_layer": 2, "n_head": 2, "n_positions": 7, "tie_word_embeddings": False}
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, initializer_range=0.3, **sizes)).eval()
+    model = gpt2 if "qk" in kinds else llama()
     model.lm_head.weight[:, 5:] *= 0.05
     ids = torch.randint(VOCAB, (40, 7), generator=torch.Generator().manual_seed(0))
     exact = model(input_ids=ids).logits.log_softmax(-1)
-    torch.manual_seed(0)
     drawn = exact.exp().flatten(0, 1).multinomial(1).view_as(ids)
-    data = {"input_ids": ids, "labels": torch.cat([ids[:, :1], drawn[:, :-1]], 1)}
-    config = FactorizationConfig(kinds=("ov", "linear"), include=["model.layers.*"], budget=0.75)
+    unlabeled = {"input_ids": ids}
+    labeled = {**unlabeled, "labels": torch.cat([ids[:, :1], drawn[:, :-1]], 1)}
+    config = FactorizationConfig(kinds=kinds, exclude=["lm_head"], budget=0.75)
     lost: list[float] = []
-    for felt in (True, False):
+    for data in (labeled, unlabeled, None):
         small = copy.deepcopy(model)
-        factorize_(small, config, calibration=data if felt else {"input_ids": ids})
+        if data is None:
+            monkeypatch.setattr(CalibrationData, "sensitivities", lambda self, probes: {})
+        factorize_(small, config, calibration=unlabeled if data is None else data)
         found = small(input_ids=ids).logits.log_softmax(-1)
         lost.append(float(nn.functional.kl_div(found, exact, reduction="batchmean", log_target=True)))
-    assert lost[0] < 0.8 * lost[1]
+    assert max(lost[:2]) < 0.8 * lost[2]
+
+
+def same_rows(count: int, **more: Any) -> dict[str, Tensor]:
+    ids = torch.tensor([[3, 7, 9, 4]])
+    return {name: x.expand(count, *x.shape[1:]) for name, x in {"input_ids": ids, **more}.items()}
+
+
+def jacobian_at(model: nn.Module, name: str, batch: dict[str, Tensor], returned: Callable[[Any], Tensor]) -> Tensor:
+    """Derivative of what a model returns for one row by the output of a layer, ``(outputs, positions, m)``."""
+    layer = model.get_submodule(name)
+    outputs: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda module, args, y: outputs.append(y))
+    given = returned(model(**batch)).flatten()
+    hook.remove()
+    return torch.stack([torch.autograd.grad(x, outputs, retain_graph=True)[0][0] for x in given])
+
+
+def test_without_labels_they_are_the_fisher_information_of_the_logits() -> None:
+    """Of a language model, ``J^T (diag(p) - p p^T) J``; the mean over many draws for one row."""
+    model, name = llama().double(), "model.layers.0.mlp.down_proj"
+    found = sensitivities(model, [same_rows(4096)], {name: Probe([model.get_submodule(name)])})[name]
+    J = jacobian_at(model, name, same_rows(1), lambda outputs: outputs.logits).unflatten(0, (4, VOCAB))
+    p = model(**same_rows(1)).logits[0].softmax(-1)
+    centered = J - torch.einsum("tv,tvsm->tsm", p, J).unsqueeze(1)
+    expected = torch.einsum("tv,tvsm->m", p, centered.square()) / 4  # per position of a label
+    assert_close(found, expected.detach(), rtol=0.1, atol=0)
+
+
+def test_without_labels_all_outputs_of_an_encoder_count() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 10, "intermediate_size": 13, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=VOCAB, initializer_range=0.3, **sizes)).eval().double()
+    names = ["encoder.layer.0.output.dense", "pooler.dense"]
+    probes = {name: Probe([model.get_submodule(name)]) for name in names}
+    found = sensitivities(model, [same_rows(4096)], probes)
+    J = jacobian_at(model, names[0], same_rows(1), lambda y: torch.cat([y.last_hidden_state.flatten(), y[1].flatten()]))
+    of_pooler = 1 - model(**same_rows(1)).pooler_output.square()  # the derivative of tanh
+    expected = {names[0]: J.square().sum((0, 1)) / 4, names[1]: of_pooler[0].square() / 4}
+    assert_close(found, {name: x.detach() for name, x in expected.items()}, rtol=0.1, atol=0)
 
 
 def test_classes_of_ours_choose_by_the_loss_too() -> None:
