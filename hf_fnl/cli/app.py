@@ -65,6 +65,12 @@ _RULE, _WHERE = "How far (one of these, or ranks)", "What"
 _DATA, _HEAL = "Calibration", "Healing"
 _SHARE = (_RULE, "SHARE")
 _RULES = ("ratio", "budget", "layer_ratio", "energy", "rank_scale", "rank")
+_GOES_WITH = {  # what does nothing unless one of these is given; ranks by kind are taken as they are
+    **dict.fromkeys(("multiple_of", "kinds"), _RULES),
+    **dict.fromkeys(("calibration_samples", "calibration_length"), ("calibrate",)),
+    **dict.fromkeys(("heal_steps", "heal_bf16"), ("heal",)),
+    "text_column": ("calibrate", "heal"),
+}
 
 
 def _option(text: str, panel: str, metavar: str | None = None, *names: str, **settings: Any) -> Any:
@@ -149,7 +155,7 @@ def factorize(
     knows, and a healed one gets more of it back.
     """
     rules, ranks = given(context, _RULES), given(context, RANKS)
-    _check_rules(rules, ranks, multiple_of)
+    _check_rules(context, rules, ranks)
     with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli import factorize as work
         from hf_fnl.cli.texts import Texts
@@ -294,14 +300,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app(arguments, prog_name="hf-fnl")
 
 
-def _check_rules(rules: dict[str, Any], ranks: dict[str, int], multiple_of: int) -> None:
+def _check_rules(context: typer.Context, rules: dict[str, Any], ranks: dict[str, int]) -> None:
     if len(rules) + bool(ranks) != 1:
         raise typer.BadParameter(
             f"say how far with exactly one of {_flags(_RULES)}; or with ranks: any of {_flags(RANKS)}; "
             f"got {_flags((*rules, *ranks)) or 'none'}"
         )
-    if ranks and multiple_of != 1:
-        raise typer.BadParameter("--multiple-of belongs to a rule; ranks are taken as they are")
+    for option in filter(_GOES_WITH.__contains__, _typed(context)):
+        if not given(context, _GOES_WITH[option]):
+            raise typer.BadParameter(f"{_flags([option])} goes with {_flags(_GOES_WITH[option])}")
+    if "conv_scheme" in _typed(context) and "conv" not in context.params["kinds"]:
+        raise typer.BadParameter("--conv-scheme goes with --kinds conv")
+
+
+def _typed(context: typer.Context) -> list[str]:
+    """The parameters that stood on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 def _flags(names: Iterable[str]) -> str:
@@ -311,12 +326,9 @@ def _flags(names: Iterable[str]) -> str:
 def _command_line(context: typer.Context) -> str:
     """The command with the options that were given."""
     words = ["hf-fnl", str(context.info_name)]
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[name]
+    typed = _typed(context)
+    for parameter in (parameter for parameter in context.command.params if parameter.name in typed):
+        value = context.params[str(parameter.name)]
         option = [] if parameter.param_type_name == "argument" else [parameter.opts[0]]
         for each in value if isinstance(value, list | tuple) else [value]:
             words += option if each is True else [*option, str(each)]

@@ -105,7 +105,7 @@ def summarize(source: Source) -> str:
     for kind, points in source.losses.items():
         broken = next((step for step, value in points if not math.isfinite(value)), None)
         change = f"from {points[0][1]:.4g} to {points[-1][1]:.4g} in {points[-1][0]:,} steps"
-        parts.append(f"{kind} loss {change if broken is None else f'not finite from step {broken:,} on'}")
+        parts.append(f"{kind} loss {change if broken is None else f'first not finite at step {broken:,}'}")
     return "; ".join(parts)
 
 

@@ -99,7 +99,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     history: History = []
     start = 0
     for part in phase_folders(folder) or [folder]:
-        log = [(start + entry["step"], entry) for entry in _log(part)]
+        log = [(start + step, entry) for step, entry in _log(part)]
         for step, entry in log:
             for key, value in entry.items():
                 if key not in ("step", "epoch") and isinstance(value, int | float):
@@ -143,10 +143,15 @@ def _model(model: PreTrainedModel, progress: Progress | None) -> dict[str, Any]:
     }
 
 
-def _log(part: Path) -> list[dict[str, Any]]:
-    candidates = (part, Path(get_last_checkpoint(part) or part))
-    states = (read_json(c / STATE_FILE) for c in candidates)
-    return next((state["log_history"] for state in states if "log_history" in state), [])
+def _log(part: Path) -> list[tuple[int, dict[str, Any]]]:
+    """What a Trainer logged, by step."""
+    for path in (part / STATE_FILE, Path(get_last_checkpoint(part) or part, STATE_FILE)):
+        if "log_history" in (state := read_json(path)):
+            try:
+                return [(int(entry["step"]), entry) for entry in state["log_history"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged: an entry of its log lacks its step") from error
+    return []
 
 
 def _history(path: Path) -> History:

@@ -428,6 +428,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(bert, texts, tmp_path, damage,
     [
         *("", "--ratio 0.5 --rank 3", "--ratio 0.5 --qk-rank 3", "--ratio 2", "--qk-rank 3 --multiple-of 8"),
         *("--ratio half", "--rank 3 --kinds x", "--rank 3 --kinds ffn,[x]", "--rank 3 --conv-scheme spacial"),
+        # Options that would do nothing.
+        *("--qk-rank 3 --kinds ov", "--rank 3 --heal-steps 5", "--rank 3 --text-column t", "--rank 3 --conv-scheme tt"),
     ],
 )
 def test_wrong_use_is_told_from_bad_input(bert, tmp_path, options):

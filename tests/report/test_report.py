@@ -135,7 +135,7 @@ def test_the_first_sentence_says_what_was_found(runs, sources, model):
         f"{losses[0][1]:.4g} to {losses[-1][1]:.4g} in 6 steps"
     )
     broken = Source("a", traces={"loss": [(10, 2.0), (20, math.nan), (30, math.nan)]})
-    assert summarize(broken) == "training loss not finite from step 20 on"
+    assert summarize(broken) == "training loss first not finite at step 20"
     assert Page(make_page([broken])).images, "what is not finite is drawn as far as it is"
 
 
@@ -285,6 +285,7 @@ def test_what_cannot_be_reported_leaves_the_target_alone(runs, tmp_path, make, e
     ("file", "text"),
     [
         *((f"{name}.json", "[1,\n") for name in ("trainer_state", "metrics", "run_config", "interpolation")),
+        ("trainer_state.json", '{"log_history": [{"loss": 1.0}]}'),
         ("diagnostics.jsonl", "[1,\n"),
         ("interpolation.json", '{"points": [{"loss": 1.0}]}'),
         ("interpolation.json", '{"points": null}'),
