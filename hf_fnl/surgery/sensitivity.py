@@ -59,8 +59,8 @@ def sensitivities(
         What each probe sums, of which squares are one, over the labels, in float64.
 
     Raises:
-        ValueError: If there are labels and the model returns no loss, or one that is not finite; if there are none and
-            it returns no tensor; if no gradient reaches any probe, or one is not finite.
+        ValueError: If there are labels and the model returns no loss, or one that is not finite, or predicts none of
+            them; if there are none and it returns no tensor; if no gradient reaches any probe, or one is not finite.
     """
     sums: dict[str, Tensor] = {}
     num_labels, is_felt = 0, not probes
@@ -89,12 +89,16 @@ def sensitivities(
             if num_labels >= ENOUGH and len(sums) == len(probes):
                 break
             outputs = model(**{name: value.to(device) for name, value in batch.items()})
+            if "labels" in batch and _predicts_none(batch["labels"], outputs):
+                continue
             # Of the sum, for in float16 gradients of the mean underflow.
             loss = _loss(model, outputs) * labels if "labels" in batch else _drawn_loss(model, outputs, generator)
             num_labels += labels
             if loss.requires_grad:
                 is_felt = True
                 loss.backward()
+    if not num_labels:
+        raise ValueError("the calibration data hold labels, and none that is predicted: are all of them ignored?")
     if not is_felt:
         raise ValueError(
             f"calibration looks at gradients, and none flow from what {type(model).__name__} returns to its layers: "
@@ -103,6 +107,12 @@ def sensitivities(
     if wrong := next((name for name, total in sums.items() if not total.isfinite().all()), None):
         raise ValueError(f"gradients at {wrong} hold NaN or Inf in the calibration data: are all weights finite?")
     return {name: total / num_labels for name, total in sums.items()}
+
+
+def _predicts_none(labels: Tensor, outputs: Any) -> bool:
+    """Whether a causal model predicts none of the labels: not that of the first token, nor what is ignored."""
+    loss = getattr(outputs, "loss", None)
+    return loss is not None and bool(loss.isnan()) and bool((labels[..., 1:] == IGNORE_INDEX).all())
 
 
 def _loss(model: nn.Module, outputs: Any) -> Tensor:
@@ -137,11 +147,11 @@ def _is_language_model(model: nn.Module) -> bool:
 
 
 def _spread(batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Mapping[str, Tensor], int]]:
-    """Batches with how many labels they hold, in an order in which the first hold enough and lie evenly apart."""
-    labels = [_count(batch) for batch in batches]
-    apart = max(1, sum(labels) // ENOUGH)
+    """Batches that hold labels, and how many, in an order in which the first hold enough and lie evenly apart."""
+    counted = [(batch, count) for batch in batches if (count := _count(batch))]
+    apart = max(1, sum(count for _, count in counted) // ENOUGH)
     for first in range(apart):
-        yield from zip(batches[first::apart], labels[first::apart], strict=True)
+        yield from counted[first::apart]
 
 
 def _count(batch: Mapping[str, Tensor]) -> int:

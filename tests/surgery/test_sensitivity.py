@@ -83,6 +83,18 @@ class Slopes(nn.Module):
         return SimpleNamespace(loss=(self.layer(x) * self.slopes).sum(-1).float().mean())
 
 
+def test_rows_of_which_no_label_is_predicted_count_nothing() -> None:
+    """Answers that were cut off, and single tokens, whose mean loss is NaN, as padding leaves them by themselves."""
+    model, (data,) = llama(), batches(3)
+    probes = {"model.layers.0.mlp.down_proj": Probe([model.model.layers[0].mlp.down_proj])}
+    ignored = {**data, "labels": torch.full_like(data["labels"], -100)}
+    alone = {name: value[:, :1] for name, value in data.items()}
+    expected = sensitivities(model, [data], probes)
+    assert_close(sensitivities(model, [ignored, data, alone], probes), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="labels, and none that is predicted: are all of them ignored"):
+        sensitivities(model, [ignored, alone], probes)
+
+
 def test_small_gradients_of_many_rows_count_in_half_precision() -> None:
     """Those of the mean, and squares, would be zero in float16."""
     slopes = torch.tensor([3e-3, 1e-3, 1e-4], dtype=torch.float16)
@@ -126,11 +138,10 @@ def test_labels_without_a_finite_loss_are_refused() -> None:
     data = {"x": torch.randn(7, 5), "labels": torch.ones(7)}
     with pytest.raises(ValueError, match="hold labels, for which Silent returned no loss"):
         factorize_(Silent(), FactorizationConfig(rank=2), calibration=data)
-    ignored = [
-        {"input_ids": batch["input_ids"], "labels": torch.full_like(batch["labels"], -100)} for batch in batches(3)
-    ]
+    broken = llama()
+    broken.lm_head.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match="LlamaForCausalLM returned a loss of nan"):
-        factorize_(llama(), FactorizationConfig(rank=2), calibration=ignored)
+        factorize_(broken, FactorizationConfig(rank=2, exclude=["lm_head"]), calibration=batches(3))
 
 
 @pytest.mark.parametrize(
