@@ -158,7 +158,7 @@ def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [
         {"initial_lr": group["lr"]}
         | {
-            key: value
+            key: list(value) if isinstance(value, tuple) else value  # which FSDP loads as a list
             for key, value in group.items()
             if key not in _NOT_OPTIONS and not isinstance(value, torch.Tensor)
         }

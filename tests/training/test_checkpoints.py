@@ -272,6 +272,18 @@ def test_options_that_come_from_the_checkpoint_are_said(copy, tmp_path, caplog):
     assert message.endswith("learning_rate=0.02 (here 0.5), weight_decay=0.1 (here 0.3)")
 
 
+def test_options_that_an_engine_writes_otherwise_are_the_same(copy, tmp_path, caplog):
+    checkpoint = copy / "checkpoint-2"
+    (checkpoint / MANIFEST_FILE).unlink()
+    state = torch.load(checkpoint / "optimizer.pt")
+    for group in state["param_groups"]:
+        group["betas"] = list(group["betas"])
+    torch.save(state, checkpoint / "optimizer.pt")
+    go_on(tmp_path / "again", str(checkpoint), max_steps=3)
+    assert "unchecked" in caplog.text
+    assert "not from this run" not in caplog.text
+
+
 def test_a_checkpoint_of_another_optimizer_or_model_is_refused_by_name(copy, tmp_path):
     checkpoint = str(copy / "checkpoint-2")
     with pytest.raises(
