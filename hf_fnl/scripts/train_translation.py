@@ -118,6 +118,11 @@ class DataOptions:
             raise ValueError(f"languages must be two, source and target, got {self.languages}")
         check_at_least(1, self, "max_train_pairs", "max_validation_pairs", "max_test_pairs", "num_beams")
 
+    @property
+    def form(self) -> dict[str, Any]:
+        """The language of translations and, if they are so tokenized, that of their Moses tokens, for BLEU."""
+        return {"lang": self.languages[1], "detokenize_lang": self.languages[1] if self.moses else None}
+
     def load(self, part: str) -> datasets.Dataset | None:
         """Pairs of the part "train", "validation" or "test", if there is one."""
         split = getattr(self, f"{part}_split")
@@ -227,7 +232,7 @@ def score(trainer: TranslationTrainer, tokenizer: Any, pairs: datasets.Dataset, 
             found = gather_object(search(share))
     if PartialState().is_main_process:
         write_text(Path(trainer.args.output_dir) / "translations.txt", "".join(f"{text}\n" for text in found))
-    return bleu_scores(found, list(pairs["target"]), detokenize_lang=data.languages[1] if data.moses else None)
+    return bleu_scores(found, list(pairs["target"]), **data.form)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -237,7 +242,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_output_folder(args)
     set_seed(args.seed)
     if data.test_split != "none":  # that nothing can be scored is to be known now, not when the training is over
-        bleu_scores(["one"], ["one"], detokenize_lang=data.languages[1] if data.moses else None)
+        bleu_scores(["one"], ["one"], **data.form)
     train, validation, test = (data.load(part) for part in ("train", "validation", "test"))
     tokenizer = options.tokenizer(data.tokenizer) or train_tokenizer(options, data, train)
     factorize = later_ranks(args.dense_steps, options.ranks(len(tokenizer)), init_methods(options.factor_init))

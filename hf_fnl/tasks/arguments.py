@@ -27,7 +27,9 @@ class FactorOptions:
         ValueError: If the stock class is to have what only a factorized one has.
     """
 
-    init_from: str | None = field(default=None, metadata={"help": "Go on from this model; sizes and ranks are its."})
+    init_from: str | None = field(
+        default=None, metadata={"help": "Go on from this model; sizes and ranks are its, and others are refused."}
+    )
     qk_rank: int | None = field(default=None, metadata={"help": "Rank of each head's query-key product."})
     ov_rank: int | None = field(default=None, metadata={"help": "Rank of each head's output-value product."})
     ffn_rank: int | None = field(default=None, metadata={"help": "Rank of the feed-forward matrices."})

@@ -8,20 +8,21 @@ from hf_fnl.utils.extras import require
 
 
 def bleu_scores(
-    hypotheses: Sequence[str], references: Sequence[str], *, detokenize_lang: str | None = None
+    hypotheses: Sequence[str], references: Sequence[str], *, lang: str = "", detokenize_lang: str | None = None
 ) -> dict[str, float | str]:
     """Score translations against one reference each.
 
     Args:
         hypotheses: Translations, as a model gives them.
         references: What they should be, in the same order and form.
+        lang: Language of both; ``"zh"``, ``"ja"`` and ``"ko"`` have rules of their own in sacrebleu.
         detokenize_lang: Language whose Moses tokenization both are in (``"en"``), to be undone for ``bleu``; ``None``
             if they are ordinary text.
 
     Returns:
-        ``bleu`` of detokenized text under sacrebleu's own tokenization (13a), and ``tokenized_bleu`` of the words
-        between the spaces as they stand (Khodak et al. 2021), in percent; ``bleu_signature`` and
-        ``tokenized_bleu_signature`` say how each was counted.
+        ``bleu`` of detokenized text under sacrebleu's own tokenization (13a, or that of the language), and
+        ``tokenized_bleu`` of the words between the spaces as they stand (Khodak et al. 2021), in percent;
+        ``bleu_signature`` and ``tokenized_bleu_signature`` say how each was counted.
 
     Raises:
         ValueError: If the numbers of texts differ or are zero.
@@ -32,7 +33,7 @@ def bleu_scores(
     plain = [detokenize(texts, detokenize_lang) if detokenize_lang else texts for texts in (hypotheses, references)]
     # `force`: sacrebleu warns of tokenized text, which is what is meant here.
     scorers = {
-        "bleu": (sacrebleu.BLEU(), plain),
+        "bleu": (sacrebleu.BLEU(trg_lang=lang), plain),
         "tokenized_bleu": (sacrebleu.BLEU(tokenize="none", force=True), [hypotheses, references]),
     }
     scores: dict[str, float | str] = {}
