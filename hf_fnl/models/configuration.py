@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from hf_fnl.attention.selectors import Selector
 from hf_fnl.math.spectral import check_method, check_rank
+from hf_fnl.surgery.record import QUANT_METHOD, method_of
 from hf_fnl.utils.suggest import did_you_mean
 
 LayerRank = int | list[int | None] | None  # one for all layers, or one for each
@@ -141,6 +142,8 @@ class FactorizedConfig:
         """Return the configuration of the stock model of the same sizes."""
         ours = {field.name for field in fields(self)} - {field.name for field in fields(self.dense_class)}
         values: dict[str, Any] = self.to_dict()  # type: ignore[attr-defined]
+        if method_of(values.get("quantization_config", {})) == QUANT_METHOD:  # the record of surgery on a model of ours
+            ours.add("quantization_config")
         return self.dense_class(**{key: value for key, value in values.items() if key not in ours | _OF_A_CLASS})
 
     @classmethod

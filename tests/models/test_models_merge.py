@@ -8,6 +8,8 @@ from model_cases import HEADS, each_head_with_ranks, some
 from torch.testing import assert_close
 from transformers import AutoConfig
 
+from hf_fnl import FactorizationConfig, factorize_
+
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 RANK_FIELDS = ("qk_rank", "ov_rank", "qkv_rank", "ffn_rank", "embedding_rank", "factor_init", "normalize_before")
 
@@ -30,6 +32,16 @@ def test_the_merged_model_is_stock_and_computes_the_same(head: Head, ranks: Rank
     loaded, info = head.stock.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert_close(run(loaded, head.batch()), run(merged, head.batch()), **CLOSE)
+
+
+@some("bert-masked-lm", "llama-lm")
+def test_nothing_of_surgery_on_a_model_of_ours_is_left(head: Head, tmp_path: Path) -> None:
+    """Without ``hf_fnl`` Transformers would not know the record in its configuration."""
+    model = head.build({"ffn_rank": 5})
+    factorize_(model, FactorizationConfig(rank=5, kinds=("embedding",)))
+    model.merge().save_pretrained(tmp_path)
+    assert "hf_fnl" not in (tmp_path / "config.json").read_text()
+    assert_close(run(head.stock.from_pretrained(tmp_path), head.batch()), run(model, head.batch()), **CLOSE)
 
 
 @some("bert-masked-lm", "gpt2-lm")
