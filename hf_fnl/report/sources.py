@@ -89,8 +89,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Return what a Trainer logged, as ``traces``, and diagnostics, as ``history``; phases one after the other.
 
     Args:
-        folder: Output folder of a Trainer, or of a script with ``phase-*`` folders. Without a ``trainer_state.json``
-            that of the newest checkpoint is read.
+        folder: Output folder of a Trainer, or of a script with ``phase-*`` folders. Its ``trainer_state.json`` is
+            read, or that of the newest checkpoint, as of a run that goes on, if that has come farther.
 
     Raises:
         ValueError: If a file is damaged.
@@ -144,14 +144,15 @@ def _model(model: PreTrainedModel, progress: Progress | None) -> dict[str, Any]:
 
 
 def _log(part: Path) -> list[tuple[int, dict[str, Any]]]:
-    """What a Trainer logged, by step."""
-    for path in (part / STATE_FILE, Path(get_last_checkpoint(part) or part, STATE_FILE)):
-        if "log_history" in (state := read_json(path)):
-            try:
-                return [(int(entry["step"]), entry) for entry in state["log_history"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged: an entry of its log lacks its step") from error
-    return []
+    """What a Trainer logged, by step, up to the last one that it wrote down."""
+    states = {
+        path: read_json(path) for path in (part / STATE_FILE, Path(get_last_checkpoint(part) or part, STATE_FILE))
+    }
+    path, state = max(states.items(), key=lambda item: item[1].get("global_step", 0) if item[1] else -1)
+    try:
+        return [(int(entry["step"]), entry) for entry in state.get("log_history", [])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: an entry of its log lacks its step") from error
 
 
 def _history(path: Path) -> History:

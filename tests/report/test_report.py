@@ -34,7 +34,7 @@ from hf_fnl.report.sections import (
     metrics_section,
     role_of,
 )
-from hf_fnl.report.sources import Source, read_sources
+from hf_fnl.report.sources import Source, read_run, read_sources
 from hf_fnl.training.runs import finish_run
 
 pytest.importorskip("matplotlib")
@@ -297,6 +297,14 @@ def test_a_damaged_file_is_named(tmp_path, file, text):
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path / file} is damaged"):
         read_sources([tmp_path])
+
+
+def test_the_log_of_a_run_that_goes_on_is_that_of_its_newest_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    for folder, steps in ((tmp_path, 2), (tmp_path / "checkpoint-4", 4)):
+        log = [{"step": step, "loss": 1.0} for step in range(1, steps + 1)]
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": steps, "log_history": log}))
+    assert [step for step, _ in read_run(tmp_path)["traces"]["loss"]] == [1, 2, 3, 4]
 
 
 def test_without_matplotlib_the_extra_is_named_and_tables_still_work(runs, tmp_path, monkeypatch):
