@@ -61,7 +61,11 @@ def merge(source: str, target: Path, *, check: bool, overwrite: bool, terminal: 
 @torch.no_grad()
 def _merged(model: PreTrainedModel, check: bool) -> tuple[PreTrainedModel, float | None]:
     inputs = random_inputs(model) if check else {}
-    expected = model(**inputs) if check else {}
+    try:
+        expected = model(**inputs) if check else {}
+    except Exception as error:  # whatever a model says that wants other inputs beside these
+        name = type(model).__name__
+        raise ValueError(f"a {name} does not run on {', '.join(inputs)}: {error}; --no-check skips this") from error
     if isinstance(model, FactorizedPreTrainedModel):
         merged = model.merge()
     else:

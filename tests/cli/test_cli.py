@@ -21,6 +21,8 @@ from transformers import (
     AutoTokenizer,
     BertModel,
     BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
     GPT2LMHeadModel,
     OPTConfig,
     OPTForCausalLM,
@@ -260,6 +262,17 @@ def test_merging_after_surgery_on_a_model_of_images(tmp_path):
     cli("merge", tmp_path / "out", "--out", tmp_path / "merged")
     pixels = torch.randn(2, 3, 12, 12)
     torch.testing.assert_close(load(tmp_path / "merged")(pixels).logits, load(tmp_path / "out")(pixels).logits)
+
+
+def test_a_merge_that_cannot_be_checked_says_how_to_do_without(tmp_path):
+    small = {**SIZES, "num_hidden_layers": 1}
+    model = CLIPModel(CLIPConfig(text_config=small, vision_config={**small, "image_size": 16, "patch_size": 8}))
+    factorize_(model, FactorizationConfig(rank=3))
+    model.save_pretrained(tmp_path / "clip")
+    given = ("merge", tmp_path / "clip", "--out", tmp_path / "out")
+    assert "CLIPModel does not run on input_ids" in (error := cli(*given, code=1).stderr)
+    assert "--no-check skips this" in error
+    cli(*given, "--no-check")
 
 
 def test_a_merge_that_changes_outputs_is_not_written(half, tmp_path, monkeypatch):
