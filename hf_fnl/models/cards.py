@@ -208,9 +208,17 @@ def _task_of(model: nn.Module) -> str | None:
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
+def _known_sizes(model: nn.Module, record: Record) -> Mapping[str, Any]:
+    """What the record says of a factorization; nothing if the model is another since, and still factorized."""
+    known = record.factorization
+    total = int(parameter_count(model)["total"])
+    is_other = cut_layers(model) and known.get("parameters_after", total) != total
+    return {} if is_other else known
+
+
 def _before_and_after(model: nn.Module, record: Record) -> tuple[int, int]:
     """Parameters of the dense model, and of the factorized one, be it merged now."""
-    known, count = record.factorization, parameter_count(model)
+    known, count = _known_sizes(model, record), parameter_count(model)
     before, after = int(count["dense_equivalent"]), int(count["total"])
     return known.get("parameters_before", before), known.get("parameters_after", after)
 
@@ -225,7 +233,7 @@ def _sizes(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
         yield "parameters when factorized", f"{after:,}"
     if before != after:
         yield "parameters of the dense model", f"{before:,}, of which {after / before:.1%} are left"
-    if record.factorization.get("layers"):
+    if _known_sizes(model, record).get("layers"):
         yield "rank of each layer", f"`{FACTORIZATION_FILE}`"
     if quantization := _quantization(model):
         yield "quantized by", _plain(quantization)
@@ -271,7 +279,7 @@ def _limits(model: nn.Module, record: Record) -> Iterator[str]:
 def _layers(model: nn.Module, record: Record) -> Iterator[dict[str, Any]]:
     """A row for the layers of each kind and shape."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for layer in record.factorization.get("layers") or map(_row, cut_layers(model)):
+    for layer in _known_sizes(model, record).get("layers") or map(_row, cut_layers(model)):
         groups[_plain(layer["kind"]), " x ".join(map(_plain, layer["shape"]))].append(layer)
     for (kind, shape), layers in groups.items():
         kept = [layer["energy"] for layer in layers if layer.get("energy") is not None]

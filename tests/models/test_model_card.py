@@ -175,6 +175,21 @@ def test_limits_say_whether_anything_was_measured():
     assert "Nothing was measured" not in measured.text
 
 
+def test_sizes_are_those_of_a_model_that_is_another_than_its_record_says():
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1))
+    factorize_(model, FactorizationConfig(rank=3))
+    after = int(parameter_count(model)["total"])
+    record = Record(factorization={**FACTORIZATION, "parameters_after": after})
+    assert "| all else | | | | 7,543 |" in model_card(model, record=record).text
+    model.resize_token_embeddings(model.config.vocab_size + 7)
+    card, count = model_card(model, record=record), parameter_count(model)
+    dense, total = int(count["dense_equivalent"]), sum(parameter.numel() for parameter in model.parameters())
+    assert total > after
+    assert facts(card)["parameters of the dense model"] == f"{dense:,}, of which {total / dense:.1%} are left"
+    assert f"| all | | | | {dense:,} | {total:,} | |" in card.text
+    assert facts(card)["made from"] == "org/bert"
+
+
 def test_a_merged_model_is_dense_and_says_where_it_comes_from():
     merged = MASKED_LM.build(LOW).merge()
     plain = model_card(merged)
@@ -386,7 +401,7 @@ def test_metrics_and_settings_enter_a_card_as_text():
 )
 def test_a_record_of_other_types_is_damaged(change):
     with pytest.raises(ValueError, match=r"factorization.json of the record is damaged: "):
-        model_card(MASKED_LM.build(LOW), record=Record(factorization={**FACTORIZATION, **change}))
+        model_card(MASKED_LM.build(LOW).merge(), record=Record(factorization={**FACTORIZATION, **change}))
 
 
 @pytest.mark.parametrize(
