@@ -67,11 +67,15 @@ class BlockOutputCache:
     chains: list[Chain] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        lists: list[nn.Module] = []
+        outer: list[nn.Module] = []
+        blocks: list[tuple[nn.Module, ...]] = []
         for module in self.model.modules():
-            if isinstance(module, nn.ModuleList | nn.Sequential) and not any(_holds(each, module) for each in lists):
-                lists.append(module)
-        blocks = [tuple(each.children()) for each in lists]
+            if isinstance(module, nn.ModuleList | nn.Sequential):
+                is_inner = any(_holds(each, module) for each in outer)
+                outer += [] if is_inner else [module]
+                # Blocks of a stage, as Swin has them, are of one class and no single layers, as parts of a block are.
+                are_blocks = len({type(each) for each in module}) == 1 and all(any(each.children()) for each in module)
+                blocks += [tuple(module.children())] if are_blocks or not is_inner else []
         repeated = {b for each in blocks for b in each if sum(b in others for others in blocks) > 1}
         self._possible = [Chain(each) for each in blocks if not repeated & set(each) and len(set(each)) == len(each)]
         self._places = {block: (chain, i) for chain in self._possible for i, block in enumerate(chain.blocks)}
@@ -85,8 +89,8 @@ class BlockOutputCache:
         return replaced_forwards(self._places, self._forward)
 
     def block_of(self, module: nn.Module) -> nn.Module | None:
-        """Return the block of a chain that holds a module, ``None`` if none does."""
-        blocks = (block for chain in self.chains for block in chain.blocks)
+        """Return the innermost block of a chain that holds a module, ``None`` if none does."""
+        blocks = (block for chain in reversed(self.chains) for block in chain.blocks)
         return next((block for block in blocks if _holds(block, module)), None)
 
     def find_chains(self, run: Run) -> None:
@@ -98,10 +102,13 @@ class BlockOutputCache:
         """
         called: dict[Chain, list[int]] = {}
         outputs: dict[tuple[Chain, int], Any] = {}
+        last: dict[Chain, list[Tensor]] = {}
 
         def note(chain: Chain, index: int, args: Any, kwargs: Any, forward: Run) -> Any:
-            called.setdefault(chain, []).append(index)
+            is_next = index == 0 or any(x is y for x in tensors_in((args, kwargs)) for y in last.get(chain, ()))
+            called.setdefault(chain, []).append(index if is_next else -1)
             output = forward()
+            last[chain] = list(tensors_in(output))
             is_last = index == len(chain.blocks) - 1
             outputs[chain, index] = output if is_last else _mapped(output, lambda x: _NaN(x.shape, x.dtype, x.device))
             return output

@@ -62,6 +62,32 @@ class Dense(Skipping):
         return x
 
 
+class Stage(nn.Module):
+    """Blocks in a list of its own, as of Swin."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(5, 5)) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Stages(Skipping):
+    """A list of stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Stage(count) for count in (2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.blocks:
+            x = stage(x)
+        return x
+
+
 def inputs_of(model: nn.Module, rows: int = 3, padded: bool = False) -> dict[str, Tensor]:
     if isinstance(model, Skipping):
         return {"x": torch.randn(rows, 5)}
@@ -74,8 +100,8 @@ def inputs_of(model: nn.Module, rows: int = 3, padded: bool = False) -> dict[str
 
 @pytest.mark.parametrize(
     ("build", "chains"),
-    [(llama, [3]), (bert, [3]), (marian, [2, 3]), (t5, [3, 3]), (Skipping, []), (Dense, [])],
-    ids=["llama", "bert", "marian", "t5", "skipping", "dense"],
+    [(llama, [3]), (bert, [3]), (marian, [2, 3]), (t5, [3, 3]), (Skipping, []), (Dense, []), (Stages, [2, 2, 3])],
+    ids=["llama", "bert", "marian", "t5", "skipping", "dense", "stages"],
 )
 def test_stacks_are_chains_where_each_block_is_given_the_last_ones_output(
     tmp_path: Any, build: Callable[[], nn.Module], chains: list[int]
@@ -90,7 +116,7 @@ def test_stacks_are_chains_where_each_block_is_given_the_last_ones_output(
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("build", [llama, bert, marian, t5, Skipping], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [llama, bert, marian, t5, Skipping, Stages], ids=lambda build: build.__name__)
 def test_what_is_kept_on_disk_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, build: Callable[[], nn.Module], padded: bool
 ) -> None:
@@ -118,6 +144,21 @@ def counted_runs(model: nn.Module) -> Counter[str]:
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda *_, name=name: runs.update([name]))
     return runs
+
+
+def test_a_block_of_a_stage_sees_what_the_block_before_it_gives_when_it_is_replaced() -> None:
+    model, seen = Stages().eval(), {}
+
+    def handle(name: str, moments: Any) -> nn.Module:
+        seen[name] = moments.mean
+        replaced = nn.Linear(5, 5)
+        nn.init.zeros_(replaced.weight)
+        nn.init.constant_(replaced.bias, len(seen))
+        return replaced
+
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    visit_modules(model, dict.fromkeys(names, "inputs"), handle, CalibrationData(model, inputs_of(model)))
+    assert [seen[name].mean().item() for name in names[1:]] == [1, 2, 3, 4]
 
 
 def test_where_nothing_changes_a_block_runs_once_for_each_batch() -> None:
