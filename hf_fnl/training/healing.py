@@ -153,28 +153,8 @@ def heal_(
     held_out = batches[::_HELD_OUT]
     train = [batch for number, batch in enumerate(batches) if number % _HELD_OUT]
     with tempfile.TemporaryDirectory(prefix="hf_fnl-") as temporary, _in_float32(model), _cache_as_it_was(model):
-        settings: dict[str, Any] = {
-            "optim": "adamw_torch",
-            "weight_decay": 0.0,
-            "warmup_steps": steps // 10,
-            "lr_scheduler_type": "cosine",
-            "save_strategy": "no" if output_dir is None else "steps",
-            "save_steps": 100,
-            "save_total_limit": 1,
-            "logging_steps": max(1, steps // 20),
-            "report_to": [],
-            "use_cpu": not torch.accelerator.is_available(),  # else the CPU is found not to have bf16
-        }
-        args = FLAMBeTrainingArguments(
-            output_dir=str(output_dir or temporary),
-            max_steps=steps,
-            learning_rate=_RATE * min(1, steps / _FEW_STEPS) if learning_rate is None else learning_rate,
-            per_device_train_batch_size=1,
-            per_device_eval_batch_size=1,
-            remove_unused_columns=False,
-            prediction_loss_only=True,
-            **{**settings, **options},
-        )
+        kept = {} if output_dir is None else {"save_strategy": "steps"}
+        args = _arguments(str(output_dir or temporary), steps, learning_rate, **{**kept, **options})
         trainer = DistillationTrainer(
             model,
             args,
@@ -195,6 +175,32 @@ def heal_(
             stacklevel=2,
         )
     return {"held_out_before": before, "held_out_after": after}
+
+
+def _arguments(output_dir: str, steps: int, learning_rate: float | None, **options: Any) -> FLAMBeTrainingArguments:
+    """The arguments of healing: one batch a step, by AdamW with a warmup and a cosine; ``options`` go before them."""
+    settings: dict[str, Any] = {
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "warmup_steps": steps // 10,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "no",
+        "save_steps": 100,
+        "save_total_limit": 1,
+        "logging_steps": max(1, steps // 20),
+        "report_to": [],
+        "use_cpu": not torch.accelerator.is_available(),  # else the CPU is found not to have bf16
+    }
+    return FLAMBeTrainingArguments(
+        output_dir=output_dir,
+        max_steps=steps,
+        learning_rate=_RATE * min(1, steps / _FEW_STEPS) if learning_rate is None else learning_rate,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        **{**settings, **options},
+    )
 
 
 @contextmanager
