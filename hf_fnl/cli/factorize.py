@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_fnl.attention import find_products
 from hf_fnl.cli.folders import carry_files, local_files, new_folder
-from hf_fnl.cli.sources import factorized_classes, load_model
+from hf_fnl.cli.sources import factorized_classes, load_to_convert
 from hf_fnl.cli.terminal import Terminal
 from hf_fnl.cli.texts import Read, Texts, calibration_batches, read_texts
 from hf_fnl.layers.linear import dense_weight
@@ -96,7 +96,7 @@ def factorize(
     with new_folder(target, source=source, overwrite=overwrite, needed=needed) as folder:
         read = None if texts is None else read_texts(source, texts)
         read_to_heal = None if heal is None else read_texts(source, heal.texts)
-        dense = load_model(source, terminal)
+        dense = load_to_convert(source, terminal)
         ours = _class_for(dense, source, how)
         before = int(parameter_count(dense)["total"])
         batches, tokens = None, None
@@ -110,7 +110,7 @@ def factorize(
             model, layers = _convert(dense, ours, how, batches) if ours else _operate(dense, how, batches, terminal)
         healed = None
         if heal is not None and read_to_heal is not None:
-            teacher = dense if ours else load_model(source, terminal)
+            teacher = dense if ours else load_to_convert(source, terminal)
             with terminal.step("healing"):
                 healed = _heal(model, teacher, read_to_heal, heal, terminal)
         after = int(parameter_count(model)["total"])

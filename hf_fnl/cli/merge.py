@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_fnl.cli.factorize import inherited_metadata
 from hf_fnl.cli.folders import carry_files, local_files, new_folder
-from hf_fnl.cli.sources import load_model, random_inputs
+from hf_fnl.cli.sources import load_to_convert, random_inputs
 from hf_fnl.cli.terminal import Terminal
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.card_files import CARD_FILE, write_card
@@ -39,7 +39,7 @@ def merge(source: str, target: Path, *, check: bool, overwrite: bool, terminal: 
         ValueError: If the model is not factorized, its outputs change, or it cannot be told how to run it.
     """
     with new_folder(target, source=source, overwrite=overwrite) as folder:
-        model = load_model(source, terminal)
+        model = load_to_convert(source, terminal)
         name, before = type(model).__name__, parameter_count(model)["total"]
         with terminal.step("merging"):
             merged, difference = _merged(model, check)

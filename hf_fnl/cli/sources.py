@@ -38,6 +38,14 @@ def load_model(source: str, terminal: Terminal) -> PreTrainedModel:
     return model
 
 
+def load_to_convert(source: str, terminal: Terminal) -> PreTrainedModel:
+    """Load as :func:`load_model` does; an adapter, of which alone a model with one saves, is a ``ValueError``."""
+    model = load_model(source, terminal)
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"{source} holds an adapter of PEFT beside the model: merge it in Python (merge_and_unload)")
+    return model
+
+
 def random_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Inputs that a model can run on, the same at every call.
 

@@ -486,6 +486,20 @@ def test_what_is_factorized_is_not_factorized_again_nor_what_is_dense_merged(ber
     assert "no factorized layer" in cli("merge", bert, "--out", tmp_path / "x", code=1).stderr
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("command", ["factorize", "merge"])
+def test_an_adapter_beside_the_model_is_refused_for_it_alone_would_be_saved(command, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = llama()
+    factorize_(model, FactorizationConfig(rank=3, include=("*mlp*",)))
+    (model if command == "merge" else llama()).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(load(tmp_path / "base"), config).save_pretrained(tmp_path / "base")
+    rule = ["--rank", 3] if command == "factorize" else []
+    assert "adapter of PEFT" in cli(command, tmp_path / "base", "--out", tmp_path / "out", *rule, code=1).stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_debug_shows_where_an_error_came_from(tmp_path):
     result = cli("inspect", tmp_path / "gone", "--debug", code=1)
     assert isinstance(result.exception, FileNotFoundError)
