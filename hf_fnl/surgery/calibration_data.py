@@ -51,6 +51,11 @@ class CalibrationData:
         _check_taken(model, self.batches[0])
         self._sensitivities: dict[str, Tensor] = {}
 
+    @property
+    def is_felt(self) -> bool:
+        """Whether sensitivities were measured, and gradients flowed."""
+        return len(self._sensitivities) > 0
+
     def sensitivities(self, probes: Mapping[str, Probe]) -> Mapping[str, Tensor]:
         """Return :func:`~hf_fnl.surgery.sensitivity.sensitivities` of outputs."""
         missing = {name: probe for name, probe in probes.items() if name not in self._sensitivities}

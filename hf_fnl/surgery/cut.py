@@ -33,7 +33,9 @@ def candidates_of(
         **options: ``deep`` and ``overcomplete`` where they are set.
     """
     targets = [target for group in groups.values() for target in group]
-    in_loss = data is not None and all(target.request is not None for target in targets)
+
+    def in_loss() -> bool:
+        return data is not None and data.is_felt and all(target.request is not None for target in targets)
 
     @functools.cache
     def spectra() -> dict[str, Tensor]:
@@ -52,7 +54,7 @@ def candidates_of(
         found = [spectra()[target.name] for target in group]
         if len(found) == 1:
             return found[0]
-        units = (1 if in_loss else e.sum().clamp(min=torch.finfo(e.dtype).tiny) for e in found)
+        units = (1 if in_loss() else e.sum().clamp(min=torch.finfo(e.dtype).tiny) for e in found)
         return torch.stack([e[:limit] / unit for e, unit in zip(found, units, strict=True)]).sum(0)
 
     candidates = []

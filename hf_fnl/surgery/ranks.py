@@ -30,7 +30,8 @@ class Candidate:
         dense: Parameters of what it replaces: ``m * n``.
         energies: Squared singular values ``(limit,)``, descending; called only where the rule needs them.
         full: The rank that a rank scale of 1 stands for; ``limit`` unless given.
-        in_loss: Energies are of one unit for all candidates, that of a loss; else each counts by its share of its own.
+        in_loss: Tells, after energies were asked for, whether they are of one unit for all candidates, that of a loss;
+            else each counts by its share of its own.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Candidate:
     dense: int
     energies: Callable[[], Tensor]
     full: int | None = None
-    in_loss: bool = False
+    in_loss: Callable[[], bool] = lambda: False
 
     def cost(self, rank: int) -> int:
         """Parameters at this rank; factors that would hold more than the matrix are not made."""
@@ -178,7 +179,7 @@ def _spend(
 ) -> dict[str, int]:
     """Give every next unit of rank to the product where it keeps the most energy per parameter."""
     start, shares = smallest, {candidate.name: candidate.shares().tolist() for candidate in candidates}
-    if all(candidate.in_loss for candidate in candidates):
+    if all(candidate.in_loss() for candidate in candidates):
         start = _least_loss(candidates, smallest, target, multiple_of)
         shares = {candidate.name: candidate.energies().cumsum(0).tolist() for candidate in candidates}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -56,11 +57,14 @@ def sensitivities(
         probes: Where to look, by names.
 
     Returns:
-        What each probe sums, of which squares are one, over the labels, in float64.
+        What each probe sums, of which squares are one, over the labels, in float64; nothing where no gradient flows.
 
     Raises:
         ValueError: If there are labels and the model returns no loss, or one that is not finite, or predicts none of
-            them; if there are none and it returns no tensor; if no gradient reaches any probe, or one is not finite.
+            them; if there are none and it returns no tensor; if a gradient is not finite.
+
+    Warns:
+        UserWarning: If no gradient flows to any probe.
     """
     sums: dict[str, Tensor] = {}
     num_labels, is_felt = 0, not probes
@@ -100,10 +104,12 @@ def sensitivities(
     if not num_labels:
         raise ValueError("the calibration data hold labels, and none that is predicted: are all of them ignored?")
     if not is_felt:
-        raise ValueError(
-            f"calibration looks at gradients, and none flow from what {type(model).__name__} returns to its layers: "
-            "does its forward pass run without gradients?"
+        warnings.warn(
+            f"no gradients flow from what {type(model).__name__} returns to its layers, so that calibration takes all "
+            "their outputs for alike: does its forward pass run without gradients?",
+            stacklevel=2,
         )
+        return {}
     if wrong := next((name for name, total in sums.items() if not total.isfinite().all()), None):
         raise ValueError(f"gradients at {wrong} hold NaN or Inf in the calibration data: are all weights finite?")
     return {name: total / num_labels for name, total in sums.items()}

@@ -205,7 +205,7 @@ def test_a_budget_is_the_best_there_is() -> None:
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_the_least_loss_for_a_budget_leaves_dense_what_compresses_badly(share: float) -> None:
     """Near the bound of Lagrange: no choice loses less than the least of loss plus price, less the price of all."""
-    made = [dataclasses.replace(each, in_loss=True) for each in LINEARS]
+    made = [dataclasses.replace(each, in_loss=lambda: True) for each in LINEARS]
     ranks = choose_ranks(made, RankRule(budget=share))
     assert parameters(made, ranks) <= share * dense(made)
     lost = sum(lost_energy(each, ranks[each.name]) for each in made)

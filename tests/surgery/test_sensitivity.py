@@ -144,16 +144,27 @@ def test_labels_without_a_finite_loss_are_refused() -> None:
         factorize_(broken, FactorizationConfig(rank=2, exclude=["lm_head"]), calibration=batches(3))
 
 
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [(lambda y: SimpleNamespace(), "there is no tensor in it"), (Tensor.detach, "forward pass run without gradients")],
-    ids=["nothing", "no-gradient"],
-)
-def test_without_labels_something_has_to_be_returned(returned: Callable[[Tensor], Any], message: str) -> None:
-    model = nn.Sequential(nn.Linear(5, 5))
+def returning(returned: Callable[[Tensor], Any]) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
     model.forward = lambda x: returned(nn.Sequential.forward(model, x))
-    with pytest.raises(ValueError, match=message):
-        factorize_(model, FactorizationConfig(rank=2), calibration={"x": torch.randn(7, 5)})
+    return model
+
+
+def test_without_labels_something_has_to_be_returned() -> None:
+    with pytest.raises(ValueError, match="there is no tensor in it"):
+        factorize_(
+            returning(lambda y: SimpleNamespace()), FactorizationConfig(rank=2), calibration={"x": torch.ones(7, 5)}
+        )
+
+
+def test_without_gradients_all_outputs_count_alike(monkeypatch) -> None:
+    cut, x = [returning(Tensor.detach), returning(Tensor.detach)], torch.randn(70, 5)
+    with pytest.warns(UserWarning, match="forward pass run without gradients"):
+        factorize_(cut[0], FactorizationConfig(budget=0.9), calibration={"x": x})
+    monkeypatch.setattr(CalibrationData, "sensitivities", lambda self, probes: {})
+    factorize_(cut[1], FactorizationConfig(budget=0.9), calibration={"x": x})
+    assert_close(cut[0](x), cut[1](x), rtol=0, atol=0)
 
 
 class Branches(nn.Module):
