@@ -104,9 +104,10 @@ class FactorOptions:
             value = init_methods(given) if option.name == "factor_init" else given
             found = getattr(config, self.config_names.get(option.name, option.name), None)
             if found != value:
+                cut = ", or cut that model first by hf-fnl factorize" if option.name in self.rank_options else ""
                 raise UsageError(
                     f"{option.name}={value} is for a fresh model, and the one of init_from={self.init_from} has "
-                    f"{found}: leave {option.name} out"
+                    f"{found}: leave {option.name} out{cut}"
                 )
 
 

@@ -225,6 +225,10 @@ def _find_column(records: datasets.Dataset, kind: str, source: object, tests: Se
     """Return the one column that passes the first of the tests that any column passes."""
     found = [[column for column, feature in records.features.items() if test(feature)] for test in tests]
     columns = next(filter(None, found), [])
+    if not columns and records.column_names == ["image"]:
+        raise ValueError(
+            f"the images of {source} have no classes: put those of each class, two at least, into a folder"
+        )
     if len(columns) != 1:
         count = f"several {kind} columns" if columns else f"no {kind} column"
         raise ValueError(f"{count} in {source}; set {kind}_column to one of {columns or sorted(records.column_names)}")

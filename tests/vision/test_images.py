@@ -189,6 +189,12 @@ def test_images_that_cannot_be_decoded_are_named(damage, options, index, message
         list(records)
 
 
+def test_images_of_one_folder_are_refused(tmp_path):
+    write_folder(tmp_path, labels=[0, 0])
+    with pytest.raises(ValueError, match="have no classes: put those of each class, two at least, into a folder"):
+        load_images(tmp_path)
+
+
 REFUSED = [
     pytest.param(lambda: table([0, 2, 2]), {}, r"1 of 3 classes have no training image.*number 1 \(bee\)", id="class"),
     pytest.param(
@@ -208,7 +214,7 @@ REFUSED = [
         r"several label columns .*set label_column to one of \['label', 'other'\]",
         id="several-labels",
     ),
-    pytest.param(lambda: table().remove_columns("label"), {}, r"no label column .*\['image'\]", id="no-labels"),
+    pytest.param(lambda: table().remove_columns("label"), {}, "have no classes", id="no-labels"),
     pytest.param(lambda: table().remove_columns("image"), {}, r"no image column .*\['label'\]", id="no-images"),
     pytest.param(lambda: table(), {"image_column": "img"}, r"no column 'img' .*set image_column", id="absent-image"),
     pytest.param(lambda: table(), {"label_column": "fine"}, r"no column 'fine' .*set label_column", id="absent-label"),
