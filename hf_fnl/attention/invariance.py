@@ -81,12 +81,9 @@ def _measure(attention: nn.Module, adapter: Adapter) -> Mapping[str, bool] | Non
     # However it may be called: with rotary positions, too, where these can be left out.
     kinds = {kind for changes in seen for kind, (alone, _) in changes.items() if alone > _TOLERANCE}
     false = {kind for changes in seen for kind, (alone, both) in changes.items() if both > _TOLERANCE * alone}
-    holders = {p.kind: {_holder(twin, f.name) for f in p.places} for p in projections.products("", _names(twin), None)}
+    products = projections.products("", _names(twin), None)
+    holders = {p.kind: {twin.get_submodule(f.name.rpartition(".")[0]) for f in p.places} for p in products}
     return {kind: holders[kind] <= called for kind in kinds - false}
-
-
-def _holder(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name.rpartition(".")[0])
 
 
 def _names(module: nn.Module) -> dict[int, str]:

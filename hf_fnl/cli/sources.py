@@ -39,7 +39,7 @@ def load_model(source: str, terminal: Terminal) -> PreTrainedModel:
 
 
 def load_to_convert(source: str, terminal: Terminal) -> PreTrainedModel:
-    """Load as :func:`load_model` does; an adapter, of which alone a model with one saves, is a ``ValueError``."""
+    """Load as :func:`load_model` does; one with an adapter, which would save that alone, is a ``ValueError``."""
     model = load_model(source, terminal)
     if getattr(model, "peft_config", None):
         raise ValueError(f"{source} holds an adapter of PEFT beside the model: merge it in Python (merge_and_unload)")

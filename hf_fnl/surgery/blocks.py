@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_fnl.surgery.padding import Batch
+
 Run = Callable[[], Any]  # one pass of the model over one batch, and what it returns
 
 
@@ -214,6 +216,15 @@ def _mapped(value: Any, by: Callable[[Any], Any]) -> Any:
         items = [_mapped(each, by) for each in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def run_over(model: nn.Module, batch: Batch) -> Any:
+    """Run a model over a batch, without a cache, and return what it returns."""
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        inputs["use_cache"] = False
+    return model(**inputs)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

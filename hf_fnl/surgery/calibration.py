@@ -31,8 +31,8 @@ from transformers.utils import logging
 
 from hf_fnl.layers.linear import Span
 from hf_fnl.math.truncation import HeadMoments, Moments
-from hf_fnl.surgery.blocks import BlockOutputCache, replaced_forwards
-from hf_fnl.surgery.calibration_data import CalibrationData, evaluating, run_over
+from hf_fnl.surgery.blocks import BlockOutputCache, replaced_forwards, run_over
+from hf_fnl.surgery.calibration_data import CalibrationData, evaluating
 from hf_fnl.surgery.padding import Batch, unpadded
 from hf_fnl.surgery.sensitivity import Probe
 from hf_fnl.utils.suggest import listed

@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from transformers.utils import TransformersKwargs
 
+from hf_fnl.surgery.blocks import run_over, tensors_in
 from hf_fnl.surgery.padding import Batch, unpadded
 from hf_fnl.surgery.sensitivity import Probe, sensitivities
 from hf_fnl.utils.modes import preserved_modes
@@ -95,17 +95,8 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.found |= self.ids.intersection(map(id, pytree.tree_leaves((args, kwargs))))
+        self.found |= self.ids.intersection(map(id, tensors_in((args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
-
-
-def run_over(model: nn.Module, batch: Batch) -> Any:
-    """Run a model over a batch, without a cache, and return what it returns."""
-    device = next(model.parameters()).device
-    inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
-    if hasattr(getattr(model, "config", None), "use_cache"):
-        inputs["use_cache"] = False
-    return model(**inputs)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
-from hf_fnl.surgery.blocks import tensors_in
+from hf_fnl.surgery.blocks import run_over, tensors_in
 
 ENOUGH = 2**14  # labels, or positions; means over more of them cost time and hardly move
 
@@ -88,11 +88,10 @@ def sensitivities(
         for name, probe in probes.items():
             for module in probe.modules:
                 stack.enter_context(module.register_forward_hook(hook(name)))
-        device = next(model.parameters()).device
         for batch, labels in _spread(batches):
             if num_labels >= ENOUGH and len(sums) == len(probes):
                 break
-            outputs = model(**{name: value.to(device) for name, value in batch.items()})
+            outputs = run_over(model, batch)
             if "labels" in batch and _predicts_none(batch["labels"], outputs):
                 continue
             # Of the sum, for in float16 gradients of the mean underflow.

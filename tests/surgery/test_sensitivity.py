@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RwkvConfig,
+    RwkvModel,
+)
 
 from hf_fnl import FactorizationConfig, FactorizedBertForMaskedLM, RankRule, factorize_
 from hf_fnl.surgery.calibration_data import CalibrationData
@@ -269,6 +278,16 @@ def test_without_labels_all_outputs_of_an_encoder_count() -> None:
     of_pooler = 1 - model(**same_rows(1)).pooler_output.square()  # the derivative of tanh
     expected = {names[0]: J.square().sum((0, 1)) / 4, names[1]: of_pooler[0].square() / 4}
     assert_close(found, {name: x.detach() for name, x in expected.items()}, rtol=0.1, atol=0)
+
+
+def test_a_cache_is_no_output() -> None:
+    """RWKV returns its state as plain tensors unless it is told not to."""
+    sizes = {"hidden_size": 10, "num_hidden_layers": 2, "context_length": 8, "rescale_every": 0}
+    model, name = RwkvModel(RwkvConfig(vocab_size=VOCAB, **sizes)).eval(), "blocks.1.attention.key"
+    found = []
+    for model.config.use_cache in (True, False):
+        found.append(sensitivities(model, [same_rows(8)], {name: Probe([model.get_submodule(name)])})[name])
+    assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_classes_of_ours_choose_by_the_loss_too() -> None:
