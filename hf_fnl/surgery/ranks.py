@@ -1,4 +1,4 @@
-"""Ranks for many products at once: one scale, a share of parameters or energy, or a budget that spectra share out."""
+"""Ranks for many products at once: one scale, a share of parameters or energy, or a budget that spectra or a loss share out."""
 
 from __future__ import annotations
 

@@ -87,15 +87,14 @@ class FactorOptions:
             FileNotFoundError: If there is no such model.
             ValueError: If it is of another family, has another size or rank, or fewer embeddings than there are tokens.
         """
-        if (source := self.init_from) is None:
+        if (source := self.init_from) is None or (config := self.source_config(auto_class)) is None:
             return None
-        config = self.source_config(auto_class)
         self._check_sizes(config, ignored=(*self.rank_options, "factor_init") if dense_steps else ())
         model = load_pretrained("init_from", source, auto_class, is_trained=False)
         check_vocabulary(model, tokenizer)
         return model
 
-    def _check_sizes(self, config: PreTrainedConfig | None, ignored: Sequence[str]) -> None:
+    def _check_sizes(self, config: PreTrainedConfig, ignored: Sequence[str]) -> None:
         for option in fields(self):
             default = option.default if option.default_factory is MISSING else option.default_factory()
             given = getattr(self, option.name)

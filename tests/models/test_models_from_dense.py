@@ -120,9 +120,8 @@ def check_biases(ours: Attention, theirs: Attention) -> None:
 def test_calibrated_heads_are_the_best_for_their_data(name: str, ranks: Ranks, layer: str) -> None:
     head = HEADS[name]
     stock, valid = stock_of(head), head.batch()["attention_mask"].bool()
-    batch = {name: value for name, value in head.batch().items() if name != "labels"}
     for option, rank in ranks.items():
-        model = head.ours.from_dense(stock, **{option: rank}, calibration=batch)
+        model = head.ours.from_dense(stock, **{option: rank}, calibration=head.batch())
         (theirs, their_output), (ours, our_output) = (attended(m, layer, head, valid) for m in (stock, model))
         if option == "qk_rank":  # a shift of all keys changes no weight
             exact, cut = (query @ (key - key.mean(1, keepdim=True)).mT for query, key, _ in (theirs, ours))
@@ -267,8 +266,7 @@ def test_a_tied_output_matrix_is_the_embedding(head: Head, calibrated: bool) -> 
 @calibrated_or_not
 def test_an_untied_output_matrix_is_cut_on_its_own(head: Head, calibrated: bool) -> None:
     stock = stock_of(head, tie_word_embeddings=False)
-    data = {name: value for name, value in head.batch().items() if name != "labels"}
-    model = head.ours.from_dense(stock, embedding_rank=13, calibration=data if calibrated else None)
+    model = head.ours.from_dense(stock, embedding_rank=13, calibration=head.batch() if calibrated else None)
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     assert output.U is not embedding.U
     whole, table = stock.get_output_embeddings().weight, stock.get_input_embeddings().weight

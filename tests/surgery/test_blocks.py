@@ -134,7 +134,7 @@ def test_what_is_kept_on_disk_changes_nothing(
         assert_close(value, cut[1][name], rtol=1e-4, atol=1e-5)
 
 
-FELT = 3  # passes, of each batch, in which gradients are looked at
+FELT = 3  # passes in which gradients are looked at, one for each batch
 
 
 def counted_runs(model: nn.Module) -> Counter[str]:
