@@ -1,4 +1,4 @@
-"""Ranks for many products at once: one scale, a share of parameters or energy, or a budget that spectra or a loss share out."""
+"""Ranks for many products at once: one scale, shares of parameters or energy, a budget that goes where it counts."""
 
 from __future__ import annotations
 
