@@ -121,17 +121,17 @@ def minilm_cards() -> Iterator[Card]:
         if "healing" not in row:
             continue
         share, healing = row["share"], row["healing"]
-        shown = {"cut": result["rows"][f"{share} budget calibrated"], "this model": row}
+        shown = {"cut": result["rows"][f"{share} layers"], "this model": row}
         measures = ("cosine", "same neighbours")
         distance = f"{healing['held_out_before']:.3f} before, {healing['held_out_after']:.3f} after"
         yield Card(
             name=f"minilm-l6-{share}-healed",
             title=f"all-MiniLM-L6-v2, encoder cut to {share} and healed",
-            model_class="FactorizedBertModel",
+            model_class="BertModel",
             facts={
                 "parameters of the encoder's matrices": f"{row['encoder parameters']:,}",
                 "of the dense encoder's": f"{row['of dense']:.1%}",
-                "made by": f"{row['truncation']}; ranks by {row['ranks by']}",
+                "made by": f"budget, calibrated: {row['cut']}",
                 "error of the hidden states, held out": distance,
             },
             measured="Sentences of validation articles of Wikipedia: mean cosine to the dense model's embeddings, and "
