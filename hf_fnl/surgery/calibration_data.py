@@ -49,12 +49,12 @@ class CalibrationData:
                     f"{', '.join(batch) or 'none'} in number {number}"
                 )
         _check_taken(model, self.batches[0])
-        self._sensitivities: dict[str, Tensor] = {}
+        self._sensitivities: dict[str, Tensor | None] = {}  # None where no gradient flows
 
     @property
     def is_felt(self) -> bool:
         """Whether sensitivities were measured, and gradients flowed."""
-        return len(self._sensitivities) > 0
+        return any(found is not None for found in self._sensitivities.values())
 
     def sensitivities(self, probes: Mapping[str, Probe]) -> Mapping[str, Tensor]:
         """Return :func:`~hf_fnl.surgery.sensitivity.sensitivities` of outputs."""
@@ -62,8 +62,8 @@ class CalibrationData:
         if missing:
             with evaluating(self.model):
                 parts = [p for batch in self.batches for p in unpadded(self.model, batch, choices_apart=False)]
-                self._sensitivities |= sensitivities(self.model, parts, missing)
-        return {name: self._sensitivities[name] for name in probes if name in self._sensitivities}
+                self._sensitivities |= {**dict.fromkeys(missing), **sensitivities(self.model, parts, missing)}
+        return {name: found for name in probes if (found := self._sensitivities[name]) is not None}
 
     @torch.no_grad()
     def only_read(self, layers: Mapping[str, Sequence[nn.Module]]) -> list[str]:

@@ -173,6 +173,9 @@ def factorize_(
     return Factorization(done, skipped)
 
 
+_ONLY_READ = "the model reads its weight and does not call it"
+
+
 def _only_read(targets: Sequence[Target], config: FactorizationConfig, data: CalibrationData) -> dict[str, str]:
     """Return why layers stay dense that are given nothing to be calibrated with, as they are never called."""
     layers = {target.name: list(target.layers.values()) for target in targets if isinstance(target, LayerTarget)}
@@ -182,9 +185,6 @@ def _only_read(targets: Sequence[Target], config: FactorizationConfig, data: Cal
     if len(names) == len(targets):
         raise ValueError(f"{listed(names)} cannot be calibrated: {_ONLY_READ}")
     return dict.fromkeys(names, _ONLY_READ)
-
-
-_ONLY_READ = "the model reads its weight and does not call it"
 
 
 def _below_rank(

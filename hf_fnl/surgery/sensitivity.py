@@ -92,10 +92,12 @@ def sensitivities(
             if num_labels >= ENOUGH and len(sums) == len(probes):
                 break
             outputs = run_over(model, batch)
-            if "labels" in batch and _predicts_none(batch["labels"], outputs):
+            if "labels" not in batch:
+                loss = _drawn_loss(model, outputs, generator)
+            elif (mean := _loss(model, outputs, batch["labels"])) is not None:
+                loss = mean * labels  # the sum, for in float16 gradients of the mean underflow
+            else:
                 continue
-            # Of the sum, for in float16 gradients of the mean underflow.
-            loss = _loss(model, outputs) * labels if "labels" in batch else _drawn_loss(model, outputs, generator)
             num_labels += labels
             if loss.requires_grad:
                 is_felt = True
@@ -114,19 +116,15 @@ def sensitivities(
     return {name: total / num_labels for name, total in sums.items()}
 
 
-def _predicts_none(labels: Tensor, outputs: Any) -> bool:
-    """Whether a causal model predicts none of the labels: not that of the first token, nor what is ignored."""
-    loss = getattr(outputs, "loss", None)
-    return loss is not None and bool(loss.isnan()) and bool((labels[..., 1:] == IGNORE_INDEX).all())
-
-
-def _loss(model: nn.Module, outputs: Any) -> Tensor:
-    """The loss of the labels in a batch."""
-    loss = getattr(outputs, "loss", None)
-    if loss is None or not loss.isfinite().all():
-        got = "no loss" if loss is None else f"a loss of {loss.item():g}"
-        raise ValueError(f"the calibration data hold labels, for which {type(model).__name__} returned {got}")
-    return loss
+def _loss(model: nn.Module, outputs: Any, labels: Tensor) -> Tensor | None:
+    """The loss of labels; ``None`` if a causal model predicts none, as that of the first token or what is ignored."""
+    loss: Tensor | None = getattr(outputs, "loss", None)
+    if loss is not None and loss.isfinite().all():
+        return loss
+    if loss is not None and loss.isnan() and (labels[..., 1:] == IGNORE_INDEX).all():
+        return None
+    got = "no loss" if loss is None else f"a loss of {loss.item():g}"
+    raise ValueError(f"the calibration data hold labels, for which {type(model).__name__} returned {got}")
 
 
 def _drawn_loss(model: nn.Module, outputs: Any, generator: torch.Generator) -> Tensor:
