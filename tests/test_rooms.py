@@ -21,7 +21,6 @@ ROOMS = (
     "surgery",
     "optim",
     "models",
-    "planning",
     "training",
     "tasks",
     "vision",

@@ -27,7 +27,6 @@ from hf_fnl.cli.options import (
     QkvRank,
     given,
 )
-from hf_fnl.cli.plan import plan
 from hf_fnl.cli.programs import add_programs
 from hf_fnl.cli.tables import LAYERS_KEY, layers_table, matrices_table, share_left, size_change
 from hf_fnl.cli.terminal import session, usage
@@ -60,7 +59,6 @@ def options(
     """Take what comes before a command."""
 
 
-_COMPARED = 5  # the colours of a report that can be told apart
 _RULE, _WHERE = "How far (one of these, or ranks)", "What"
 _DATA, _HEAL = "Calibration", "Healing"
 _SHARE = (_RULE, "SHARE")
@@ -271,8 +269,6 @@ def report(
 
     About one run or model, or with several in comparison.
     """
-    if len(sources) > _COMPARED:
-        raise typer.BadParameter(f"up to {_COMPARED} runs or models are compared, got {len(sources)}")
     with session(as_json=as_json, debug=debug, sources=sources) as terminal:
         from hf_fnl.report import write_report
 
@@ -288,10 +284,6 @@ app.command(
     short_help="Measure language models on a text.",
     epilog="Example: hf-fnl evaluate gpt2 gpt2-small --texts held-out.txt",
 )(evaluate)
-app.command(
-    short_help="Say what training a model costs.",
-    epilog="Example: hf-fnl plan bert-large --ffn-rank 256 --ov-rank 32 --gpus 64 --memory 24",
-)(plan)
 add_programs(app)
 
 

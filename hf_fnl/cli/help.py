@@ -12,7 +12,7 @@ hf-fnl inspect small
 hf-fnl train clm --dataset texts.txt --ffn_rank 192 --ov_rank 32 --output_dir runs/gpt2"""
 _SECTIONS = {
     "Trained models": ("factorize", "inspect", "evaluate", "merge", "report"),
-    "Training": ("train", "plan", "translate", "evaluate-squad", "interpolate"),
+    "Training": ("train", "translate", "evaluate-squad", "interpolate"),
 }
 
 
