@@ -53,7 +53,7 @@ _ELSEWHERE = {
         *("WideResNetModel", "inner_convolutions", "vision_model"),
     ),
     "hf_fnl.attention": ("AttentionProjections", "Section"),
-    "hf_fnl.layers": ("Factorized", "keep_narrow"),
+    "hf_fnl.layers": ("Factorized",),
     "hf_fnl.models": ("FactorizedGPT2DoubleHeadsModel", "FactorizedMarianForCausalLM"),
     "hf_fnl.models.cards": ("model_card",),
     "hf_fnl.surgery": ("Factorization", "restore_"),

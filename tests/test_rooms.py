@@ -98,7 +98,6 @@ def test_public_names_are_few_and_those_of_before_are_found():
         "CifarResNetModel",
         "FactorizedMarianForCausalLM",
         "vision_model",
-        "keep_narrow",
         "Section",
         "restore_",
         "model_card",

@@ -18,18 +18,16 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.theme import Options, Theme
-from benchmarks.harness.timing import Comparison, Goal, Row
+from benchmarks.harness.timing import Comparison, Row
 from hf_fnl import FactorizationConfig, factorize_
-from hf_fnl.layers import keep_narrow
 from hf_fnl.vision.models import inner_convolutions, vision_model
 
 RANK_SCALES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7)  # of the full rank
 CHECKPOINTING: dict[str, dict[str, Any] | None] = {
     "nothing computed again": None,
     "all computed again": {"use_reentrant": False},
-    "narrow kept": {"use_reentrant": False, "context_fn": keep_narrow},
 }
-NOTHING, ALL, NARROW = CHECKPOINTING
+NOTHING = next(iter(CHECKPOINTING))
 DENSE = "dense"
 
 Batch = dict[str, torch.Tensor]
@@ -215,10 +213,7 @@ def measure_checkpointing(
     facts = {key: {"megabytes": step.peak() / 2**20} for key, step in steps.items()}
     for key in facts:
         facts[key]["memory_ratio"] = facts[key]["megabytes"] / facts[NOTHING]["megabytes"]
-    goals = {NARROW: Goal(ALL, slower=1.0)}
-    comparison = Comparison(
-        f"{name}, checkpointing, a quarter of the full rank", dict(steps), NOTHING, {}, goals, facts
-    )
+    comparison = Comparison(f"{name}, checkpointing, a quarter of the full rank", dict(steps), NOTHING, {}, {}, facts)
     return comparison.measure(options.device, rounds=options.pick(full=9, quick=5, tiny=2))
 
 

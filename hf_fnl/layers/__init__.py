@@ -1,7 +1,6 @@
 """Layers that hold factors in place of a weight."""
 
 from hf_fnl.layers.base import Factorized, FactorizedMatrix, factorized_layers
-from hf_fnl.layers.checkpointing import keep_narrow
 from hf_fnl.layers.conv import FactorizedConv2d
 from hf_fnl.layers.embedding import FactorizedEmbedding
 from hf_fnl.layers.heads import HeadProjection
@@ -19,5 +18,4 @@ __all__ = [
     "LinearPair",
     "TensorizedConv2d",
     "factorized_layers",
-    "keep_narrow",
 ]

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_fnl.attention.selectors import KINDS, PARTS, Selector
-from hf_fnl.layers import keep_narrow
 from hf_fnl.optim.frobenius_decay import MODES
 from hf_fnl.optim.groups import FACTOR_DECAYS
 from hf_fnl.training.profiling import STEPS_BEFORE
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
-# The option from Transformers 5.23 on, and before.
-CHECKPOINTING = [
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
-]
 
 
 @dataclass
@@ -90,14 +84,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Factor of the learning rate from then on (Kamalakara et al. 2022: 0.5)."}
     )
 
-    keep_narrow: bool = field(
-        default=False,
-        metadata={
-            "help": "With activation_checkpointing: keep what a product made narrower than its input, such as the "
-            "(tokens, rank) middle of factorized layers, and compute only the rest again."
-        },
-    )
-
     def __post_init__(self) -> None:
         for name in ("frobenius_decay", "label_names", "include_for_metrics"):  # lists, which one name may stand for
             if isinstance(given := getattr(self, name, None), str):
@@ -117,7 +103,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
             self.optim = chosen
         self.max_grad_norm = self.max_grad_norm or 0.0  # type: ignore[has-type]  # None is no clipping, as in Lamb
         self._check_processes()
-        self._keep_narrow()
         self._check_decay()
         self._check_records()
         self._check_rate()
@@ -129,27 +114,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
         if started > 1 and self.world_size == 1:
             remedy = "" if torch.accelerator.is_available() else ": there is no GPU here, so set use_cpu=true"
             raise ValueError(f"the launcher started {started} processes, and each would train its own model{remedy}")
-
-    def _keep_narrow(self) -> None:
-        if not self.keep_narrow:
-            return
-        if not self.gradient_checkpointing:
-            raise ValueError(f"keep_narrow=true says what activation checkpointing keeps: set {CHECKPOINTING[0]}")
-        given = self.gradient_checkpointing_kwargs or {}
-        if given.get("use_reentrant") or given.get("context_fn", keep_narrow) is not keep_narrow:
-            raise ValueError(f"keep_narrow sets use_reentrant=False and context_fn itself, got {given}")
-        options = {**given, "use_reentrant": False, "context_fn": keep_narrow}
-        for name in CHECKPOINTING:
-            setattr(self, f"{name}_kwargs", options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, without the function that ``keep_narrow`` stands for."""
-        values: dict[str, Any] = super().to_dict()
-        if self.keep_narrow:
-            for name in (f"{option}_kwargs" for option in CHECKPOINTING):
-                given = values.get(name) or {}
-                values[name] = {key: value for key, value in given.items() if key != "context_fn"} or None
-        return values
 
     def _check_decay(self) -> None:
         if self.frobenius_decay is None:
