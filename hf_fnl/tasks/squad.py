@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from hf_fnl.tasks.embedded import embedded_squad
+from hf_fnl.training.command_line import check_at_least
 from hf_fnl.utils.hub import check_source
 
 SQUAD_FEATURES = Features(
@@ -42,7 +43,6 @@ class SquadOptions:
     )
     doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
     max_query_length: int = field(default=64, metadata={"help": "Tokens of a question; the rest is cut off."})
-    n_best_size: int = field(default=20, metadata={"help": "Answers kept for each question."})
     max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer."})
     null_score_diff_threshold: float = field(
         default=0.0,
@@ -50,11 +50,8 @@ class SquadOptions:
     )
 
     def __post_init__(self) -> None:
-        for option in ("max_seq_length", "max_query_length", "n_best_size", "max_answer_length"):
-            if getattr(self, option) < 1:
-                raise ValueError(f"{option} must be at least 1, got {getattr(self, option)}")
-        if self.doc_stride < 0:
-            raise ValueError(f"doc_stride must be at least 0, got {self.doc_stride}")
+        check_at_least(1, self, "max_seq_length", "max_query_length", "max_answer_length")
+        check_at_least(0, self, "doc_stride")
         self.check_room(special_tokens=3)
 
     def check_room(self, special_tokens: int) -> None:
@@ -86,7 +83,7 @@ def load_squad(source: str | os.PathLike[str], *, split: str) -> Dataset:
     if name == "embedded":
         examples = _from_official(embedded_squad(split), name)
     elif name.endswith(".json") or Path(name).is_file():
-        examples = _from_official(_read_json(Path(name)), name)
+        examples = _from_official(json.loads(Path(name).read_text(encoding="utf-8")), name)
     else:
         check_source(name, "dataset")
         examples = load_dataset(name, split=split)
@@ -95,15 +92,6 @@ def load_squad(source: str | os.PathLike[str], *, split: str) -> Dataset:
         examples = examples.select_columns(list(SQUAD_FEATURES)).cast(SQUAD_FEATURES)
     _check_examples(examples, name)
     return examples
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such SQuAD file: {path}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON, perhaps truncated: {error}; fetch or write it again") from error
 
 
 def _from_official(content: Any, name: str) -> Dataset:

@@ -135,7 +135,6 @@ def test_version_2_questions_end_to_end(pretrained, tmp_path, article):
     (tmp_path / "v2.json").write_text(json.dumps(questions))
     metrics = finetune(pretrained, tmp_path / "run", "--train_dataset", str(tmp_path / "v2.json"))
     assert metrics.get("NoAns_total", 0) + metrics["HasAns_total"] == metrics["total"] == 8
-    assert (tmp_path / "run" / "null_odds.json").exists()
     given = f"--dataset {tmp_path}/v2.json --predictions {tmp_path}/run/predictions.json --max_questions 8"
     assert evaluate_squad.main(given.split()).items() <= metrics.items()
 
@@ -163,7 +162,7 @@ def test_a_run_that_is_done_is_not_overwritten(pretrained):
             "--max_seq_length 65",
             "max_seq_length must be at most 64, .*BertForQuestionAnswering, got 65",
         ),
-        (finetune_squad, "--train_dataset ./no.json", r"--train_dataset \./no\.json: no such SQuAD file"),
+        (finetune_squad, "--train_dataset ./no.json", r"--train_dataset \./no\.json: .*No such file"),
         (finetune_squad, "--eval_dataset nosuch", "--eval_dataset nosuch: .*no file or folder nosuch, .* could not be"),
         (finetune_squad, "--model nosuch", "--model nosuch: there is no folder nosuch, and the Hub could not be asked"),
         (finetune_squad, "--max_train_questions 0", "max_train_questions must be at least 1, got 0"),

@@ -11,16 +11,10 @@ from datasets import Dataset
 from transformers import BertTokenizer, GPT2Tokenizer
 
 from hf_fnl.tasks.squad import SquadOptions, build_squad_features, load_squad
-from hf_fnl.tasks.squad_evaluation import (
-    SquadPredictions,
-    decode_predictions,
-    is_version_2,
-    score_predictions,
-    write_predictions,
-)
+from hf_fnl.tasks.squad_evaluation import decode_predictions, first_questions, score_predictions
 
 CONTEXT = "Anna sold seven red apples. Boris, who likes pears, bought three of them on Monday morning; Clara ate none."
-SMALL = SquadOptions(max_seq_length=48, doc_stride=7, max_query_length=13, n_best_size=5, max_answer_length=6)
+SMALL = SquadOptions(max_seq_length=48, doc_stride=7, max_query_length=13, max_answer_length=6)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +78,6 @@ def test_official_file_becomes_rows(load):
     examples = load(QUESTIONS)
     assert examples.column_names == ["id", "title", "context", "question", "answers"]
     assert load(WITH_UNANSWERABLE)[1]["answers"] == {"text": [], "answer_start": []}
-    assert is_version_2(load(WITH_UNANSWERABLE))
     assert examples[0] == {
         "id": "q1",
         "title": "Fruit",
@@ -92,13 +85,15 @@ def test_official_file_becomes_rows(load):
         "question": "Who ate none?",
         "answers": {"text": ["Clara", "Clara ate none"], "answer_start": [CONTEXT.index("Clara")] * 2},
     }
-    assert not is_version_2(examples)
+    assert not first_questions(examples, None)[1]
+    few, version_2 = first_questions(load(WITH_UNANSWERABLE), 1)
+    assert (few["id"][:], version_2) == (["q1"], True)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(json.dumps(QUESTIONS)[:-30], "is not valid JSON, perhaps truncated", id="truncated"),
+        pytest.param(json.dumps(QUESTIONS)[:-30], "char ", id="truncated"),
         pytest.param([QUESTIONS], "not in the official SQuAD structure", id="a list"),
         pytest.param({"data": [{"title": "x"}]}, "not in the official .* KeyError 'paragraphs'", id="key missing"),
         pytest.param({"data": []}, "holds no questions", id="empty"),
@@ -128,14 +123,13 @@ def test_official_file_becomes_rows(load):
         ),
     ],
 )
-def test_bad_files_are_named(load, tmp_path, content, message):
-    with pytest.raises(ValueError, match=message) as error:
+def test_bad_files(load, content, message):
+    with pytest.raises(ValueError, match=message):
         load(content)
-    assert str(tmp_path / "questions.json") in str(error.value)
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no such SQuAD file: .*nowhere\.json"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
         load_squad(tmp_path / "nowhere.json", split="train")
 
 
@@ -249,8 +243,7 @@ def test_byte_level_tokens_give_clean_answers(load, shared_data):
     start, end = np.zeros((2, 1, 48))
     start[0, label["start_positions"]] = end[0, label["end_positions"]] = 1
     decoded = decode_predictions(examples, features, start, end, SMALL, version_2=False)
-    assert decoded.predictions == {"q1": "seven red"}
-    assert all(answer["text"] == answer["text"].strip() != "" for answer in decoded.nbest["q1"])
+    assert decoded == {"q1": "seven red"}
 
 
 def test_context_without_tokens(tokenizer):
@@ -263,45 +256,30 @@ def test_context_without_tokens(tokenizer):
 # ---- decoding
 
 
-def brute_force(examples, features, start_logits, end_logits, options):
-    """All distinct allowed spans of each question, best first, as score and text."""
-    ranked = {}
+def brute_force(examples, features, start_logits, end_logits, max_answer_length):
+    """The best allowed span of each question, of all that there are."""
+    found = {}
     for example in examples:
         spans: dict[tuple[int, int], float] = {}
         for window, row in enumerate(features):
             tokens = range(len(row["input_ids"])) if row["example_id"] == example["id"] else ()
             for start, end in itertools.combinations_with_replacement(tokens, 2):
                 span = (row["offset_mapping"][start][0], row["offset_mapping"][end][1])
-                if end - start < options.max_answer_length and row["offset_mapping"][end][0] >= 0 <= span[0]:
-                    score = float(np.float32(start_logits[window, start])) + float(np.float32(end_logits[window, end]))
+                if end - start < max_answer_length and row["offset_mapping"][end][0] >= 0 <= span[0]:
+                    score = start_logits[window, start] + end_logits[window, end]
                     spans[span] = max(score, spans.get(span, -np.inf))
-        best = sorted(spans, key=spans.__getitem__, reverse=True)[: options.n_best_size]
-        ranked[example["id"]] = [(spans[span], example["context"][slice(*span)]) for span in best]
-    return ranked
+        found[example["id"]] = example["context"][slice(*max(spans, key=spans.__getitem__))]
+    return found
 
 
-@pytest.mark.parametrize(("n_best_size", "max_answer_length"), [(1, 1), (5, 6), (20, 60), (3000, 60)])
-def test_decoding_equals_brute_force(load, tokenizer, n_best_size, max_answer_length):
-    options = SquadOptions(
-        max_seq_length=48,
-        doc_stride=7,
-        max_query_length=13,
-        n_best_size=n_best_size,
-        max_answer_length=max_answer_length,
-    )
+@pytest.mark.parametrize("max_answer_length", [1, 6, 60])
+def test_decoding_equals_brute_force(load, tokenizer, max_answer_length):
+    options = SquadOptions(max_seq_length=48, doc_stride=7, max_query_length=13, max_answer_length=max_answer_length)
     examples = load(QUESTIONS)
     features = build_squad_features(examples, tokenizer, options, train=False).shuffle(seed=0)
     logits = random_logits(features)
-    expected = brute_force(examples, features, *logits, options)
     decoded = decode_predictions(examples, features, *logits, options, version_2=False)
-    assert decoded.predictions == {id_: answers[0][1] for id_, answers in expected.items()}
-    assert decoded.null_odds == {}
-    for id_, answers in expected.items():
-        assert [answer["text"] for answer in decoded.nbest[id_]] == [text for _, text in answers]
-        scores = np.array([answer["start_logit"] + answer["end_logit"] for answer in decoded.nbest[id_]])
-        assert scores == pytest.approx([score for score, _ in answers])
-        weights = np.exp(scores - scores.max())
-        assert [answer["probability"] for answer in decoded.nbest[id_]] == pytest.approx(weights / weights.sum())
+    assert decoded == brute_force(examples, features, *logits, max_answer_length)
 
 
 @pytest.mark.parametrize(
@@ -324,19 +302,17 @@ def test_version_2_answers_where_the_null_score_allows(load, tokenizer, threshol
         if {first, last} <= set(starts := starts_of(row)):
             start[window, starts.index(first)] = end[window, starts.index(last)] = 4
     decoded = decode_predictions(examples, features, start, end, options, version_2=True)
-    assert decoded.predictions == predictions
-    assert decoded.null_odds == {"q1": -3.0, "q2": 2.0}
-    assert [answer["text"] for answer in decoded.nbest["q2"][:2]] == ["", "Clara"]
-    scores = score_predictions(examples, decoded.predictions, version_2=True)
+    assert decoded == predictions
+    scores = score_predictions(examples, decoded, version_2=True)
     assert scores["exact"] == 50.0 * ((predictions["q1"] == "Clara") + (predictions["q2"] == ""))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda logits: logits[1:], r"start_logits must hold \d+ windows of at least 48 tokens, got shape"),
+        (lambda logits: logits[1:], r"logits must be of \d+ windows of at least 48 tokens, got shape"),
         (lambda logits: logits[:, :40], "at least 48 tokens, got shape"),
-        (lambda logits: np.where(logits > 1, np.nan, logits), "start_logits hold NaN or Inf"),
+        (lambda logits: np.where(logits > 1, np.nan, logits), "logits hold NaN or Inf"),
     ],
     ids=["rows", "width", "nan"],
 )
@@ -351,10 +327,8 @@ def test_unusable_logits(load, tokenizer, change, message):
 def test_windows_of_other_questions(load, tokenizer):
     examples = load(QUESTIONS)
     features = build_squad_features(examples, tokenizer, SMALL, train=False)
-    with pytest.raises(ValueError, match="windows belong to 3 questions, which are not the 2 given"):
+    with pytest.raises(ValueError, match="the windows are not those of the 2 questions"):
         decode_predictions(examples.select([0, 1]), features, *random_logits(features), SMALL, version_2=False)
-    with pytest.raises(ValueError, match="no windows to decode"):
-        decode_predictions(examples, features.select([]), *random_logits(features), SMALL, version_2=False)
 
 
 def test_gold_positions_decode_to_the_gold_answers(shared_data, bert_tokenizer):
@@ -378,31 +352,16 @@ def test_gold_positions_decode_to_the_gold_answers(shared_data, bert_tokenizer):
     cut = [
         row["id"]
         for row in examples
-        if (text := decoded.predictions[row["id"]]) != (gold := row["answers"]["text"][0].strip())
+        if (text := decoded[row["id"]]) != (gold := row["answers"]["text"][0].strip())
         and not (gold in text and " " not in text.replace(gold, ""))
     ]
     assert cut == []
-    assert score_predictions(examples, decoded.predictions, version_2=False)["exact_match"] > 98
+    assert score_predictions(examples, decoded, version_2=False)["exact_match"] > 98
 
 
-# ---- predictions
-
-
-def test_predictions_are_written_in_the_official_format(tmp_path):
-    nbest = {"q1": [{"text": "Zoë", "probability": 1.0, "start_logit": 2.0, "end_logit": 3.0}]}
-    write_predictions(tmp_path / "new", SquadPredictions({"q1": "Zoë"}, nbest, {}))
-    written = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "new").iterdir()}
-    assert written == {"predictions.json": {"q1": "Zoë"}, "nbest_predictions.json": nbest}
-    write_predictions(tmp_path, SquadPredictions({"q1": ""}, {}, {"q1": 1.5}))
-    assert json.loads((tmp_path / "null_odds.json").read_text()) == {"q1": 1.5}
-
-
-def test_scores_of_written_version_2_predictions(load):
-    scores = score_predictions(load(WITH_UNANSWERABLE), {"q1": "", "q2": ""})
-    assert scores["exact"] == scores["f1"] == 50.0
-    assert (scores["HasAns_exact"], scores["NoAns_exact"]) == (0.0, 100.0)
+# ---- scores
 
 
 def test_scores_need_every_prediction(load):
     with pytest.raises(ValueError, match="2 of 3 questions have no prediction, first 'q2'"):
-        score_predictions(load(QUESTIONS), {"q1": "Clara"})
+        score_predictions(load(QUESTIONS), {"q1": "Clara"}, version_2=False)

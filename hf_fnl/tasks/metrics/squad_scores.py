@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -49,20 +49,19 @@ def score_squad(
         predictions: Predicted text by question id, empty for no answer; other ids than those of ``references`` are
             ignored.
         references: Gold texts by question id; none for a question that has no answer (version 2.0).
-        version_2: Follow the rules of version 2.0. A question without prediction scores 0 under version 1.1 and is
-            left out under version 2.0.
+        version_2: Follow the rules of version 2.0, in which gold answers that are empty once normalised do not count.
 
     Returns:
         Percentages. Version 1.1: ``exact_match``, ``f1``. Version 2.0: ``exact``, ``f1``, ``total``, and the same three
         under ``HasAns_`` and ``NoAns_`` where there are such questions.
 
     Raises:
-        ValueError: If no prediction belongs to a question, or under version 1.1 a question has no gold answer.
+        ValueError: If a question has no prediction, or under version 1.1 no gold answer.
     """
-    if not predictions.keys() & references.keys():
+    if missing := [id_ for id_ in references if id_ not in predictions]:
         raise ValueError(
-            f"none of the {len(predictions)} predictions has the id of one of the {len(references)} questions; "
-            "give predictions made for this data set"
+            f"{len(missing)} of {len(references)} questions have no prediction, first {missing[0]!r}; "
+            "give predictions made for these questions"
         )
     unanswerable = [id_ for id_, answers in references.items() if not answers]
     if unanswerable and not version_2:
@@ -70,40 +69,26 @@ def score_squad(
             f"{len(unanswerable)} of {len(references)} questions have no gold answer (first: {unanswerable[0]!r}), "
             "which SQuAD 1.1 does not know; score with version_2=True"
         )
-    exact, f1 = _best_scores(predictions, references, version_2=version_2)
+    exact, f1 = {}, {}
+    for id_, answers in references.items():
+        if version_2:  # the empty text stands for no answer
+            answers = [answer for answer in answers if normalize_answer(answer)] or [""]
+        exact[id_] = max(exact_match_score(predictions[id_], answer) for answer in answers)
+        f1[id_] = max(f1_score(predictions[id_], answer, version_2=version_2) for answer in answers)
     if not version_2:
-        return {"exact_match": _percent(exact.values(), len(references)), "f1": _percent(f1.values(), len(references))}
+        return {"exact_match": _percent(exact, references), "f1": _percent(f1, references)}
     groups = {
-        "": list(exact),
-        "HasAns_": [id_ for id_ in exact if references[id_]],
-        "NoAns_": [id_ for id_ in exact if not references[id_]],
+        "": list(references),
+        "HasAns_": [id_ for id_ in references if references[id_]],
+        "NoAns_": unanswerable,
     }
     result: dict[str, float] = {}
     for prefix, ids in groups.items():
         if ids:
-            for name, scores in (("exact", exact), ("f1", f1)):
-                result[prefix + name] = _percent([scores[id_] for id_ in ids], len(ids))
-            result[prefix + "total"] = len(ids)
+            result[f"{prefix}exact"], result[f"{prefix}f1"] = _percent(exact, ids), _percent(f1, ids)
+            result[f"{prefix}total"] = len(ids)
     return result
 
 
-def _best_scores(
-    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], *, version_2: bool
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return exact match and F1 of every predicted question, each the best over its gold answers.
-
-    Version 2.0 sets aside gold answers that are empty once normalised; the empty text stands for none at all.
-    """
-    exact, f1 = {}, {}
-    for id_, answers in references.items():
-        if id_ not in predictions:
-            continue
-        if version_2:
-            answers = [answer for answer in answers if normalize_answer(answer)] or [""]
-        exact[id_] = max(exact_match_score(predictions[id_], answer) for answer in answers)
-        f1[id_] = max(f1_score(predictions[id_], answer, version_2=version_2) for answer in answers)
-    return exact, f1
-
-
-def _percent(scores: Collection[float], count: int) -> float:
-    return 100.0 * sum(scores) / count
+def _percent(scores: Mapping[str, float], ids: Mapping[str, object] | Sequence[str]) -> float:
+    return 100.0 * sum(scores[id_] for id_ in ids) / len(ids)
