@@ -20,7 +20,6 @@ from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.theme import Options, Theme
 from benchmarks.harness.timing import Comparison, Goal, Row
 from hf_fnl import FactorizationConfig, factorize_, merge_
-from hf_fnl.layers.conv_base import Convolution
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES
 from hf_fnl.vision.models import inner_convolutions, vision_model
 
@@ -30,7 +29,6 @@ SCHEMES = (*CONV_SCHEMES, *TENSOR_SCHEMES)
 PRECISIONS = {"float32": False, "bfloat16": True}  # with autocast or without
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 REFERENCE = f"{DENSE}, channels last"
-KEEPING = "recompute = False"
 SPEEDUP_GOAL = 2.0  # Khodak et al. 2021, Sec. 4: almost half the time
 TOLERANCE = 1e-3  # of the largest logit, through 32 layers of float32 without running statistics
 
@@ -84,19 +82,9 @@ def dense_model(name: str) -> PreTrainedModel:
 
 
 def variants(name: str, schemes: tuple[str, ...] = SCHEMES) -> dict[str, PreTrainedModel]:
-    """The dense network, ours of all schemes, and the first of these where it computes nothing again."""
+    """The dense network, and ours of all schemes."""
     dense = dense_model(name)
-    made = {DENSE: dense, **{scheme: low_rank(dense, scheme) for scheme in schemes}}
-    return {**made, f"{schemes[0]}, {KEEPING}": keeping(made[schemes[0]])}
-
-
-def keeping(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose convolutions keep all that the backward pass needs."""
-    model = copy.deepcopy(model)
-    for layer in model.modules():
-        if isinstance(layer, Convolution):
-            layer.recompute = False
-    return model
+    return {DENSE: dense, **{scheme: low_rank(dense, scheme) for scheme in schemes}}
 
 
 def peers(models: dict[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:

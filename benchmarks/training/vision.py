@@ -300,7 +300,7 @@ def build_model(args: argparse.Namespace, num_labels: int, image_shape: Sequence
         factorize_(model, config)
     for module in model.modules():
         if isinstance(module, FactorizedConv2d):
-            module.compose, module.recompute = COMPOSE[args.compose], False
+            module.compose = COMPOSE[args.compose]
         elif isinstance(module, nn.BatchNorm2d):
             module.num_batches_tracked = None  # a count that only an average without momentum reads
     return model.train()

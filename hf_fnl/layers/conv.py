@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +139,9 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         row = V.mT.unflatten(1, (in_channels, width)).unsqueeze(2)
         return row, U.unflatten(0, (out_channels, height)).transpose(1, 2).unsqueeze(3)
 
-    def operands(self) -> tuple[Tensor, ...]:
-        """``U`` and ``V``; ``M`` is multiplied to ``U``, which takes the same in both ways."""
-        return self.U if self.M is None else self.U @ self.M, self.V
-
-    def kernels(self, *operands: Tensor) -> tuple[Tensor, ...]:
-        """The kernels of the two convolutions."""
-        first, second = self.chain(*operands)
+    def kernels(self) -> tuple[Tensor, ...]:
+        """The kernels of the two convolutions; ``M`` is multiplied to ``U``."""
+        first, second = self.chain(self.U if self.M is None else self.U @ self.M, self.V)
         return first.repeat(self.groups, 1, 1, 1) if self.groups > 1 else first, second
 
     def composing_cost(self) -> int:
@@ -154,9 +149,9 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         m, n = self.shape
         return m * n * self.rank
 
-    def _composing_is_cheaper(self, chain: Sequence[Any], x: Tensor, padding: Pair) -> bool:
+    def _composing_is_cheaper(self, kernels: Sequence[Tensor], x: Tensor, padding: Pair) -> bool:
         # At a rank above that of W, a chain would also have more channels between.
-        return self.rank > min(self.shape) or super()._composing_is_cheaper(chain, x, padding)
+        return self.rank > min(self.shape) or super()._composing_is_cheaper(kernels, x, padding)
 
     def extra_repr(self) -> str:
         """Sizes, the rank and the scheme, then the options that differ from the defaults."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from hf_fnl.layers.base import Factorized
 from hf_fnl.math.spectral import DRAWN_METHODS, draw_factor
@@ -36,20 +34,11 @@ class Convolution(Factorized):
     Either the factors are the kernels of a chain of small convolutions, or they are multiplied out and the kernel is
     applied at once. Channels-last inputs give channels-last outputs, as do inputs of a layer that was made from a
     convolution with a channels-last kernel.
-
-    In training, what lies between the input and the output is computed again in the backward pass where keeping it
-    would take more memory than the layer has fewer weights than the dense one: no layer with fewer parameters needs
-    more memory than the dense layer.
-
-    Attributes:
-        recompute: ``False`` keeps it always, for speed; ``True`` never does; ``None`` follows that rule.
-            Gradients by :mod:`torch.func` need ``False``.
     """
 
     dense_classes = (nn.Conv2d,)
     scheme: str
     compose: bool | None
-    recompute: bool | None = None
     memory_format = torch.contiguous_format
 
     def take_options_(self, dense: nn.Conv2d) -> None:
@@ -69,13 +58,9 @@ class Convolution(Factorized):
         """Factors as kernels of convolutions, in the order in which those are applied; views of the factors."""
         raise NotImplementedError
 
-    def operands(self) -> tuple[Tensor, ...]:
-        """Return the tensors that the kernels of both ways are made of, in the order of :meth:`factors`."""
-        return self.factors()
-
-    def kernels(self, *operands: Tensor) -> tuple[Tensor, ...]:
+    def kernels(self) -> tuple[Tensor, ...]:
         """The kernels of the chain of convolutions, in the order in which they are applied."""
-        return self.chain(*operands)
+        return self.chain(*self.factors())
 
     def composing_cost(self) -> int:
         """Multiplications that it takes to multiply the factors out."""
@@ -89,22 +74,15 @@ class Convolution(Factorized):
         if _memory_format(x) is torch.channels_last:
             x = _laid_out(x, channels_last=True)
         channels_last = torch.channels_last in (self.memory_format, _memory_format(x))
-        operands = self.operands()
-        chain = self._chain_on(x, padding, self.kernels(*operands))
-        composes = self._composing_is_cheaper(chain, x, padding) if self.compose is None else self.compose
-
-        def convolve(x: Tensor, *operands: Tensor) -> Tensor:
-            kernels = (self.weight_from(*operands),) if composes else self.kernels(*operands)
-            axes = ("hw",) if composes else _AXES[self.scheme]
-            for kernel, along in zip(kernels, axes, strict=True):
-                bias = self.bias if kernel is kernels[-1] else None
-                options = _along(along, self.stride, 1), _along(along, padding, 0), _along(along, self.dilation, 1)
-                x = F.conv2d(x, _laid_out(kernel, channels_last), bias, *options, self.groups)
-            return x
-
-        if _trains(operands) and self._recomputes(chain, x, composes):
-            return cast(Tensor, checkpoint(convolve, x, *operands, use_reentrant=False, preserve_rng_state=False))
-        return convolve(x, *operands)
+        kernels, axes = self.kernels(), _AXES[self.scheme]
+        composes = self._composing_is_cheaper(kernels, x, padding) if self.compose is None else self.compose
+        if composes:
+            kernels, axes = (self.dense_weight(),), ("hw",)
+        for kernel, along in zip(kernels, axes, strict=True):
+            bias = self.bias if kernel is kernels[-1] else None
+            options = _along(along, self.stride, 1), _along(along, padding, 0), _along(along, self.dilation, 1)
+            x = F.conv2d(x, _laid_out(kernel, channels_last), bias, *options, self.groups)
+        return x
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Pair]:
         """The input, padded where the convolution cannot do it, and the padding that is left to it."""
@@ -114,16 +92,6 @@ class Convolution(Factorized):
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(x, self._pads, mode=mode).contiguous(memory_format=_memory_format(x)), (0, 0)
 
-    def _chain_on(self, x: Tensor, padding: Pair, kernels: Sequence[Tensor]) -> list[_Link]:
-        """The convolutions of the chain, by what they take on an input."""
-        positions, links = list(x.shape[-2:]), []
-        after = self._positions_after(x, padding)
-        for kernel, along in zip(kernels, _AXES[self.scheme], strict=True):
-            positions = [new if axis in along else old for axis, old, new in zip("hw", positions, after, strict=True)]
-            count = x.shape[0] * math.prod(positions)
-            links.append(_Link(along, kernel.numel(), count, kernel.shape[0] * count))
-        return links
-
     def _positions_after(self, x: Tensor, padding: Pair) -> list[int]:
         """Height and width of the output."""
         sizes = zip(x.shape[-2:], padding, self.dilation, self.kernel_size, self.stride, strict=True)
@@ -132,33 +100,17 @@ class Convolution(Factorized):
             for size, pad, dilation, kernel, stride in sizes
         ]
 
-    def _composing_is_cheaper(self, chain: Sequence[_Link], x: Tensor, padding: Pair) -> bool:
-        """Compare multiplications of both ways in training; the kernel is multiplied out once for a whole batch.
+    def _composing_is_cheaper(self, kernels: Sequence[Tensor], x: Tensor, padding: Pair) -> bool:
+        """Compare multiplications of both ways; the kernel is multiplied out once for a whole batch.
 
-        A backward pass takes twice as many as the forward pass of each convolution and each product, and once more what
-        it computes again. Without gradients the way is the same, so that the outputs are.
+        A backward pass takes twice as many, of the product, too, so that the way is the same in training.
         """
-        at_once = math.prod(self.dense_shape) * x.shape[0] * math.prod(self._positions_after(x, padding))
-        costs = [link.weights * link.positions for link in chain]
-        if torch.compiler.is_compiling():  # which decides itself what is computed again
-            return self.composing_cost() + at_once < sum(costs)
-        composing_again, chain_again = (self._recomputes(chain, x, composes) for composes in (True, False))
-        composed = (3 + composing_again) * self.composing_cost() + 3 * at_once
-        return composed < 3 * sum(costs) + chain_again * sum(costs[:-1])
-
-    def _recomputes(self, chain: Sequence[_Link], x: Tensor, composes: bool) -> bool:
-        """Whether the backward pass computes again what the forward pass does not keep.
-
-        Unless it is told, it does where the kernel is multiplied out, and where what the chain would keep takes more
-        memory than the layer has fewer weights.
-        """
-        if self.recompute is not None or composes:
-            return self.recompute is not False
-        factors = self.factors()
-        fewer = math.prod(self.dense_shape) - sum(factor.numel() for factor in factors)
-        kernels = sum(link.weights for link in chain)  # which are laid out anew
-        kept = kernels + sum(link.values for link in chain[:-1])
-        return kept * x.element_size() > fewer * factors[0].element_size()
+        positions, after, chained = list(x.shape[-2:]), self._positions_after(x, padding), 0
+        for kernel, along in zip(kernels, _AXES[self.scheme], strict=True):
+            positions = [new if axis in along else old for axis, old, new in zip("hw", positions, after, strict=True)]
+            chained += kernel.numel() * math.prod(positions)
+        at_once = math.prod(self.dense_shape) * math.prod(after)
+        return self.composing_cost() < x.shape[0] * (chained - at_once)
 
     @torch.no_grad()
     def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
@@ -210,23 +162,6 @@ def options_of(layer: nn.Conv2d | Convolution) -> dict[str, Any]:
     """Return the arguments that a convolution was made with, as :class:`torch.nn.Conv2d` names them."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
-
-
-@dataclass(frozen=True)
-class _Link:
-    """A convolution of a chain: the axes along which it extends, and its weights, positions and values on an input."""
-
-    along: str
-    weights: int
-    positions: int
-    values: int
-
-
-def _trains(factors: Sequence[Tensor]) -> bool:
-    """Whether all factors get gradients, and by autograd as it runs: a compiler decides itself what it keeps."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    return all(factor.requires_grad for factor in factors)
 
 
 def _laid_out(kernel: Tensor, channels_last: bool) -> Tensor:

@@ -25,6 +25,7 @@ from conv_cases import (
     with_each_scheme,
 )
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from hf_fnl.layers import FactorizedConv2d, TensorizedConv2d
@@ -34,7 +35,6 @@ from hf_fnl.math.spectral import spectral_init
 from hf_fnl.surgery.config import CONV_SCHEMES
 
 PATHS = (True, False, None)  # multiplied out, a chain of convolutions, and the one with fewer operations
-BOTH = (True, False)
 FACTORS = {
     "low": {"rank": 3},
     "high": {"rank": 10},
@@ -168,13 +168,13 @@ def test_no_layout_of_input_or_kernel_changes_outputs_or_gradients(scheme, sizes
     exact = from_dense(dense, scheme, rank)
     images64 = images(small["batch"], sizes["in_channels"], 9, 7)
     target = torch.randn_like(exact(images64))
-    exact.compose, exact.recompute = True, False
+    exact.compose = True
     expected = outputs_and_gradients(exact, images64, target)
     for kernel in (torch.contiguous_format, torch.channels_last):
         dense = exact.to_dense().float().to(memory_format=kernel)
         layer = from_dense(dense, scheme, rank)
         layer.load_state_dict(exact.state_dict())
-        for layer.compose, layer.recompute, (name, lay_out) in itertools.product(BOTH, BOTH, LAYOUTS.items()):
+        for layer.compose, (name, lay_out) in itertools.product((True, False), LAYOUTS.items()):
             found = outputs_and_gradients(layer, lay_out(images64.float()), target.float())
             assert_close(found, [tensor.float() for tensor in expected], rtol=1e-4, atol=1e-4, msg=name)
             with torch.no_grad():
@@ -321,8 +321,7 @@ def test_a_kernel_that_cannot_be_split_is_refused(scheme):
 @pytest.mark.parametrize(
     "layer", [FactorizedConv2d(3, 5, 3, 4, padding=1, **DOUBLE), TensorizedConv2d(3, 5, 3, 3, padding=1, **DOUBLE)]
 )
-def test_gradients_of_each_image_are_taken_by_torch_func_where_nothing_is_computed_again(layer):
-    layer.recompute = False
+def test_gradients_of_each_image_are_taken_by_torch_func(layer):
     images, factors = torch.randn(2, 3, 6, 6, **DOUBLE), dict(layer.named_parameters())
 
     def loss(factors, image):
@@ -331,3 +330,17 @@ def test_gradients_of_each_image_are_taken_by_torch_func_where_nothing_is_comput
     of_each = torch.func.vmap(torch.func.grad(loss), (None, 0))(factors, images)
     summed = torch.autograd.grad(layer(images).square().sum(), list(factors.values()))
     torch.testing.assert_close([gradients.sum(0) for gradients in of_each.values()], list(summed))
+
+
+def test_all_schemes_and_ways_compile_once_for_batches_of_all_sizes():
+    torch.compiler.reset()
+    layers = (
+        factorized(scheme, 6, 6, 3, 2, padding=1, compose=compose, init="default")
+        for scheme, compose in itertools.product(SCHEMES, (False, True))
+    )
+    model, graphs = nn.Sequential(*layers), CompileCounter()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend=graphs)
+    for count in (5, 8, 11):
+        x = torch.randn(count, 6, 7, 13)
+        assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
+    assert graphs.frame_count == 1
