@@ -17,7 +17,6 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,7 +29,7 @@ from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
 from hf_fnl.training.checkpoints import CompleteCheckpoints, clean, remove
 from hf_fnl.training.engines import check_engine, is_sharded, set_state_dict_type
-from hf_fnl.training.finite import FiniteSteps, check_finite
+from hf_fnl.training.finite import check_finite, check_logged
 from hf_fnl.training.form import match_checkpoint_, rewrap_
 from hf_fnl.training.low_rank_phase import DenseThenLowRank
 from hf_fnl.training.optimizers import (
@@ -41,7 +40,6 @@ from hf_fnl.training.optimizers import (
     inverse_sqrt,
     optimizer_and_decay,
 )
-from hf_fnl.training.profiling import DECAY, ProfilerCallback
 from hf_fnl.training.resuming import Resumption, checkpoint_to_take
 from hf_fnl.training.run_lock import locked
 from hf_fnl.training.streaming import StreamPosition, is_stream, stream_loader
@@ -116,15 +114,11 @@ class FLAMBeTrainer(Trainer):
         self._is_dense = args.dense_steps > 0
         self._coupled: FrobeniusDecay | None = None
         self._scheduler: LRScheduler | None = None
-        self._finite = FiniteSteps(lambda: self.accelerator)
-        self.add_callback(self._finite)
         self._add_switch(factorize)
         self.add_callback(EpochCallback())
         self._diagnostics = DiagnosticsCallback((), args.diagnostics_steps, self.log)
         if args.diagnostics_steps:
             self.add_callback(self._diagnostics)
-        if args.profile_steps and args.process_index == 0:
-            self.add_callback(ProfilerCallback(args.profile_steps))
         self._watch_products()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -152,7 +146,9 @@ class FLAMBeTrainer(Trainer):
                 self._match_checkpoint(str(checkpoint))
             self._resumption.begin(checkpoint)
             with self._own_rotation():
-                return self._train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+                output = self._train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        self._check_finite(f"after step {self.state.global_step}")
+        return output
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
         self._checkpoints.unfinished = None
@@ -190,8 +186,7 @@ class FLAMBeTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Transformers, on every engine in full, and never weights that are not finite."""
-        when = f"at step {self.state.global_step}" if _internal_call else "and are to be saved"
-        check_finite(self.accelerator.unwrap_model(self.model), self.accelerator, when)
+        self._check_finite(f"at step {self.state.global_step}" if _internal_call else "and are to be saved")
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if _internal_call and output_dir is not None:
             self._checkpoints.begin(Path(output_dir))
@@ -207,6 +202,18 @@ class FLAMBeTrainer(Trainer):
             super().save_model(output_dir)
         finally:
             set_state_dict_type(plugin, kind)
+
+    def _check_finite(self, when: str) -> None:
+        check_finite(self.accelerator.unwrap_model(self.model), self.accelerator, when)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in Transformers; a loss or gradient norm that is not finite ends the training.
+
+        In fp16 it does not: steps that overflow are skipped.
+        """
+        super().log(logs, *args, **kwargs)
+        if self.accelerator.mixed_precision != "fp16":
+            check_logged(logs, self.state.global_step)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Transformers; of an iterable data set of ``datasets`` every process reads shards of its own."""
@@ -260,11 +267,9 @@ class FLAMBeTrainer(Trainer):
     ) -> Tensor:
         """As in Transformers; coupled Frobenius decay is added to the gradients of an update, before any clipping."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._finite.note(loss)
         if self._coupled is not None and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler
-            with record_function(DECAY):
-                self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
+            self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
         return loss
 
     def schedule(self, num_training_steps: int) -> Callable[[int], float] | None:
@@ -411,8 +416,7 @@ class FLAMBeTrainer(Trainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self._penalized and model.training):
             return result
-        with record_function(DECAY):
-            penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
+        penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
         if self.args.frobenius_mode == "coupled":
             penalty = penalty - penalty.detach()  # its gradient, for an engine that clips within its step
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what a subclass says of its loss

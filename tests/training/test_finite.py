@@ -41,14 +41,6 @@ def infinite_gradient(trainer: FLAMBeTrainer, model: nn.Module, loss: Tensor) ->
     return loss + (parameter - parameter.detach()).abs().sqrt() * 0 + (parameter - parameter.detach()) * math.inf
 
 
-HARMS: dict[str, tuple[Harm, str]] = {
-    "loss-nan": (nan_loss, "loss"),
-    "loss-infinite": (infinite_loss, "loss"),
-    "gradient-nan": (one_nan_gradient, "gradient norm"),
-    "gradient-infinite": (infinite_gradient, "loss|gradient norm"),
-}
-
-
 def harmed(folder: Path, harm: Harm, at: int, *, part: int = 0, **options: Any) -> FLAMBeTrainer:
     """A trainer whose step ``at``, from 1, has a loss that ``harm`` changed in one of its batches."""
     trainer = tiny_trainer(folder, **options)
@@ -64,54 +56,29 @@ def harmed(folder: Path, harm: Harm, at: int, *, part: int = 0, **options: Any) 
     return trainer
 
 
-def weights(trainer: FLAMBeTrainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-class Recorder(TrainerCallback):
-    """Keeps the weights after every step."""
-
-    def __init__(self) -> None:
-        self.after: list[dict[str, Tensor]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        self.after.append({name: p.detach().clone() for name, p in model.named_parameters()})
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize(
-    ("name", "max_grad_norm", "optim"),
+    ("harm", "max_grad_norm", "optim", "what"),
     [
-        ("loss-nan", 0.0, "flambe"),
-        ("loss-infinite", None, "adamw_torch"),
-        ("gradient-nan", 1.0, "flambe"),
-        ("gradient-infinite", 0.0, "adamw_torch"),
+        (nan_loss, 0.0, "flambe", "loss"),
+        (infinite_loss, None, "adamw_torch", "loss"),
+        (one_nan_gradient, 1.0, "flambe", "gradient norm"),
+        (infinite_gradient, 0.0, "adamw_torch", "loss|gradient norm"),
     ],
 )
-def test_by_default_the_training_stops_at_that_step(tmp_path, name, max_grad_norm, optim):
-    harm, what = HARMS[name]
+def test_the_training_ends_and_saves_nothing_of_that_step(tmp_path, harm, max_grad_norm, optim, what):
     options = {"max_grad_norm": max_grad_norm, "optim": optim, "frobenius_decay": ["ov"], "save_strategy": "steps"}
     trainer = harmed(tmp_path, harm, 3, save_steps=1, **options)
-    recorder = Recorder()
-    trainer.add_callback(recorder)
-    with pytest.raises(ValueError, match=rf"the ({what}) of step 3 is not finite.*Lower learning_rate"):
+    with pytest.raises(ValueError, match=rf"the ({what}) is not finite at step 3.*Lower learning_rate"):
         trainer.train()
-    assert_equal(weights(trainer), recorder.after[1])
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert all(value.isfinite().all() for value in load_file(tmp_path / "checkpoint-2/model.safetensors").values())
 
 
-def test_one_batch_of_several_is_enough(tmp_path):
-    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+def test_one_batch_of_several_is_enough_and_the_next_log_tells(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 3}
     trainer = harmed(tmp_path, infinite_loss, 2, part=1, **options)
-    recorder = Recorder()
-    trainer.add_callback(recorder)
-    with pytest.raises(ValueError, match="the loss of step 2"):
+    with pytest.raises(ValueError, match="the loss is not finite at step 3"):
         trainer.train()
-    assert len(recorder.after) == 1
 
 
 class Breaks(TrainerCallback):
@@ -179,11 +146,7 @@ def test_what_zero3_pads_the_last_range_with_is_no_weight(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-ENGINES = {
-    "ddp": ("MULTI_CPU", 2.0),
-    "fsdp2": ("FSDP", 2.0),
-    "zero2": ("DEEPSPEED", 3.0),  # which has stepped by then
-}
+ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
 
 
 @launches
@@ -193,8 +156,6 @@ def test_all_processes_decide_alike(tmp_path):
     assert codes == [0, 0], output
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    for engine, (kind, steps) in ENGINES.items():
-        found = first[engine]
-        assert (found["engine"], found["steps"]) == (f"DistributedType.{kind}", [steps])
-        assert found["global_step"] == 2
-        assert "the loss of step 3 is not finite" in found["error"]
+    for engine, kind in ENGINES.items():
+        assert first[engine]["engine"] == f"DistributedType.{kind}"
+        assert "the loss is not finite at step 3" in first[engine]["error"]
