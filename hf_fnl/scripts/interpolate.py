@@ -93,8 +93,8 @@ def read_network(option: str, folder: str) -> PreTrainedModel:
         return multiplied_out(load(folder))
 
 
-def image_evaluation(options: LineOptions, device: torch.device) -> tuple[Evaluate, list[dict[str, Tensor]] | None]:
-    """Loss and accuracy of a classifier, and the batches for its BatchNorm, if they are wanted."""
+def image_evaluation(options: LineOptions, device: torch.device) -> tuple[Evaluate, list[Tensor] | None]:
+    """Loss and accuracy of a classifier, and the images for its BatchNorm, if they are wanted."""
     data = options.recorded(
         ImageOptions, dataset=options.dataset, eval_dataset=options.eval_dataset, max_eval_images=options.eval_limit
     )
@@ -115,7 +115,7 @@ def image_evaluation(options: LineOptions, device: torch.device) -> tuple[Evalua
         return {"loss": loss, "accuracy": accuracy}
 
     chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[: options.batch_norm_images]
-    return evaluate, list(batches(Subset(training, chosen.tolist()))) or None
+    return evaluate, [batch["pixel_values"] for batch in batches(Subset(training, chosen.tolist()))] or None
 
 
 def text_evaluation(options: LineOptions, model: PreTrainedModel) -> Evaluate:
@@ -140,8 +140,8 @@ def text_evaluation(options: LineOptions, model: PreTrainedModel) -> Evaluate:
 
 def evaluation(
     options: LineOptions, baseline: PreTrainedModel, device: torch.device
-) -> tuple[Evaluate, list[dict[str, Tensor]] | None]:
-    """How networks like the baseline are evaluated, and the batches for their BatchNorm."""
+) -> tuple[Evaluate, list[Tensor] | None]:
+    """How networks like the baseline are evaluated, and the images for their BatchNorm."""
     if baseline.main_input_name == "pixel_values":
         return image_evaluation(options, device)
     if not baseline.can_generate() or baseline.config.is_encoder_decoder:

@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TrainerCallback, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
 
-from hf_fnl.attention import find_products
 from hf_fnl.layers import Factorized
 from hf_fnl.math.spectral import DRAWN_METHODS, INIT_METHODS
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import factorize_, merge_
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES, FactorizationConfig
 from hf_fnl.tasks.metrics.accuracy import image_metrics, image_sums
-from hf_fnl.training.command_line import UsageError, named, parse_arguments
+from hf_fnl.training.command_line import UsageError, check_at_least, named, parse_arguments
 from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
 from hf_fnl.utils.hub import check_source
 from hf_fnl.vision.do_conv import merge_do_conv_, over_parametrize_
@@ -41,7 +40,6 @@ from hf_fnl.vision.image_batches import (
 from hf_fnl.vision.image_training import ImageTrainer, ImageTrainingArguments
 from hf_fnl.vision.lottery import train_in_rounds
 from hf_fnl.vision.models import PRESETS, inner_convolutions, vision_model
-from hf_fnl.vision.norms import FollowNorms, RecordNorms
 from hf_fnl.vision.pruning import finalize_, prune_, sparsity, weights_to_keep
 from hf_fnl.vision.transforms import BatchTransform
 
@@ -52,7 +50,8 @@ OVERCOMPLETE: dict[str, dict[str, Any]] = {
     "wide": {"rank_scale": 3.0},
     "do_conv": {},
 }
-AT_INITIALIZATION = ("random", "snip", "grasp")
+BY_GRADIENTS = ("snip", "grasp")
+AT_INITIALIZATION = ("random", *BY_GRADIENTS)
 AFTER_TRAINING = ("magnitude", "lottery")
 
 
@@ -110,18 +109,14 @@ class ModelOptions:
                 raise ValueError(f"{option} must be one of {listed}, got {given!r}")
         if self.init_from and (self.width is not None or self.model != type(self).model):
             raise ValueError(f"model and width are for a fresh network: leave them out with init_from={self.init_from}")
-        self._check_pruning() if self.pruning else self._check_factors()
-
-    def _check_pruning(self) -> None:
-        if self.ratio is None or self.rank_scale is not None or self.overcomplete:
+        check_at_least(1, self, "pruning_rounds", "pruning_images")
+        for option, methods in {"pruning_rounds": AFTER_TRAINING, "pruning_images": BY_GRADIENTS}.items():
+            if (given := getattr(self, option)) != getattr(type(self), option) and self.pruning not in methods:
+                raise ValueError(f"{option}={given} needs pruning={' or '.join(methods)}, got pruning={self.pruning}")
+        if not self.pruning:
+            self._check_factors()
+        elif self.ratio is None or self.rank_scale is not None or self.overcomplete:
             raise ValueError(f"pruning={self.pruning} takes ratio, and neither rank_scale nor overcomplete")
-        if self.pruning_rounds < 1 or (self.pruning_rounds > 1 and self.pruning in AT_INITIALIZATION):
-            raise ValueError(
-                f"pruning_rounds must be at least 1, and is for {', '.join(AFTER_TRAINING)}; got {self.pruning_rounds} "
-                f"with pruning={self.pruning}"
-            )
-        if self.pruning_images < 1:
-            raise ValueError(f"pruning_images must be at least 1, got {self.pruning_images}")
 
     def _check_factors(self) -> None:
         if self.overcomplete and self.ratio is not None:
@@ -136,8 +131,6 @@ class ModelOptions:
         if not self.rule and (self.conv_scheme != "spatial" or self.factor_init):
             option = "factor_init" if self.factor_init else "conv_scheme"
             raise ValueError(f"{option} says how factors are made: give rank_scale or ratio as well")
-        if self.pruning_rounds != 1:
-            raise ValueError(f"pruning_rounds={self.pruning_rounds} needs pruning={' or '.join(AFTER_TRAINING)}")
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -280,8 +273,8 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
     args.set_products(kinds_of(model) | later, len(session.train))
     plain = parameter_count(model)["total"]
     if options.overcomplete == "do_conv":
-        over_parametrize_(model, layers=[model.get_submodule(name) for name in inner_convolutions(model)])
-    trainer = session.trainer(model, factorize=factorize, callbacks=norm_callbacks(model, args))
+        over_parametrize_(model, include=inner_convolutions(model))
+    trainer = session.trainer(model, factorize=factorize)
     metrics = {**trainer.train(resume_from_checkpoint=resume).metrics, "parameters": parameter_count(model)}
     if options.overcomplete == "do_conv":
         metrics["parameters"] |= {"dense_equivalent": plain, "ratio": metrics["parameters"]["total"] / plain}
@@ -291,16 +284,6 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
     metrics |= trainer.evaluate()
     trainer.save_state()
     return metrics
-
-
-def norm_callbacks(model: nn.Module, args: ImageTrainingArguments) -> list[TrainerCallback]:
-    """Return the callbacks that record the norms of the products, or hold them to those of another run."""
-    callbacks: list[TrainerCallback] = []
-    if args.norms_from:
-        callbacks.append(FollowNorms(find_products(model), args.norms_from))
-    if args.record_norms:
-        callbacks.append(RecordNorms(find_products(model)))
-    return callbacks
 
 
 @torch.no_grad()

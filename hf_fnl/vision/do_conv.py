@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hf_fnl.vision.choose import choose_layers
-
 
 class DepthwiseOverparametrization(nn.Module):
     r"""Parametrization of a kernel by products, channel by channel of the input: ``K_oi = (I + D_i) W_oi``.
@@ -24,7 +22,7 @@ class DepthwiseOverparametrization(nn.Module):
         kernel_size: Its height ``kh`` and width ``kw``.
     """
 
-    def __init__(self, groups: int, kernel_size: tuple[int, int]) -> None:
+    def __init__(self, groups: int, kernel_size: tuple[int, ...]) -> None:
         super().__init__()
         self.groups, self.kernel_size = groups, kernel_size
 
@@ -43,7 +41,7 @@ class DepthwiseOverparametrization(nn.Module):
         return kernel.flatten(2), kernel.new_zeros(self.groups * kernel.shape[1], points, points)
 
 
-def over_parametrize_(model: nn.Module, *, layers: Collection[nn.Module] | None = None) -> list[str]:
+def over_parametrize_(model: nn.Module, *, include: Collection[str] | None = None) -> list[str]:
     """Over-parametrize the kernels of convolutions depthwise for training, in place; outputs stay as they are.
 
     The ``weight`` of each becomes a parametrization with two parameters in the place of one, so build the optimizer
@@ -51,21 +49,22 @@ def over_parametrize_(model: nn.Module, *, layers: Collection[nn.Module] | None 
 
     Args:
         model: Any module.
-        layers: Convolutions of it with a kernel larger than 1 x 1; all of them by default.
+        include: Names of the convolutions to choose from, of which those with a kernel larger than 1 x 1 are taken;
+            all by default.
 
     Returns:
         Names of these convolutions.
 
     Raises:
-        ValueError: If there is none, one of ``layers`` is no such convolution of the model, or a weight is tied,
-            pruned or parametrized.
+        ValueError: If there is none.
     """
-    chosen = choose_layers(
-        model,
-        layers,
-        fits=lambda module: isinstance(module, nn.Conv2d) and math.prod(module.kernel_size) > 1,
-        wanted="two-dimensional convolutions with a kernel larger than 1 x 1",
-    )
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and math.prod(module.kernel_size) > 1 and (include is None or name in include)
+    }
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} has no convolutions with a kernel larger than 1 x 1")
     for conv in chosen.values():
         parametrize.register_parametrization(
             conv, "weight", DepthwiseOverparametrization(conv.groups, conv.kernel_size)
@@ -73,6 +72,7 @@ def over_parametrize_(model: nn.Module, *, layers: Collection[nn.Module] | None 
     return list(chosen)
 
 
+@torch.enable_grad()  # without gradients torch would make buffers of the kernels
 def merge_do_conv_(model: nn.Module) -> list[str]:
     """Multiply over-parametrized kernels out, in place: plain convolutions with the same outputs.
 
@@ -82,22 +82,13 @@ def merge_do_conv_(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If there is none.
     """
-    merged = {
-        name: conv
-        for name, conv in model.named_modules()
-        if isinstance(conv, nn.Conv2d) and any(isinstance(m, DepthwiseOverparametrization) for m in conv.modules())
-    }
+    merged = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and parametrize.is_parametrized(module, "weight")
+    ]
     if not merged:
         raise ValueError(f"{type(model).__name__} has no over-parametrized convolution; see over_parametrize_")
-    for conv in merged.values():
-        _merge_(conv)
-    return list(merged)
-
-
-@torch.inference_mode(False)  # with gradients, and outside of any inference, whose tensors could not be trained on
-def _merge_(conv: nn.Conv2d) -> None:
-    W = conv.get_parameter("parametrizations.weight.original0")
-    is_trained = W.requires_grad
-    W.requires_grad_()  # torch would make a buffer of a kernel that has no gradient
-    parametrize.remove_parametrizations(conv, "weight")
-    conv.weight.requires_grad_(is_trained)
+    for name in merged:
+        parametrize.remove_parametrizations(model.get_submodule(name), "weight")
+    return merged

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers import TrainingArguments
 
 from hf_fnl.optim.frobenius_decay import MODES
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.trainer import FLAMBeTrainer
 
-DECAYS = ("weight", "frobenius", "crs", "none", "normalized")
+DECAYS = ("weight", "frobenius", "crs", "none")
 MILESTONES = (0.5, 0.75)
 
 
@@ -53,12 +50,9 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
     decay: str | None = field(
         default=None,
         metadata={
-            "help": f"Of factorized layers: {', '.join(DECAYS)} (none, but rescaled after every step to the norms of "
-            "the run norms_from). Default: what frobenius_decay and factor_decay say."
+            "help": f"Of factorized layers: {', '.join(DECAYS)}. Default: what frobenius_decay and factor_decay say."
         },
     )
-    norms_from: str | None = field(default=None, metadata={"help": "Folder of a run with record_norms."})
-    record_norms: bool = field(default=False, metadata={"help": "Write the norm of every product after every step."})
     frobenius_mode: str | None = field(  # type: ignore[assignment]  # a string from here on
         default=None, metadata={"help": f"One of {', '.join(MODES)}. Default: coupled with sgd, else decoupled."}
     )
@@ -88,11 +82,6 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
         self._check_schedule()
         if self.decay not in (None, *DECAYS):
             raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
-        if (self.decay == "normalized") != (self.norms_from is not None):
-            raise ValueError(
-                "decay=normalized and norms_from, the run whose norms it keeps to, need each other; got "
-                f"decay={self.decay} and norms_from={self.norms_from}"
-            )
         if self.dense_epochs < 0 or 0 < self.num_train_epochs <= self.dense_epochs:
             raise ValueError(
                 f"dense_epochs must be in [0, num_train_epochs={self.num_train_epochs:g}), got {self.dense_epochs}"
@@ -109,6 +98,9 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type} does not go with {option}")
         if self.lr_milestones is None:
             self._derive(lr_milestones=list(MILESTONES) if stepwise else [])
+        for option, needed in {"lr_gamma": "lr_milestones", "warmup_factor": "warmup_epochs"}.items():
+            if (given := getattr(self, option)) != getattr(type(self), option) and not getattr(self, needed):
+                raise ValueError(f"{option}={given} has no effect without {needed}")
         if any(not 0 < share < 1 for share in self.lr_milestones or ()):
             raise ValueError(f"lr_milestones must be shares between 0 and 1, got {self.lr_milestones}")
         if self.warmup_epochs < 0 or not self.warmup_factor > 0 or not self.lr_gamma > 0:
@@ -136,19 +128,14 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
             f"decay={self.decay}": self.decay not in (None, "weight"),
             f"factor_decay={self.factor_decay}": self.factor_decay != "weight",
             "dense_epochs": self.dense_epochs > 0,
-            "record_norms": self.record_norms,
             "diagnostics_steps": self.diagnostics_steps > 0,
         }
         if not kinds and (given := [option for option, is_given in needing.items() if is_given]):
             raise ValueError(f"{given[0]} needs factorized layers: give rank_scale, ratio or overcomplete as well")
         if kinds and self.decay is not None:
-            factor_decay = {"crs": "crs", "none": "none", "normalized": "none"}.get(self.decay, "weight")
+            factor_decay = self.decay if self.decay in ("crs", "none") else "weight"
             self._derive(frobenius_decay=sorted(kinds) if self.decay == "frobenius" else [], factor_decay=factor_decay)
         if self.dense_epochs:
-            if self.record_norms or self.norms_from:
-                raise ValueError(
-                    "record_norms and norms_from need products from the first step on: leave dense_epochs out"
-                )
             self._derive(dense_steps=self.dense_epochs * steps_per_epoch(self, num_images))
 
     def _derive(self, **values: Any) -> None:
@@ -199,8 +186,6 @@ class ImageTrainer(FLAMBeTrainer):
     ) -> None:
         super().__init__(model, args, **kwargs)
         self.transform = transform
-        self.epoch_seconds = EpochSeconds()
-        self.add_callback(self.epoch_seconds)
 
     def schedule(self, num_training_steps: int) -> Callable[[int], float] | None:
         """Return that of the milestones, or ``None`` for a schedule of Transformers."""
@@ -213,31 +198,9 @@ class ImageTrainer(FLAMBeTrainer):
         pixel_values = self.transform(inputs["pixel_values"], training=model.training)
         return super().compute_loss(model, {**inputs, "pixel_values": pixel_values}, *args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in Transformers, with ``seconds_per_epoch`` among the metrics."""
-        output = super().train(*args, **kwargs)
-        seconds = self.epoch_seconds.seconds
-        output.metrics["seconds_per_epoch"] = statistics.median(seconds) if seconds else None
-        return output
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Transformers, in all processes with the statistics of normalizations that a checkpoint has."""
         if self.args.world_size > 1:
             for buffer in self.model.buffers():
                 broadcast(buffer)
         return super().evaluate(*args, **kwargs)
-
-
-class EpochSeconds(TrainerCallback):
-    """Callback that measures the seconds of each epoch, evaluation and checkpoints aside."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the clock."""
-        self.seconds.append(time.perf_counter() - self._start)

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 INTERPOLATION_FILE = "interpolation.json"
 
 State = Mapping[str, Tensor]
-Batches = Iterable[Mapping[str, Tensor]]
 
 
 def interpolate(baseline: State, other: State, t: float) -> dict[str, Tensor]:
@@ -42,7 +41,7 @@ def loss_along_line(
     evaluate: Callable[[nn.Module], Mapping[str, float]],
     *,
     steps: int = 11,
-    batches: Batches | None = None,
+    batches: Iterable[Tensor] | None = None,
 ) -> list[dict[str, float]]:
     """Evaluate the networks at evenly spaced points of the line between two.
 
@@ -51,15 +50,15 @@ def loss_along_line(
         other: The network at ``t = 1``, with its factors multiplied out.
         evaluate: Called with each network, in evaluation mode and without gradients; returns its figures.
         steps: Points, both ends among them; 11 in K22.
-        batches: Inputs of the network by which BatchNorm's statistics are estimated anew at every point. Between two
-            networks interpolated statistics are not those of the interpolated weights, and the loss shows it. Iterated
-            once a point, so a list or a data loader.
+        batches: Images by which BatchNorm's statistics are estimated anew at every point. Between two networks
+            interpolated statistics are not those of the interpolated weights, and the loss shows it. Iterated once a
+            point, so a list or a data loader.
 
     Returns:
         For each point ``t`` and what ``evaluate`` returned.
 
     Raises:
-        ValueError: If there are fewer than two steps, the networks differ in form, or statistics cannot be estimated.
+        ValueError: If there are fewer than two steps, the networks differ in form.
     """
     if steps < 2:
         raise ValueError(f"steps must be at least 2, for the two ends of the line; got {steps}")
@@ -69,40 +68,9 @@ def loss_along_line(
     for t in (step / (steps - 1) for step in range(steps)):
         network.load_state_dict(interpolate(*states, t))
         if batches is not None:
-            estimate_statistics_(network, batches)
+            update_bn(batches, network)
         points.append({"t": t, **evaluate(network)})
     return points
-
-
-@torch.no_grad()
-def estimate_statistics_(model: nn.Module, batches: Batches) -> None:
-    """Set BatchNorm's running statistics to the means over batches; all else stays in evaluation mode.
-
-    Args:
-        model: Changed in place; in evaluation mode afterwards.
-        batches: Keyword arguments of the model, without gradients.
-
-    Raises:
-        ValueError: If the model has no BatchNorm with running statistics, or there is no batch.
-    """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no BatchNorm whose statistics could be estimated: leave out batches"
-        )
-    momenta = [layer.momentum for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.train().momentum = None  # a mean over all batches
-    count = 0
-    for batch in batches:
-        model(**batch)
-        count += 1
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.eval().momentum = momentum
-    if not count:
-        raise ValueError("there is no batch to estimate BatchNorm's statistics from")
 
 
 def _between(start: Tensor, end: Tensor, t: float) -> Tensor:
@@ -112,11 +80,10 @@ def _between(start: Tensor, end: Tensor, t: float) -> Tensor:
 
 
 def _check_alike(baseline: State, other: State) -> None:
-    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (baseline, other)]
     for name in sorted(baseline.keys() | other.keys()):
-        here, there = (shape.get(name, "no such weight") for shape in shapes)
+        here, there = (tuple(state[name].shape) if name in state else None for state in (baseline, other))
         if here != there:
             raise ValueError(
-                f"{name}: {here} in the baseline, {there} in the other network: a line joins networks of the same "
+                f"{name} is {here} in the baseline and {there} in the other network: a line joins networks of the same "
                 "form, so multiply the factors of both out first"
             )

@@ -52,48 +52,32 @@ def train_in_rounds(
         :func:`~hf_fnl.vision.pruning.sparsity`.
 
     Raises:
-        ValueError: If ``rounds`` or ``keep`` is out of range, or an output folder holds an earlier run and nothing was
-            said about it, or a pruned phase of another one.
+        ValueError: If ``keep`` is out of range, or an output folder holds an earlier run and nothing was said about it.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
     total = sum(layer.weight.numel() for layer in prunable_layers(model).values())
-    if not 1 <= keep <= total:
-        raise ValueError(f"keep must be in [1, {total}], the number of weights of the layers, got {keep}")
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    setting = {"keep": keep, "rounds": rounds, "rewind": rewind}
-    metrics = {"phase-1": _run_phase(make_trainer(model, 1), None)}
+    metrics = {"phase-1": _run_phase(make_trainer(model, 1))}
     for number in range(1, rounds + 1):
         remaining = round(total * (keep / total) ** (number / rounds))
         masks = choose_masks(model, remaining, method="magnitude")
         if rewind:
             model.load_state_dict(initial)
         apply_masks_(model, masks)
-        metrics[f"phase-{number + 1}"] = _run_phase(make_trainer(model, number + 1), setting)
+        metrics[f"phase-{number + 1}"] = _run_phase(make_trainer(model, number + 1))
     return metrics
 
 
-def _run_phase(trainer: Trainer, setting: dict[str, Any] | None) -> dict[str, Any]:
-    """Train the model of a trainer to the end, unless that has been done; its weights are plain afterwards.
-
-    Args:
-        trainer: Of a dense model, or of one that was pruned.
-        setting: How the model was pruned, if it was.
-    """
+def _run_phase(trainer: Trainer) -> dict[str, Any]:
+    """Train the model of a trainer to the end, unless that has been done; its weights are plain afterwards."""
     folder, model = Path(trainer.args.output_dir), trainer.model
-    found = _finished(folder, trainer.args)
-    if found and found.get("pruning") != setting:
-        raise ValueError(
-            f"{folder} holds a phase of a run with pruning {found.get('pruning')}, and this one has {setting}: choose "
-            "another output_dir"
-        )
-    metrics = found or _train(trainer)
-    if setting is not None:
+    metrics = _finished(folder, trainer.args)
+    if metrics:
         finalize_(model)
-    if found:
         load_model(model, folder / SAFE_WEIGHTS_NAME)
-        return found
-    metrics |= {"parameters": sparsity(model)} | ({} if setting is None else {"pruning": setting})
+        return metrics
+    metrics = _train(trainer)
+    finalize_(model)
+    metrics |= {"parameters": sparsity(model)}
     trainer.save_state()
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -6,9 +6,9 @@ tickets (Su et al. 2020) and magnitude, which :mod:`hf_fnl.vision.lottery` repea
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
-
-from hf_fnl.utils.modes import preserved_modes
-from hf_fnl.vision.choose import choose_layers
 
 METHODS = ("magnitude", "random", "snip", "grasp")
 CLASSIFIER_RATIO = 0.3  # Su et al. 2020: what the linear layer at the output keeps
@@ -28,8 +25,7 @@ Batch = Mapping[str, Tensor]
 Tensors = dict[str, Tensor]  # by the name of the layer
 
 
-@torch.inference_mode(False)  # in which parameters would be made that cannot be trained
-def prune_(model: nn.Module, keep: int, *, method: str, batch: Batch | None = None) -> dict[str, tuple[int, int]]:
+def prune_(model: nn.Module, keep: int, *, method: str, batch: Batch | None = None) -> None:
     """Set weights of the linear layers and two-dimensional convolutions of a model to zero, and hold them there.
 
     Each has then, as :mod:`torch.nn.utils.prune` makes it, a parameter ``weight_orig`` and a buffer ``weight_mask``.
@@ -44,14 +40,11 @@ def prune_(model: nn.Module, keep: int, *, method: str, batch: Batch | None = No
             the numbers for each layer of :func:`smart_counts`.
         batch: Data for ``"snip"`` and ``"grasp"``: the keyword arguments of the model, ``labels`` among them.
 
-    Returns:
-        By the name of each layer how many of its weights stay, and how many there are.
-
     Raises:
         ValueError: If ``keep`` or ``method`` is not allowed, there is no layer to prune or no batch where one is
-            needed, a weight is tied, pruned or parametrized, or a score or loss is not finite.
+            needed, or a score is not finite.
     """
-    return apply_masks_(model, choose_masks(model, keep, method=method, batch=batch))
+    apply_masks_(model, choose_masks(model, keep, method=method, batch=batch))
 
 
 def choose_masks(model: nn.Module, keep: int, *, method: str, batch: Batch | None = None) -> Tensors:
@@ -72,47 +65,34 @@ def choose_masks(model: nn.Module, keep: int, *, method: str, batch: Batch | Non
 
 
 @torch.no_grad()
-def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Prune layers that are not pruned yet, in place, to masks by the name of the layer; see :func:`prune_`."""
     for name, mask in masks.items():
         layer = model.get_submodule(name)
         layer.get_parameter("weight").mul_(mask)
         prune.custom_from_mask(layer, "weight", mask)
-    return {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
 
 
-@torch.inference_mode(False)
-def finalize_(model: nn.Module) -> list[str]:
+def finalize_(model: nn.Module) -> None:
     """Make the weights of pruned layers plain parameters again, in place, with zeros where they were pruned.
 
     What :meth:`save_pretrained` writes is then a stock checkpoint.
-
-    Returns:
-        Names of the layers that were pruned.
-
-    Raises:
-        ValueError: If there is none.
     """
-    pruned = {name: m for name, m in model.named_modules() if "weight_mask" in dict(m.named_buffers(recurse=False))}
-    if not pruned:
-        raise ValueError(f"{type(model).__name__} has no pruned layer")
-    for layer in pruned.values():
-        prune.remove(layer, "weight")
-    return list(pruned)
+    for layer in model.modules():
+        if "weight_mask" in dict(layer.named_buffers(recurse=False)):
+            prune.remove(layer, "weight")
 
 
 def prunable_layers(model: nn.Module) -> dict[str, Any]:
     """Return the linear layers and two-dimensional convolutions of a model, by name and in their order.
 
     Raises:
-        ValueError: If there is none, or a weight is tied, pruned or parametrized.
+        ValueError: If there is none.
     """
-    return choose_layers(
-        model,
-        None,
-        fits=lambda module: isinstance(module, nn.Linear | nn.Conv2d),
-        wanted="linear layers or two-dimensional convolutions",
-    )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no linear layers or two-dimensional convolutions")
+    return layers
 
 
 def weights_to_keep(model: nn.Module, ratio: float) -> int:
@@ -129,10 +109,9 @@ def weights_to_keep(model: nn.Module, ratio: float) -> int:
     fixed = total - prunable
     keep = round(ratio * total) - fixed
     if not 1 <= keep <= prunable:
-        closest = min(max(ratio, (fixed + 1) / total), 1.0)
         raise ValueError(
-            f"ratio={ratio} of {total:,} parameters cannot be met: {fixed:,} are not in the weights to be pruned and "
-            f"stay; the closest that can is {closest}"
+            f"ratio must be in [{(fixed + 1) / total:.4g}, 1], for {fixed:,} of {total:,} parameters are not in the "
+            f"weights to be pruned and stay; got {ratio}"
         )
     return keep
 
@@ -197,13 +176,10 @@ def snip_scores(model: nn.Module, batch: Batch) -> Tensors:
     """Return the connection sensitivity ``|w g|`` with ``g`` the gradient of the loss (Lee et al. 2019, SNIP).
 
     Normalizations use the statistics of the batch, and dropout is off. Nothing of the model changes.
-
-    Raises:
-        ValueError: If the loss is missing, NaN or infinite, or a weight is frozen.
     """
-    weights = _scored_weights(model)
-    with _probing(model):
-        gradients = torch.autograd.grad(_checked(model(**batch).loss, batch), list(weights.values()))
+    probe, weights = _probe(model)
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(probe(**batch).loss, list(weights.values()))
     return {name: (w.detach() * g).abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
 
 
@@ -214,31 +190,22 @@ def grasp_scores(model: nn.Module, batch: Batch) -> Tensors:
     changes the squared norm of the gradient, which is how fast the loss falls, by ``-2 w (H g)``. Wang et al. remove
     the weights for which ``-w (H g)`` is highest, so those with the lowest score here. Normalizations and dropout are
     as in :func:`snip_scores`.
-
-    Raises:
-        ValueError: If the loss is NaN or infinite, or a weight is frozen.
     """
-    weights = _scored_weights(model)
-    with _probing(model):
-        loss = _checked(F.cross_entropy(model(**batch).logits / TEMPERATURE, batch["labels"]), batch)
+    probe, weights = _probe(model)
+    with torch.enable_grad():
+        loss = F.cross_entropy(probe(**batch).logits / TEMPERATURE, batch["labels"])
         gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         flow = torch.stack([(g * g.detach()).sum() for g in gradients]).sum()
         products = torch.autograd.grad(flow, list(weights.values()))
     return {name: w.detach() * Hg for (name, w), Hg in zip(weights.items(), products, strict=True)}
 
 
-def _scored_weights(model: nn.Module) -> Tensors:
-    weights = {name: layer.weight for name, layer in prunable_layers(model).items()}
-    for name, weight in weights.items():
-        if not weight.requires_grad:
-            raise ValueError(f"the weight of {name} is frozen, and without its gradient it has no score: train it too")
-    return weights
-
-
-def _checked(loss: Tensor | None, batch: Batch) -> Tensor:
-    if loss is None or not loss.isfinite():
-        raise ValueError(f"the loss of a batch with {', '.join(batch)} is {loss}; weights cannot be scored by it")
-    return loss
+def _probe(model: nn.Module) -> tuple[nn.Module, Tensors]:
+    """Return a copy that normalizes by the statistics of a batch and drops nothing, and its weights by layer."""
+    probe = copy.deepcopy(model)
+    for module in probe.modules():
+        module.training = isinstance(module, _BatchNorm)
+    return probe, {name: layer.weight for name, layer in prunable_layers(probe).items()}
 
 
 def _highest(scores: Mapping[str, Tensor], keep: int) -> Tensors:
@@ -260,17 +227,3 @@ def _random_masks(layers: Mapping[str, nn.Module], keep: int) -> Tensors:
         mask = torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, chosen, True)
         masks[name] = mask.view(weight.shape).to(weight.device)
     return masks
-
-
-@contextmanager
-def _probing(model: nn.Module) -> Iterator[None]:
-    """Normalize by the statistics of a batch and drop nothing; modes and buffers are put back at the end."""
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    try:
-        with preserved_modes(model), torch.enable_grad():
-            for module in model.modules():
-                module.training = isinstance(module, _BatchNorm)
-            yield
-    finally:
-        for buffer, before in buffers.items():
-            buffer.copy_(before)

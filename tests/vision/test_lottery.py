@@ -107,22 +107,6 @@ def test_an_earlier_run_is_not_gone_on_with_unasked(tmp_path):
         train_in_rounds(tiny_net(), Recorder(tmp_path), 90)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"keep": 0}, r"keep must be in \[1, 426\], .* got 0"),
-        ({"keep": 427}, r"keep must be in \[1, 426\], .* got 427"),
-        ({"keep": 9, "rounds": 0}, "rounds must be at least 1, got 0"),
-    ],
-    ids=["nothing kept", "too many kept", "rounds"],
-)
-def test_bad_options_are_refused_before_training(tmp_path, options, message):
-    make = Recorder(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        train_in_rounds(tiny_net(), make, **options)
-    assert make.began == []
-
-
 def test_a_checkpoint_of_one_phase_is_refused(tmp_path):
     make = Recorder(tmp_path, resume_from_checkpoint="phase-1/checkpoint-3")
     with pytest.raises(ValueError, match="checkpoint-3 belongs to one phase of several"):
