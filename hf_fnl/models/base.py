@@ -20,7 +20,6 @@ from hf_fnl.layers.partitioned import is_partitioned
 from hf_fnl.models.card_files import UploadsCard
 from hf_fnl.models.configuration import FactorizedConfig, LayerRank
 from hf_fnl.models.cuts import Names, check_methods, cuts_of, layer_in, names_in_backbone, ranks_by_rule
-from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, refuse_unknown_inputs_
 from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery.calibration_data import Calibration, CalibrationData
 from hf_fnl.surgery.config import RankRule
@@ -30,7 +29,7 @@ from hf_fnl.surgery.record import MADE, models_in
 from hf_fnl.surgery.swap import check_present, swap_
 from hf_fnl.surgery.targets import Cut
 from hf_fnl.utils.suggest import did_you_mean, listed
-from hf_fnl.workarounds import full_parameters
+from hf_fnl.workarounds import full_parameters, name_causal_loss_
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,7 +46,6 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
         backbone_class: The family's class without a head.
         shapes_heads: Whether its attentions may shape heads as wide as their rank; see
             :func:`~hf_fnl.layers.heads.narrow_`.
-        loss_inputs: Arguments that the forward does not name and hands to its loss function.
     """
 
     config: Any
@@ -56,7 +54,6 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
     names: ClassVar[Names]
     backbone_class: ClassVar[type[PreTrainedModel]]
     shapes_heads: ClassVar[bool] = True
-    loss_inputs: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -76,8 +73,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
     def post_init(self) -> None:
         """Initialize the stock model; then, the first time, cut it as the configuration says."""
         is_first = not hasattr(self, "all_tied_weights_keys")  # a class that adds a layer of its own calls this again
-        if self.loss_inputs == CAUSAL_LOSS_INPUTS:
-            self.loss_type = "ForCausalLM"  # which Transformers looks for in the class's name with a warning
+        name_causal_loss_(self)
         if is_first and type(self.base_model) is self.backbone_class.dense_class:
             setattr(self, self.base_model_prefix, as_class(self.base_model, self.backbone_class))
         super().post_init()
@@ -89,7 +85,6 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
             )
         if is_first:
             self._cut_(cuts_of(self, self.config))
-            refuse_unknown_inputs_(self, self.loss_inputs)
 
     def initialize_weights(self) -> None:
         """As in Transformers; factors that a checkpoint lacks are drawn."""

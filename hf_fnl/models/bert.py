@@ -16,7 +16,7 @@ from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.models.base import FactorizedPreTrainedModel, is_loaded
 from hf_fnl.models.configuration import NarrowHeadsConfig
 from hf_fnl.models.cuts import Names
-from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, extends
+from hf_fnl.models.forwards import extends
 from hf_fnl.models.losses import masked_lm_loss, next_sentence_loss
 from hf_fnl.models.register import register
 
@@ -155,8 +155,6 @@ class FactorizedBertForMaskedLM(_WithLMHead, stock.BertForMaskedLM):
 
 class FactorizedBertLMHeadModel(_WithLMHead, stock.BertLMHeadModel):
     """Left-to-right language modelling, for a configuration with ``is_decoder=True``."""
-
-    loss_inputs = CAUSAL_LOSS_INPUTS
 
 
 class FactorizedBertForNextSentencePrediction(FactorizedBertPreTrainedModel, stock.BertForNextSentencePrediction):

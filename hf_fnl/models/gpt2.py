@@ -17,7 +17,7 @@ from hf_fnl.math.vocabulary_loss import IGNORE_INDEX
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.configuration import LayerRank, NarrowHeadsConfig
 from hf_fnl.models.cuts import Names
-from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS, extends
+from hf_fnl.models.forwards import extends
 from hf_fnl.models.losses import head_loss, is_plain
 from hf_fnl.models.register import register
 
@@ -94,7 +94,6 @@ class FactorizedGPT2LMHeadModel(FactorizedGPT2PreTrainedModel, stock.GPT2LMHeadM
     """Left-to-right language modelling."""
 
     accepts_loss_kwargs = True
-    loss_inputs = CAUSAL_LOSS_INPUTS
 
     @extends(stock.GPT2LMHeadModel.forward)
     def forward(

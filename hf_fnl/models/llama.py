@@ -9,7 +9,6 @@ from transformers.models.llama import modeling_llama as stock
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.configuration import FactorizedConfig
 from hf_fnl.models.cuts import Names
-from hf_fnl.models.forwards import CAUSAL_LOSS_INPUTS
 from hf_fnl.models.register import register
 
 
@@ -50,8 +49,6 @@ FactorizedLlamaPreTrainedModel.backbone_class = FactorizedLlamaModel
 
 class FactorizedLlamaForCausalLM(FactorizedLlamaPreTrainedModel, stock.LlamaForCausalLM):
     """Left-to-right language modelling."""
-
-    loss_inputs = CAUSAL_LOSS_INPUTS
 
 
 register(FactorizedLlamaConfig, None, AutoModel=FactorizedLlamaModel, AutoModelForCausalLM=FactorizedLlamaForCausalLM)

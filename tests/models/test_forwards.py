@@ -1,4 +1,4 @@
-"""Forwards take what the stock ones take, by name and by position, and refuse what they do not know."""
+"""Forwards take what the stock ones take, by name and by position."""
 
 import inspect
 
@@ -17,14 +17,6 @@ from transformers.utils.generic import find_labels
 
 DECODERS = {"bert": bert_cases.DECODER, "gpt2": gpt2_cases.LM, "marian": marian_cases.DECODER}
 each_decoder = pytest.mark.parametrize("head", DECODERS.values(), ids=DECODERS)
-
-
-@each_head
-def test_an_argument_that_is_not_known_is_named(head: Head) -> None:
-    model = head.build(head.family.low["all"])
-    for unknown, training in (("atention_mask", False), ("cache_position", True), ("logits", False)):
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{unknown}'"):
-            model.train(training)(**head.batch(), **{unknown: torch.ones(1)})
 
 
 @each_head
@@ -63,8 +55,6 @@ def test_what_the_attention_kernel_names_is_handed_to_it(head: Head) -> None:
         model, words = head.build(head.family.low["all"], attention="warm"), head.batch()["input_ids"]
         model(words, temperature=2.0)
         assert given == [2.0] * model.config.num_hidden_layers
-        with pytest.raises(TypeError, match="'coolness'"):
-            model(words, coolness=2.0)
     finally:
         for interface in (AttentionInterface, AttentionMaskInterface):
             del interface._global_mapping["warm"]
