@@ -19,7 +19,7 @@ from hf_fnl.cli.texts import Read, Texts, calibration_batches, read_texts
 from hf_fnl.layers.linear import dense_weight
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.card_files import CARD_FILE, stated_in, write_card
+from hf_fnl.models.cards import CARD_FILE, stated_in, write_card
 from hf_fnl.optim.diagnostics import cut_layers, parameter_count
 from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.calibration_data import Calibration

@@ -15,7 +15,7 @@ from hf_fnl.cli.folders import carry_files, local_files, new_folder
 from hf_fnl.cli.sources import load_to_convert, random_inputs
 from hf_fnl.cli.terminal import Terminal
 from hf_fnl.models.base import FactorizedPreTrainedModel
-from hf_fnl.models.card_files import CARD_FILE, write_card
+from hf_fnl.models.cards import CARD_FILE, write_card
 from hf_fnl.optim.diagnostics import parameter_count
 from hf_fnl.surgery import merge_
 from hf_fnl.utils.run_files import FACTORIZATION_FILE

@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.layers.heads import narrow_
 from hf_fnl.layers.partitioned import is_partitioned
-from hf_fnl.models.card_files import UploadsCard
 from hf_fnl.models.configuration import FactorizedConfig, LayerRank
 from hf_fnl.models.cuts import Names, check_methods, cuts_of, layer_in, names_in_backbone, ranks_by_rule
 from hf_fnl.models.loading import load_checked
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
+class FactorizedPreTrainedModel(PreTrainedModel):
     """Mixin before a stock ``PreTrainedModel``: what the stock model draws is cut as the configuration says.
 
     With the same seed, a model of full rank starts with exactly the weight matrices of the stock model.
@@ -84,6 +83,7 @@ class FactorizedPreTrainedModel(UploadsCard, PreTrainedModel):
                 "outside of deepspeed.zero.Init, and DeepSpeed divides it when it starts"
             )
         if is_first:
+            self.add_model_tags(["hf_fnl", "low-rank"])  # on the Hub
             self._cut_(cuts_of(self, self.config))
 
     def initialize_weights(self) -> None:

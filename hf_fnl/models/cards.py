@@ -1,10 +1,11 @@
-"""Model cards for the Hub, written from a model and from the files beside it."""
+"""Model cards, written from a model and from the files beside it. One that a person wrote is never replaced."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from hf_fnl.layers import HeadProjection
 from hf_fnl.optim.diagnostics import cut_layers, layer_count, parameter_count
 from hf_fnl.surgery.record import method_of, quantization_of
+from hf_fnl.utils.folders import is_inside
 from hf_fnl.utils.run_files import (
     CONFIG_FILE,
     FACTORIZATION_FILE,
@@ -32,8 +34,11 @@ from hf_fnl.utils.run_files import (
 )
 from hf_fnl.utils.suggest import printable
 
+CARD_FILE = "README.md"
 MARK = "<!-- Written by hf_fnl. Remove this line to keep the card from being written anew. -->"
 
+# By these words a card is known for one that no person wrote: ours, or one of two that Transformers writes.
+_AUTOMATIC = (MARK, "model card has been automatically generated", "model card has been generated automatically")
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _TRAINED_ON = ("dataset", "train_dataset")
 _EVALUATED_ON = ("eval_dataset", "validation_dataset")
@@ -133,12 +138,8 @@ def model_card(
     card_data = _metadata(model, record, name, metadata or ModelCardData())
     command = command or record.factorization.get("command")
     dense_class = getattr(model, "dense_class", None)
-    try:
-        facts, layers = [*_sizes(model, record), *_data(record)], list(_layers(model, record))
-        total = dict(zip(("before", "after"), _before_and_after(model, record), strict=True))
-        rest = {when: total[when] - sum(layer[when] for layer in layers) for when in total}
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the {FACTORIZATION_FILE} of the record is damaged: {error!r}") from error
+    layers, count = list(_layers(model)), parameter_count(model)
+    total = {"before": int(count["dense_equivalent"]), "after": int(count["total"])}
     return ModelCard.from_template(
         card_data,
         template_path=str(_TEMPLATE),
@@ -150,17 +151,62 @@ def model_card(
         dense_class=dense_class and dense_class.__name__,
         needs_hf_fnl=_needs_hf_fnl(model),
         is_quantized=_quantization(model) is not None,
-        facts=[*facts, *_origin(record, card_data.base_model, data or card_data.datasets)],
+        facts=[*_sizes(model), *_data(record), *_origin(record, card_data.base_model, data or card_data.datasets)],
         layers=layers,
-        rest=rest,
+        rest={when: total[when] - sum(layer[when] for layer in layers) for when in total},
         total=total,
         evaluated_on=_plain(_sources(record, _EVALUATED_ON)),
-        limits=list(_limits(model, record)),
         results=[(_plain(key), _number(value)) for key, value in record.metrics.items() if _is_result(key, value)],
         settings=[(key, _plain(listed)) for key in _SETTINGS if (listed := _listed(record.settings.get(key)))],
         command=command and _one_line(command),
         licence=_plain(_listed(card_data.license)),
     )
+
+
+def write_card(path: str | os.PathLike[str], model: nn.Module, **known: Any) -> bool:
+    """Write the card of a model, unless a person wrote the one that is there.
+
+    Args:
+        path: The file, by custom ``README.md`` beside the weights.
+        model: The model.
+        known: Further arguments of :func:`model_card`.
+
+    Returns:
+        Whether it was written.
+    """
+    path = Path(path)
+    if path.is_file() and not any(words in path.read_text("utf-8", "replace") for words in _AUTOMATIC):
+        return False
+    model_card(model, **known).save(path)
+    return True
+
+
+def stated_in(path: Path, keys: Sequence[str]) -> ModelCardData:
+    """Return what the head of a card says under some keys, as texts and lists of texts.
+
+    Args:
+        path: The card; a warning tells if its head cannot be read, and nothing is taken from it.
+        keys: Fields of ``ModelCardData``.
+    """
+    try:
+        if not is_inside(path, path.parent):
+            raise ValueError("it is a link that leaves its folder")
+        found = vars(ModelCard.load(path, ignore_metadata_errors=True).data)
+    except Exception as error:  # of YAML, of the Hub's client, or of the file: a card is no reason to lose the model
+        reason = _one_line(error)[:200]
+        warnings.warn(f"what {path} says in its head is left out, for it cannot be read: {reason}", stacklevel=2)
+        return ModelCardData()
+    stated: dict[str, Any] = {key: _texts(found.get(key)) for key in keys}
+    if isinstance(stated.get("tags"), str):
+        stated["tags"] = [stated["tags"]]
+    return ModelCardData(**stated)
+
+
+def _texts(value: Any) -> str | list[str] | None:
+    """A text on one line, or the texts of a list; nothing of anything else."""
+    if isinstance(value, list):
+        return [_one_line(text) for text in value if isinstance(text, str)] or None
+    return _one_line(value) if isinstance(value, str) else None
 
 
 def _metadata(model: nn.Module, record: Record, name: str | None, stated: ModelCardData) -> ModelCardData:
@@ -208,33 +254,15 @@ def _task_of(model: nn.Module) -> str | None:
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
-def _known_sizes(model: nn.Module, record: Record) -> Mapping[str, Any]:
-    """What the record says of a factorization; nothing if the model is another since, and still factorized."""
-    known = record.factorization
-    total = int(parameter_count(model)["total"])
-    is_other = cut_layers(model) and known.get("parameters_after", total) != total
-    return {} if is_other else known
-
-
-def _before_and_after(model: nn.Module, record: Record) -> tuple[int, int]:
-    """Parameters of the dense model, and of the factorized one, be it merged now."""
-    known, count = _known_sizes(model, record), parameter_count(model)
+def _sizes(model: nn.Module) -> Iterator[tuple[str, str]]:
+    count = parameter_count(model)
     before, after = int(count["dense_equivalent"]), int(count["total"])
-    return known.get("parameters_before", before), known.get("parameters_after", after)
-
-
-def _sizes(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
-    total, (before, after) = int(parameter_count(model)["total"]), _before_and_after(model, record)
     yield "class", f"`{type(model).__name__}`"
     if ranks := _model_ranks(model):
         yield "ranks", ", ".join(f"`{option}` {_spread(rank)}" for option, rank in ranks.items())
-    yield "parameters", f"{total:,}"
-    if after != total:
-        yield "parameters when factorized", f"{after:,}"
+    yield "parameters", f"{after:,}"
     if before != after:
         yield "parameters of the dense model", f"{before:,}, of which {after / before:.1%} are left"
-    if _known_sizes(model, record).get("layers"):
-        yield "rank of each layer", f"`{FACTORIZATION_FILE}`"
     if quantization := _quantization(model):
         yield "quantized by", _plain(quantization)
 
@@ -262,45 +290,18 @@ def _origin(record: Record, base_model: Any, data: Any) -> Iterator[tuple[str, s
     yield from ((fact, _plain(value)) for fact, value in facts.items() if value)
 
 
-def _limits(model: nn.Module, record: Record) -> Iterator[str]:
-    if known := record.factorization:
-        origin = _plain(next(map(_public, record.origins), "the dense model"))
-        calibrated, healed = (("" if known.get(what) else "not ") for what in ("calibration", "healing"))
-        yield f"Its outputs are not those of {origin}: it was cut, {calibrated}calibrated and {healed}healed."
-        if known.get("calibration") or known.get("healing"):
-            yield "On data unlike the texts that this was done with it loses most."
-    if known and not cut_layers(model):
-        yield "Its products are multiplied out: it is as large and as slow as the dense model."
-    if not any(_is_result(key, value) for key, value in record.metrics.items()):
-        yield "Nothing was measured when this card was written: measure it on data of your own."
-    yield "What is wrong or unfair in the model or the data that it comes from is in it, too."
-
-
-def _layers(model: nn.Module, record: Record) -> Iterator[dict[str, Any]]:
-    """A row for the layers of each kind and shape."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for layer in _known_sizes(model, record).get("layers") or map(_row, cut_layers(model)):
-        groups[_plain(layer["kind"]), " x ".join(map(_plain, layer["shape"]))].append(layer)
+def _layers(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """A row for the factorized layers of each kind and shape."""
+    groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    layer: Any
+    for layer in cut_layers(model):
+        kind = "heads" if isinstance(layer, HeadProjection) else getattr(layer, "kind", "linear")
+        groups[kind, " x ".join(map(str, getattr(layer, "shape", layer.dense_shape)))].append(layer)
     for (kind, shape), layers in groups.items():
-        kept = [layer["energy"] for layer in layers if layer.get("energy") is not None]
-        yield {
-            "kind": kind,
-            "shape": shape,
-            "count": len(layers),
-            "rank": _plain(_spread([rank for layer in layers for rank in _as_list(layer["rank"])])),
-            "before": sum(layer["parameters_before"] for layer in layers),
-            "after": sum(layer["parameters_after"] for layer in layers),
-            "energy": f"{sum(kept) / len(kept):.1%}" if kept else "",
-        }
-
-
-def _row(layer: nn.Module) -> dict[str, Any]:
-    """Return the entry that ``factorization.json`` would have for a layer."""
-    after, before = layer_count(layer)
-    found = {"kind": getattr(layer, "kind", "linear"), "parameters_after": after, "parameters_before": before}
-    if isinstance(layer, HeadProjection):
-        return {**found, "kind": "heads", "shape": layer.dense_shape, "rank": [rank for _, rank in layer.heads]}
-    return {**found, "shape": getattr(layer, "shape", layer.dense_shape), "rank": layer.rank}
+        after, before = map(sum, zip(*map(layer_count, layers), strict=True))
+        of_heads = [rank for layer in layers if kind == "heads" for _, rank in layer.heads]
+        ranks = _spread(of_heads or [layer.rank for layer in layers])
+        yield {"kind": kind, "shape": shape, "count": len(layers), "rank": ranks, "before": before, "after": after}
 
 
 def _model_ranks(model: nn.Module) -> dict[str, Any]:
@@ -310,16 +311,12 @@ def _model_ranks(model: nn.Module) -> dict[str, Any]:
     return {option: rank for option, rank in values.items() if (any(rank) if isinstance(rank, list) else rank)}
 
 
-def _spread(ranks: int | list[int | None]) -> str:
+def _spread(ranks: Any) -> str:
     """One rank, or the least and the largest of several; a layer without one is dense."""
-    values = _as_list(ranks)
+    values = ranks if isinstance(ranks, list) else [ranks]
     numbers = sorted({rank for rank in values if rank is not None})
     spread = " to ".join(map(str, dict.fromkeys((*numbers[:1], *numbers[-1:]))))
     return f"{spread}, dense in {values.count(None)} of {len(values)} layers" if None in values else spread
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _is_hub_id(name: Any) -> TypeGuard[str]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from transformers import Trainer
 
-from hf_fnl.models.card_files import CARD_FILE, fetch_card, write_card
-from hf_fnl.models.cards import Record
+from hf_fnl.models.cards import CARD_FILE, Record, write_card
 from hf_fnl.training.runs import run_settings
 from hf_fnl.utils.run_files import last_figures
 
@@ -28,12 +27,10 @@ def write_trainer_card(
 ) -> None:
     """Write the card of a run into its ``output_dir``, with all that the folder and the Trainer know of the run.
 
-    A card that a person wrote is left as it is: the one in the folder, or else the one on the Hub, which is fetched.
+    A card that a person wrote into that folder is left as it is.
     Options are those of Transformers' ``create_model_card``; ``dataset`` says in words what the model was trained on.
     """
     folder = Path(trainer.args.output_dir)
-    if trainer.hub_model_id is not None:
-        fetch_card(folder / CARD_FILE, trainer.hub_model_id, trainer.args.hub_token)
     found = Record.read(folder) if folder.is_dir() else Record()
     record = dataclasses.replace(
         found,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from hub_cards import card_problems
 
 from benchmarks.harness.record import ROOT
 from benchmarks.model_cards import main
@@ -30,7 +29,6 @@ def test_there_is_a_card_of_each_model_and_the_readme_lists_it(written):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_card_is_as_its_results_give_it(written, name):
     assert (FOLDER / name).read_text(encoding="utf-8") == written[name], "run python -m benchmarks.model_cards"
-    assert card_problems(written[name]) == []
     assert not re.search(r"[\s`\"](/|~/)\w", written[name]), "a path that nobody else has"
 
 

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from hub_cards import card_problems
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -39,7 +38,6 @@ def check_next_steps(folder: Path, out: Path) -> dict[str, Any]:
     assert "image/svg+xml" in (out / "report.html").read_text()
     card = model_card(model, name="someone/model", record=folder)
     (out / "card.md").write_text(str(card))
-    assert card_problems(str(card)) == []
     return json.loads(hf_fnl("inspect", folder, "--json"))
 
 

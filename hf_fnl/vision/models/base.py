@@ -17,8 +17,6 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from hf_fnl.models.card_files import UploadsCard
-
 
 @strict
 class VisionConfig(PreTrainedConfig):
@@ -69,8 +67,8 @@ def blocks_per_stage(depth: int, extra: int) -> int:
     return count
 
 
-class VisionPreTrainedModel(UploadsCard, PreTrainedModel):
-    """Base class of backbones and classifiers, with the initialization of He et al. 2015 and cards on the Hub."""
+class VisionPreTrainedModel(PreTrainedModel):
+    """Base class of backbones and classifiers, with the initialization of He et al. 2015."""
 
     config: VisionConfig
     config_class = VisionConfig
