@@ -18,7 +18,7 @@ from hf_fnl.surgery.calibration_data import CalibrationData
 from hf_fnl.surgery.config import RankRule
 from hf_fnl.surgery.cut import candidates_of, parameters_beside
 from hf_fnl.surgery.heads import Attention, HeadTarget, Target
-from hf_fnl.surgery.ranks import UnreachableShare, choose_ranks
+from hf_fnl.surgery.ranks import choose_ranks
 from hf_fnl.surgery.select import Holders, first_names, weights
 from hf_fnl.surgery.targets import Cut, LayerTarget
 from hf_fnl.utils.suggest import did_you_mean
@@ -106,12 +106,7 @@ def ranks_by_rule(
             groups[title] = _targets(model, f"{kind}_rank", names, held)
     targets = [target for group in groups.values() for target in group]
     candidates = candidates_of(model, groups, data)
-    try:
-        chosen = choose_ranks(candidates, rule, others=parameters_beside(model, targets))
-    except UnreachableShare as error:
-        more = f". The word embedding stays dense: try kinds={','.join(kinds)},embedding"
-        wanted = "embedding" not in kinds and "stay dense" in str(error)
-        raise UnreachableShare(f"{error}{more if wanted else ''}") from error
+    chosen = choose_ranks(candidates, rule, others=parameters_beside(model, targets))
     ranks: dict[str, LayerRank] = {}
     for kind in kinds:
         values = [chosen[title] for title in titles[kind]]

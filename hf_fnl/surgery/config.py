@@ -30,10 +30,10 @@ class RankRule:
     Args:
         rank: The same rank everywhere.
         rank_scale: Share of the largest rank: of ``min(m, n)``, or of the width of a head.
-        ratio: Share of all parameters of the model that stay, those of dense layers included, as a file size shows it;
-            met within 1 % of it by one scale for all ranks. Tied weights count once.
+        ratio: Share of all parameters of the model that stay at most, those of dense layers included, as a file size
+            shows it, by one scale for all ranks. Tied weights count once.
         energy: Every product gets the smallest rank that keeps this share of ``||W||_F^2``.
-        budget: As ``ratio``, but at most this, and given where spectra or the loss need it.
+        budget: As ``ratio``, but given where spectra or the loss need it.
         layer_ratio: As ``ratio``, of the parameters of the chosen matrices alone.
         multiple_of: Ranks are multiples of this, which hardware likes to be 8 or 64.
 

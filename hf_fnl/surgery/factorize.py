@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +10,10 @@ import torch
 from torch import nn
 
 from hf_fnl.surgery.calibration_data import Calibration, CalibrationData
-from hf_fnl.surgery.config import LAYER_KINDS, FactorizationConfig
+from hf_fnl.surgery.config import FactorizationConfig
 from hf_fnl.surgery.cut import candidates_of, check_values, cut, parameters_beside
 from hf_fnl.surgery.heads import HeadTarget, Target
-from hf_fnl.surgery.ranks import Candidate, UnreachableShare, choose_ranks
+from hf_fnl.surgery.ranks import Candidate, choose_ranks
 from hf_fnl.surgery.record import QUANT_METHOD, layer_record, live_models
 from hf_fnl.surgery.select import by_reason, listed, select
 from hf_fnl.surgery.swap import check_not_quantized, check_present, swap_and_record_, unwrapped
@@ -151,14 +150,11 @@ def factorize_(
         only_read = _only_read(targets, config, data)
         targets = [target for target in targets if target.name not in only_read]
         skipped |= only_read
-    candidates = _candidates(model, targets, config, data)
+    groups: dict[str, list[Target]] = {target.name: [target] for target in targets}
+    candidates = candidates_of(model, groups, data, deep=config.deep, overcomplete=config.overcomplete)
     too_small = _below_rank(targets, candidates, config)
     candidates = [each for each in candidates if each.name not in too_small]
-    try:
-        ranks = choose_ranks(candidates, config, others=parameters_beside(model, targets))
-    except UnreachableShare as error:
-        hint = _other_kinds(model, config) if "stay dense" in str(error) else ""
-        raise UnreachableShare(f"{error}{hint}") from error
+    ranks = choose_ranks(candidates, config, others=parameters_beside(model, targets))
     skipped |= too_small
     skipped |= {name: "its factors would hold as many parameters" for name, rank in ranks.items() if rank is None}
     chosen = ((target, rank) for target in targets if (rank := ranks.get(target.name)) is not None)
@@ -197,29 +193,6 @@ def _below_rank(
         if (config.rank or 0) > each.limit and not any(map(config.matches_explicitly, target.names))
     }
     return reasons if len(reasons) < len(candidates) else {}
-
-
-def _other_kinds(model: nn.Module, config: FactorizationConfig) -> str:
-    """A hint at kinds of layers with which the share of a configuration could be reached, if there are such."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    others = [] if config.classes else [kind for kind in LAYER_KINDS if kind not in config.kinds]
-    for kinds in [*([kind] for kind in others), *([kind, *config.kinds] for kind in others)]:
-        try:
-            wider = dataclasses.replace(config, kinds=kinds)
-            candidates = _candidates(model, select(model, wider)[0], wider)
-        except ValueError:  # it has no such layers, or the configuration is of one kind only
-            continue
-        smallest = sum(c.cost(c.next_rank(0, config.multiple_of)) - c.dense for c in candidates)
-        if total + smallest <= max(config.ratio or 0.0, config.budget or 0.0) * total:
-            return f". Layers of kind {kinds[0]} stay dense as well: try kinds={','.join(kinds)}"
-    return ""
-
-
-def _candidates(
-    model: nn.Module, targets: Sequence[Target], config: FactorizationConfig, data: CalibrationData | None = None
-) -> list[Candidate]:
-    groups: dict[str, list[Target]] = {target.name: [target] for target in targets}
-    return candidates_of(model, groups, data, deep=config.deep, overcomplete=config.overcomplete)
 
 
 def _replacement(cut: Cut, replacements: Replacements) -> Replacement:

@@ -16,8 +16,6 @@ from hf_fnl.surgery.config import RankRule
 
 Ranks = dict[str, int | None]
 
-TOLERANCE = 0.01  # of a ratio that is asked for
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -70,14 +68,6 @@ class Candidate:
         return rank if self.count(rank) < self.dense else None
 
 
-class UnreachableShare(ValueError):
-    """No ranks leave the share of the parameters that is asked for.
-
-    Args:
-        message: Says why, and which share is the closest.
-    """
-
-
 def choose_ranks(candidates: Sequence[Candidate], rule: RankRule, *, others: int = 0) -> Ranks:
     """Choose a rank for every candidate.
 
@@ -90,8 +80,8 @@ def choose_ranks(candidates: Sequence[Candidate], rule: RankRule, *, others: int
         The rank of each candidate by name, ``None`` where it is to stay dense.
 
     Raises:
-        UnreachableShare: If a ratio cannot be met within 1 % of it, or a budget not be kept; names the closest share.
-        ValueError: If ``rule.rank`` is above the largest rank of a candidate, or every candidate would stay dense.
+        ValueError: If ``rule.rank`` is above the largest rank of a candidate, every candidate would stay dense, or the
+            smallest ranks leave more than is asked for; names the closest share.
     """
     if rule.rank is not None:
         for candidate in candidates:
@@ -114,39 +104,20 @@ def _ranks_for_share(candidates: Sequence[Candidate], rule: RankRule, others: in
     options = {"ratio": rule.ratio, "budget": rule.budget, "layer_ratio": rule.layer_ratio}
     option, share = next((name, value) for name, value in options.items() if value is not None)
     others = 0 if option == "layer_ratio" else others
-    everything, multiple_of = others + _dense(candidates), rule.multiple_of
-
-    def reached(ranks: Mapping[str, int]) -> float:
-        return (others + _total(candidates, ranks)) / everything
-
+    dense, multiple_of = sum(candidate.dense for candidate in candidates), rule.multiple_of
+    everything = others + dense
     smallest = {candidate.name: candidate.next_rank(0, multiple_of) for candidate in candidates}
-    if (least := reached(smallest)) > share:
-        stay = f"{others:,} of {everything:,} parameters stay dense, and " if others else ""
-        raise UnreachableShare(
-            f"{option}={share:.4g} cannot be met: {stay}the smallest ranks that are multiples of {multiple_of} need "
-            f"{everything * least - others:,.0f} of the other {_dense(candidates):,}; the closest {option} is "
-            f"{_rounded_up(least)}"
+    needed = _total(candidates, smallest)
+    if (least := (others + needed) / everything) > share:
+        beside = f"{others:,} of {everything:,} parameters are in other layers (see kinds), and " if others else ""
+        raise ValueError(
+            f"{option}={share:.4g} cannot be met: {beside}the smallest ranks that are multiples of {multiple_of} need "
+            f"{needed:,} of the other {dense:,}; the closest {option} is {_rounded_up(least)}"
         )
+    target = share * everything - others
     if option == "budget":
-        return _spend(candidates, smallest, share * everything - others, multiple_of)
-
-    def at(share: float) -> dict[str, int]:
-        return _by_one_scale(candidates, share * everything - others, multiple_of)
-
-    ranks = at(share)
-    if abs(reached(ranks) - share) <= TOLERANCE * share:
-        return ranks
-    steps = [c.cost(c.next_rank(ranks[c.name], multiple_of)) - c.cost(ranks[c.name]) for c in candidates]
-    above = _rounded_up(reached(ranks) + min(filter(None, steps), default=0) / everything)
-    met = {s: at(s) for s in (_rounded_up(reached(ranks)), above) if s < 1}
-    met = {s: ranks for s, ranks in met.items() if abs(reached(ranks) - s) <= TOLERANCE * s}
-    closest = min(met, key=lambda s: abs(s - share), default=_rounded_up(reached(ranks)))
-    if closest in met and abs(reached(met[closest]) - share) <= TOLERANCE * share:
-        return met[closest]
-    raise UnreachableShare(
-        f"{option}={share:.4g} cannot be met within {TOLERANCE:.0%} by ranks that are multiples of {multiple_of}; "
-        f"lower multiple_of, or take the closest {option}, {closest}"
-    )
+        return _spend(candidates, smallest, target, multiple_of)
+    return _by_one_scale(candidates, target, multiple_of)
 
 
 def _rounded_up(share: float) -> float:
@@ -264,7 +235,3 @@ def _fill(
 
 def _total(candidates: Sequence[Candidate], ranks: Mapping[str, int]) -> int:
     return sum(candidate.cost(ranks[candidate.name]) for candidate in candidates)
-
-
-def _dense(candidates: Sequence[Candidate]) -> int:
-    return sum(candidate.dense for candidate in candidates)
