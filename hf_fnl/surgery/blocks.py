@@ -8,6 +8,7 @@ other cost about one pass through the model, in the memory of one batch.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -222,7 +223,9 @@ def run_over(model: nn.Module, batch: Batch) -> Any:
     """Run a model over a batch, without a cache, and return what it returns."""
     device = next(model.parameters()).device
     inputs: dict[str, Any] = {name: value.to(device) for name, value in batch.items()}
-    if hasattr(getattr(model, "config", None), "use_cache"):
+    parameters = inspect.signature(model.forward).parameters  # of a module around the model, maybe
+    takes_it = "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    if takes_it and hasattr(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False
     return model(**inputs)
 

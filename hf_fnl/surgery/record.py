@@ -135,6 +135,8 @@ class SurgeryConfig(Mapping[str, Any], QuantizationConfigMixin):
         return len(self.to_dict() or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._model is None:
+            return SurgeryConfig(self._written, quantization=self._quantization, quantize=self.quantize)
         for model in self._holders():
             if id(model) in memo:  # the model is being copied, too
                 record = SurgeryConfig(layer_records(model), quantization=self.quantization)

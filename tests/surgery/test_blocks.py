@@ -1,5 +1,6 @@
 """What finished blocks gave is kept: passes go on from there, and measure the same as if all had run."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -178,6 +179,31 @@ def test_where_nothing_changes_a_block_runs_once_for_each_batch() -> None:
     for name, moments in seen[0].items():
         assert_close(moments.covariance, seen[1][name].covariance)
         assert moments.count == seen[1][name].count == 9 * 7
+
+
+class SentenceEmbedding(nn.Module):
+    """The mean of the last hidden states, as sentence encoders take it."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.config = encoder, encoder.config
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"last_hidden_state": self.encoder(input_ids=input_ids).last_hidden_state.mean(1)}
+
+
+def test_a_module_around_a_model_is_calibrated_by_what_it_returns() -> None:
+    """Also one that knows of no cache, though the configuration of what it holds does."""
+    torch.manual_seed(0)
+    encoder, ids = bert().bert.eval(), torch.randint(50, (200, 7))
+    with torch.no_grad():
+        before = SentenceEmbedding(encoder)(ids)["last_hidden_state"]
+        lost = []
+        for calibration in (None, {"input_ids": ids}):
+            model = SentenceEmbedding(copy.deepcopy(encoder))
+            factorize_(model, FactorizationConfig(rank=4, include=["*layer.*"]), calibration=calibration)
+            lost.append((model(ids)["last_hidden_state"] - before).norm())
+    assert 0 < lost[1] < 0.9 * lost[0]
 
 
 class Experts(nn.Module):

@@ -22,6 +22,7 @@ from transformers import (
     BertModel,
     PreTrainedModel,
 )
+from transformers.quantizers import AutoQuantizationConfig
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM
 from hf_fnl.layers import Factorized, FactorizedLinear
@@ -58,10 +59,17 @@ def edit_config(folder: Path, change) -> None:
 # What comes back
 
 
+def with_its_own_record(folder: Path) -> PreTrainedModel:
+    """As lm-evaluation-harness reads models."""
+    record = AutoQuantizationConfig.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        return AutoModelForMaskedLM.from_pretrained(folder, quantization_config=record)
+
+
 @pytest.mark.parametrize(
     "read",
-    [load, AutoModelForMaskedLM.from_pretrained, lambda d: load(d, AutoModelForMaskedLM)],
-    ids=["load", "auto", "load-by-auto-class"],
+    [load, AutoModelForMaskedLM.from_pretrained, lambda d: load(d, AutoModelForMaskedLM), with_its_own_record],
+    ids=["load", "auto", "load-by-auto-class", "with-its-own-record"],
 )
 def test_it_is_the_model_that_was_saved(model, folder, read):
     with no_decompositions():
