@@ -37,8 +37,11 @@ class NarrowValues(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add keys and values of new tokens; returns those of all, both ``(batch, heads, tokens, width)``."""
-        present = self.layers[layer_idx].values if layer_idx < len(self.layers) else None
-        kept = self.rank if present is None or present.ndim != 4 else present.shape[-1]
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        present, group = getattr(layer, "values", None), getattr(layer, "q_group_size", 1)
+        kept = min(-(-self.rank // group) * group, self.width)  # a quantized cache takes groups with one scale each
+        if present is not None and present.ndim == 4:
+            kept = present.shape[-1]
         keys, values = self.cache.update(key_states, value_states[..., :kept], layer_idx, *args, **kwargs)
         return keys, F.pad(values, (0, self.width - values.shape[-1]))
 

@@ -11,7 +11,8 @@ import torch
 from stock_cases import GPT2, GROUPS, HEADS, VOCAB, WIDTH, build, merged
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 from hf_fnl import FactorizationConfig, FactorizedGPT2Config, FactorizedGPT2LMHeadModel, factorize_, load, merge_
 
@@ -85,6 +86,26 @@ def test_the_quantized_cache_is_as_much_smaller() -> None:
     values, wide = (each.past_key_values.layers[0]._quantized_values[0] for each in (found, expected))
     assert values.shape == (2, GROUPS, 12, RANK)
     assert values.nbytes * WIDTH == wide.nbytes * RANK
+
+
+class Grouped(QuantizedLayer):
+    """Layer of a cache that holds whole groups of entries, as the backends of Transformers do."""
+
+    def _quantize(self, tensor: Tensor, axis: int) -> Any:
+        return tensor.reshape(len(tensor), -1, self.q_group_size), tensor.shape
+
+    def _dequantize(self, q_tensor: Any) -> Tensor:
+        return q_tensor[0].reshape(q_tensor[1])
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # since Transformers 5.24
+@pytest.mark.parametrize(("group", "kept"), [(2, 4), (4, 4), (WIDTH, WIDTH)])
+def test_values_fill_the_groups_of_a_quantized_cache(group: int, kept: int) -> None:
+    model = cut("llama", rank=3)
+    layers = [Grouped(q_group_size=group, residual_length=3) for _ in range(model.config.num_hidden_layers)]
+    found = generate(model, past_key_values=Cache(layers=layers))
+    assert torch.equal(found.sequences, generate(merged(model)).sequences)
+    assert layers[0]._quantized_values[1][-1] == kept
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Transformers offloads from a GPU only")
