@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +53,11 @@ def load_documents(
         name: Configuration of a Hub data set that has several.
         text_column: Column that holds the text.
         streaming: Read while training instead of beforehand; memory and disk use do not grow with the corpus.
-        limit: Take this many documents at most, the first ones.
+        limit: Take this many documents at most: the first ones, of a stream those of each worker's share.
 
     Returns:
         A data set with the single column ``text``; an iterable one when ``streaming``, whose shards are files or, where
-        these are few, row groups of parquet files. With a ``limit`` it has one shard.
+        these are few, row groups of parquet files.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -68,32 +67,21 @@ def load_documents(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 document or None for all, got {limit}")
     if source == "embedded":
-        documents, first = _embedded(streaming)
+        documents: Any = datasets.Dataset.from_dict({"text": embedded_documents()})
+        documents = documents.to_iterable_dataset() if streaming else documents
     elif isinstance(source, str) and not looks_like_path(source):
         check_source(source, "dataset")
         documents = datasets.load_dataset(source, name, split=split, streaming=streaming)
-        first = next(iter(documents), None)
     else:
         paths = [source] if isinstance(source, str | Path) else source
-        documents, first = _read_files(data_files([Path(path).expanduser() for path in paths], split), split, streaming)
-    _check_first(first, text_column, source)
+        documents = _read_files(data_files([Path(path).expanduser() for path in paths], split), split, streaming)
+    _check_first(next(iter(documents), None), text_column, source)
     documents = documents.select_columns([text_column])
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
-    if streaming and limit is not None:  # `take` would take some of each shard
-        features = datasets.Features({"text": datasets.Value("string")})
-        sources = {"documents": documents, "limit": limit}
-        return datasets.IterableDataset.from_generator(_first, gen_kwargs=sources, features=features)
-    if streaming:
-        return documents.reshard() if documents.num_shards < FEW_SHARDS else documents
-    return documents if limit is None else documents.take(min(limit, len(documents)))
-
-
-def _first(documents: datasets.IterableDataset, limit: int) -> Iterator[dict[str, Any]]:
-    """The first documents of a stream."""
-    # Other than iter(documents), this does not divide them among the workers of torch's data loader.
-    for row in islice(documents.iter(batch_size=1), limit):
-        yield {"text": row["text"][0]}
+    if limit is not None:
+        return documents.take(limit if streaming else min(limit, len(documents)))
+    return documents.reshard() if streaming and documents.num_shards < FEW_SHARDS else documents
 
 
 @dataclass
@@ -159,13 +147,7 @@ def looks_like_path(source: str) -> bool:
     return path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1 or _kind(path) is not None
 
 
-def _embedded(streaming: bool) -> tuple[Any, Any]:
-    documents = datasets.Dataset.from_dict({"text": embedded_documents()})
-    return documents.to_iterable_dataset() if streaming else documents, documents[0]
-
-
-def _read_files(files: Sequence[Path], split: str, streaming: bool) -> tuple[Any, Any]:
-    """The documents in files and the first record of them (``None`` if there is none)."""
+def _read_files(files: Sequence[Path], split: str, streaming: bool) -> Any:
     kind = common_kind(files)
     options = {"sample_by": "paragraph", "encoding": "utf-8-sig"} if kind == "text" else {}
     # `datasets` takes file names for patterns.
@@ -174,12 +156,11 @@ def _read_files(files: Sequence[Path], split: str, streaming: bool) -> tuple[Any
         documents = datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming, **options)
         if kind == "text":
             documents = documents.map(_split_at_blank_lines, batched=True)
-        return documents, next(iter(documents), None)
+        next(iter(documents), None)  # of a stream this is the first look into a file
+        return documents
     except Exception as error:
-        culprit = _first_unreadable(kind, files)
-        if culprit is None:
-            raise
-        raise ValueError(f"cannot read {culprit} as {kind}: {error.__cause__ or error}") from error
+        names = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        raise ValueError(f"cannot read {names} as {kind}: {error.__cause__ or error}") from error
 
 
 def data_files(paths: Sequence[Path], split: str) -> list[Path]:
@@ -195,8 +176,7 @@ def data_files(paths: Sequence[Path], split: str) -> list[Path]:
     if missing:
         raise FileNotFoundError(f"no such file or folder: {', '.join(missing)}")
     files = [file for path in paths for file in (_files_of_split(path, split) if path.is_dir() else [path])]
-    empty = [str(file) for file in files if file.stat().st_size == 0]
-    if empty:
+    if empty := [str(file) for file in files if file.stat().st_size == 0]:
         raise ValueError(f"empty data file: {', '.join(empty)}")
     return files
 
@@ -250,16 +230,6 @@ def _split_at_blank_lines(batch: dict[str, list[str]]) -> dict[str, list[str]]:
     # The text reader splits at "\n\n" only; BERT's format also lets a separating line hold spaces.
     pieces = (piece.strip() for text in batch["text"] for piece in _BLANK_LINES.split(text))
     return {"text": [piece for piece in pieces if piece]}
-
-
-def _first_unreadable(kind: str, files: Sequence[Path]) -> Path | None:
-    for file in files:
-        try:
-            for _ in datasets.load_dataset(kind, data_files=[glob.escape(str(file))], split="train", streaming=True):
-                pass
-        except Exception:
-            return file
-    return None
 
 
 def _check_first(first: dict[str, Any] | None, text_column: str, source: object) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_fnl.tasks.documents import looks_like_path
 from hf_fnl.training.command_line import tracked
 from hf_fnl.utils.hub import check_source
 
@@ -24,44 +23,24 @@ SPACE = "▁"
 MIN_VOCAB_SIZE = 100
 MIN_FREQUENCY = 2  # how often two tokens must stand side by side to become one
 MIN_BYTE_VOCAB_SIZE = 257  # every byte, and the end-of-text token
+FILES = ("tokenizer.json", "tokenizer_config.json")
 # As in the tokenizers library's own BERT recipe: rarer characters become [UNK].
 MAX_ALPHABET = 1000
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
-
-    Args:
-        source: An id on the Hub; a folder that ``save_pretrained`` wrote; a folder with only GPT-2's ``vocab.json`` and
-            ``merges.txt``; or one with only BERT's ``vocab.txt``, read as cased when an entry has a capital letter.
+    """Load a tokenizer from a folder or the Hub.
 
     Raises:
-        FileNotFoundError: If the folder does not exist or holds no tokenizer, or the Hub has none of this name.
+        FileNotFoundError: If there is no such folder or repository, or the folder holds no tokenizer.
         ValueError: If the tokenizer needs code of its own, which is not run.
     """
-    folder = Path(source).expanduser()
-    if isinstance(source, str) and not looks_like_path(source):
-        check_source(source)
-        return _auto_tokenizer(source)
-    if not folder.exists():
-        raise FileNotFoundError(f"there is no folder {folder}")
-
-    def holds(*names: str) -> bool:
-        return all((folder / name).is_file() for name in names)
-
-    if holds("tokenizer.json") or holds("tokenizer_config.json"):
-        return _auto_tokenizer(folder)
-    if holds("vocab.json", "merges.txt"):
-        return GPT2Tokenizer.from_pretrained(folder)
-    if not holds("vocab.txt"):
-        needed = "tokenizer.json, tokenizer_config.json, vocab.json with merges.txt, or vocab.txt"
-        raise FileNotFoundError(f"no {needed} in {folder}")
-    entries = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    cased = any(entry != entry.lower() for entry in entries if not entry.startswith("["))
-    return BertTokenizer.from_pretrained(folder, do_lower_case=not cased)
-
-
-def _auto_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    check_source(source)
+    if (folder := Path(source).expanduser()).exists():
+        # Of a model without them Transformers makes a tokenizer that knows no words.
+        if not any((folder / name).is_file() for name in FILES):
+            raise FileNotFoundError(f"no {' or '.join(FILES)} in {folder}")
+        source = folder
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except ValueError as error:

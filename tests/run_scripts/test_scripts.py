@@ -168,7 +168,7 @@ def test_a_run_that_is_done_is_not_overwritten(pretrained):
         (finetune_squad, "--max_train_questions 0", "max_train_questions must be at least 1, got 0"),
         (finetune_squad, "--output_dir {file}/run", "output_dir .*: .* is a file"),
         (evaluate_squad, "--max_seq_length 65", "max_seq_length must be at most 64, .*, got 65"),
-        (evaluate_squad, "--model ./nosuch", r"--model \./nosuch: there is no folder nosuch"),
+        (evaluate_squad, "--model ./nosuch", r"--model \./nosuch: there is no folder"),
         (
             evaluate_squad,
             "--dataset nosuchfile",

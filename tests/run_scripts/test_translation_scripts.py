@@ -92,7 +92,7 @@ def test_nothing_to_translate_is_said(trained, monkeypatch, capsys, content, lin
     ("flags", "message"),
     [
         ("--model nosuch", "--model nosuch: there is no folder nosuch, and the Hub could not be asked"),
-        ("--model ./nosuch", r"--model \./nosuch: there is no folder nosuch"),
+        ("--model ./nosuch", r"--model \./nosuch: there is no folder"),
         ("--num_beams 0", "num_beams must be at least 1, got 0"),
         ("--output {file}/out.txt", "output .*: .* is a file"),
         ("--input {file}", "--input .*line 1: byte 0xff is not UTF-8"),

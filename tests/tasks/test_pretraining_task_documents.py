@@ -147,13 +147,6 @@ def test_an_unreadable_file_is_named(tmp_path, kind):
     assert caught.value.__cause__ is not None
 
 
-def test_the_one_bad_file_of_several_is_named(tmp_path):
-    good = write_jsonl(tmp_path / "good.jsonl")
-    bad = truncated(write_jsonl(tmp_path / "bad.jsonl"))
-    with pytest.raises(ValueError, match=r"cannot read \S*/bad\.jsonl as json"):
-        load_documents([good, bad])
-
-
 WRONG = {
     "missing file": (lambda d: str(d / "no.parquet"), {}, FileNotFoundError, r"no such file or folder: .*no\.parquet"),
     "missing folder": (lambda d: str(d / "no"), {}, FileNotFoundError, "no such file or folder"),
