@@ -82,9 +82,9 @@ class FactorizationConfig(RankRule):
         kinds: Any of ``"linear"`` (``torch.nn.Linear`` and GPT-2's ``Conv1D``), ``"embedding"``, ``"conv"``, and of
             ``"qk"`` and ``"ov"``: the products of every head of an attention, whose largest rank is the width of a
             head. Patterns mean them by the name of the attention, as it is or followed by ``.qk`` or ``.ov``.
-        include: Patterns of module names, as for a shell: ``"*.mlp.*"``. One of them has to match.
+        include: Patterns of module names, as for a shell: ``"*.mlp.*"``. One of them has to match. Layers of classes
+            derived from stock ones, with the same forward pass, need another pattern than ``"*"``.
         exclude: Patterns of names that are left dense.
-        classes: Classes of layers to take, subclasses not included. Empty takes the stock classes of ``kinds``.
         init: ``"spectral"``, ``"spectral_ones"`` or, for a model that has not been trained, ``"default"`` or ``"he"``;
             see :func:`~hf_fnl.math.spectral.initial_factors`.
         conv_scheme: ``"spatial"``, a column of the kernel after a row (Khodak et al. 2021); ``"channel"``, the kernel
@@ -104,7 +104,6 @@ class FactorizationConfig(RankRule):
     kinds: Sequence[str] = ("linear",)
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    classes: Sequence[type] = ()
     init: str = "spectral"
     conv_scheme: str = "spatial"
     overcomplete: bool = False

@@ -107,9 +107,9 @@ def factorize_(
     share a key or value together. The attention stays what it is: its layers fill narrow heads up with zeros, so that
     every kernel, cache and position works as before, and biases are cut along.
 
-    Only layers of the stock classes are taken, or of classes derived from them with the same forward pass. Hooks and
-    attributes of a layer go over to the one that takes its place. One that holds more than that (a parametrization,
-    hooks for its weight's gradient, a forward of its own) is not taken.
+    Layers of the stock classes are taken and, where a pattern other than ``"*"`` names them, of classes derived from
+    these with the same forward pass. Hooks and attributes of a layer go over to the one that takes its place. One that
+    holds more than that (a parametrization, hooks for its weight's gradient, a forward of its own) is not taken.
 
     A Transformers model saves and loads afterwards as before, wherever ``hf_fnl`` is imported: its configuration, which
     is then no other model's, lists the layers that are factorized when it is saved. This holds for each such model

@@ -6,7 +6,6 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from hf_fnl.surgery.targets import (
     factorized_class,
     stock_class,
 )
-from hf_fnl.utils.suggest import listed
+from hf_fnl.utils.suggest import did_you_mean, listed
 
 
 def select(
@@ -51,13 +50,8 @@ def select(
     Warns:
         UserWarning: If a pattern to exclude matches no module and is like the name of one.
     """
-    classes = tuple(config.classes) or tuple(
-        stock for stock, ours in FACTORIZED_CLASSES.items() if ours.kind in config.kinds
-    )
-    _check_classes(classes)
     outputs = _output_embeddings(model)
     outside = parameters_around(model, near)
-    wants_embeddings = any(issubclass(cls, nn.Embedding) for cls in classes)
     held = weights(model)
     heads, skipped = _select_heads(model, config, held, outside)
     targets: list[Target] = [*heads]
@@ -65,11 +59,7 @@ def select(
     for weight, holders in held.items():
         if not cut.isdisjoint(holders):
             continue
-        chosen = [
-            name
-            for name, layer in holders.items()
-            if type(layer) in classes and config.matches(name) and not _is_adapters(model, name)
-        ]
+        chosen = [n for n, layer in holders.items() if _is_meant(n, layer, config) and not _is_adapters(model, n)]
         if not chosen:
             skipped |= _not_chosen(model, weight, holders, config)
             continue
@@ -77,7 +67,8 @@ def select(
         reason = _obstacle(model, holders, config)
         if reason is None and weight in outside:
             reason = f"its weight is also {outside[weight]}, {_OUTSIDE}"
-        if reason is None and is_output and not wants_embeddings and not any(map(config.matches_explicitly, chosen)):
+        is_named = any(map(config.matches_explicitly, chosen))
+        if reason is None and is_output and "embedding" not in config.kinds and not is_named:
             reason = "it is the output embedding: add 'embedding' to kinds, or its name to include"
         if reason is None:
             targets.append(LayerTarget(first_names(holders), config.conv_scheme))
@@ -164,24 +155,17 @@ def _unmatched(model: nn.Module, config: FactorizationConfig) -> Iterator[tuple[
     for option in ("include", "exclude"):
         for pattern in getattr(config, option):
             if not any(fnmatchcase(name, pattern) for name in names):
-                strange = [word for word in re.split(r"[.*?]+", pattern) if word and not any(word in p for p in parts)]
-                meant = pattern
-                for word in strange:
-                    meant = meant.replace(word, next(iter(get_close_matches(word, parts, n=1)), word))
-                hint = "" if meant == pattern else f"; did you mean {meant}?"
+                words = (word for word in re.split(r"[.*?]+", pattern) if not any(word in part for part in parts))
+                hint = did_you_mean(next(words, ""), parts)
                 yield option, f"{option}={pattern} matches nothing in {type(model).__name__}{hint}"
 
 
-def _check_classes(classes: Iterable[type]) -> None:
-    if unknown := [cls.__name__ for cls in classes if stock_class(cls) is None]:
-        known = ", ".join(cls.__name__ for cls in FACTORIZED_CLASSES)
-        raise ValueError(f"classes must be {known} or subclasses of these, got {', '.join(unknown)}")
-    if own := [cls for cls in classes if computes_otherwise(cls)]:
-        stock = stock_class(own[0])
-        raise ValueError(
-            f"classes must compute what the class does that they are derived from, but {own[0].__name__} has a forward "
-            f"of its own, which is not that of {stock and stock.__name__}"
-        )
+def _is_meant(name: str, layer: nn.Module | None, config: FactorizationConfig) -> bool:
+    """Whether a layer is of a kind that is asked for; one of a class derived from the stock one has to be named."""
+    ours = None if layer is None else factorized_class(type(layer))
+    if ours is None or ours.kind not in config.kinds:
+        return False
+    return config.matches(name) if type(layer) in FACTORIZED_CLASSES else config.matches_explicitly(name)
 
 
 def _not_chosen(model: nn.Module, weight: Tensor, holders: Holders, config: FactorizationConfig) -> dict[str, str]:
@@ -229,7 +213,7 @@ def _why_not(layer: nn.Module, attribute: str) -> str:
         return f"kind {FACTORIZED_CLASSES[stock].kind!r} was not asked for"
     if is_read_by_its_parent(layer):
         return _READ_BY_ITS_PARENT
-    return f"it is a {kind}, which is not {stock.__name__} itself: add the class to classes"
+    return f"it is a {kind}, which is not {stock.__name__} itself: name it in include"
 
 
 Holders = dict[str, nn.Module | None]
@@ -317,8 +301,7 @@ def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _nothing_selected(model: nn.Module, config: FactorizationConfig, skipped: Mapping[str, str]) -> str:
-    wanted = {"classes": [cls.__name__ for cls in config.classes]} if config.classes else {"kinds": config.kinds}
-    wanted |= {"include": config.include, "exclude": config.exclude}
+    wanted = {"kinds": config.kinds, "include": config.include, "exclude": config.exclude}
     asked = ", ".join(f"{option}={listed(values)}" for option, values in wanted.items() if values)
     present: dict[str, list[str]] = defaultdict(list)
     for name, module in model.named_modules():

@@ -90,10 +90,9 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
         pytest.param({"kinds": ("conv",)}, ["0"], id="conv-without-depthwise"),
         pytest.param({"kinds": ("embedding",)}, ["5"], id="embedding-without-max-norm"),
         pytest.param({"kinds": ALL_KINDS}, ["0", "2", "4", "5"], id="all"),
-        pytest.param({"include": ("4", "[13]")}, ["4"], id="include"),
+        pytest.param({"include": ("4", "[12]")}, ["2", "4"], id="include"),
         pytest.param({"exclude": ("4",)}, ["2"], id="exclude"),
-        pytest.param({"classes": (Named,)}, ["3"], id="a-subclass"),
-        pytest.param({"classes": (nn.Linear, nn.Conv2d)}, ["0", "2"], id="classes"),
+        pytest.param({"include": ("[13]",)}, ["3"], id="a-subclass"),
     ],
 )
 def test_layers_are_chosen_by_kind_name_and_class(options, expected):
@@ -148,7 +147,6 @@ def test_so_does_an_untied_one(kinds, factorized):
             r"embedding \(Embedding\): 5, 6; factorized already: 7",
             id="what-there-is",
         ),
-        pytest.param(nn.LayerNorm, {"classes": (nn.LayerNorm,)}, "classes must be .*, got LayerNorm", id="class"),
         pytest.param(mixed, {"kinds": ("conv",), "include": ("1",)}, "^1 cannot be .* depthwise", id="depthwise"),
         pytest.param(mixed, {"kinds": ("embedding",), "include": ("6",)}, "^6 cannot be .* max_norm", id="max-norm"),
         pytest.param(mixed, {"rank": 6}, r"rank .*2.* must be in \[1, 5\], got 6", id="rank"),
@@ -426,7 +424,7 @@ def named_layers() -> nn.Module:
     return nn.ModuleDict({"attn": nn.Linear(20, 20), "mlp": nn.ModuleDict({"up": nn.Linear(20, 30)})})
 
 
-@pytest.mark.parametrize(("given", "meant"), [("atn", "attn"), ("*.mpl.*", r"\*.mlp.\*")])
+@pytest.mark.parametrize(("given", "meant"), [("atn", "attn"), ("*.mpl.*", "mlp")])
 def test_a_pattern_that_matches_nothing_is_an_error_with_a_suggestion(given, meant):
     for include in ([given], [given, "mlp.up"]):
         with pytest.raises(ValueError, match=rf"include={re.escape(given)} matches nothing .*did you mean {meant}"):

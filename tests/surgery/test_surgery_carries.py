@@ -7,7 +7,6 @@ import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from surgery_cases import ARCHITECTURES
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import prune
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
@@ -67,18 +66,16 @@ OTHERWISE = {
 @pytest.mark.parametrize(("cls", "sizes", "stock"), OTHERWISE.values(), ids=OTHERWISE)
 def test_a_class_that_computes_otherwise_is_refused_by_name(cls, sizes, stock):
     model = nn.Sequential(cls(*sizes), nn.Linear(5, 7))
-    with pytest.raises(ValueError, match=f"{cls.__name__} has a forward of its own, which is not that of {stock}"):
-        factorize_(model, FactorizationConfig(rank=2, classes=(cls,)))
-    done = factorize_(model, FactorizationConfig(rank=2, kinds=("linear", "embedding", "conv")))
+    done = factorize_(model, FactorizationConfig(rank=2, kinds=("linear", "embedding", "conv"), include=("0", "1")))
     assert done.skipped == {"0": f"{cls.__name__} does not compute what {stock} does"}
     assert type(model[0]) is cls
 
 
-def test_a_class_with_the_stock_forward_is_named_and_taken_when_asked_for():
+def test_a_class_with_the_stock_forward_is_taken_by_name():
     model = nn.Sequential(Same(5, 7), nn.Linear(7, 7))
     done = factorize_(model, LOW)
-    assert done.skipped == {"0": "it is a Same, which is not Linear itself: add the class to classes"}
-    factorize_(model, FactorizationConfig(rank=2, classes=(Same,)))
+    assert done.skipped == {"0": "it is a Same, which is not Linear itself: name it in include"}
+    factorize_(model, FactorizationConfig(rank=2, include=("0",)))
     assert isinstance(model[0], FactorizedLinear)
 
 
@@ -115,7 +112,7 @@ def test_an_attention_of_torch_keeps_what_it_reads_itself():
     done = factorize_(model, FULL)
     assert_close(model(x), before)
     assert {name.rpartition(".")[2] for name in done.skipped} == {"in_proj_weight", "out_proj"}
-    config = FactorizationConfig(rank=2, classes=(NonDynamicallyQuantizableLinear,), include=("*out_proj",))
+    config = FactorizationConfig(rank=2, include=("*out_proj",))
     with pytest.raises(ValueError, match=r"layers.0.self_attn.out_proj cannot be .* torch's MultiheadAttention reads"):
         factorize_(model, config)
 
