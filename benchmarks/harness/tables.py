@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from hf_fnl.utils.files import write_text
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -14,11 +11,6 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     columns = _columns(rows)
     lines = [columns, ["---"] * len(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def write_table(path: Path, rows: Sequence[dict[str, Any]], command: str) -> None:
-    """Write rows as Markdown beside their JSON, with the command; those that single rows hold are left out."""
-    write_text(path.with_suffix(".md"), f"{markdown_table(without_origin(rows))}\n\n`{command}`\n")
 
 
 def without_origin(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

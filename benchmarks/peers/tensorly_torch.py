@@ -6,11 +6,10 @@ import copy
 
 import torch
 from tltorch import FactorizedConv, TTTensor, TuckerTensor
-from tltorch import FactorizedLinear as TheirLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fnl.layers import FactorizedLinear, TensorizedConv2d
+from hf_fnl.layers import TensorizedConv2d
 
 IMPLEMENTATIONS = ("factorized", "reconstructed")
 TOLERANCE = 1e-5  # of outputs of order one, in float64
@@ -64,27 +63,3 @@ def _check(layer: TensorizedConv2d, implementation: str) -> None:
     error = (tensorly_torch_layer(layer, implementation)(x.mT).mT - layer(x)).abs().max().item()
     if not error < TOLERANCE:
         raise RuntimeError(f"their {layer.scheme} layer, {implementation}, is {error:.1e} from ours; nothing was timed")
-
-
-def tensorly_torch_linear(layer: FactorizedLinear, implementation: str) -> TheirLinear:
-    """Their layer with our factors, a CP decomposition of the matrix: as many parameters, and a weight for each rank.
-
-    Raises:
-        RuntimeError: If it computes something else than ours, or is ``"factorized"`` where opt_einsum is missing:
-            torch then contracts from left to right, by tensors of tokens times outputs times inputs.
-    """
-    if implementation == "factorized" and not torch.backends.opt_einsum.is_available():
-        raise RuntimeError("their contraction of factors needs opt_einsum, or runs out of memory")
-    rank, options = layer.rank, {"device": layer.U.device, "dtype": layer.U.dtype}
-    sizes = (layer.in_features,), (layer.out_features,)
-    theirs = TheirLinear(*sizes, factorization="cp", rank=rank, implementation=implementation, **options)
-    with torch.no_grad():
-        theirs.weight.weights.fill_(1)
-        for factor, ours in zip(theirs.weight.factors, (layer.U, layer.V), strict=True):
-            factor.copy_(ours)
-        if layer.bias is not None:
-            theirs.bias.copy_(layer.bias)
-        x = torch.randn(3, layer.in_features, **options)
-        if not torch.allclose(theirs(x), layer(x), rtol=1e-3, atol=1e-3):
-            raise RuntimeError("their linear layer computes something else than ours; nothing was timed")
-    return theirs

@@ -4,13 +4,8 @@ NAMES = (
     "init",
     "optimizer",
     "bert_step",
-    "gpt2_step",
-    "generate",
-    "marian",
     "vision",
-    "layers",
     "loading",
-    "data",
     "memory",
     "calibration",
 )

@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmarks.grid_runs import commit
+from benchmarks.grid_runs import BROKEN_OFF, CHECKPOINT, RESULT, commit
 from benchmarks.grid_tables import write_text
 from benchmarks.harness.machine import machine
 from benchmarks.harness.record import command_line
 
-RESULT_FILE, CHECKPOINT_FILE = "result.json", "checkpoint.pt"
 EAGER_STEPS = 3  # before a capture, so that every library has made what it makes once
-STOPPED = 75  # exit code of a run that was broken off and goes on from its checkpoint (EX_TEMPFAIL)
 _FAILURE = "HF_FNL_CAPTURE_FAILURE"  # environment variable by which a run that begins again knows why
 MARGIN = 5.0  # seconds before the deadline at which a run stops, to write its checkpoint
 
@@ -51,7 +49,7 @@ class CaptureFailed(Exception):
 
 
 def run_program(program: str, main: Callable[[list[str]], Any]) -> None:
-    """Run a training as a process: ends with ``STOPPED`` if it is to go on, begins again eagerly if a capture fails.
+    """Run a training as a process: ends with ``BROKEN_OFF`` if it is to go on, begins again eagerly if a capture fails.
 
     Args:
         program: Module that runs.
@@ -61,7 +59,7 @@ def run_program(program: str, main: Callable[[list[str]], Any]) -> None:
         main(sys.argv[1:])
     except Broken as reason:
         print(f"stopped: {reason}", file=sys.stderr, flush=True)
-        sys.exit(STOPPED)
+        sys.exit(BROKEN_OFF)
     except CaptureFailed as failure:
         os.environ[_FAILURE] = f"ran eagerly: {failure}"
         print(os.environ[_FAILURE], file=sys.stderr, flush=True)
@@ -132,13 +130,13 @@ class Run:
         state["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.device)
-        partial = self.folder / f"{CHECKPOINT_FILE}.partial"
+        partial = self.folder / f"{CHECKPOINT}.partial"
         torch.save(state, partial)
-        partial.replace(self.folder / CHECKPOINT_FILE)
+        partial.replace(self.folder / CHECKPOINT)
 
     def load(self) -> dict[str, Any] | None:
         """Read the checkpoint, if there is one; :meth:`restore_random` then goes on with its random numbers."""
-        path = self.folder / CHECKPOINT_FILE
+        path = self.folder / CHECKPOINT
         if not path.exists():
             return None
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -163,8 +161,8 @@ class Run:
             "seconds": self.seconds(),
             "machine": machine(str(self.device)),
         }
-        write_text(self.folder / RESULT_FILE, json.dumps(result, indent=1) + "\n")
-        (self.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        write_text(self.folder / RESULT, json.dumps(result, indent=1) + "\n")
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
         return result
 
 

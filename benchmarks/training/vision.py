@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.grid_runs import BROKEN_OFF
 from benchmarks.training.common import (
     EAGER_STEPS,
-    STOPPED,
     Broken,
     CaptureFailed,
     RepeatedStep,
@@ -501,7 +501,7 @@ def train_several(file: Path) -> int:
         file: JSON with the arguments of each.
 
     Returns:
-        The exit code: 0 if all are done, ``STOPPED`` if some are to go on later, 1 if one failed; why is in its log.
+        The exit code: 0 if all are done, ``BROKEN_OFF`` if some are to go on later, 1 if one failed; why is in its log.
 
     Raises:
         CaptureFailed: If a step cannot be replayed as a CUDA graph.
@@ -544,7 +544,7 @@ def _logged(folder: Path, codes: list[int]) -> Iterator[None]:
     except CaptureFailed:
         raise  # after which the device is of no use in this process
     except Exception as error:  # one run that fails does not end the others
-        codes.append(STOPPED if isinstance(error, Broken) else 1)
+        codes.append(BROKEN_OFF if isinstance(error, Broken) else 1)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             log.write(f"stopped: {error}\n" if isinstance(error, Broken) else traceback.format_exc())

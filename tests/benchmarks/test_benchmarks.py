@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from benchmarks import time_to_loss
 from benchmarks.__main__ import main
 from benchmarks.harness.record import revision
 from benchmarks.harness.tables import markdown_table, workload_tables
@@ -71,11 +70,6 @@ def test_a_row_compares_within_rounds(monkeypatch):
 def test_a_table_leaves_out_columns_without_values():
     rows = [{"a": 1, "b": None, "c": True}, {"a": 0.123456, "c": None}]
     assert markdown_table(rows).splitlines() == ["| a | c |", "| --- | --- |", "| 1 | yes |", "| 0.1235 |  |"]
-
-
-def test_a_loss_is_reached_where_the_curve_first_crosses_it():
-    curve = [(100, 8.0), (200, 6.0), (300, 7.0), (400, 4.0)]
-    assert [time_to_loss.first_below(curve, loss) for loss in (9, 7.5, 6, 5, 3)] == [100, 125, 200, 300 + 200 / 3, None]
 
 
 def test_workloads_of_which_the_same_is_known_share_a_table():
