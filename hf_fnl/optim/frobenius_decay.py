@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from hf_fnl.attention import Product, beside_factors
-from hf_fnl.math.factors import squared_frobenius_norm
 from hf_fnl.optim.groups import by_name, check_factors
 from hf_fnl.optim.lamb import Lamb
-from hf_fnl.optim.product_decay import ProductDecay, alike_products
+from hf_fnl.optim.product_decay import ProductDecay
 from hf_fnl.optim.sharding import Sharding
 
 MODES = ("penalty", "coupled", "decoupled")
@@ -41,17 +39,10 @@ def frobenius_penalty(
     """
     if not products:
         raise ValueError("a Frobenius penalty needs at least one product, got none")
-    squares = [_squares(alike, source).sum() for alike in alike_products(products, source)]
+    squares = [product.squared_frobenius_norm(source).sum() for product in products]
     beside = beside_factors(products, source).values()
     squares += [rest.square().sum(dtype=torch.promote_types(rest.dtype, torch.float32)) for rest in beside]
     return weight_decay / 2 * torch.stack(squares).sum()
-
-
-def _squares(alike: Sequence[Product], source: nn.Module | Mapping[str, Tensor]) -> Tensor:
-    if len(alike) == 1:
-        return alike[0].squared_frobenius_norm(source)
-    each = zip(*(product.factors(source) for product in alike), strict=True)
-    return squared_frobenius_norm(*(torch.stack(factors) for factors in each))
 
 
 class FrobeniusDecay:
@@ -68,8 +59,8 @@ class FrobeniusDecay:
     What a parameter holds beside factors gets ordinary decay by the same coefficient: ``p`` in the place of ``F_p``.
     Parameters without gradient are passed over, as optimizers do. The decay lasts until :meth:`remove`, or to the end
     of a ``with`` block. Factors are found by name at each step, so that a wrapper may replace the parameters; except
-    for a penalty, they may lie in parts on several processes (FSDP2, ZeRO). A copy of an optimizer alone
-    has no decay, for torch copies no hooks: ``copy.deepcopy((model, optimizer, decay))`` copies all three.
+    for a penalty, they may lie in parts on several processes (FSDP2, ZeRO). A copy of the optimizer has no decay, for
+    torch copies no hooks: make another :class:`FrobeniusDecay` for it.
 
     Args:
         optimizer: Any optimizer over named parameters, or what accelerate made of it.
@@ -94,20 +85,11 @@ class FrobeniusDecay:
         self.optimizer, self.products, self.weight_decay, self.mode = optimizer, tuple(products), weight_decay, mode
         check_factors(self.products, optimizer.param_groups)
         _check_no_ordinary_decay(self.products, optimizer.param_groups)
-        self._register(lasts=True)
+        self._decay, self._sharding = ProductDecay(), Sharding(optimizer.param_groups)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
 
-    def _register(self, *, lasts: bool) -> None:
-        self._decay, self._sharding = ProductDecay(), Sharding(self.optimizer.param_groups)
-        self._handle: RemovableHandle | None = (
-            self.optimizer.register_step_pre_hook(self._before_step) if lasts else None
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_decay": None, "_sharding": None, "_handle": self._handle is not None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._register(lasts=state["_handle"])
+    def __getstate__(self) -> Any:
+        raise TypeError("a FrobeniusDecay cannot be copied or saved: make another for the copy of the optimizer")
 
     def penalty(self) -> Tensor:
         """:func:`frobenius_penalty` of the products as they are now: a differentiable scalar."""
@@ -130,9 +112,7 @@ class FrobeniusDecay:
 
     def remove(self) -> None:
         """Leave the steps of the optimizer alone from now on."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        self._handle.remove()
 
     def __enter__(self) -> FrobeniusDecay:
         return self
@@ -165,21 +145,11 @@ class FrobeniusDecay:
         """Factors that have a gradient, their gradients, ``F_p`` from all products as they are now, and groups."""
         shards = self._sharding.find(optimizer.param_groups)
         if shards is None:
-            named = by_name(optimizer.param_groups)
-            terms = self._decay.take(self.products, {name: p for name, (p, _) in named.items()}, None)
-            held = [(name, p, p.grad, group) for name, (p, group) in named.items()]
+            held = [(name, p, p.grad, group) for name, (p, group) in by_name(optimizer.param_groups).items()]
         else:
-            terms = self._decay.take(self.products, {}, shards)
-            held = [
-                (
-                    shard.name,
-                    shard.of(shard.owner),
-                    None if shard.owner.grad is None else shard.of(shard.owner.grad),
-                    group,
-                )
-                for group, each in shards.due
-                for shard in each
-            ]
+            due = [(shard, shard.owner.grad, group) for group, each in shards.due for shard in each]
+            held = [(s.name, s.of(s.owner), None if g is None else s.of(g), group) for s, g, group in due]
+        terms = self._decay.take(self.products, {name: p for name, p, _, _ in held}, shards)
         return [
             (p, gradient, terms.write([name], [p], [torch.empty_like(p)])[0], group)
             for name, p, gradient, group in held

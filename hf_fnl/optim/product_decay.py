@@ -9,15 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_fnl.attention import Factor, Product
-from hf_fnl.attention.products import Source
 from hf_fnl.math.factors import decay_multipliers, multipliers_from_grams
 from hf_fnl.optim.sharding import Shards
 
@@ -49,43 +48,21 @@ class DecayTerms:
         Returns:
             For each parameter its term: what was written, or the parameter itself.
         """
-        terms, alike, mixed = list(params), defaultdict(list), []
+        terms, beside, written = list(params), [], []
         for i, (name, p, out) in enumerate(zip(names, params, outs, strict=True)):
             if name in self.known:
                 terms[i] = self.known[name].view(p.shape)
             elif name in self.multipliers:
-                terms[i], each = out, self.multipliers[name]
-                if sum(multiplier.factor.view(p).numel() for multiplier in each) < p.numel():
-                    mixed.append((out, p))
-                for factor, left, right in each:
-                    key = (p.shape, p.dtype, factor.heads, factor.dim, factor.section, left is None)
-                    alike[key].append((factor.view(p), left, right, factor.view(out)))
-        if mixed:
-            torch._foreach_copy_([out for out, _ in mixed], [p for _, p in mixed])
-        for rows in alike.values():
-            _multiply(*map(list, zip(*rows, strict=True)))
+                terms[i], multipliers = out, self.multipliers[name]
+                if sum(factor.view(p).numel() for factor, _, _ in multipliers) < p.numel():
+                    beside.append((out, p))
+                for factor, left, right in multipliers:
+                    x = factor.view(p) if left is None else left @ factor.view(p)
+                    written.append((factor.view(out), x @ right))
+        for pairs in (beside, written):
+            if pairs:
+                torch._foreach_copy_([to for to, _ in pairs], [values for _, values in pairs])
         return terms
-
-
-def _multiply(factors: list[Tensor], lefts: list[Any], rights: list[Tensor], outs: list[Tensor]) -> None:
-    """Write ``left p right`` into ``outs``, of several alike in one operation."""
-    if len(factors) == 1 and lefts[0] is None and rights[0].shape[:-2] == factors[0].shape[:-2]:
-        torch.matmul(factors[0], rights[0], out=outs[0])
-        return
-    p = torch.stack(factors)
-    p = p if lefts[0] is None else torch.stack(lefts) @ p
-    torch._foreach_copy_(outs, (p @ torch.stack(rights)).unbind())
-
-
-def alike_products(products: Sequence[Product], source: Source) -> list[list[Product]]:
-    """Group products whose factors have the same shapes; on a CPU large ones stay alone, for copies cost more there."""
-    groups: dict[Hashable, list[Product]] = {}
-    for product in products:
-        factors = product.factors(source)
-        alone = product.is_tensor or any(factor.is_cpu and factor.numel() > 2**14 for factor in factors)
-        key = product.name if alone else tuple((factor.shape, factor.dtype, factor.device) for factor in factors)
-        groups.setdefault(key, []).append(product)
-    return list(groups.values())
 
 
 def take_terms(products: Sequence[Product], source: Mapping[str, Tensor], shards: Shards | None = None) -> DecayTerms:
@@ -106,17 +83,13 @@ def take_terms(products: Sequence[Product], source: Mapping[str, Tensor], shards
 
 def _full_terms(products: Sequence[Product], source: Mapping[str, Tensor]) -> DecayTerms:
     terms = DecayTerms()
-    for alike in alike_products(products, source):
-        if alike[0].is_tensor:
-            gradients = alike[0].decay_gradients(source)
-            terms.known |= {factor.name: F for factor, F in zip(alike[0].places, gradients, strict=True)}
+    for product in products:
+        if product.is_tensor:
+            terms.known |= zip(product.parameter_names, product.decay_gradients(source), strict=True)
             continue
-        each = zip(*(product.factors(source) for product in alike), strict=True)
-        stacked = [factors[0][None] if len(factors) == 1 else torch.stack(factors) for factors in each]
-        for i, (left, right) in enumerate(decay_multipliers(*stacked)):
-            lefts = [None] * len(alike) if left is None else left.unbind()
-            for product, L, R in zip(alike, lefts, right.unbind(), strict=True):
-                terms.multipliers[product.places[i].name].append(Multiplier(product.places[i], L, R))
+        multipliers = decay_multipliers(*product.factors(source))
+        for factor, (left, right) in zip(product.places, multipliers, strict=True):
+            terms.multipliers[factor.name].append(Multiplier(factor, left, right))
     return terms
 
 

@@ -194,22 +194,11 @@ def test_replaced_parameters_are_followed(mode):
     assert_moved_to(replaced, snapshot(model))
 
 
-@pytest.mark.parametrize("is_removed", [False, True], ids=["at-work", "removed"])
-def test_a_copy_of_model_optimizer_and_decay_goes_on_as_they_do(is_removed):
+def test_a_copy_is_refused():
     model, products = two_factors()
     decay = FrobeniusDecay(torch.optim.SGD(groups_of(model, products), lr=0.1), products, WEIGHT_DECAY)
-    if is_removed:
-        decay.remove()
-    twin, optimizer, copied = copy.deepcopy((model, decay.optimizer, decay))
-    assert copied.optimizer is optimizer
-    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
-        parameter.grad = torch.randn_like(parameter)
-        other.grad = parameter.grad.clone()
-    before = snapshot(model)
-    decay.optimizer.step()
-    assert_moved_to(twin, before)
-    optimizer.step()
-    assert_moved_to(twin, snapshot(model))
+    with pytest.raises(TypeError, match="a FrobeniusDecay cannot be copied or saved: make another"):
+        copy.deepcopy(decay)
 
 
 def test_a_closure_is_refused_where_gradients_are_needed_before_it():
