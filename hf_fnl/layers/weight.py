@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +94,6 @@ class _Composition(torch.autograd.Function):
         return None, *pull_back(*gradients)
 
 
-# To which torch binds the arguments of each call; without it, it inspects the function anew, for half of a call's time.
-_Composition.forward.__signature__ = inspect.signature(_Composition.forward)  # type: ignore[attr-defined]
-
-
 class DenseWeight(Tensor):
     """The weight of a factorized layer, or a view of it, as a tensor that can only be read.
 
@@ -116,7 +110,6 @@ class DenseWeight(Tensor):
     _layer: HoldsFactors
     _factors: tuple[Tensor, ...]
     _view_values: Tensor | None
-    _address: Tensor | None
     _is_detached: bool
     _is_hf_initialized: bool
 
@@ -129,7 +122,7 @@ class DenseWeight(Tensor):
             options |= {"strides": values.stride(), "storage_offset": values.storage_offset()}
         weight: Self = Tensor._make_wrapper_subclass(cls, shape, **options)
         weight._layer, weight._factors, weight._view_values = layer, tuple(factors), values
-        weight._address, weight._is_detached = None, values is not None
+        weight._is_detached = values is not None
         weight._is_hf_initialized = True  # Transformers draws the factors, and passes by what is initialized
         return weight
 
@@ -146,30 +139,18 @@ class DenseWeight(Tensor):
 
     def read(self) -> Tensor:
         """Multiply the factors; returns an ordinary tensor without history, contiguous unless it is a view."""
-        return self._multiplied().contiguous() if self._view_values is None else self._view_values
-
-    def read_at_address(self) -> Tensor:
-        """Return the values in memory that all share who hold this weight, as tied layers do."""
         if self._view_values is not None:
-            return self._view_values
-        if self._address is None:
-            values = self._multiplied()
-            versions = [(id(f), f.data_ptr(), 0 if f.is_inference() else f._version) for f in self._factors]
-            # Strides tell a matrix from its transpose, which a layer of another class may hold.
-            self._address = _ADDRESSES.setdefault((*versions, values.shape, values.stride()), values.contiguous())
-        return self._address
-
-    def _multiplied(self) -> Tensor:
+            return self._view_values.detach()
         device = self.device.type
         can_cast = torch.amp.is_autocast_available(device)
         with torch.no_grad(), torch.autocast(device, enabled=False) if can_cast else nullcontext():
-            return self._layer.weight_from(*self._factors)
+            return self._layer.weight_from(*self._factors).contiguous()
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answer what the dispatcher does not see: attributes that are set, and memory that is asked for."""
+        """Answer what the dispatcher does not see: attributes that are set, and values that leave torch."""
         kwargs, weight = kwargs or {}, args[0] if args else None
         if isinstance(weight, DenseWeight):
             if func in _WRITES or (func in _WRITES_INTO_PARAMETERS and not weight._is_detached):
@@ -178,17 +159,13 @@ class DenseWeight(Tensor):
                 for factor in weight._factors:
                     factor.requires_grad_(*args[1:], **kwargs)
                 return weight
-            if func in _OF_MEMORY:
-                return weight._ask_memory(func, *args[1:], **kwargs)
+            if func in _READS:
+                result = func(weight.read().requires_grad_(weight.requires_grad), *args[1:], **kwargs)
+                if func in _ARRAYS:
+                    result.setflags(write=False)
+                return result
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-
-    def _ask_memory(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        values = self.read_at_address().detach().requires_grad_(self.requires_grad)
-        result = func(values, *args, **kwargs)
-        if func in _ARRAYS:
-            result.setflags(write=False)
-        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -210,28 +187,16 @@ class DenseWeight(Tensor):
         return pytree.tree_map_only(Tensor, lambda view: cls(source._layer, source._factors, view), result)
 
 
-_ADDRESSES: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
-
-
 def _setter(name: str) -> Any:
     return getattr(Tensor, name).__set__
 
 
 _REQUIRES_GRAD = {Tensor.requires_grad_, _setter("requires_grad")}
 _ARRAYS: set[Any] = {Tensor.numpy, Tensor.__array__}
-_OF_MEMORY = _ARRAYS | {
-    Tensor.__deepcopy__,
-    Tensor.__format__,
-    Tensor.__reduce_ex__,
-    Tensor.__repr__,
-    Tensor.data_ptr,
-    Tensor.is_shared,
-    Tensor.storage,
-    Tensor.tolist,
-    Tensor.untyped_storage,
-}
+_READS = {*_ARRAYS, Tensor.__deepcopy__, Tensor.__format__, Tensor.__reduce_ex__, Tensor.__repr__, Tensor.tolist}
 # What writes without the dispatcher, or hands out memory to be written.
 _WRITES = {_setter("data"), Tensor.apply_, Tensor.map_, Tensor.map2_, Tensor.__dlpack__, Tensor.share_memory_}
+_WRITES |= {Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage}
 # What is kept with a parameter: here it would be kept with a tensor that the next access makes anew.
 _WRITES_INTO_PARAMETERS = {_setter("grad"), Tensor.register_hook}
 _NAMES = {_setter("data"): "weight.data = ...", _setter("grad"): "weight.grad = ..."}

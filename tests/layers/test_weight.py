@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from hf_fnl.layers import TensorizedConv2d
-from hf_fnl.surgery.targets import share_factors_
 
 DOUBLE = {"dtype": torch.float64}
 LAYERS = {
@@ -63,6 +62,8 @@ WRITES = {
     "data": lambda w: setattr(w, "data", torch.zeros(7, 5)),
     "vector_to_parameters": lambda w: nn.utils.vector_to_parameters(torch.zeros(35), [w]),
     "dlpack": torch.from_dlpack,
+    "address": lambda w: w.data_ptr(),
+    "storage": lambda w: w.untyped_storage(),
     "parameter": nn.Parameter,
 }
 VIEWS = {
@@ -290,38 +291,6 @@ def test_automatic_casts_cast_the_weight_and_not_its_factors(make):
         rows = layer.weight.flatten(1)
         assert (rows @ torch.ones(rows.shape[1], 2)).dtype == torch.bfloat16
     assert_close(layer.weight + 0, layer.dense_weight())
-
-
-# Which weights are one
-
-
-def test_handles_of_one_weight_have_one_address_and_others_another():
-    layer, other = linear(), linear()
-    tied = share_factors_(FactorizedEmbedding(7, 5, 3), layer)
-    handles = [layer.weight, tied.weight, layer.weight.data, tied.weight.detach()]
-    for addresses in ([w.data_ptr() for w in handles], [w.untyped_storage().data_ptr() for w in handles]):
-        assert len(set(addresses)) == 1
-    assert other.weight.data_ptr() not in [w.data_ptr() for w in handles]
-    other.set_factors_(layer.factors())
-    assert other.weight.data_ptr() not in [w.data_ptr() for w in handles]
-
-
-def test_a_transposed_weight_has_another_address():
-    transposed = FactorizedLinear.from_dense(Conv1D(5, 5), 3)
-    plain = share_factors_(FactorizedLinear(5, 5, 3), transposed)
-    handles = transposed.weight, plain.weight
-    assert handles[0].data_ptr() != handles[1].data_ptr()
-
-
-def test_the_values_at_the_address_are_those_of_the_factors():
-    layer = linear()
-    old = layer.weight
-    old.data_ptr()
-    with torch.no_grad():
-        layer.U.mul_(2)
-    new = layer.weight
-    assert new.data_ptr() != old.data_ptr()
-    assert_close(torch.tensor(new.tolist()), layer.dense_weight().detach())
 
 
 # In parts
