@@ -30,7 +30,7 @@ ROOMS = (
     "public",
     "__main__",
 )
-HEAVY = {"datasets", "deepspeed", "matplotlib", "typer", "num2words", "sacrebleu", "sacremoses"}
+HEAVY = {"datasets", "evaluate", "deepspeed", "matplotlib", "typer", "num2words", "sacrebleu", "sacremoses"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

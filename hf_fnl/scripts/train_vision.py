@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, TrainerCallback, set_seed
 
+from hf_fnl.attention import find_products
 from hf_fnl.layers import Factorized
 from hf_fnl.math.spectral import DRAWN_METHODS, INIT_METHODS
 from hf_fnl.optim.diagnostics import parameter_count
@@ -40,6 +41,7 @@ from hf_fnl.vision.image_batches import (
 from hf_fnl.vision.image_training import ImageTrainer, ImageTrainingArguments
 from hf_fnl.vision.lottery import train_in_rounds
 from hf_fnl.vision.models import PRESETS, inner_convolutions, vision_model
+from hf_fnl.vision.norms import FollowNorms, RecordNorms
 from hf_fnl.vision.pruning import finalize_, prune_, sparsity, weights_to_keep
 from hf_fnl.vision.transforms import BatchTransform
 
@@ -274,7 +276,7 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
     plain = parameter_count(model)["total"]
     if options.overcomplete == "do_conv":
         over_parametrize_(model, include=inner_convolutions(model))
-    trainer = session.trainer(model, factorize=factorize)
+    trainer = session.trainer(model, factorize=factorize, callbacks=norm_callbacks(model, args))
     metrics = {**trainer.train(resume_from_checkpoint=resume).metrics, "parameters": parameter_count(model)}
     if options.overcomplete == "do_conv":
         metrics["parameters"] |= {"dense_equivalent": plain, "ratio": metrics["parameters"]["total"] / plain}
@@ -284,6 +286,16 @@ def train_factorized(session: Session, model: nn.Module, resume: str | None) -> 
     metrics |= trainer.evaluate()
     trainer.save_state()
     return metrics
+
+
+def norm_callbacks(model: nn.Module, args: ImageTrainingArguments) -> list[TrainerCallback]:
+    """Return the callbacks that record the norms of the products, or hold them to those of another run."""
+    callbacks: list[TrainerCallback] = []
+    if args.norms_from:
+        callbacks.append(FollowNorms(find_products(model), args.norms_from))
+    if args.record_norms:
+        callbacks.append(RecordNorms(find_products(model)))
+    return callbacks
 
 
 @torch.no_grad()

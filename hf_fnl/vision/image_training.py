@@ -15,7 +15,7 @@ from hf_fnl.optim.frobenius_decay import MODES
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.trainer import FLAMBeTrainer
 
-DECAYS = ("weight", "frobenius", "crs", "none")
+DECAYS = ("weight", "frobenius", "crs", "none", "normalized")
 MILESTONES = (0.5, 0.75)
 
 
@@ -50,9 +50,12 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
     decay: str | None = field(
         default=None,
         metadata={
-            "help": f"Of factorized layers: {', '.join(DECAYS)}. Default: what frobenius_decay and factor_decay say."
+            "help": f"Of factorized layers: {', '.join(DECAYS)} (none, but rescaled after every step to the norms of "
+            "the run norms_from). Default: what frobenius_decay and factor_decay say."
         },
     )
+    norms_from: str | None = field(default=None, metadata={"help": "Folder of a run with record_norms."})
+    record_norms: bool = field(default=False, metadata={"help": "Write the norm of every product after every step."})
     frobenius_mode: str | None = field(  # type: ignore[assignment]  # a string from here on
         default=None, metadata={"help": f"One of {', '.join(MODES)}. Default: coupled with sgd, else decoupled."}
     )
@@ -82,6 +85,11 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
         self._check_schedule()
         if self.decay not in (None, *DECAYS):
             raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
+        if (self.decay == "normalized") != (self.norms_from is not None):
+            raise ValueError(
+                "decay=normalized and norms_from, the run whose norms it keeps to, need each other; got "
+                f"decay={self.decay} and norms_from={self.norms_from}"
+            )
         if self.dense_epochs < 0 or 0 < self.num_train_epochs <= self.dense_epochs:
             raise ValueError(
                 f"dense_epochs must be in [0, num_train_epochs={self.num_train_epochs:g}), got {self.dense_epochs}"
@@ -128,14 +136,19 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
             f"decay={self.decay}": self.decay not in (None, "weight"),
             f"factor_decay={self.factor_decay}": self.factor_decay != "weight",
             "dense_epochs": self.dense_epochs > 0,
+            "record_norms": self.record_norms,
             "diagnostics_steps": self.diagnostics_steps > 0,
         }
         if not kinds and (given := [option for option, is_given in needing.items() if is_given]):
             raise ValueError(f"{given[0]} needs factorized layers: give rank_scale, ratio or overcomplete as well")
         if kinds and self.decay is not None:
-            factor_decay = self.decay if self.decay in ("crs", "none") else "weight"
+            factor_decay = {"crs": "crs", "none": "none", "normalized": "none"}.get(self.decay, "weight")
             self._derive(frobenius_decay=sorted(kinds) if self.decay == "frobenius" else [], factor_decay=factor_decay)
         if self.dense_epochs:
+            if self.record_norms or self.norms_from:
+                raise ValueError(
+                    "record_norms and norms_from need products from the first step on: leave dense_epochs out"
+                )
             self._derive(dense_steps=self.dense_epochs * steps_per_epoch(self, num_images))
 
     def _derive(self, **values: Any) -> None:

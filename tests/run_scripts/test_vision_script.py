@@ -44,6 +44,7 @@ from hf_fnl.vision.image_batches import ImageOptions
 from hf_fnl.vision.image_training import ImageTrainingArguments
 from hf_fnl.vision.images import load_images
 from hf_fnl.vision.models import inner_convolutions, vision_model
+from hf_fnl.vision.norms import read_norms
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,17 @@ def test_decay_is_that_of_the_option(tmp_path, scheme):
         decayed = weights(tmp_path / decay)
         for name, gradient in decay_gradients(start, decay).items():
             torch.testing.assert_close((free[name] - decayed[name]) / 0.2, gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_normalized_run_keeps_to_the_norms_of_another(tmp_path):
+    common = {"rank_scale": 0.3, "record_norms": True}
+    train(tmp_path / "decayed", **common, decay="frobenius", weight_decay=0.1)
+    train(tmp_path / "held", **common, decay="normalized", norms_from=tmp_path / "decayed", seed=1)
+    names, norms = read_norms(tmp_path / "decayed")
+    torch.testing.assert_close(read_norms(tmp_path / "held")[1], norms, rtol=1e-4, atol=0)
+    layers = products(load(tmp_path / "held"))
+    found = torch.stack([layers[name].dense_weight().norm() for name in names])
+    torch.testing.assert_close(found, norms[-1], rtol=1e-4, atol=0)
 
 
 def test_dense_epochs_come_before_the_low_rank_ones(runs):

@@ -2,9 +2,12 @@
 
 import random
 import string
+from pathlib import Path
 
+import evaluate
 import pytest
 
+from hf_fnl.tasks import metrics
 from hf_fnl.tasks.metrics.squad_scores import exact_match_score, f1_score, score_squad
 
 ARTICLES = ("a", "an", "the")
@@ -118,3 +121,15 @@ def test_version_2_equals_the_oracle():
 def test_unusable_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         score_squad(*arguments)
+
+
+@pytest.mark.parametrize(("version", "names"), [("v1", {"exact_match", "f1"}), ("v2", {"exact", "f1", "total"})])
+def test_the_module_of_evaluate_scores_likewise(version, names):
+    metric = evaluate.load(str(Path(metrics.__file__).parent / "squad_em_f1"), version)
+    texts, golds = {"1": "the cat", "2": "dog"}, {"1": ["cat"], "2": ["a cat", "dogs"]}
+    found = metric.compute(
+        predictions=[{"id": id_, "prediction_text": text} for id_, text in texts.items()],
+        references=[{"id": i, "answers": {"text": gold, "answer_start": [0] * len(gold)}} for i, gold in golds.items()],
+    )
+    assert found == score_squad(texts, golds, version_2=version == "v2")
+    assert names <= set(found)

@@ -72,6 +72,7 @@ def test_epochs_have_the_steps_of_the_trainer(tmp_path, accumulation, drop_last)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        pytest.param({"norms_from": "runs/fd"}, "decay=normalized and norms_from", id="idle-norms"),
         pytest.param({"lr_milestones": [0.5, 1.0]}, r"shares between 0 and 1, got \[0.5, 1.0\]", id="milestone"),
         pytest.param(
             {"lr_scheduler_type": "cosine", "lr_milestones": [0.5]}, "does not go with lr_milestones", id="both"
@@ -102,10 +103,12 @@ def test_bad_options_are_refused(tmp_path, options, message):
         ("frobenius", ["tensor"], "weight"),
         ("crs", [], "crs"),
         ("none", [], "none"),
+        ("normalized", [], "none"),
     ],
 )
 def test_one_word_says_how_products_are_decayed(tmp_path, decay, frobenius_decay, factor_decay):
-    args = arguments(tmp_path, frobenius_decay=["linear"], factor_decay="none", decay=decay)
+    norms = {"norms_from": "runs/fd"} if decay == "normalized" else {}
+    args = arguments(tmp_path, frobenius_decay=["linear"], factor_decay="none", decay=decay, **norms)
     args.set_products({"tensor"}, 13)
     assert (args.frobenius_decay, args.factor_decay) == (frobenius_decay, factor_decay)
 

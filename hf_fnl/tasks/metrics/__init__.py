@@ -1,1 +1,1 @@
-"""Scoring rules of the tasks."""
+"""Scoring rules of the tasks; ``evaluate.load`` takes the folder ``squad_em_f1``."""
