@@ -21,7 +21,6 @@ from hf_fnl.cli.options import (
     Json,
     Model,
     Out,
-    Overwrite,
     OvRank,
     QkRank,
     QkvRank,
@@ -142,7 +141,6 @@ def factorize(
     heal_bf16: Annotated[
         bool, _option("Compute in bfloat16 where autocast allows.", _HEAL, None, "--heal-bf16")
     ] = False,
-    overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -176,7 +174,6 @@ def factorize(
             how=work.How(rule, ranks, wanted, tuple(include or ()), tuple(exclude or ()), conv_scheme, surgery),
             texts=texts,
             heal=healing,
-            overwrite=overwrite,
             command=_command_line(context),
             terminal=terminal,
         )
@@ -201,7 +198,6 @@ def merge(
     model: Model,
     out: Out,
     check: Annotated[bool, typer.Option(help="Compare outputs on random inputs before anything is written.")] = True,
-    overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -212,7 +208,7 @@ def merge(
     with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli import merge as work
 
-        result = work.merge(model, out, check=check, overwrite=overwrite, terminal=terminal)
+        result = work.merge(model, out, check=check, terminal=terminal)
         difference = result["largest_difference"]
         checked = "outputs were not compared" if difference is None else f"outputs differ by at most {difference:.2g}"
         sizes = size_change(result["parameters_before"], result["parameters_after"])

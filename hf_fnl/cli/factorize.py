@@ -24,7 +24,6 @@ from hf_fnl.optim.diagnostics import cut_layers, parameter_count
 from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.calibration_data import Calibration
 from hf_fnl.surgery.config import FactorizationConfig, RankRule
-from hf_fnl.tasks.documents import looks_like_path
 from hf_fnl.utils.files import write_json
 from hf_fnl.utils.run_files import FACTORIZATION_FILE
 from hf_fnl.utils.suggest import listed
@@ -68,7 +67,6 @@ def factorize(
     how: How,
     texts: Texts | None,
     heal: Healing | None,
-    overwrite: bool,
     command: str,
     terminal: Terminal,
 ) -> dict[str, Any]:
@@ -80,7 +78,6 @@ def factorize(
         how: What was asked for.
         texts: Text to calibrate with.
         heal: Text to heal with, and how many steps.
-        overwrite: Replace a target that holds files.
         command: The command as it was typed.
         terminal: Where to show progress.
 
@@ -91,9 +88,7 @@ def factorize(
         OSError: If files are missing, damaged or cannot be written.
         ValueError: If what was asked for does not fit the model.
     """
-    sources = [each.source for each in (texts, heal and heal.texts) if each is not None]
-    needed = [source for source in sources if looks_like_path(source)]
-    with new_folder(target, source=source, overwrite=overwrite, needed=needed) as folder:
+    with new_folder(target) as folder:
         read = None if texts is None else read_texts(source, texts)
         read_to_heal = None if heal is None else read_texts(source, heal.texts)
         dense = load_to_convert(source, terminal)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_fnl.utils.files import check_writable
 from hf_fnl.utils.folders import is_inside
@@ -27,80 +26,26 @@ CARRIED = (
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, source: str, overwrite: bool = False, needed: Sequence[str] = ()) -> Iterator[Path]:
-    """An empty folder beside ``target``, which takes its place at the end; if anything fails, nothing is left of it.
-
-    Args:
-        target: The folder to be.
-        source: What it is made from: a folder, or an id on the Hub.
-        overwrite: Replace a folder that holds files.
-        needed: Further files and folders that are read, as texts to calibrate with.
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target``, which takes its place at the end; if anything fails, nothing is left of it.
 
     Raises:
-        FileExistsError: If ``target`` is a file, holds files and is not to be overwritten, or holds something of what
-            is read, of the folder that the command runs in, or of the user's home.
+        FileExistsError: If ``target`` holds files.
+        NotADirectoryError: If it, or what it would lie in, is a file.
+        PermissionError: If it cannot be written to.
     """
     target = target.expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"--out {target} is a file, and has to be a folder")
-    if target.is_dir():
-        _check_spared(target, [source, *needed])
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"{target} holds files already; --overwrite replaces it")
+    if target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"--out {target} holds files already: name another folder, or remove it")
     check_writable("--out", target)
-    made = [parent for parent in target.parents if not parent.exists()]
-    unfinished = _beside(target, "unfinished")
+    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        _replace(target, unfinished)
+        unfinished.rename(target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
         raise
-
-
-def _check_spared(target: Path, read: Sequence[str]) -> None:
-    """Raise unless a folder can be replaced without the loss of anything that is read from, or lived in."""
-    for name in read:
-        given = Path(name).expanduser()
-        lost = given if given.exists() else Path(HF_HUB_CACHE)
-        if _holds(target, lost):
-            raise FileExistsError(f"--out {target} must be another folder than {name}, and not one that contains it")
-        if lost.is_dir() and _holds(lost, target) and any(target.iterdir()):
-            raise FileExistsError(f"--out {target} holds files of {name}: name another folder")
-        inner = [path for path in (lost.rglob("*") if given.is_dir() else ()) if path.is_symlink()]
-        if linked := next((path for path in inner if _holds(target, path)), None):
-            raise FileExistsError(f"--out {target} holds what {linked} is a link to: name another folder")
-    if _holds(target, Path.home()) or (target != Path.cwd() and _holds(target, Path.cwd())):
-        raise FileExistsError(f"--out {target} holds your home or the folder that you are in: name another folder")
-
-
-def _holds(folder: Path, path: Path) -> bool:
-    """Whether a folder is that of a path, links followed, or one above it, in whatever case its name is written."""
-    real = path.resolve()
-    return any(place.exists() and place.samefile(folder) for place in (real, *real.parents))
-
-
-def _beside(target: Path, word: str) -> Path:
-    return target.with_name(f".{target.name}.{word}-{os.getpid()}")
-
-
-def _replace(target: Path, finished: Path) -> None:
-    """Rename ``finished`` to ``target``; what stood there is removed last, and comes back if the renaming fails."""
-    if not target.exists():
-        finished.rename(target)
-        return
-    former = _beside(target, "former")
-    target.rename(former)
-    try:
-        finished.rename(target)
-    except OSError:
-        former.rename(target)
-        raise
-    shutil.rmtree(former)
 
 
 def local_files(source: str, patterns: Sequence[str]) -> Path:

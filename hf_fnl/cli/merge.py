@@ -21,14 +21,13 @@ from hf_fnl.surgery import merge_
 from hf_fnl.utils.run_files import FACTORIZATION_FILE
 
 
-def merge(source: str, target: Path, *, check: bool, overwrite: bool, terminal: Terminal) -> dict[str, Any]:
+def merge(source: str, target: Path, *, check: bool, terminal: Terminal) -> dict[str, Any]:
     """Load a factorized model, multiply its products out and write what is a stock model then.
 
     Args:
         source: Folder or Hub id of the factorized model.
         target: Folder to write.
         check: Compare outputs on random inputs before anything is written.
-        overwrite: Replace a target that holds files.
         terminal: Where to show progress.
 
     Returns:
@@ -38,7 +37,7 @@ def merge(source: str, target: Path, *, check: bool, overwrite: bool, terminal: 
         OSError: If files are missing, damaged or cannot be written.
         ValueError: If the model is not factorized, its outputs change, or it cannot be told how to run it.
     """
-    with new_folder(target, source=source, overwrite=overwrite) as folder:
+    with new_folder(target) as folder:
         model = load_to_convert(source, terminal)
         name, before = type(model).__name__, parameter_count(model)["total"]
         with terminal.step("merging"):

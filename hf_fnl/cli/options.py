@@ -22,7 +22,6 @@ def _rank(text: str) -> Any:
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a model, or its id on the Hub.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It appears whole, or not at all.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that holds files.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and no progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 QkRank = Annotated[int | None, _rank("Rank of each head's query-key product.")]

@@ -215,8 +215,10 @@ def test_the_recorded_command_makes_the_same_model_again(bert, tmp_path):
     cli("factorize", bert, "-o", tmp_path / "a b", *options)
     words = shlex.split(record(tmp_path / "a b")["command"])
     assert words[:2] == ["hf-fnl", "factorize"]
-    cli(*words[1:], "--overwrite")
-    assert record(tmp_path / "a b")["command"] == shlex.join([*words, "--overwrite"])
+    written = record(tmp_path / "a b")
+    shutil.rmtree(tmp_path / "a b")
+    cli(*words[1:])
+    assert record(tmp_path / "a b") == written
 
 
 def test_what_makes_a_model_usable_comes_along_and_traces_of_its_training_do_not(bert, tmp_path):
@@ -451,11 +453,14 @@ def test_wrong_use_is_told_from_bad_input(bert, tmp_path, options):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_holds_files_stays_until_the_new_one_is_whole(bert, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    assert "--overwrite" in cli("factorize", bert, "--out", out, "--rank", 3, code=1).stderr
+@pytest.mark.parametrize("command", ["factorize", "merge"])
+def test_a_folder_that_holds_files_stays_as_it_is(half, command):
+    rule = ("--rank", 3) if command == "factorize" else ()
+    assert "holds files already" in cli(command, half, "--out", half, *rule, code=1).stderr
+
+
+def test_what_was_written_before_a_failure_is_removed_and_an_empty_folder_filled(bert, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
 
     def full(self, folder, **kwargs):
         (Path(folder) / "model.safetensors").write_text("half of it")
@@ -463,18 +468,11 @@ def test_a_folder_that_holds_files_stays_until_the_new_one_is_whole(bert, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(FactorizedBertModel, "save_pretrained", full)
-        result = cli("factorize", bert, "--out", out, "--rank", 3, "--overwrite", code=1)
+        result = cli("factorize", bert, "--out", tmp_path / "out", "--rank", 3, code=1)
     assert "No space left" in result.stderr
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes.txt"]
-    cli("factorize", bert, "--out", out, "--rank", 3, "--overwrite")
-    assert not (out / "notes.txt").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("command", ["factorize", "merge"])
-def test_the_model_itself_is_not_overwritten(half, command):
-    rule = ("--rank", 3) if command == "factorize" else ()
-    assert "another folder" in cli(command, half, "--out", half, "--overwrite", *rule, code=1).stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+    cli("factorize", bert, "--out", tmp_path / "out", "--rank", 3)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_what_is_factorized_is_not_factorized_again_nor_what_is_dense_merged(bert, half, tmp_path):

@@ -12,7 +12,6 @@ from cli_cases import cli, llama
 from safetensors.torch import load_file, save_file
 
 from hf_fnl import FactorizationConfig, factorize_, load
-from hf_fnl.cli.folders import new_folder
 from hf_fnl.cli.terminal import as_typed, printable
 
 
@@ -32,61 +31,6 @@ def low_rank(tmp_path) -> Path:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-# --overwrite spares what is read
-
-
-def beside(model: Path) -> Path:
-    other = model.parent.parent / "elsewhere"
-    other.symlink_to(model.parent, target_is_directory=True)
-    return other
-
-
-OUTS = {
-    "itself": lambda model: model,
-    "the folder above": lambda model: model.parent,
-    "two above": lambda model: model.parent.parent,
-    "with dots": lambda model: model / "..",
-    "through a link": beside,
-    "through a link to it": lambda model: beside(model) / "model",
-}
-
-
-@pytest.mark.parametrize("out", OUTS.values(), ids=OUTS)
-def test_overwrite_never_removes_the_source(model, out):
-    kept = files(model)
-    result = cli("factorize", model, "--rank", 2, "--out", out(model), "--overwrite", code=1)
-    assert "must be another folder than" in result.stderr
-    assert files(model) == kept
-
-
-def test_nor_what_the_source_links_to_nor_a_part_of_it(model, tmp_path):
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    (model / "model.safetensors").rename(weights / "model.safetensors")
-    (model / "model.safetensors").symlink_to(weights / "model.safetensors")
-    (model / "1_Dense").mkdir()
-    (model / "1_Dense" / "model.safetensors").write_text("weights")
-    for out, message in ((weights, "is a link to"), (model / "1_Dense", "holds files of")):
-        with pytest.raises(FileExistsError, match=message), new_folder(out, source=str(model), overwrite=True):
-            pass
-    assert (weights / "model.safetensors").is_file()
-
-
-def test_nor_the_texts_that_are_read_nor_where_the_user_is(model, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "t.txt").write_text("text")
-    given = ["--rank", 2, "--overwrite", "--calibrate", tmp_path / "out" / "t.txt", "--out", tmp_path / "out"]
-    assert "must be another folder than" in cli("factorize", model, *given, code=1).stderr
-    for name in ("home", "work"):
-        (tmp_path / name / "inner").mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path / "work" / "inner")
-    for out in (tmp_path / "home", tmp_path / "work"):
-        result = cli("factorize", model, "--rank", 2, "--overwrite", "--out", out, code=1)
-        assert "holds your home or the folder that you are in" in result.stderr
-        assert (out / "inner").is_dir()
 
 
 # Links and names that lead out of a folder
@@ -297,14 +241,6 @@ def test_the_name_of_a_layer_cannot_write_to_the_terminal(model):
 )
 def test_errors_name_options_as_they_are_typed(message, typed):
     assert as_typed(message) == typed
-
-
-def test_the_case_of_a_name_does_not_matter_where_the_disk_ignores_it(model):
-    upper = model.parent / "MODEL"
-    if not upper.exists():  # this disk tells them apart: a link stands in for one that does not
-        upper.symlink_to(model, target_is_directory=True)
-    with pytest.raises(FileExistsError, match="another folder"), new_folder(upper, source=str(model), overwrite=True):
-        pass
 
 
 @pytest.mark.parametrize(
