@@ -1,10 +1,6 @@
 """``hf-fnl train bert`` of a checkout, for launchers that start a file."""
 
-import before_imports  # noqa: F401
-
-# isort: split
 from hf_fnl.scripts import PROGRAMS
-from hf_fnl.scripts.pretrain_bert import *  # noqa: F403
 
 if __name__ == "__main__":
     PROGRAMS["train bert"].run()

@@ -8,9 +8,6 @@ back, and the merged model is checked to give the same answers.
 
 from __future__ import annotations
 
-import before_imports  # noqa: F401
-
-# isort: split
 import argparse
 import contextlib
 import importlib.util

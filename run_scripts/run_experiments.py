@@ -9,9 +9,6 @@ What is done is skipped, what was broken off goes on, and what fails does not st
 
 from __future__ import annotations
 
-import before_imports  # noqa: F401
-
-# isort: split
 import argparse
 import logging
 import shlex
@@ -37,7 +34,7 @@ from benchmarks.experiments.runs import (
     settings_of,
     train_all,
 )
-from hf_fnl.training.command_line import UsageError, duration, parse_flags, progress, run_script
+from hf_fnl.training.command_line import UsageError, parse_flags, progress, run_script
 
 logger = logging.getLogger("hf_fnl.experiments")
 
@@ -127,6 +124,13 @@ def totals(runs: Sequence[Run]) -> str:
     to_come = sum(count * statistics.mean(done[table]) for table, count in left.items() if table in done)
     of_all = "" if left.keys() <= done.keys() else ", of tables where one is done"
     return f"{text}; {duration(sum(map(sum, done.values())))} spent, about {duration(to_come)} to come{of_all}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, such as ``"40 s"``, ``"3 min"`` or ``"2.5 h"``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def program(arguments: list[str]) -> None:

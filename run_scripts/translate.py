@@ -1,10 +1,6 @@
 """``hf-fnl translate`` of a checkout, for launchers that start a file."""
 
-import before_imports  # noqa: F401
-
-# isort: split
 from hf_fnl.scripts import PROGRAMS
-from hf_fnl.scripts.translate import *  # noqa: F403
 
 if __name__ == "__main__":
     PROGRAMS["translate"].run()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -27,9 +25,6 @@ class Program:
 
     def run(self) -> NoReturn:
         """Run it with the arguments of the process; ends with ``SystemExit``."""
-        if not sys.stderr.isatty():  # a bar in a file is a line now and then, which tqdm is told before it is imported
-            for name in ("TQDM_DELAY", "TQDM_MININTERVAL"):
-                os.environ.setdefault(name, "20")
         for name in ("hf_fnl.models", "hf_fnl.vision.models"):  # registers them, and takes seconds
             importlib.import_module(name)
         from hf_fnl.training.command_line import run_script

@@ -21,7 +21,7 @@ from hf_fnl.tasks.squad import SquadOptions, load_squad
 from hf_fnl.tasks.squad_evaluation import answer_questions, first_questions, score_predictions
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments
-from hf_fnl.training.runs import finish_run
+from hf_fnl.training.runs import write_run
 from hf_fnl.utils.files import check_writable
 
 
@@ -89,6 +89,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     print(json.dumps(metrics, indent=2))
     if options.output_dir:
-        finish_run(options.output_dir, metrics, options, windows)
+        write_run(options.output_dir, metrics, options, windows)
         print(f"saved in {options.output_dir}", file=sys.stderr)
     return metrics

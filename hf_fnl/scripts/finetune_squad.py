@@ -20,7 +20,7 @@ from hf_fnl.tasks.squad_evaluation import answer_questions, first_questions
 from hf_fnl.tasks.tokenization import load_tokenizer
 from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments
-from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
+from hf_fnl.training.runs import check_output_folder, checkpoint_to_resume, finish_run
 
 
 @dataclass
@@ -65,13 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
-    announce(trainer)
     metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
     reading = {"folder": args.output_dir, "num_proc": data.num_proc, "version_2": version_2}
     metrics |= answer_questions(trainer, examples, tokenizer, options, **reading)
-    trainer.save_state()
-    if args.should_save:
-        finish_run(args.output_dir, metrics, data, options, args)
-    trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
-    show_run(args, metrics, "hf-fnl merge {folder} --out {folder}-stock", "hf-fnl report {folder} --out {folder}.html")
-    return metrics
+    return finish_run(trainer, metrics, data, options, args)

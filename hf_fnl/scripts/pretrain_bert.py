@@ -31,7 +31,7 @@ from hf_fnl.tasks.pretraining_examples import PretrainingOptions
 from hf_fnl.tasks.tokenization import train_wordpiece
 from hf_fnl.training import FLAMBeTrainer
 from hf_fnl.training.command_line import UsageError, parse_arguments
-from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
+from hf_fnl.training.runs import check_output_folder, checkpoint_to_resume, finish_run
 
 
 @dataclass
@@ -119,22 +119,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         train_dataset=build(documents),
         eval_dataset=None if held_out is None else build(held_out),
         data_collator=DataCollatorForTokenClassification(tokenizer),
+        processing_class=tokenizer,
         compute_metrics=masked_metrics,
         preprocess_logits_for_metrics=masked_sums,
     )
-    announce(trainer)
     metrics = {"parameters": parameter_count(model), **trainer.train(resume_from_checkpoint=resume).metrics}
     if held_out is not None:
         metrics |= trainer.evaluate()
-    trainer.save_state()
-    if args.should_save:
-        tokenizer.save_pretrained(args.output_dir)
-        finish_run(args.output_dir, metrics, options, data, args)
-    trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
-    show_run(
-        args,
-        metrics,
-        "hf-fnl train squad --model {folder} --output_dir runs/squad",
-        "hf-fnl report {folder} --out {folder}.html",
-    )
-    return metrics
+    return finish_run(trainer, metrics, options, data, args)

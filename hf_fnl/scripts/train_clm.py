@@ -23,7 +23,7 @@ from hf_fnl.tasks.tokenization import train_byte_bpe
 from hf_fnl.training import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.training.command_line import UsageError, parse_arguments
 from hf_fnl.training.low_rank_phase import later_ranks
-from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
+from hf_fnl.training.runs import check_output_folder, checkpoint_to_resume, finish_run
 
 logger = logging.getLogger(__name__)
 
@@ -183,19 +183,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         train_dataset=build_blocks(documents, tokenizer, block_size=block_size, num_proc=data.num_proc),
         eval_dataset=held_out,
         data_collator=default_data_collator,
+        processing_class=tokenizer,
         compute_metrics=functools.partial(causal_metrics, num_words=held_out.num_words) if held_out else None,
         preprocess_logits_for_metrics=causal_sums,
     )
-    announce(trainer)
     metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
     metrics |= {"parameters": parameter_count(model)}
     if held_out is not None:
         metrics |= trainer.evaluate()
-    trainer.save_state()
-    if args.should_save:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.n_positions)
-        tokenizer.save_pretrained(args.output_dir)
-        finish_run(args.output_dir, metrics, options, data, args)
-    trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
-    show_run(args, metrics, "hf-fnl report {folder} --out {folder}.html", "hf-fnl merge {folder} --out {folder}-stock")
-    return metrics
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.n_positions)
+    return finish_run(trainer, metrics, options, data, args)

@@ -39,7 +39,7 @@ from hf_fnl.tasks.translation_training import TranslationArguments, TranslationT
 from hf_fnl.training.command_line import UsageError, check_at_least, named, parse_arguments
 from hf_fnl.training.engines import is_sharded
 from hf_fnl.training.low_rank_phase import later_ranks
-from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
+from hf_fnl.training.runs import check_output_folder, checkpoint_to_resume, finish_run
 from hf_fnl.utils.files import write_text
 
 
@@ -258,20 +258,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         processing_class=tokenizer,
     )
-    announce(trainer)
     metrics = {**trainer.train(resume_from_checkpoint=resume).metrics, "parameters": parameter_count(model)}
     if validation is not None:
         metrics |= trainer.evaluate()
     if test is not None:
         metrics["test"] = score(trainer, tokenizer, test, data)
-    trainer.save_state()
-    if args.should_save:
-        finish_run(args.output_dir, metrics, options, data, args)
-    trainer.save_model()  # last, since it may push a card made of the rest; by all processes, who may each hold a part
-    show_run(
-        args,
-        metrics,
-        "hf-fnl translate --model {folder} --input sentences.txt --output translations.txt",
-        "hf-fnl report {folder} --out {folder}.html",
-    )
-    return metrics
+    return finish_run(trainer, metrics, options, data, args)

@@ -26,8 +26,9 @@ from hf_fnl.surgery import factorize_, merge_
 from hf_fnl.surgery.config import CONV_SCHEMES, TENSOR_SCHEMES, FactorizationConfig
 from hf_fnl.tasks.metrics.accuracy import image_metrics, image_sums
 from hf_fnl.training.command_line import UsageError, check_at_least, named, parse_arguments
-from hf_fnl.training.runs import announce, check_output_folder, checkpoint_to_resume, finish_run, show_run
+from hf_fnl.training.runs import check_output_folder, checkpoint_to_resume, write_run
 from hf_fnl.utils.hub import check_source
+from hf_fnl.utils.run_files import flatten
 from hf_fnl.vision.do_conv import merge_do_conv_, over_parametrize_
 from hf_fnl.vision.image_batches import (
     ImageData,
@@ -235,7 +236,6 @@ class Session:
             preprocess_logits_for_metrics=image_sums,
             **more,
         )
-        announce(self.last_trainer)
         self._check_engine(self.last_trainer)
         return self.last_trainer
 
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics = (train_pruned if options.pruning else train_factorized)(session, model, resume)
     if args.should_save:
         write_image_processor(args.output_dir, session.train)
-        finish_run(args.output_dir, metrics, options, data, args)
+        write_run(args.output_dir, metrics, options, data, args)
     session.last_trainer.save_model(args.output_dir)  # by all processes, who may each hold a part
-    show_run(args, metrics, "hf-fnl report {folder} --out {folder}.html", "hf-fnl inspect {folder}")
+    session.last_trainer.log_metrics("run", flatten(metrics))
     return metrics

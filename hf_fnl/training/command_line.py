@@ -305,13 +305,6 @@ def tracked(items: Iterable[T], text: str) -> Iterator[T]:
             advance(1)
 
 
-def duration(seconds: float) -> str:
-    """Return a time in words, such as ``"40 s"``, ``"3 min"`` or ``"2.5 h"``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def run_script(main: Callable[[list[str]], object], *, resumes: bool = False) -> NoReturn:
     """Run the ``main`` of a script as a program: errors are one line, and the exit status says of which sort.
 
@@ -373,7 +366,10 @@ def _quiet(*, first: bool) -> None:
         warnings.simplefilter("ignore")
     warnings.showwarning = lambda message, *_, **__: print(f"note: {_one_line(message)}", file=sys.stderr)
     if not sys.stderr.isatty():
+        import datasets  # which importing this package does not wait for
+
         transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def _one_line(message: object) -> str:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from hf_fnl.optim.diagnostics import parameter_count
-from hf_fnl.training.command_line import UsageError, duration
+from hf_fnl.training.command_line import UsageError
 from hf_fnl.training.resuming import checkpoint_to_take
 from hf_fnl.training.run_lock import check_unlocked
 from hf_fnl.utils.files import check_writable, write_json
@@ -21,8 +17,6 @@ from hf_fnl.utils.run_files import CONFIG_FILE, METRICS_FILE, flatten
 
 # Written by the Trainer for itself, or secret: not settings of a run.
 _NOT_SETTINGS = {"hub_token", "deepspeed_plugin", "distributed_state"}
-_NOT_SHOWN = ("_per_second", "_flos", "epoch", "_runtime")
-_OF_PRODUCTS = ("frobenius_norm", "effective_rank")  # what a line shows of a kind's figures; files have all of them
 
 
 def check_output_folder(args: TrainingArguments) -> None:
@@ -62,111 +56,21 @@ def run_settings(*arguments: Any) -> dict[str, Any]:
     return settings
 
 
-def finish_run(folder: str | Path, metrics: dict[str, Any], *arguments: Any) -> dict[str, Any]:
-    """Write ``metrics.json`` and ``run_config.json`` into ``folder`` and return the metrics."""
+def write_run(folder: str | Path, metrics: dict[str, Any], *arguments: Any) -> None:
+    """Write ``metrics.json`` and ``run_config.json`` into a folder."""
     write_json(Path(folder) / METRICS_FILE, metrics)
     write_json(Path(folder) / CONFIG_FILE, run_settings(*arguments))
+
+
+def finish_run(trainer: Trainer, metrics: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+    """Save a model that was trained with what is known of its run, and print the metrics; all processes call this.
+
+    Returns:
+        The metrics.
+    """
+    trainer.save_state()
+    if trainer.args.should_save:
+        write_run(trainer.args.output_dir, metrics, *arguments)
+    trainer.save_model()  # last, since it may push a card made of the rest
+    trainer.log_metrics("run", flatten(metrics))
     return metrics
-
-
-def announce(trainer: Trainer) -> None:
-    """Let a Trainer say what it is about to train, and in lines how far it is where no bar shows it."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Announcements(trainer))
-
-
-class _Announcements(TrainerCallback):
-    """Prints, on the first process, a few lines before training and one with each log.
-
-    Args:
-        trainer: Whose model and batches are described.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.began, self.first_step = 0.0, 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Print what is trained, on what, for how long, and where it goes."""
-        self.began, self.first_step = time.monotonic(), state.global_step
-        if not state.is_world_process_zero:
-            return
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        size = parameter_count(model)
-        share = f", {size['ratio']:.1%} of the dense model" if size["total"] != size["dense_equivalent"] else ""
-        batch = self.trainer.get_total_train_batch_size(args)
-        resumed = f", from step {state.global_step:,} on" if state.global_step else ""
-        rate = max(getattr(kwargs.get("lr_scheduler"), "base_lrs", [args.learning_rate]))  # a checkpoint's, if any
-        lines = {
-            "model": f"{type(model).__name__}, {size['total']:,} parameters{share}",
-            "device": f"{_device(args)}, {_count(args.world_size, 'process', 'es')}, {_precision(args)}",
-            "training": f"{_count(state.max_steps, 'step')} of {batch:,} "
-            f"examples{resumed}; {getattr(args.optim, 'value', args.optim)}, learning rate {rate:g}",
-            "output": args.output_dir,
-        }
-        print("", *(f"{name:<9} {line}" for name, line in lines.items()), "", sep="\n", flush=True)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print figures in a line, with the time that is left by the pace so far."""
-        if not (args.disable_tqdm and state.is_world_process_zero):
-            return
-        figures = "  ".join(
-            f"{name} {_figure(value)}"
-            for name, value in (logs or {}).items()
-            if _is_shown(name, value) and ("/" not in name or name.endswith(_OF_PRODUCTS))
-        )
-        done, left = state.global_step - self.first_step, state.max_steps - state.global_step
-        pace = (time.monotonic() - self.began) / max(done, 1)
-        remaining = f"  ({duration(pace * left)} left)" if done and left > 0 else ""
-        if figures:
-            print(f"step {state.global_step:,}/{state.max_steps:,}  {figures}{remaining}", flush=True)
-
-
-def show_run(args: TrainingArguments, metrics: dict[str, Any], *next_commands: str) -> None:
-    """Print, on the first process, what a run gave, where it lies, and what may come next.
-
-    Args:
-        args: Of the run.
-        metrics: What :func:`finish_run` wrote.
-        next_commands: With ``{folder}`` in the place of the folder.
-    """
-    if args.process_index != 0:
-        return
-    figures = {name: value for name, value in flatten(metrics).items() if _is_shown(name, value)}
-    hidden = ("parameters / trainable", "parameters / in_products", "parameters / dense_equivalent")
-    shown = {name: _figure(value) for name, value in figures.items() if name not in hidden}
-    width, digits = (max(map(len, each), default=0) for each in (shown, shown.values()))
-    print("", *(f"{name:<{width}}  {value:>{digits}}" for name, value in shown.items()), "", sep="\n")
-    lines = [("saved in", args.output_dir)]
-    for command in next_commands:
-        lines.append(("" if len(lines) > 1 else "next", command.format(folder=shlex.quote(str(args.output_dir)))))
-    print(*(f"{title:<9} {line}" for title, line in lines), sep="\n", flush=True)
-
-
-def _is_shown(name: str, value: Any) -> bool:
-    return isinstance(value, int | float) and not name.endswith(_NOT_SHOWN)
-
-
-def _figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _count(number: int, word: str, plural: str = "s") -> str:
-    return f"{number:,} {word}{plural if number != 1 else ''}"
-
-
-def _device(args: TrainingArguments) -> str:
-    return torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
-
-
-def _precision(args: TrainingArguments) -> str:
-    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"

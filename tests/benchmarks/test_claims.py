@@ -8,14 +8,8 @@ import re
 import shlex
 import statistics
 
-import evaluate_squad
-import finetune_squad
-import pretrain_bert
 import pytest
 import torch
-import train_clm
-import train_translation
-import train_vision
 from transformers import BertConfig, BertModel
 
 from benchmarks.harness.record import ROOT
@@ -27,6 +21,7 @@ from hf_fnl import (
     find_products,
     parameter_groups,
 )
+from hf_fnl.scripts import evaluate_squad, finetune_squad, pretrain_bert, train_clm, train_translation, train_vision
 from hf_fnl.tasks.arguments import SquadTrainingArguments
 from hf_fnl.tasks.squad import SquadOptions
 from hf_fnl.tasks.translation_training import TranslationArguments

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import io
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +63,6 @@ def test_a_program_takes_its_example_and_says_whether_it_resumes(name):
 def test_the_file_of_a_checkout_is_the_same_program(name):
     module = PROGRAMS[name].module
     path = ROOT / "run_scripts" / f"{module}.py"
-    assert runpy.run_path(str(path))["main"] is importlib.import_module(f"hf_fnl.scripts.{module}").main
     assert f'PROGRAMS["{name}"].run()' in path.read_text()
 
 

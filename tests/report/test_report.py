@@ -35,7 +35,7 @@ from hf_fnl.report.sections import (
     role_of,
 )
 from hf_fnl.report.sources import Source, read_run, read_sources
-from hf_fnl.training.runs import finish_run
+from hf_fnl.training.runs import write_run
 
 pytest.importorskip("matplotlib")
 
@@ -50,7 +50,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
         trainer.train()
         trainer.save_state()
         trainer.save_model()
-        finish_run(folder, {"parameters": parameter_count(trainer.model), "f1": 12.5}, trainer.args)
+        write_run(folder, {"parameters": parameter_count(trainer.model), "f1": 12.5}, trainer.args)
         points = [{"t": t, "loss": number * t, "accuracy": 0.9 - t} for t in (0.0, 0.5, 1.0)]
         (folder / "interpolation.json").write_text(json.dumps({"points": points}))
     return folders

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import run_experiments
-import train_clm
-import train_translation
-import train_vision
 import yaml
 from experiment_cases import DATASETS, ROWS, STAND_IN, TABLE, row
 from transformers import HfArgumentParser
@@ -21,6 +18,7 @@ from benchmarks.experiments.rows import SCALES, read_rows
 from benchmarks.experiments.runs import ROOT, Launch, data_places
 from benchmarks.harness.grids import run_once
 from benchmarks.harness.record import revision
+from hf_fnl.scripts import train_clm, train_translation, train_vision
 from hf_fnl.training.command_line import UsageError
 from hf_fnl.vision.image_batches import ImageOptions
 from hf_fnl.vision.image_training import ImageTrainingArguments

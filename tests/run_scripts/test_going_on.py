@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pretrain_bert
 import pytest
-import train_clm
-import train_translation
 from transformers import BertConfig, BertForPreTraining, GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTModel
 
 from hf_fnl import FactorizedBertConfig, FactorizedBertForPreTraining
+from hf_fnl.scripts import pretrain_bert, train_clm, train_translation
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.tasks.tokenization import train_byte_bpe, train_joint_bpe, train_wordpiece
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import evaluate_squad
-import finetune_squad
-import pretrain_bert
 import pytest
 import torch
 import yaml
 from after_cases import check_next_steps, check_settings
-from launching import accelerate_launch, launches
+from launching import SCRIPTS, accelerate_launch, launches
 from transformers import AutoModelForPreTraining, AutoModelForQuestionAnswering, AutoTokenizer
 
 from hf_fnl import FactorizedBertForPreTraining, FactorizedBertForQuestionAnswering
+from hf_fnl.scripts import evaluate_squad, finetune_squad, pretrain_bert
 from hf_fnl.tasks.arguments import SquadTrainingArguments, TextTrainingArguments
 from hf_fnl.tasks.embedded import embedded_squad
 from hf_fnl.tasks.squad import SquadOptions
 from hf_fnl.training.command_line import UsageError
 
-ROOT = Path(__file__).parents[2]
 TINY_MODEL = """
     --vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 2 --num_attention_heads 3
     --intermediate_size 40 --max_position_embeddings 64 --qk_rank 5 --ov_rank 6 --ffn_rank 7 --embedding_rank 11
@@ -215,7 +212,7 @@ def test_a_broken_off_run_is_not_overwritten_and_goes_on(tmp_path):
 @launches
 def test_two_launched_processes_have_the_losses_of_one(tmp_path):
     flags = f"{TINY_MODEL} {QUIET} --max_seq_length 16 --max_steps 4 --learning_rate 0.01 --dropout 0".split()
-    config = f"--config_file {ROOT}/run_scripts/launch/two_cpu_processes.yaml {pretrain_bert.__file__}".split()
+    config = ["--config_file", str(SCRIPTS / "launch" / "two_cpu_processes.yaml"), str(SCRIPTS / "pretrain_bert.py")]
     accelerate_launch(*config, *flags, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path))
     pretrain_bert.main([*flags, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "one")])
 

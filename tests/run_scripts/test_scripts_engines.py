@@ -6,12 +6,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import pretrain_bert
 import pytest
 import torch
-import train_clm
-import train_translation
-import train_vision
 from engine_cases import tiny_gpt2
 from launching import accelerate_launch, launches
 from safetensors.torch import load_file
@@ -20,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 import hf_fnl
 from hf_fnl import find_products
 from hf_fnl.optim import parameter_groups
+from hf_fnl.scripts import pretrain_bert, train_clm, train_translation, train_vision
 from hf_fnl.tasks.beam_search import translate
 from hf_fnl.tasks.tokenization import load_tokenizer
 

@@ -7,15 +7,15 @@ import json
 
 import pytest
 import torch
-import train_translation
-import translate as translate_script
 from after_cases import check_next_steps, check_settings
-from launching import launch, launches
+from launching import SCRIPTS, launch, launches
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel
 from translation_cases import PAIRS, phrases, tiny_marian, tiny_tokenizer
 
 from hf_fnl import FactorizedMarianMTModel
+from hf_fnl.scripts import train_translation
+from hf_fnl.scripts import translate as translate_script
 from hf_fnl.tasks.beam_search import translate
 from hf_fnl.tasks.metrics.bleu import bleu_scores
 from hf_fnl.tasks.phrases import embedded_phrases
@@ -171,7 +171,7 @@ def test_a_broken_off_run_is_not_overwritten_and_goes_on(trained):
 @launches
 def test_two_processes_write_what_one_writes(tmp_path):
     flags = [*TINY.split(), "--save_strategy", "no", "--dropout", "0"]
-    codes, output = launch(train_translation.__file__, *flags, "--output_dir", str(tmp_path / "two"))
+    codes, output = launch(SCRIPTS / "train_translation.py", *flags, "--output_dir", str(tmp_path / "two"))
     assert not any(codes), output
     one = train(tmp_path / "one", "--dropout", "0", "--gradient_accumulation_steps", "2")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())

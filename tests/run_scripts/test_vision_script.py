@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import train_vision
 import yaml
 from after_cases import check_next_steps, check_settings
-from launching import launch, launches
+from launching import SCRIPTS, launch, launches
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
 from vision_script_cases import (
@@ -40,6 +39,7 @@ from vision_script_cases import (
     weights,
 )
 
+from hf_fnl.scripts import train_vision
 from hf_fnl.vision.image_batches import ImageOptions
 from hf_fnl.vision.image_training import ImageTrainingArguments
 from hf_fnl.vision.images import load_images
@@ -246,7 +246,7 @@ def test_two_processes_train_and_merge_as_one(one_picture, tmp_path):
     options = {**one_picture, "overcomplete": "full", "decay": "frobenius"}
     one = train(tmp_path / "one", **options, per_device_train_batch_size=8)
     given = flags({**TINY, **options, "per_device_train_batch_size": 4, "output_dir": tmp_path / "two"})
-    codes, output = launch(train_vision.__file__, *given)
+    codes, output = launch(SCRIPTS / "train_vision.py", *given)
     assert not any(codes), output
     two = read(tmp_path / "two", "metrics.json")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

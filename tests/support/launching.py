@@ -21,6 +21,7 @@ from benchmarks.ports import free_port
 # Tests that launch belong to one group, so that one of pytest's processes alone makes the process to fork from.
 launches = pytest.mark.xdist_group("launches")
 
+SCRIPTS = Path(__file__).parents[2] / "run_scripts"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed reads when it is imported
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["datasets", "torch.distributed.fsdp", "hf_fnl.training.trainer", "hf_fnl", "deepspeed"])

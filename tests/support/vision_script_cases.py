@@ -9,13 +9,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import train_vision
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from hf_fnl.layers import Factorized
+from hf_fnl.scripts import train_vision
 from hf_fnl.vision.models import vision_model
 
 TINY = {

@@ -11,9 +11,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import train_clm
 from after_cases import check_next_steps, check_settings
-from launching import launch, launches
+from launching import SCRIPTS, launch, launches
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +25,7 @@ from transformers import (
 )
 
 from hf_fnl import FactorizedGPT2LMHeadModel
+from hf_fnl.scripts import train_clm
 from hf_fnl.tasks import clm
 from hf_fnl.tasks.clm import DOCUMENTS_PER_GROUP, build_blocks
 from hf_fnl.tasks.embedded import embedded_documents
@@ -338,7 +338,7 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, held_out):
     flags = ("--dropout", "0", "--frobenius_decay", "none", "--optim", "lamb")
     one = run(tmp_path / "one", *flags, *held_out)
     given = f"--output_dir {tmp_path}/two --per_device_train_batch_size 2".split()
-    codes, output = launch(train_clm.__file__, *TINY.split(), *flags, *held_out, *given)
+    codes, output = launch(SCRIPTS / "train_clm.py", *TINY.split(), *flags, *held_out, *given)
     assert not any(codes), output
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (two["eval_tokens"], two["eval_words"]) == (one["eval_tokens"], one["eval_words"])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-import finetune_squad
-import pretrain_bert
 import pytest
 import torch
 
 from hf_fnl import FLAMBe
+from hf_fnl.scripts import finetune_squad, pretrain_bert
 from hf_fnl.tasks.arguments import SquadTrainingArguments
 from hf_fnl.training import FLAMBeTrainer
 

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import interpolate as script
 import pytest
 import torch
 from after_cases import hf_fnl
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from hf_fnl import FactorizationConfig, FactorizedGPT2Config, FactorizedGPT2LMHeadModel, factorize_, load
+from hf_fnl.scripts import interpolate as script
 from hf_fnl.tasks.clm import build_blocks
 from hf_fnl.tasks.documents import load_documents
 from hf_fnl.tasks.tokenization import load_tokenizer, train_byte_bpe

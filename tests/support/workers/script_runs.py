@@ -13,12 +13,10 @@ from accelerate.state import AcceleratorState
 
 from hf_fnl.utils.processes import close_process_group
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "run_scripts"))
-
 
 def main(path: str) -> None:
     for script, flags in json.loads(Path(path).read_text()).items():
-        importlib.import_module(script).main(flags)
+        importlib.import_module(f"hf_fnl.scripts.{script}").main(flags)
         state = AcceleratorState()
         engine = (str(state.distributed_type), state.num_processes)
         (Path(flags[flags.index("--output_dir") + 1]) / f"engine-{state.process_index}.json").write_text(
