@@ -153,7 +153,7 @@ def _run(job: Job, rank: int, count: int, port: int) -> None:
             (job.log / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
             raise
 
-    run_script(main, resumes=True)
+    run_script(main)
 
 
 def _train(job: Job, rank: int) -> None:

@@ -34,7 +34,6 @@ ELSEWHERE = {
     "examples.md": "examples/README.md",
     "launch.md": "run_scripts/launch/README.md",
 }
-TRAINERS_OWN = "All others of the Trainer"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -120,18 +119,12 @@ def _escaped(text: str) -> str:
 
 
 def scripts() -> Iterator[str]:
-    """Each program with the text of its ``--help``; the options that all have from the Trainer once."""
-    seen = False
+    """Each program with the text of its ``--help``."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, program in PROGRAMS.items():
         main = importlib.import_module(f"hf_fnl.scripts.{program.module}").main
         with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
             main(["--help"])
-        shown, _, others = text.getvalue().partition(f"\n{TRAINERS_OWN}\n")
-        usage = re.sub(r"^usage: \S+", f"usage: hf-fnl {name}", shown.rstrip(), flags=re.MULTILINE)
+        usage = re.sub(r"^usage: \S+", f"usage: hf-fnl {name}", text.getvalue().rstrip())
         file = f"In a checkout also `python run_scripts/{program.module}.py`."
         yield f"### hf-fnl {name}\n\n{program.summary} {file}\n\n```text\n{usage}\n```"
-        if others and not seen:
-            seen = True
-            note = "Which the other programs that train have, too."
-            yield f"#### {TRAINERS_OWN}\n\n{note}\n\n```text\n{others.rstrip()}\n```"

@@ -27,7 +27,7 @@ from hf_fnl.report import write_report
 from hf_fnl.scripts import evaluate_squad, finetune_squad, pretrain_bert
 from hf_fnl.tasks.embedded import embedded_documents
 from hf_fnl.tasks.tokenization import load_tokenizer
-from hf_fnl.training.command_line import UsageError, parse_flags, run_script
+from hf_fnl.training.command_line import UsageError, run_script
 from hf_fnl.utils.files import check_writable, write_json
 
 PRETRAINING = """
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=1500, help="pretraining steps at length 32")
     parser.add_argument("--long_steps", type=int, default=400, help="pretraining steps at length 128")
     parser.add_argument("--epochs", type=float, default=3, help="fine-tuning epochs")
-    options = parse_flags(parser, argv)
+    options = parser.parse_args(argv)
     folder = options.output_dir
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--output_dir {folder} exists and is not empty: move it away, or give another one")

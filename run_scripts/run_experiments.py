@@ -34,7 +34,7 @@ from benchmarks.experiments.runs import (
     settings_of,
     train_all,
 )
-from hf_fnl.training.command_line import UsageError, parse_flags, progress, run_script
+from hf_fnl.training.command_line import UsageError, progress, run_script
 
 logger = logging.getLogger("hf_fnl.experiments")
 
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not arguments:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
-    options = parse_flags(parser, arguments)
+    options = parser.parse_args(arguments)
     if options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {options.jobs}")
     return options

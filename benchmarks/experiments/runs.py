@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,9 @@ def _flags_of(script: Path) -> set[str]:
     """Fields of all dataclasses that a script names."""
     if not script.is_file():
         raise FileNotFoundError(f"no such script: {script}")
-    kinds = [kind for kind in runpy.run_path(str(script)).values() if isinstance(kind, type)]
+    is_ours = script.parent == ROOT / "run_scripts"
+    names = vars(import_module(f"hf_fnl.scripts.{script.stem}")) if is_ours else runpy.run_path(str(script))
+    kinds = [kind for kind in names.values() if isinstance(kind, type)]
     return {option.name for kind in kinds if dataclasses.is_dataclass(kind) for option in dataclasses.fields(kind)}
 
 

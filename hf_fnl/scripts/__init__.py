@@ -15,13 +15,11 @@ class Program:
         module: Its file in this folder.
         summary: What it does, in a line.
         example: Options to try it with.
-        resumes: Whether it has ``--resume_from_checkpoint``.
     """
 
     module: str
     summary: str
     example: str
-    resumes: bool = False
 
     def run(self) -> NoReturn:
         """Run it with the arguments of the process; ends with ``SystemExit``."""
@@ -29,7 +27,7 @@ class Program:
             importlib.import_module(name)
         from hf_fnl.training.command_line import run_script
 
-        run_script(importlib.import_module(f"hf_fnl.scripts.{self.module}").main, resumes=self.resumes)
+        run_script(importlib.import_module(f"hf_fnl.scripts.{self.module}").main)
 
 
 PROGRAMS = {
@@ -37,31 +35,26 @@ PROGRAMS = {
         "pretrain_bert",
         "Pretrain a BERT from raw documents.",
         "--dataset embedded --output_dir runs/bert --ffn_rank 64 --max_steps 1000",
-        resumes=True,
     ),
     "train squad": Program(
         "finetune_squad",
         "Fine-tune a model on SQuAD and evaluate it.",
         "--model runs/bert --train_dataset rajpurkar/squad --output_dir runs/squad",
-        resumes=True,
     ),
     "train clm": Program(
         "train_clm",
         "Train a GPT-2 on raw documents.",
         "--dataset embedded --output_dir runs/gpt2 --ov_rank 32 --ffn_rank 192",
-        resumes=True,
     ),
     "train translation": Program(
         "train_translation",
         "Train a Marian on sentence pairs and score its translations.",
         "--output_dir runs/phrases --bf16 --use_cpu",
-        resumes=True,
     ),
     "train vision": Program(
         "train_vision",
         "Train an image classifier.",
         "--output_dir runs/digits --rank_scale 0.3 --decay frobenius --num_train_epochs 15",
-        resumes=True,
     ),
     "translate": Program(
         "translate", "Translate lines of text.", "--model runs/phrases --input sentences.de --output sentences.en"

@@ -10,14 +10,12 @@ import logging
 import os
 import re
 import sys
-import textwrap
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -40,8 +38,10 @@ _OFTEN = (
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "logging_steps"),
     *("resume_from_checkpoint", "report_to", "seed", "bf16", "use_cpu"),
 )
-_TAKES = {dict: "no mapping", list: "one value", NoneType: "a value"}
-_TYPES = {int: "INT", float: "FLOAT", str: "TEXT"}
+_EPILOG = (
+    "Options on the command line override those in the file. Every other option of Transformers' TrainingArguments is "
+    "taken by programs that train. --debug shows the traceback of an error."
+)
 
 
 class UsageError(ValueError):
@@ -70,32 +70,14 @@ def parse_arguments(argv: Sequence[str] | None, *classes: type, description: str
         raise SystemExit(2)
     if "disable_tqdm" in parser.options:
         parser.set_defaults(disable_tqdm=not sys.stderr.isatty())
-    words: list[str] = []
     if not arguments[0].startswith("-") and arguments[0].endswith(FILES):
-        words = parser.read_file(path := Path(arguments.pop(0)))
-    try:
-        given, unknown = parser.parse_known_args([*words, *arguments])
-    except UsageError as error:
-        option = str(error).partition(":")[0].partition(" must be")[0]
-        in_file = any(word.partition("=")[0] == option for word in words)
-        overridden = any(word.partition("=")[0] == option for word in arguments)
-        raise UsageError(f"{path}: {error}") if in_file and not overridden else error from error
-    if unknown:
+        arguments = [*parser.read_file(Path(arguments[0])), *arguments[1:]]
+    if unknown := parser.parse_known_args(arguments)[1]:
         raise UsageError(_about_unknown(unknown[0], [f"--{name}" for name in parser.options]))
     try:
-        return parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False)
-    except UsageError:
-        raise
+        return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as error:
-        raise UsageError(_with_suggestion(str(error), vars(given))) from error
-
-
-def parse_flags(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse as argparse does; of a flag that is unknown the ``UsageError`` says which may have been meant."""
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise UsageError(_about_unknown(unknown[0], re.findall(r"--\w+", parser.format_usage())))
-    return options
+        raise UsageError(str(error)) from error
 
 
 def _about_unknown(word: str, flags: Iterable[str]) -> str:
@@ -107,8 +89,12 @@ def _about_unknown(word: str, flags: Iterable[str]) -> str:
     return f"there is no option {flag}{did_you_mean(flag, flags)}"
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Format of a help: defaults behind what options do, and the description as it stands."""
+
+
 class OptionParser(HfArgumentParser):
-    """The fields of dataclasses as flags, with help in groups, the Trainer's last.
+    """The fields of dataclasses as flags; the help leaves out those of the Trainer that few runs set.
 
     Args:
         classes: Dataclasses of options.
@@ -117,70 +103,48 @@ class OptionParser(HfArgumentParser):
 
     def __init__(self, classes: Iterable[type], description: str | None) -> None:
         self.options: dict[str, argparse.Action] = {}
-        self._classes = list(classes)
-        super().__init__(self._classes, description=description, allow_abbrev=False)
+        self._stock_helps = {field.name: field.metadata.get("help") for field in dataclasses.fields(TrainingArguments)}
+        super().__init__(
+            list(classes),
+            usage="%(prog)s [FILE.yaml|FILE.json] [--option VALUE ...]",
+            description=description,
+            epilog=_EPILOG,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
         """As in argparse; keeps the first action of each option."""
-        settings["help"] = (settings.get("help") or "").replace("%", "%%")
-        action = super().add_argument(*names, **settings)
-        if action.dest != "help":
-            self.options.setdefault(action.dest, action)
+        name, text = settings.get("dest", names[-1].lstrip("-").replace("-", "_")), settings.get("help") or ""
+        if text == self._stock_helps.get(name):
+            text = text.partition(". ")[0] if name in _OFTEN else argparse.SUPPRESS
+        action = super().add_argument(*names, **settings | {"help": text.replace("%", "%%")})
+        if name != "help":
+            self.options.setdefault(name, action)
         return action
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
-        message = re.sub(r"(--\w+)(?:/--[\w-]+)+", r"\1", message).removeprefix("argument ")
-        if found := re.match(r"--(\w+): invalid choice: '(.*?)'", message):
-            message = f"--{found[1]} {_not_among(self.options[found[1]].choices or (), found[2])}"
-        raise UsageError(message)
+        raise UsageError(re.sub(r"(--\w+)(?:/--[\w-]+)+", r"\1", message).removeprefix("argument "))
 
     def read_file(self, path: Path) -> list[str]:
-        """Return the options in a file as words of a command line; those that no words can say become defaults.
+        """Return the options in a file as words of a command line; one that is null keeps its default.
 
         Raises:
             FileNotFoundError: If it does not exist.
-            UsageError: If it cannot be read, or an option in it is unknown or takes no such value.
+            UsageError: If it cannot be read, or an option in it is unknown.
         """
-        hints = {name: hint for kind in self._classes for name, hint in get_type_hints(kind).items()}
         words: list[str] = []
         for name, value in read_options(path).items():
             if name not in self.options:
                 raise UsageError(f"{path}: there is no option {name}{did_you_mean(name, self.options)}")
-            kinds = {get_origin(each) or each for each in (hints[name], *get_args(hints[name]))}
-            kind = next((kind for kind in (dict, list, NoneType) if isinstance(value, kind)), None)
-            if kind is not None and kind not in kinds:
-                raise UsageError(f"{path}: {name} takes {_TAKES[kind]}, got {value}")
-            if kind in (dict, NoneType) or value == []:
+            if value == []:  # which no words can say
                 self.set_defaults(**{name: value})
-            else:
-                words += [f"--{name}", *map(str, value)] if kind is list else [f"--{name}={value}"]
+            elif isinstance(value, list):
+                words += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
         return words
-
-    def format_help(self) -> str:
-        """Return the help: what the script does, then its options in groups."""
-        usage = f"usage: {self.prog} [FILE.yaml|FILE.json] [--option VALUE ...]"
-        note = "Options on the command line override those in the file. --debug shows the traceback of an error."
-        parts = [(self.description or "").strip(), usage, note]
-        trainers = {field.name: field for field in dataclasses.fields(TrainingArguments)}
-        for title, fields in self._groups():
-            lines = [_help_line(self.options[f.name], brief=f is trainers.get(f.name)) for f in fields]
-            parts.append("\n".join([title, *lines]))
-        return "\n\n".join(filter(None, parts)) + "\n"
-
-    def _groups(self) -> Iterator[tuple[str, list[dataclasses.Field]]]:
-        """Titles, and the options below each."""
-        for kind in self._classes:
-            fields = [field for field in dataclasses.fields(kind) if field.init]
-            if not issubclass(kind, TrainingArguments):
-                yield (kind.__doc__ or kind.__name__).partition("\n")[0], fields
-                continue
-            by_name = {field.name: field for field in fields}
-            inherited = dataclasses.fields(TrainingArguments)
-            ours = [field.name for field in fields if field not in inherited]
-            shown = dict.fromkeys((*(name for name in _OFTEN if name in by_name), *ours))
-            yield "Training", [by_name[name] for name in shown]
-            yield "All others of the Trainer", [field for field in fields if field.name not in shown]
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -190,77 +154,19 @@ def read_options(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If it does not exist.
-        UsageError: If it is not YAML or JSON, no mapping, or names an option twice.
+        UsageError: If it is not YAML, of which JSON is a part, or no mapping.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such configuration file: {path}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".json":
-            typed = json.loads(text, object_pairs_hook=_unique)
-            values = json.loads(text, parse_float=str, parse_int=str, parse_constant=str)
-        else:
-            typed, values = yaml.safe_load(text) or {}, yaml.load(text, Loader=_TextLoader) or {}
+        content = path.read_text(encoding="utf-8-sig")
+        texts, typed = yaml.load(content, Loader=yaml.BaseLoader) or {}, yaml.safe_load(content) or {}
         if not isinstance(typed, dict):
             raise ValueError(f"expected options and their values, found {str(typed)[:40]!r}")
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read the configuration file {path}: {_one_line(error)}") from error
-    return {name: typed[name] if isinstance(typed[name], dict | NoneType) else value for name, value in values.items()}
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping of pairs, none of whose names stands twice."""
-    if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
-        raise ValueError(f"it names {twice[0]} twice")
-    return dict(pairs)
-
-
-class _TextLoader(yaml.BaseLoader):
-    """Loader of YAML whose scalars are text, and whose mappings name nothing twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        _unique([(key.value, None) for key, _ in node.value])
-        return super().construct_mapping(node, deep)
-
-
-def _not_among(choices: Iterable[Any], given: object) -> str:
-    names = [str(choice) for choice in choices]
-    return f"must be one of {', '.join(names)}, got {given!r}{did_you_mean(str(given), names)}"
-
-
-def _with_suggestion(message: str, given: dict[str, Any]) -> str:
-    """A message about a value that is none of some, with the likeliest of them and, of Transformers', the option."""
-    if found := re.fullmatch(r"(.*) is not a valid \w+, please select one of \[(.*)\]", message):
-        value, known = found[1], found[2].replace("'", "").split(", ")
-        name = next((name for name, each in given.items() if str(each) == value), "value")
-        return f"{name} {_not_among(known, value)}"
-    if "did you mean" in message:
-        return message
-    if found := re.search(r"(?:one|any) of (.+?)[,;]? (?:but )?got '([^']*)'", message):
-        message += did_you_mean(found[2], found[1].replace(" or ", ", ").split(", "))
-    return message
-
-
-def _help_line(action: argparse.Action, *, brief: bool) -> str:
-    """An option, its kind of value, what it does, in a sentence where ``brief``, and what it is by default."""
-    kind: Any = action.type
-    value = _TYPES.get(kind, "TEXT")
-    if choices := [str(choice) for choice in action.choices or ()]:
-        value = "|".join(choices) if len(choices) < 5 else "NAME"
-    elif action.nargs == "?" or kind not in _TYPES:
-        value = "true|false"
-    text = " ".join((action.help or "").replace("%%", "%").split())
-    if brief:
-        text = text.partition(". ")[0].rstrip(".") + "."
-    if action.required:
-        text += " (required)"
-    elif action.default not in (None, "", [], argparse.SUPPRESS) and "efault" not in text:
-        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-        text += f" ({getattr(default, 'value', default)!s})"
-    head = f"  --{action.dest} {value}{' ...' if action.nargs == '+' else ''}"
-    lines = textwrap.wrap(text, width=84, break_on_hyphens=False, max_lines=4, placeholder=" ...") or [""]
-    first = [f"{head:<36}{lines[0]}"] if len(head) < 36 else [head, f"{'':36}{lines[0]}"]
-    return "\n".join([*first, *(f"{'':36}{line}" for line in lines[1:])])
+    pairs = zip(texts.items(), typed.values(), strict=True)
+    return {name: value if isinstance(value, dict | NoneType) else text for (name, text), value in pairs}
 
 
 @contextlib.contextmanager
@@ -305,14 +211,13 @@ def tracked(items: Iterable[T], text: str) -> Iterator[T]:
             advance(1)
 
 
-def run_script(main: Callable[[list[str]], object], *, resumes: bool = False) -> NoReturn:
+def run_script(main: Callable[[list[str]], object]) -> NoReturn:
     """Run the ``main`` of a script as a program: errors are one line, and the exit status says of which sort.
 
     0: done; 2: what was typed cannot be run; 130: interrupted; 1: everything else. ``--debug`` shows tracebacks.
 
     Args:
         main: Called with the arguments of the process.
-        resumes: Whether the script has ``--resume_from_checkpoint``.
     """
     arguments, debug = _without_debug(sys.argv[1:])
     rank = int(os.environ.get("RANK", "0"))
@@ -323,10 +228,6 @@ def run_script(main: Callable[[list[str]], object], *, resumes: bool = False) ->
         raise SystemExit(0)
     except KeyboardInterrupt:
         status, message = INTERRUPTED, "interrupted"
-        if resumes:
-            message += (
-                ": the same command with --resume_from_checkpoint true goes on from the last checkpoint that was saved"
-            )
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -70,9 +70,9 @@ def written(path: Path, text: str) -> str:
             "a.yml",
             "\ufeffmodel: m\r\nwidth: '3'\r\nrate: .001\r\ndecay:\r\n- qk\r\n- ov\r\nstock: true\r\nkind: conv\r\n",
         ),
-        ("a.json", '{"model": "m", "width": 3, "rate": 1e-3, "decay": ["qk", "ov"],\n\t"stock": true, "kind": "conv"}'),
+        ("a.json", '{"model": "m", "width": 3, "rate": 1e-3, "decay": ["qk", "ov"],\n "stock": true, "kind": "conv"}'),
     ],
-    ids=["yaml", "yaml of Windows", "json with tabs"],
+    ids=["yaml", "yaml of Windows", "json"],
 )
 def test_a_file_says_what_flags_would(tmp_path, name, text):
     file = written(tmp_path / name, text)
@@ -84,13 +84,6 @@ def test_flags_override_a_file(tmp_path):
     file = written(tmp_path / "a.yaml", "model: m\nwidth: 3\ndecay: [qk, ov]\nstock: true\n")
     given = parse(file, "--width", "5", "--decay", "linear", "--stock", "false", "--rank=2")
     assert given == Options("m", 5, 0.5, 2, ["linear"], False)
-
-
-def test_a_flag_that_is_wrong_is_not_said_of_the_file(tmp_path):
-    file = written(tmp_path / "a.yaml", "model: '-m'\nrate: -1e-3\n")
-    assert parse(file) == Options("-m", rate=-1e-3)
-    with pytest.raises(UsageError, match=r"^--rate: invalid float value: 'x'$"):
-        parse(file, "--rate", "x")
 
 
 def test_words_of_a_file_stay_words(tmp_path):
@@ -111,12 +104,10 @@ def test_mappings_of_a_file_have_types_and_null_is_none(tmp_path, name):
     ("text", "message"),
     [
         ("model: m\nwdith: 3", "there is no option wdith; did you mean width?"),
-        ("model: m\nwidth: three", "a.yaml: --width: invalid int value: 'three'"),
-        ("model: m\nwidth: [3, 4]", r"width takes one value, got \['3', '4'\]"),
-        ("model: m\nwidth: {a: 3}", "width takes no mapping"),
-        ("model: m\nwidth:", "width takes a value, got None"),
-        ("model: m\nwidth: 3\nwidth: 4", "names width twice"),
-        ("model: m\nkind: con", "kind must be one of linear, conv, got 'con'; did you mean conv?"),
+        ("model: m\nwidth: three", "--width: invalid int value: 'three'"),
+        ("model: m\nwidth: [3, 4]", "'4' belongs to no option"),
+        ("model: m\nwidth: {a: 3}", "--width: invalid int value"),
+        ("model: m\nkind: con", "kind must be one of linear, conv, got 'con'"),
         ("width: 3", "the following arguments are required: --model"),
         ("- model", "expected options and their values"),
         ("model: [m", "cannot read the configuration file .*a.yaml"),
@@ -135,7 +126,6 @@ def test_a_file_is_refused_by_the_name_of_the_option(tmp_path, text, message):
         (["--model", "m", "--wdith", "3"], "no option --wdith; did you mean --width?"),
         (["--model", "m", "--wid", "3"], "no option --wid; did you mean --width?"),
         (["--model", "m", "--width", "x"], "--width: invalid int value: 'x'"),
-        (["--model", "m", "--kind", "lienar"], "got 'lienar'; did you mean linear?"),
         (["--model", "m", "word"], "'word' belongs to no option"),
         (["--model", "m", "a.yaml"], "a configuration file comes first"),
         (["--model", "m", "--qqq=3"], "there is no option --qqq$"),
@@ -146,24 +136,15 @@ def test_flags_are_refused_with_a_suggestion(words, message):
         parse(*words)
 
 
-def test_values_of_the_trainer_are_suggested():
-    with pytest.raises(UsageError, match=r"--lr_scheduler_type must be one of linear, .*; did you mean cosine\?"):
-        parse_arguments(["--lr_scheduler_type", "cosin"], Arguments)
-
-
 def test_without_arguments_the_help_is_printed_and_nothing_else(capsys):
     with pytest.raises(SystemExit) as ended:
         parse_arguments([], Options, Arguments, description="Does it.\n\npython it.py --model m")
     assert ended.value.code == 2
     printed = capsys.readouterr().err
-    for line in ("Does it.", "python it.py --model m", "Folder of 100 % of a model. (required)", "Channels. (8)"):
-        assert line in printed
-    titles = ("What a test asks for.", "Training", "--output_dir", "--optim", "All others of the Trainer")
-    assert [printed.index(f"\n{title}" if title[0].isupper() else title) for title in titles] == sorted(
-        printed.index(f"\n{title}" if title[0].isupper() else title) for title in titles
-    )
-    assert "--wid" not in printed.replace("--width", "")
-    assert max(map(len, printed.splitlines())) <= 120
+    shown = ("Does it.\n\npython it.py --model m", "Folder of 100 % of a model.", "Channels. (default: 8)")
+    for text in (*shown, "--learning_rate", "An optimizer."):
+        assert text in printed
+    assert "--adam_beta1" not in printed  # one of the Trainer's that few runs set
 
 
 @pytest.mark.parametrize(
@@ -207,13 +188,13 @@ def test_where_nothing_can_be_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def ended(main, capsys, monkeypatch, *words: str, rank: int = 0, resumes: bool = False) -> tuple[int, str]:
+def ended(main, capsys, monkeypatch, *words: str, rank: int = 0) -> tuple[int, str]:
     """Exit status of a script, and what it said."""
     monkeypatch.setattr(sys, "argv", ["it.py", *words])
     monkeypatch.setattr(command_line, "_quiet", lambda *, first: None)
     monkeypatch.setenv("RANK", str(rank))
     with pytest.raises(SystemExit) as ending:
-        run_script(main, resumes=resumes)
+        run_script(main)
     return ending.value.code, capsys.readouterr().err
 
 
@@ -238,12 +219,6 @@ def fails(error: BaseException):
 )
 def test_how_a_script_ends(capsys, monkeypatch, error, status, message):
     assert ended(fails(error), capsys, monkeypatch, "--width", "4") == (status, message)
-
-
-def test_an_interrupted_training_says_how_it_goes_on(capsys, monkeypatch):
-    status, said = ended(fails(KeyboardInterrupt()), capsys, monkeypatch, resumes=True)
-    assert (status, said.count("\n")) == (130, 1)
-    assert "--resume_from_checkpoint true" in said
 
 
 def test_debug_shows_the_traceback_and_is_no_argument(capsys, monkeypatch):
@@ -282,5 +257,4 @@ def test_a_training_that_is_interrupted_says_so_in_one_line_and_nothing_that_con
         process.stdout.read()
         said = process.stderr.read()
     assert process.returncode == 130
-    assert said.count("\n") == 1
-    assert said.startswith("interrupted: the same command with --resume_from_checkpoint true goes on")
+    assert said == "interrupted\n"
