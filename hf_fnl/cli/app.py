@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from hf_fnl.cli.evaluate import evaluate
-from hf_fnl.cli.help import EXAMPLES, Commands
 from hf_fnl.cli.options import (
     RANKS,
     Debug,
@@ -31,11 +30,18 @@ from hf_fnl.cli.tables import LAYERS_KEY, layers_table, matrices_table, share_le
 from hf_fnl.cli.terminal import session, usage
 from hf_fnl.utils.suggest import did_you_mean
 
+_MODELS, _TRAINING = "Trained models", "Training"
+_EXAMPLES = """\
+hf-fnl factorize HuggingFaceTB/SmolLM2-135M --budget 0.85 --calibrate texts.txt --out small
+
+hf-fnl inspect small
+
+hf-fnl train clm --dataset texts.txt --ffn_rank 192 --ov_rank 32 --output_dir runs/gpt2"""
+
 app = typer.Typer(
     name="hf-fnl",
-    cls=Commands,
     help="Factorized neural layers: make a trained model smaller, or train a low-rank one.",
-    epilog=EXAMPLES,
+    epilog=_EXAMPLES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",  # in which asterisks and underscores are text
@@ -76,6 +82,7 @@ def _option(text: str, panel: str, metavar: str | None = None, *names: str, **se
 
 @app.command(
     short_help="Make a trained model smaller.",
+    rich_help_panel=_MODELS,
     epilog="Example: hf-fnl factorize bert-base-uncased --ratio 0.5 --calibrate texts.jsonl --out bert-half",
 )
 def factorize(
@@ -192,6 +199,7 @@ def _texts_used(record: dict[str, Any]) -> Iterator[str]:
 
 @app.command(
     short_help="Turn a factorized model into a stock one.",
+    rich_help_panel=_MODELS,
     epilog="Example: hf-fnl merge bert-half --out bert-half-stock",
 )
 def merge(
@@ -216,7 +224,11 @@ def merge(
         terminal.show(result | {"out": str(out)}, f"{classes}: {sizes}\n{checked}\n{out}")
 
 
-@app.command(short_help="Show the matrices of a model.", epilog="Example: hf-fnl inspect bert-half")
+@app.command(
+    short_help="Show the matrices of a model.",
+    rich_help_panel=_MODELS,
+    epilog="Example: hf-fnl inspect bert-half",
+)
 def inspect(
     model: Model,
     every: Annotated[bool, typer.Option("--all", help="A line for each matrix, and not for those alike.")] = False,
@@ -250,6 +262,7 @@ def inspect(
 
 @app.command(
     short_help="Write an HTML page about runs or models.",
+    rich_help_panel=_MODELS,
     epilog="Example: hf-fnl report runs/decay-* --out report.html",
 )
 def report(
@@ -278,9 +291,10 @@ def report(
 
 app.command(
     short_help="Measure language models on a text.",
+    rich_help_panel=_MODELS,
     epilog="Example: hf-fnl evaluate gpt2 gpt2-small --texts held-out.txt",
 )(evaluate)
-add_programs(app)
+add_programs(app, panel=_TRAINING)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

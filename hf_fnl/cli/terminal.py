@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Advance = Callable[[int, int], None]
-
-_LONG = "rank_scale|layer_ratio|multiple_of|conv_scheme|text_column|sequence_length|(?:qk|ov|ffn|qkv|embedding)_rank"
-_SHORT = "kinds|include|exclude|ratio|budget|energy|rank"  # words of the language as well: only where a value follows
-_OPTION = re.compile(
-    rf"(?<![\w./'\"-])(?P<name>(?:{_LONG})(?![\w./'\"])|(?:{_SHORT})(?==| must\b| of \S+ must\b))(?P<value>=?)"
-)
 
 _WIDE = 200  # columns of a table that goes into a file or a pipe
 
@@ -95,7 +88,7 @@ def session(*, as_json: bool, debug: bool, sources: Sequence[str] = ()) -> Itera
             raise
         unexpected = not isinstance(error, ImportError | OSError | TypeError | ValueError)
         kind = f"{type(error).__name__}: " if unexpected else ""
-        message = as_typed(_one_line(error))
+        message = _one_line(error)
         terminal.note(f"error: {kind}{message}{' (--debug shows where)' if unexpected else ''}")
         raise typer.Exit(1) from error
 
@@ -106,16 +99,7 @@ def usage() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise typer.BadParameter(printable(as_typed(_one_line(error)))) from error
-
-
-def as_typed(message: str) -> str:
-    """A message of the library with options by the names that are typed: ``--ffn-rank`` for ``ffn_rank``."""
-
-    def typed(match: re.Match[str]) -> str:
-        return f"--{match['name'].replace('_', '-')}{' ' if match['value'] else ''}"
-
-    return _OPTION.sub(typed, message)
+        raise typer.BadParameter(printable(_one_line(error))) from error
 
 
 def _one_line(message: object) -> str:

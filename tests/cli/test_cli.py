@@ -360,7 +360,7 @@ def test_an_unreachable_share_names_the_closest(tmp_path):
     sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
     ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "resnet")
     error = cli("factorize", tmp_path / "resnet", "--ratio", "0.3", "--out", tmp_path / "out", code=1).stderr
-    assert "--ratio 0.3 cannot be met" in error
+    assert "ratio=0.3 cannot be met" in error
     assert "in other layers" in error
     closest = re.search(r"closest ratio is ([0-9.]+[0-9])", error)[1]
     cli("factorize", tmp_path / "resnet", "--ratio", closest, "--out", tmp_path / "out")
@@ -414,8 +414,8 @@ def hide_tokenizer(source: Path) -> None:
         pytest.param(lambda s: (s / "config.json").unlink(), "--rank 3", "holds no config.json", id="no config"),
         pytest.param(lambda s: shutil.rmtree(s), "--rank 3", "there is no folder", id="no folder"),
         pytest.param(None, "--rank 9", "must be in [1, 7], got 9", id="rank"),
-        pytest.param(None, "--ffn-rank 22", "--ffn-rank must be in [1, 21], got 22", id="ffn rank"),
-        pytest.param(None, "--qkv-rank 5", "has the ranks --qk-rank, --ov-rank, --ffn-rank, --embed", id="qkv rank"),
+        pytest.param(None, "--ffn-rank 22", "ffn_rank must be in [1, 21], got 22", id="ffn rank"),
+        pytest.param(None, "--qkv-rank 5", "has the ranks qk_rank, ov_rank, ffn_rank, embed", id="qkv rank"),
         pytest.param(None, "--rank 3 --kinds qk,conv", "kinds must be any of qk, ov, ffn, embedding", id="kinds"),
         pytest.param(None, "--rank 3 --include x", "--include and --exclude need --surgery", id="include"),
         pytest.param(None, "--surgery --qk-rank 3", "--qk-rank: a BertModel is factorized layer by", id="qk, surgery"),

@@ -12,7 +12,7 @@ from cli_cases import cli, llama
 from safetensors.torch import load_file, save_file
 
 from hf_fnl import FactorizationConfig, factorize_, load
-from hf_fnl.cli.terminal import as_typed, printable
+from hf_fnl.cli.terminal import printable
 
 
 @pytest.fixture
@@ -225,22 +225,6 @@ def test_the_name_of_a_layer_cannot_write_to_the_terminal(model):
     result = cli("inspect", model)
     assert "\x1b" not in result.stdout + result.stderr
     assert "drawn at random here" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("message", "typed"),
-    [
-        ("ffn_rank must be in [1, 21], got 22", "--ffn-rank must be in [1, 21], got 22"),
-        ("ratio=0.3 cannot be met", "--ratio 0.3 cannot be met"),
-        ("try kinds=conv,linear", "try --kinds conv,linear"),
-        ("rank of model.up must be in [1, 7]", "--rank of model.up must be in [1, 7]"),
-        ("lower multiple_of, or take", "lower --multiple-of, or take"),
-        ("no file /tmp/ffn_rank/x.ffn_rank or 'ffn_rank.py'", "no file /tmp/ffn_rank/x.ffn_rank or 'ffn_rank.py'"),
-        ("a rank is above what it may be", "a rank is above what it may be"),
-    ],
-)
-def test_errors_name_options_as_they_are_typed(message, typed):
-    assert as_typed(message) == typed
 
 
 @pytest.mark.parametrize(
