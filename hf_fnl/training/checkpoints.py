@@ -77,6 +77,8 @@ class CompleteCheckpoints(TrainerCallback):
         write_manifest(checkpoint, optimizer=type(innermost(optimizer)).__name__, processes=process()[1])
         self.written.add(checkpoint)
         self.unfinished = None
+        if self.limit is not None:
+            args.save_total_limit = self.limit
         if is_first():
             self._rotate(checkpoint, state)
 
@@ -86,14 +88,6 @@ class CompleteCheckpoints(TrainerCallback):
             self.on_save(args, state, control, **kwargs)
 
     on_step_begin = on_pre_optimizer_step = on_epoch_end = on_step_end
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the best checkpoint alone if one is to stay, as Transformers does."""
-        best = state.best_model_checkpoint
-        if is_first() and best is not None and self.limit == 1:
-            self._rotate(Path(best), state)
 
     def _rotate(self, newest: Path, state: TrainerState) -> None:
         """Remove the checkpoints of the earliest steps; what lies ahead was left behind by an earlier attempt."""

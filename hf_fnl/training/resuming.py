@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_fnl.layers.partitioned import full_shape
 from hf_fnl.training.checkpoints import check_complete, checkpoints, is_unfinished, newest_complete, read_manifest
@@ -231,18 +231,6 @@ def check_same_model(checkpoint: Path, model: nn.Module) -> None:
         if parameter.requires_grad and id(parameter) not in found
     ]
     if wrong:
-        options = _different_options(checkpoint, model)
         raise ValueError(
             f"the checkpoint {checkpoint} is not of the {type(model).__name__} of this run: {listed(wrong)}"
-            + (f"; there {listed(options)}" if options else "")
         )
-
-
-def _different_options(checkpoint: Path, model: nn.Module) -> list[str]:
-    """Numbers in the configuration of a checkpoint that a model has otherwise, such as its ranks."""
-    path, config = checkpoint / CONFIG_NAME, getattr(model, "config", None)
-    if config is None or not path.is_file():
-        return []
-    there, here = json.loads(path.read_text(encoding="utf-8")), config.to_dict()
-    keys: Iterable[str] = (key for key in there | here if type(there.get(key, here.get(key))) is int)
-    return [f"{key}={there.get(key)} (here {here.get(key)})" for key in keys if there.get(key) != here.get(key)]

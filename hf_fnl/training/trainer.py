@@ -145,13 +145,12 @@ class FLAMBeTrainer(Trainer):
             if checkpoint is not None and self.args.dense_steps:
                 self._match_checkpoint(str(checkpoint))
             self._resumption.begin(checkpoint)
-            with self._own_rotation():
-                output = self._train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            output = self._train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         self._check_finite(f"after step {self.state.global_step}")
         return output
 
     def _train(self, *args: Any, **kwargs: Any) -> Any:
-        self._checkpoints.unfinished = None
+        self._checkpoints.unfinished, self._checkpoints.limit = None, self.args.save_total_limit
         try:
             return super().train(*args, **kwargs)
         except (Exception, CheckpointException) as error:  # the latter is of torch's shards, and no Exception
@@ -163,6 +162,8 @@ class FLAMBeTrainer(Trainer):
             raise RuntimeError(
                 f"could not write {unfinished}: {reason}; earlier checkpoints are as they were"
             ) from error
+        finally:
+            self.args.save_total_limit = self._checkpoints.limit
 
     def _checkpoint_to_take(self, given: str | os.PathLike[str] | bool | None) -> Path | None:
         run = Path(self.args.output_dir)
@@ -173,16 +174,6 @@ class FLAMBeTrainer(Trainer):
         if given and checkpoint is None:
             raise ValueError(f"there is no checkpoint in output_dir {run} to go on from")
         return checkpoint
-
-    @contextlib.contextmanager
-    def _own_rotation(self) -> Iterator[None]:
-        """Leave the removal of older checkpoints to the callback that knows when a new one is complete."""
-        limit = self._checkpoints.limit = self.args.save_total_limit
-        self.args.save_total_limit = None
-        try:
-            yield
-        finally:
-            self.args.save_total_limit = limit
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Transformers, on every engine in full, and never weights that are not finite."""
@@ -195,6 +186,8 @@ class FLAMBeTrainer(Trainer):
                 config.save_pretrained(output_dir)
         if plugin is None or _internal_call:
             super().save_model(output_dir, _internal_call)
+            if _internal_call:  # the Trainer would remove older checkpoints next; on_save does, when this is complete
+                self.args.save_total_limit = None
             return
         kind = plugin.state_dict_type
         set_state_dict_type(plugin, "FULL_STATE_DICT")
