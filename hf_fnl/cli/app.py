@@ -248,8 +248,8 @@ def inspect(
         from hf_fnl.report import inspect_model, read_energies
 
         loaded = load_model(model, terminal)
-        with terminal.step("decomposing") as advance:
-            found, energies = inspect_model(loaded, advance), read_energies(model)
+        with terminal.step("decomposing"):
+            found, energies = inspect_model(loaded), read_energies(model)
         rows = [matrix.figures(energies.get(matrix.name)) for matrix in found]
         count = parameter_count(loaded)
         total, dense = int(count["total"]), int(count["dense_equivalent"])
@@ -284,8 +284,8 @@ def report(
         out = out.expanduser()
         if out.is_file() and not out.read_bytes()[:100].lstrip().lower().startswith(b"<!doctype html"):
             raise FileExistsError(f"--out {out} is a file, and no report: name another")
-        with terminal.step("decomposing") as advance:
-            written = write_report(sources, out, progress=advance)
+        with terminal.step("decomposing"):
+            written = write_report(sources, out)
         terminal.show({"sources": sources, "out": str(written)}, str(written))
 
 

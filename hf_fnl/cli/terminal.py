@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,8 +15,6 @@ from hf_fnl.utils.suggest import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-Advance = Callable[[int, int], None]
 
 _WIDE = 200  # columns of a table that goes into a file or a pipe
 
@@ -51,15 +49,11 @@ class Terminal:
         """Print a line for a person, beside the result."""
         self._stderr.print(printable(text))
 
-    @contextlib.contextmanager
-    def step(self, text: str) -> Iterator[Advance]:
-        """Show that something takes its time, as a bar once it is told how much is done and how much there is."""
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    def step(self, text: str) -> contextlib.AbstractContextManager[object]:
+        """Show that something takes its time."""
+        from rich.text import Text
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._stderr, transient=True, disable=not self.interactive) as progress:
-            task = progress.add_task(text, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+        return self._stderr.status(Text(text)) if self.interactive else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,6 @@ from hf_fnl.math.factors import singular_values
 from hf_fnl.utils.run_files import FACTORIZATION_FILE, read_json
 
 DENSE = "dense"
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Matrix:
 
 
 @torch.no_grad()
-def inspect_model(model: nn.Module, progress: Progress | None = None) -> list[Matrix]:
+def inspect_model(model: nn.Module) -> list[Matrix]:
     """Return every product and every other matrix of a model, in the order of its modules.
 
     Each weight is counted once: the projections of an attention under their ``qk`` and ``ov`` products, a tied table
@@ -86,7 +84,6 @@ def inspect_model(model: nn.Module, progress: Progress | None = None) -> list[Ma
 
     Args:
         model: Any model, factorized or not, with its weights in memory.
-        progress: Called with the number of matrices done and that of all.
 
     Raises:
         ValueError: If the model holds no matrix or is on the meta device, or a weight is not finite.
@@ -94,12 +91,7 @@ def inspect_model(model: nn.Module, progress: Progress | None = None) -> list[Ma
     held = list(_held_matrices(model))
     if not held:
         raise ValueError(f"{type(model).__name__} holds no product, linear layer, convolution or embedding to inspect")
-    matrices = []
-    for done, each in enumerate(held, start=1):
-        matrices.append(_measured(each))
-        if progress is not None:
-            progress(done, len(held))
-    return matrices
+    return [_measured(each) for each in held]
 
 
 def read_energies(folder: str | Path) -> dict[str, float]:

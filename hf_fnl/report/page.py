@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from hf_fnl.report.drawing import describe, draw, require_matplotlib
-from hf_fnl.report.inspection import Progress
 from hf_fnl.report.sections import PALETTE, Section, make_chapters
 from hf_fnl.report.sources import Source, read_sources
 from hf_fnl.utils.files import check_writable, write_text
@@ -49,13 +48,12 @@ summary { cursor: pointer; }
 """
 
 
-def write_report(sources: Sequence[str | Path], target: str | Path, *, progress: Progress | None = None) -> Path:
+def write_report(sources: Sequence[str | Path], target: str | Path) -> Path:
     """Write one page about a run or a model, or one that compares several.
 
     Args:
         sources: Folders of runs or of models, or ids of models on the Hub; see :func:`~.sources.read_sources`.
         target: HTML file to write; one that exists is replaced, once the new one is complete.
-        progress: Called while the matrices of each model are decomposed, with how many are done and how many there are.
 
     Raises:
         FileNotFoundError: If a source is neither a run nor a model.
@@ -71,7 +69,7 @@ def write_report(sources: Sequence[str | Path], target: str | Path, *, progress:
     check_writable("out", target.parent)
     if len(sources) > len(PALETTE):
         raise ValueError(f"a report compares up to {len(PALETTE)} runs or models, got {len(sources)}")
-    return write_text(target, printable(make_page(read_sources(sources, progress))))
+    return write_text(target, printable(make_page(read_sources(sources))))
 
 
 def make_page(sources: Sequence[Source]) -> str:

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME
 import hf_fnl.vision.models  # noqa: F401  (registers them)
 from hf_fnl.models.surgery_loading import load
 from hf_fnl.optim.diagnostics import Figures, forward_flops, parameter_count
-from hf_fnl.report.inspection import Matrix, Progress, inspect_model, read_energies
+from hf_fnl.report.inspection import Matrix, inspect_model, read_energies
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
 from hf_fnl.utils.run_files import CONFIG_FILE, METRICS_FILE, STATE_FILE, flatten, phase_folders, read_json
 from hf_fnl.vision.interpolation import INTERPOLATION_FILE
@@ -65,13 +65,12 @@ class Source:
         return {kind: self.traces[key] for kind, key in LOSSES.items() if key in self.traces}
 
 
-def read_sources(sources: Sequence[str | Path], progress: Progress | None = None) -> list[Source]:
+def read_sources(sources: Sequence[str | Path]) -> list[Source]:
     """Read all that a report is to show.
 
     Args:
         sources: Folders of runs (what a script wrote, one phase of it, or a checkpoint) or of models, or ids of models
             on the Hub.
-        progress: Called while the matrices of each model are decomposed, with how many are done and how many there are.
 
     Raises:
         FileNotFoundError: If a folder holds neither a run nor a model, or a name is no folder and no model of the Hub.
@@ -82,7 +81,7 @@ def read_sources(sources: Sequence[str | Path], progress: Progress | None = None
     places = [Path(source).expanduser().resolve() for source in sources]
     if twice := sorted({str(source) for source, place in zip(sources, places, strict=True) if places.count(place) > 1}):
         raise ValueError(f"given more than once: {', '.join(twice)}")
-    return [_read(source, progress) for source in sources]
+    return [_read(source) for source in sources]
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -109,10 +108,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {"traces": traces, "history": history}
 
 
-def _read(source: str | Path, progress: Progress | None) -> Source:
+def _read(source: str | Path) -> Source:
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        return Source(str(source), **_model(load(str(source), use_safetensors=True), progress))
+        return Source(str(source), **_model(load(str(source), use_safetensors=True)))
     run = read_run(folder)
     candidates = (folder, Path(get_last_checkpoint(folder) or folder))
     home = next((c for c in candidates if (c / CONFIG_NAME).is_file() and any(c.glob("*.safetensors"))), None)
@@ -123,7 +122,7 @@ def _read(source: str | Path, progress: Progress | None) -> Source:
         )
     found: dict[str, Any] = {"figures": {}, "settings": {}}
     if home:
-        found = {**_model(load(home, use_safetensors=True), progress), "energies": read_energies(home)}
+        found = {**_model(load(home, use_safetensors=True)), "energies": read_energies(home)}
     last = {f"last {kind} loss": run["traces"][key][-1][1] for kind, key in LOSSES.items() if key in run["traces"]}
     figures = last | flatten(read_json(folder / METRICS_FILE))
     found["figures"] |= {key: value for key, value in figures.items() if isinstance(value, int | float)}
@@ -131,7 +130,7 @@ def _read(source: str | Path, progress: Progress | None) -> Source:
     return Source(str(source), **run, interpolation=_interpolation(folder / INTERPOLATION_FILE), **found)
 
 
-def _model(model: PreTrainedModel, progress: Progress | None) -> dict[str, Any]:
+def _model(model: PreTrainedModel) -> dict[str, Any]:
     figures: dict[str, Any] = {"parameters": parameter_count(model)}
     if model.main_input_name == "input_ids":
         figures["FLOPs per token"] = forward_flops(model)
@@ -139,7 +138,7 @@ def _model(model: PreTrainedModel, progress: Progress | None) -> dict[str, Any]:
         "figures": flatten(figures),
         "model": type(model).__name__,
         "settings": _settings(model.config.to_dict()),
-        "matrices": inspect_model(model, progress),
+        "matrices": inspect_model(model),
     }
 
 

@@ -148,12 +148,6 @@ def test_a_damaged_record_is_named(tmp_path, text):
         read_energies(tmp_path)
 
 
-def test_progress_counts_matrices():
-    seen = []
-    rows = inspect_model(tiny_model(), progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(done, len(rows)) for done in range(1, len(rows) + 1)]
-
-
 def _with_nan() -> nn.Module:
     model = tiny_model()
     model.get_parameter("bert.encoder.layer.1.attention.self.key.weight").data[0, 0] = torch.nan
