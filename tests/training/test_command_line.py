@@ -94,10 +94,10 @@ def test_words_of_a_file_stay_words(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.yaml", "a.json"])
-def test_mappings_of_a_file_have_types_and_null_is_none(tmp_path, name):
+def test_mappings_of_a_file_are_json_and_null_is_the_default(tmp_path, name):
     file = written(tmp_path / name, '{"fsdp_config": {"version": 2}, "save_total_limit": null, "report_to": []}')
     (args,) = parse_arguments([file, "--seed=3"], Arguments)
-    assert (args.fsdp_config, args.save_total_limit, args.report_to, args.seed) == ({"version": 2}, None, [], 3)
+    assert (args.fsdp_config, args.save_total_limit, args.report_to, args.seed) == ('{"version": 2}', None, [], 3)
 
 
 @pytest.mark.parametrize(
