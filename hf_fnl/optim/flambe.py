@@ -34,6 +34,7 @@ class FLAMBe(Lamb):
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Coefficient of decay, of products and of all other parameters.
+        compiled: As in :class:`Lamb`.
 
     Raises:
         ValueError: If the parameters have no names, there is no product, a product is a tensor, a factor is missing,
@@ -50,8 +51,9 @@ class FLAMBe(Lamb):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
+        compiled: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, lr, betas, eps, weight_decay, compiled=compiled)
         self.products = tuple(products)
         _check_matrices(self.products)
         check_factors(self.products, self.param_groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -35,12 +36,21 @@ class Batch(NamedTuple):
     updates: list[Tensor]  # memory for the updates, which may be that of the terms
 
 
+def lamb_update_(
+    batch: Batch, *, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    """Update tensors ``p`` by ``u = m / (sqrt(v) + eps) + weight_decay * term``: ``p -= lr * (||p|| / ||u||) * u``."""
+    squares = lamb_directions_(batch, betas=betas, eps=eps, weight_decay=weight_decay)
+    lamb_move_(batch.params, batch.updates, squares, lr=lr, weight_decay=weight_decay)
+
+
 def lamb_directions_(batch: Batch, *, betas: tuple[float, float], eps: float, weight_decay: float) -> Tensor:
     """Move the moments, write ``u``, and return the squares of ``||p||`` and ``||u||``, shape ``(tensors, 2)``.
 
     A step of Adam with a rate of -1 adds ``m / (sqrt(v) + eps)`` to ``weight_decay * term``.
     """
     params, grads, exp_avgs, exp_avg_sqs, steps, terms, updates = batch
+    compiling = torch.compiler.is_compiling()
     for term, update in zip(terms, updates, strict=True):
         torch.mul(term, weight_decay, out=update)
     adam(
@@ -50,7 +60,9 @@ def lamb_directions_(batch: Batch, *, betas: tuple[float, float], eps: float, we
         exp_avg_sqs,
         [],
         list(torch.stack(steps).unbind()),  # a copy, for Adam counts it
-        fused=True,
+        fused=not compiling,
+        foreach=compiling,
+        capturable=compiling,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],
@@ -75,12 +87,14 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack([torch.stack(torch._foreach_norm(each, 2, wide)).norm() for each in rows])
 
 
-def lamb_move_(batch: Batch, squares: Tensor, *, lr: float | Tensor, weight_decay: float) -> None:
+def lamb_move_(
+    params: list[Tensor], updates: list[Tensor], squares: Tensor, *, lr: float | Tensor, weight_decay: float
+) -> None:
     """Subtract ``lr * (||p|| / ||u||) * u``; the ratio is 1 without decay, and where a norm is 0."""
     param_norms, update_norms = squares.sqrt().unbind(1)
     ratios = torch.where(torch.minimum(param_norms, update_norms) > 0, param_norms / update_norms, 1.0)
     rates = (ratios if weight_decay != 0 else torch.ones_like(ratios)) * -lr
-    torch._foreach_addcmul_(batch.params, batch.updates, list(rates.unbind()))
+    torch._foreach_addcmul_(params, updates, list(rates.unbind()))
 
 
 class Lamb(Optimizer):
@@ -103,6 +117,9 @@ class Lamb(Optimizer):
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Coefficient of decay.
+        compiled: Compiles the update with ``torch.compile``, once for each group: worth it on a GPU. States are the
+            same, results differ by rounding. Groups, and betas of a schedule, beyond
+            ``torch._dynamo.config.recompile_limit`` are updated without it.
 
     Raises:
         ValueError: If an option, here or in a group, is out of range.
@@ -115,7 +132,10 @@ class Lamb(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
+        *,
+        compiled: bool = False,
     ) -> None:
+        self.compiled = compiled
         self._sharding = Sharding()
         self._buffers: dict[torch.dtype, Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -154,8 +174,7 @@ class Lamb(Optimizer):
             pairs = zip(names_of(group, number), group["params"], strict=True)
             rows = [(n, p, p.grad.contiguous(), *self._state(p)) for n, p in pairs if p.grad is not None]
             for _, batch in self._batches(rows, terms, self._memory):
-                squares = lamb_directions_(batch, **_options(group))
-                lamb_move_(batch, squares, lr=group["lr"], weight_decay=group["weight_decay"])
+                self._run(lamb_update_)(batch, lr=self._rate(group, batch), **_options(group))
             if rows:
                 torch._foreach_add_([step for *_, step in rows], 1)
         return loss
@@ -191,13 +210,14 @@ class Lamb(Optimizer):
                 rows.append((shard.name, *map(shard.of, tensors), step))
             for names, batch in self._batches(rows, terms, _new_memory):
                 places = [number[name] for name in names]
-                squares[places] = lamb_directions_(batch, **_options(group)).to(wide)
+                squares[places] = self._run(lamb_directions_)(batch, **_options(group)).to(wide)
                 work.append((group, batch, places))
         if shards.processes.rank > 0:  # of what every process holds, one norm counts
             squares[[i for i, shard in enumerate(held) if shard.group is None]] = 0
         shards.processes.sum_(squares)
         for group, batch, places in work:
-            lamb_move_(batch, squares[places], lr=group["lr"], weight_decay=group["weight_decay"])
+            options = {"lr": self._rate(group, batch), "weight_decay": group["weight_decay"]}
+            self._run(lamb_move_)(batch.params, batch.updates, squares[places], **options)
         if steps:
             torch._foreach_add_(list(steps.values()), 1)
 
@@ -216,7 +236,7 @@ class Lamb(Optimizer):
         batches = defaultdict(list)
         for row in rows:
             name, p, *_ = row
-            alone = p.is_cpu and p.numel() > _SMALL
+            alone = p.is_cpu and p.numel() > _SMALL and not self.compiled
             batches[p.device, p.dtype, name if alone else None].append(row)
         for batch in batches.values():
             columns: list[list[Any]] = [list(column) for column in zip(*batch, strict=True)]
@@ -234,6 +254,17 @@ class Lamb(Optimizer):
             self._buffers[p.dtype] = p.new_empty(p.numel())
         return [self._buffers[p.dtype][: p.numel()].view(p.shape)]
 
+    def _run(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return _compiled(function) if self.compiled else function
+
+    def _rate(self, group: dict[str, Any], batch: Batch) -> float | Tensor:
+        """Return the learning rate; as a tensor where a schedule would otherwise mean to compile anew."""
+        lr: float | Tensor = group["lr"]
+        return torch.full((), lr, device=batch.params[0].device) if self.compiled and not isinstance(lr, Tensor) else lr
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "compiled": self.compiled}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also called by ``load_state_dict``, which takes steps and the order in memory as they were saved.
 
@@ -244,6 +275,11 @@ class Lamb(Optimizer):
         super().__setstate__(state)
         if not hasattr(self, "_sharding"):  # a copy
             self._sharding, self._buffers = Sharding(self.param_groups), {}
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:
