@@ -12,7 +12,6 @@ is ``(out, in, kh, kw)`` everywhere.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -96,29 +95,21 @@ def _unbalanced_cores(kernel: Tensor, shapes: Sequence[Shape]) -> Sequence[Tenso
 
 def product(*cores: Tensor) -> Tensor:
     """Multiply the cores: the kernel ``(out, in, kh, kw)``."""
-    return functools.reduce(lambda left, right: torch.tensordot(left, right, 1), _train(cores)).permute(0, 3, 1, 2)
+    return _contracted(_train(cores)).permute(0, 3, 1, 2)
 
 
 def product_cost(*shapes: Shape) -> int:
     """Multiplications that :func:`product` takes for cores of these shapes."""
-    (_, rows, _), *links = _links(shapes)
-    cost = 0
-    for left, modes, right in links:
-        rows, cost = rows * modes, cost + rows * left * modes * right
-    return cost
+    if len(shapes) == 3:
+        (m, r1), (_, r2, height, width), (n, _) = shapes
+        return m * r1 * height * width * r2 + m * height * width * r2 * n
+    (m, r1), (_, height, r2), (_, width, r3), (_, n) = shapes
+    return m * r1 * height * r2 + m * height * r2 * width * r3 + m * height * width * r3 * n
 
 
 def squared_frobenius_norm(*cores: Tensor) -> Tensor:
-    """``||W||_F^2``, from Gram matrices of the bonds where that takes fewer operations than multiplying the cores.
-
-    In float32 or better: the square of a norm is soon beyond float16.
-    """
-    cores = tuple(core.to(torch.promote_types(core.dtype, torch.float32)) for core in cores)
-    shapes = [core.shape for core in cores]
-    if sum(left * modes * right * (left + right) for left, modes, right in _links(shapes)) >= product_cost(*shapes):
-        return product(*cores).square().sum()
-    first, *rest = _train(cores)
-    return (first.mT @ first * _gram(rest)).sum()
+    """``||W||_F^2``, in float32 or better: the square of a norm is soon beyond float16."""
+    return product(*(core.to(torch.promote_types(core.dtype, torch.float32)) for core in cores)).square().sum()
 
 
 def decay_gradients(*cores: Tensor) -> tuple[Tensor, ...]:
@@ -130,15 +121,16 @@ def decay_gradients(*cores: Tensor) -> tuple[Tensor, ...]:
 def singular_values(*cores: Tensor) -> Tensor:
     """Singular values of ``W`` as a matrix ``(out, in * kh * kw)`` that can differ from zero, in descending order.
 
-    From Gram matrices of the bonds in float64: right to 1e-8 of the largest.
-
     Returns:
         Shape ``(r1,)``, in float32, or in float64 for float64 cores.
     """
-    first, *rest = (core.double() for core in _train(cores))
+    first, *rest = _train([core.to(torch.promote_types(core.dtype, torch.float32)) for core in cores])
     triangle = torch.linalg.qr(first, mode="r").R
-    squares = torch.linalg.eigvalsh(triangle @ _gram(rest) @ triangle.mT).clamp(min=0).flip(-1)
-    return squares.sqrt().to(torch.promote_types(cores[0].dtype, torch.float32))
+    return torch.linalg.svdvals(triangle @ _contracted(rest).flatten(1))
+
+
+def _contracted(train: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(lambda left, right: torch.tensordot(left, right, 1), train)
 
 
 def _train(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -147,19 +139,3 @@ def _train(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
         left, core, right = cores
         return left, core.permute(0, 2, 3, 1), right.mT
     return tuple(cores)
-
-
-def _links(shapes: Sequence[Shape]) -> list[tuple[int, int, int]]:
-    """The bonds left and right of every core of a train, and between them the product of its other sides."""
-    bonds = [1, *(shapes[1][:2] if len(shapes) == 3 else (shape[-1] for shape in shapes[:-1])), 1]
-    sizes = zip(bonds, shapes, bonds[1:], strict=False)
-    return [(left, math.prod(shape) // (left * right), right) for left, shape, right in sizes]
-
-
-def _gram(train: Sequence[Tensor]) -> Tensor:
-    """``R R^T`` of the tensor ``R (r1, ...)`` that the end of a train makes, shape ``(r1, r1)``."""
-    *middle, last = train
-    gram = last @ last.mT
-    for core in reversed(middle):
-        gram = (core @ gram).flatten(1) @ core.flatten(1).mT
-    return gram

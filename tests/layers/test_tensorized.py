@@ -18,8 +18,6 @@ from hf_fnl.math import tensors
 from hf_fnl.surgery.config import TENSOR_SCHEMES
 
 SHAPES = [(7, 3, 2, 5), (3, 11, 1, 1), (41, 2, 3, 1), (2, 37, 1, 3)]  # (out, in, height, width)
-# Ranks at which norms are cheaper from Gram matrices, and at which they are from the kernel.
-RANKS = (2, 10)
 
 each_scheme = pytest.mark.parametrize("scheme", TENSOR_SCHEMES)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -111,9 +109,8 @@ def test_the_backend_of_tensorly_stays_what_it_was():
 
 
 @each_scheme
-@pytest.mark.parametrize("rank", RANKS)
-def test_norm_and_decay_gradients_are_those_of_the_kernel(scheme, rank):
-    cores = [core.requires_grad_() for core in random_cores((7, 5, 2, 3), rank, scheme)]
+def test_norm_and_decay_gradients_are_those_of_the_kernel(scheme):
+    cores = [core.requires_grad_() for core in random_cores((7, 5, 2, 3), 4, scheme)]
     squared = kernel_by_hand(*cores).square().sum()
     assert_close(tensors.squared_frobenius_norm(*cores), squared)
     expected = torch.autograd.grad(squared / 2, cores)
@@ -132,19 +129,11 @@ def test_the_norm_of_half_precision_cores_is_taken_in_float32(scheme):
 
 
 @each_scheme
-def test_the_norm_takes_the_fewer_operations_of_both_ways(scheme):
-    def flops(compute, cores) -> int:
-        with FlopCounterMode(display=False) as counter:
-            compute(*cores)
-        return counter.get_total_flops()
-
-    cheaper = []
-    for rank in RANKS:
-        cores = random_cores((7, 5, 2, 3), rank, scheme)
-        multiplied_out = flops(tensors.product, cores)
-        assert multiplied_out == 2 * tensors.product_cost(*(core.shape for core in cores))
-        cheaper.append(flops(tensors.squared_frobenius_norm, cores) < multiplied_out)
-    assert cheaper == [True, False]
+def test_the_cost_of_a_product_is_what_torch_counts(scheme):
+    cores = random_cores((7, 5, 2, 3), 2, scheme)
+    with FlopCounterMode(display=False) as counter:
+        tensors.product(*cores)
+    assert counter.get_total_flops() == 2 * tensors.product_cost(*(core.shape for core in cores))
 
 
 @each_scheme
