@@ -16,7 +16,7 @@ from transformers import AutoModelForSeq2SeqLM
 from hf_fnl.tasks.beam_search import translate
 from hf_fnl.tasks.pretrained import load_pretrained
 from hf_fnl.tasks.tokenization import load_tokenizer
-from hf_fnl.tasks.translation import lines_of, read_lines
+from hf_fnl.tasks.translation import lines_of
 from hf_fnl.training.command_line import check_at_least, named, parse_arguments
 from hf_fnl.utils.files import check_writable, write_text
 
@@ -45,7 +45,7 @@ class TranslateOptions:
         if not Path(self.input).is_file():
             raise FileNotFoundError(f"--input {self.input}: there is no such file")
         with named("input", self.input):
-            return read_lines(Path(self.input))
+            return lines_of(Path(self.input).read_bytes(), self.input)
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:

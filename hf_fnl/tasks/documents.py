@@ -74,7 +74,12 @@ def load_documents(
         documents = datasets.load_dataset(source, name, split=split, streaming=streaming)
     else:
         paths = [source] if isinstance(source, str | Path) else source
-        documents = _read_files(data_files([Path(path).expanduser() for path in paths], split), split, streaming)
+        files = data_files([Path(path).expanduser() for path in paths], split)
+        kind = common_kind(files)
+        options = {"sample_by": "paragraph", "encoding": "utf-8-sig"} if kind == "text" else {}
+        documents = read_files(kind, files, split, streaming=streaming, **options)
+        if kind == "text":
+            documents = documents.map(_split_at_blank_lines, batched=True)
     _check_first(next(iter(documents), None), text_column, source)
     documents = documents.select_columns([text_column])
     if text_column != "text":
@@ -147,20 +152,24 @@ def looks_like_path(source: str) -> bool:
     return path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1 or _kind(path) is not None
 
 
-def _read_files(files: Sequence[Path], split: str, streaming: bool) -> Any:
-    kind = common_kind(files)
-    options = {"sample_by": "paragraph", "encoding": "utf-8-sig"} if kind == "text" else {}
+def read_files(kind: str, files: Sequence[Path] | None, split: str, **options: Any) -> Any:
+    """Load a split from files of a kind of ``datasets``, or without files from the folder ``kind``.
+
+    Raises:
+        ValueError: If they cannot be read.
+    """
     # `datasets` takes file names for patterns.
-    data_files = {split.partition("[")[0]: [glob.escape(str(file)) for file in files]}
+    names = files and {split.partition("[")[0]: [glob.escape(str(file)) for file in files]}
     try:
-        documents = datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming, **options)
-        if kind == "text":
-            documents = documents.map(_split_at_blank_lines, batched=True)
-        next(iter(documents), None)  # of a stream this is the first look into a file
-        return documents
+        found = datasets.load_dataset(kind, data_files=names, split=split, **options)
+        next(iter(found), None)  # of a stream this is the first look into a file
+        return found
     except Exception as error:
-        names = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        raise ValueError(f"cannot read {names} as {kind}: {error.__cause__ or error}") from error
+        shown = [kind] if files is None else [*map(str, files[:3]), *(["..."] if len(files) > 3 else [])]
+        what = "" if files is None else f" as {kind}"
+        raise ValueError(
+            f"cannot read the {split} split of {', '.join(shown)}{what}: {error.__cause__ or error}"
+        ) from error
 
 
 def data_files(paths: Sequence[Path], split: str) -> list[Path]:

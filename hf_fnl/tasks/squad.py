@@ -19,6 +19,7 @@ from hf_fnl.tasks.embedded import embedded_squad
 from hf_fnl.training.command_line import check_at_least
 from hf_fnl.utils.hub import check_source
 
+SPECIAL_TOKENS = 3  # of BERT, around a question and its context
 SQUAD_FEATURES = Features(
     {
         "id": Value("string"),
@@ -52,15 +53,11 @@ class SquadOptions:
     def __post_init__(self) -> None:
         check_at_least(1, self, "max_seq_length", "max_query_length", "max_answer_length")
         check_at_least(0, self, "doc_stride")
-        self.check_room(special_tokens=3)
-
-    def check_room(self, special_tokens: int) -> None:
-        """Raise a ``ValueError`` if a window beside the longest question holds no more than its shared tokens."""
-        room = self.max_seq_length - self.max_query_length - special_tokens
+        room = self.max_seq_length - self.max_query_length - SPECIAL_TOKENS
         if room <= self.doc_stride:
             raise ValueError(
                 f"max_seq_length {self.max_seq_length} leaves {max(room, 0)} tokens of context beside a question of "
-                f"max_query_length {self.max_query_length} and {special_tokens} special tokens, but doc_stride "
+                f"max_query_length {self.max_query_length} and {SPECIAL_TOKENS} special tokens, but doc_stride "
                 f"{self.doc_stride} must be below that; lower doc_stride or max_query_length, or raise max_seq_length"
             )
 
@@ -170,18 +167,10 @@ def build_squad_features(
         A row for each window, those of a question in the order of its context.
 
     Raises:
-        ValueError: If the tokenizer does not fit, a window has no room, or a context holds no token.
+        ValueError: If the tokenizer pads on the left, or a context holds no token.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(f"windows need the offsets of a fast tokenizer, got {type(tokenizer).__name__}")
     if tokenizer.padding_side != "right":
         raise ValueError(f'windows are padded on the right: set padding_side="right", got {tokenizer.padding_side!r}')
-    if options.max_seq_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"max_seq_length {options.max_seq_length} is above the {tokenizer.model_max_length} tokens "
-            f"of the tokenizer's model; lower max_seq_length"
-        )
-    options.check_room(tokenizer.num_special_tokens_to_add(pair=True))
     return examples.map(
         _windows,
         batched=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hf_fnl.tasks.documents import SPLIT_WORDS, SUFFIXES, looks_like_path
+from hf_fnl.tasks.documents import SPLIT_WORDS, SUFFIXES, looks_like_path, read_files
 from hf_fnl.tasks.length_batches import lengths_of
 from hf_fnl.tasks.phrases import embedded_phrases
 from hf_fnl.utils.hub import check_source
@@ -90,24 +89,13 @@ def _read_paths(paths: Sequence[Path], languages: tuple[str, str], split: str) -
             return _parallel_files(
                 [_of_split(files, path, split, language) for files, language in zip(text_files, languages, strict=True)]
             )
-        return _two_columns(_read("folder", path, split), languages, path)
+        return _two_columns(read_files(str(path), None, split), languages, path)
     kind = SUFFIXES.get(path.suffix)
     if kind in (None, "text"):
         raise ValueError(
             f"{path} is no file of pairs: give a .parquet, .json or .jsonl file, or two text files, source first"
         )
-    return _two_columns(_read(kind, path, split), languages, path)
-
-
-def _read(kind: str, path: Path, split: str) -> datasets.Dataset:
-    try:
-        if kind == "folder":
-            return datasets.load_dataset(str(path), split=split)
-        # `datasets` takes file names for patterns.
-        files = {split.partition("[")[0]: glob.escape(str(path))}
-        return datasets.load_dataset(kind, data_files=files, split=split)
-    except Exception as error:
-        raise ValueError(f"cannot read {path} as {kind} of sentence pairs: {error.__cause__ or error}") from error
+    return _two_columns(read_files(kind, [path], split), languages, path)
 
 
 def _of_split(files: Sequence[Path], folder: Path, split: str, language: str) -> Path:
@@ -124,7 +112,7 @@ def _of_split(files: Sequence[Path], folder: Path, split: str, language: str) ->
 
 
 def _parallel_files(files: Sequence[Path]) -> datasets.Dataset:
-    lines = [read_lines(file) for file in files]
+    lines = [lines_of(file.read_bytes(), str(file)) for file in files]
     if len(lines[0]) != len(lines[1]):
         raise ValueError(
             f"parallel files must have equally many lines: {files[0]} has {len(lines[0])}, {files[1]} has "
@@ -133,36 +121,24 @@ def _parallel_files(files: Sequence[Path]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(dict(zip(COLUMNS, lines, strict=True)))
 
 
-def read_lines(file: Path) -> list[str]:
+def lines_of(content: bytes, name: str) -> list[str]:
     """Return the lines of a UTF-8 text, which end in a line feed, with or without a carriage return.
 
     Sentences of a corpus may hold a lone carriage return, U+2028 and others, at which other ways of reading would
-    break a line and put all that follow beside the wrong translations.
-
-    Raises:
-        ValueError: If the file is not UTF-8.
-    """
-    return lines_of(file.read_bytes(), str(file))
-
-
-def lines_of(content: bytes, name: str) -> list[str]:
-    """Return the lines of a text as :func:`read_lines` tells them apart; a byte order mark is no part of the first.
+    break a line and put all that follow beside the wrong translations. A byte order mark is no part of the first line.
 
     Args:
-        content: UTF-8.
+        content: The text.
         name: What holds it, for errors.
 
     Raises:
-        ValueError: If it is not UTF-8; names the line.
+        ValueError: If it is not UTF-8.
     """
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{name}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8 text; convert it, as with "
-            "iconv -f LATIN1 -t UTF-8"
-        ) from error
+        raise ValueError(f"{name}, line {line}, is not UTF-8 text: {error}") from error
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 

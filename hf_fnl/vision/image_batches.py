@@ -59,7 +59,7 @@ class ImageOptions:
             raise ValueError("resized_crops and crop_padding are two ways of cropping; set one of them")
         if self.crop_padding is None:
             self.crop_padding = 0 if self.resized_crops else 1 if self.dataset == "digits" else 4
-        check_at_least(1, self, "max_train_images", "max_eval_images")
+        check_at_least(1, self, "max_train_images", "max_eval_images", "image_size")
         if self.horizontal_flip is None:
             self.horizontal_flip = self.dataset != "digits"
 
@@ -134,9 +134,8 @@ class ImageTensors(ImageData):
             like: The training images, whose size and channels these must have; color is converted.
 
         Raises:
-            ValueError: If an image cannot be decoded, sizes differ without ``image_size``, or it is below 1.
+            ValueError: If an image cannot be decoded, or sizes differ without ``image_size``.
         """
-        _check_size(image_size)
         arrays = [
             to_array(
                 image if image_size is None else resize_and_crop(image, shorter_side=image_size, size=image_size),
@@ -193,15 +192,11 @@ class ImageFiles(ImageData):
             center is cut out. The rectangle is a function of the seed, the epoch and the image, so that a resumed run
             sees what an uninterrupted one would, with any number of workers.
         seed: Of the rectangles.
-
-    Raises:
-        ValueError: If ``image_size`` is below 1.
     """
 
     num_channels = 3
 
     def __init__(self, records: ImageRecords, image_size: int, *, training: bool, seed: int = 0) -> None:
-        _check_size(image_size)
         self.seed, self._epoch = seed, torch.zeros((), dtype=torch.int64).share_memory_()  # workers see it change
         self.records, self.class_names, self.training = records, records.class_names, training
         self.image_size, self.resized_side = (image_size, image_size), round(image_size * RESIZED_TO_CROPPED)
@@ -283,11 +278,6 @@ def write_image_processor(folder: str | Path, images: ImageData) -> None:
         "image_std": std,
     }
     write_json(Path(folder) / IMAGE_PROCESSOR_NAME, settings)
-
-
-def _check_size(image_size: int | None) -> None:
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1 pixel or None to keep images as they are, got {image_size}")
 
 
 def _by(size: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_fnl.tasks.documents import looks_like_path
+from hf_fnl.tasks.documents import looks_like_path, read_files
 from hf_fnl.utils.extras import require
 from hf_fnl.utils.hub import check_source
 
@@ -149,14 +148,7 @@ def _load(source: str | Path, split: str, name: str | None) -> datasets.Dataset:
         raise FileNotFoundError(f"no such file or folder: {path}")
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"{path} is no parquet file; give one, a folder of them, or a folder with one folder a class")
-    try:
-        if path.is_dir():
-            return datasets.load_dataset(str(path), split=split)
-        # `datasets` takes file names for patterns.
-        files = {split.partition("[")[0]: glob.escape(str(path))}
-        return datasets.load_dataset("parquet", data_files=files, split=split)
-    except Exception as error:
-        raise ValueError(f"cannot read the {split} split of {path} as images: {error.__cause__ or error}") from error
+    return read_files(str(path), None, split) if path.is_dir() else read_files("parquet", [path], split)
 
 
 @functools.cache

@@ -68,8 +68,8 @@ def test_what_users_do_with_a_translation_model(trained, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"Ja.\nNein.\nSch\xf6n.\n", "standard input, line 3: byte 0xf6 is not UTF-8 text; convert it"),
-        (b"Ja.\r\nNein\xc3", "standard input, line 2: byte 0xc3 is not UTF-8"),
+        (b"Ja.\nNein.\nSch\xf6n.\n", "standard input, line 3, is not UTF-8 text: .* 0xf6"),
+        (b"Ja.\r\nNein\xc3", "standard input, line 2, is not UTF-8 text: .* 0xc3"),
     ],
     ids=["latin 1", "broken off"],
 )
@@ -95,7 +95,7 @@ def test_nothing_to_translate_is_said(trained, monkeypatch, capsys, content, lin
         ("--model ./nosuch", r"--model \./nosuch: there is no folder"),
         ("--num_beams 0", "num_beams must be at least 1, got 0"),
         ("--output {file}/out.txt", "output .*: .* is a file"),
-        ("--input {file}", "--input .*line 1: byte 0xff is not UTF-8"),
+        ("--input {file}", "--input .*line 1, is not UTF-8"),
     ],
 )
 def test_what_translate_refuses(trained, tmp_path, flags, message):

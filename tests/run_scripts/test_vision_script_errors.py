@@ -39,7 +39,7 @@ from vision_script_cases import parquet, picture, stock, train
         ({"dataset": __file__, "eval_dataset": __file__}, r"test_vision_script_errors\.py is no parquet file"),
         ({"dataset": __file__}, "is one file, which is one split: set eval_dataset"),
         ({"eval_split": "validation"}, 'split of the embedded digits must be "train" or "test"'),
-        ({"image_size": 0}, "image_size must be at least 1 pixel"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"crop_padding": -1}, "crop_padding must be at least 0 pixels, got -1"),
         ({"decay": "frobenius"}, "decay=frobenius needs factorized layers: give rank_scale, ratio"),
         ({"conv_scheme": "tt"}, "conv_scheme says how factors are made: give rank_scale or ratio"),
@@ -84,7 +84,7 @@ def test_bad_images_are_refused_before_anything_is_written(tmp_path):
         (train_file, unknown, r"class doe in record 3 of .*unknown\.parquet is not among the 3 classes"),
         (mixed, train_file, "has 24x24 pixels .* record 1 of .* has 11x11; set image_size"),
         (train_file, mixed, "a training image has 24x24 pixels .* has 11x11; set image_size"),
-        (broken, train_file, r"cannot read the train split of .*broken\.parquet as images"),
+        (broken, train_file, r"cannot read the train split of .*broken\.parquet as parquet"),
     ]
     for dataset, eval_dataset, message in cases:
         with pytest.raises(ValueError, match=message):

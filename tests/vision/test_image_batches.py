@@ -77,14 +77,6 @@ def test_image_size_brings_all_to_one_size():
         np.testing.assert_array_equal(images[index]["pixel_values"], to_array(expected, num_channels=3))
 
 
-@pytest.mark.parametrize("size", [0, -2])
-def test_sizes_below_one_are_refused(size):
-    with pytest.raises(ValueError, match=f"image_size must be at least 1 pixel or None .*, got {size}"):
-        ImageTensors.decode(records([picture(0)]), image_size=size)
-    with pytest.raises(ValueError, match=f"image_size must be at least 1 pixel or None .*, got {size}"):
-        ImageFiles(records([picture(0)]), image_size=size, training=True)
-
-
 def test_images_of_several_sizes_are_refused():
     mixed = records([picture(0), picture(1), picture(2, 6, 4)])
     message = r"record 0 of somewhere has 7x5 pixels .* record 2 of somewhere has 4x6; set image_size"
