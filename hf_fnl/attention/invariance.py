@@ -33,9 +33,7 @@ Adapter = Callable[[nn.Module], AttentionProjections | None]
 
 
 def invariant_kinds(attention: nn.Module, adapter: Adapter) -> Mapping[str, bool] | None:
-    """The kinds of products, of ``"qk"`` and ``"ov"``, by which an attention computes; ``None`` if it cannot be run.
-
-    Each with whether the attention calls the layers that hold it, and does not only read their weights.
+    """The kinds of products by which an attention computes, as in :class:`~hf_fnl.attention.adapters.KnownAttention`.
 
     Measured once for all attentions of a class, sizes, settings and configuration. Tokens are at positions of their
     own, so that queries and keys which rotary embeddings turn by different angles are no product.

@@ -86,12 +86,9 @@ class AttentionProjections:
         return {kind for kind, pair in pairs.items() if any(isinstance(side, Factorized) for side in pair)}
 
     def products(self, path: str, names: Mapping[int, str], part: str | None) -> Iterator[Product]:
-        """The ``qk`` and the ``ov`` product, except where a projection is itself factorized.
+        """The ``qk`` and ``ov`` products of a module, given its path, the names of parameters by ``id``, and its part.
 
-        Args:
-            path: Name of the module.
-            names: Names of the model's parameters by ``id``.
-            part: The part of the model that the module belongs to.
+        Not those with a projection that is itself factorized.
         """
         group = self.num_heads // self.num_kv_heads
         grouped = group > 1

@@ -25,15 +25,7 @@ class Selector:
 
     @classmethod
     def parse(cls, text: str, option: str = "a selector") -> Selector:
-        """The selector that ``text`` writes.
-
-        Args:
-            text: A kind, or a kind and a part with a colon between them.
-            option: What an error says is to be changed.
-
-        Raises:
-            ValueError: If the kind or the part is unknown.
-        """
+        """The selector that ``text`` writes; a ``ValueError`` about ``option`` if there is no such kind or part."""
         kind, *parts = text.split(":")
         if kind not in KINDS or len(parts) > 1 or not set(parts) <= set(PARTS):
             raise ValueError(

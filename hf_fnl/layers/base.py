@@ -80,10 +80,7 @@ class Factorized(HoldsFactors):
 
     @classmethod
     def empty_like(cls, dense: Any, rank: int, **options: Any) -> Self:
-        """A layer in the place of ``dense`` whose parameters are not set yet; nothing is drawn or decomposed.
-
-        What carries over, the options and the errors are those of :meth:`from_dense`, but for ``init``, which is any.
-        """
+        """As :meth:`from_dense` with any ``init``, but for the parameters, which are not set yet."""
         cls._check_dense(dense)
         given = {**cls.options_like(dense), **options, "device": "meta", "dtype": dense.weight.dtype}
         return cls(rank=rank, **given).placed_like(dense)
@@ -98,7 +95,7 @@ class Factorized(HoldsFactors):
 
     @classmethod
     def options_like(cls, dense: Any) -> dict[str, Any]:
-        """Return the arguments of the constructor, but for the rank, for a layer in the place of ``dense``."""
+        """Return the constructor's arguments, but for the rank, of a layer in the place of ``dense``."""
         raise NotImplementedError
 
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -138,10 +135,7 @@ class Factorized(HoldsFactors):
         self.register_parameter("bias", bias)
 
     def placed_like(self, dense: nn.Module) -> Self:
-        """Move this layer from the meta device to that of ``dense``, with its mode and what is trained of it.
-
-        Parameters are not set yet.
-        """
+        """Take the device, the mode and ``requires_grad`` of ``dense``; the parameters are not set yet."""
         weight = dense.get_parameter("weight")
         layer = self if weight.is_meta else self.to_empty(device=weight.device)
         for factor in layer.factors():
@@ -156,10 +150,7 @@ class Factorized(HoldsFactors):
 
     @torch.no_grad()
     def fill_dense_(self, dense: Dense) -> Dense:
-        """Give a dense layer the product of the factors, the bias, the mode and what is trained; returns it.
-
-        The weight is trained if a factor is.
-        """
+        """Give a dense layer the product, the bias and the mode; its weight is trained if a factor is."""
         factors, weight = self.factors(), dense.get_parameter("weight")
         if not factors[0].is_meta:
             weight.copy_(self.dense_weight())
@@ -241,7 +232,7 @@ class FactorizedMatrix(Factorized):
         self.V = nn.Parameter(torch.empty(n, rank, device=device, dtype=dtype))
 
     def factors(self) -> tuple[Tensor, ...]:
-        """The factors in the order in which they are multiplied: ``(U, V)`` or ``(U, M, V)``."""
+        """``(U, V)`` or ``(U, M, V)``."""
         return (self.U, self.V) if self.M is None else (self.U, self.M, self.V)
 
     def composed(self) -> Tensor:
@@ -249,16 +240,12 @@ class FactorizedMatrix(Factorized):
         return product(*self.factors())
 
     def weight_from(self, *factors: Tensor) -> Tensor:
-        """The dense layer's weight: ``W`` in the layout that this layer has."""
+        """The dense layer's weight as a function of the factors."""
         return product(*factors)
 
     @torch.no_grad()
     def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
-        """New initial values for :meth:`factors`, by the layer's ``init``.
-
-        Args:
-            draw: Fills a dense weight in place; :meth:`draw_` unless given.
-        """
+        """As in :class:`Factorized`."""
         draw, like = draw or self.draw_, self.U
         factors = initial_factors(self.shape, self.rank, draw, method=self.init, dtype=like.dtype, device=like.device)
         return self.with_identity(*factors)

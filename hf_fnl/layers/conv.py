@@ -16,11 +16,7 @@ CONV_SCHEMES = ("spatial", "channel")  # a kernel as a matrix
 
 
 def kernel_matrix(kernel: Tensor, scheme: str) -> Tensor:
-    """A kernel ``(out, in, kh, kw)`` as the matrix of its scheme.
-
-    Returns:
-        ``(out * kh, in * kw)`` for ``"spatial"``, ``(out, in * kh * kw)`` for ``"channel"``.
-    """
+    """A kernel as ``(out * kh, in * kw)`` for ``"spatial"``, ``(out, in * kh * kw)`` for ``"channel"``."""
     if scheme not in CONV_SCHEMES:
         raise ValueError(f"scheme of a convolution must be one of {', '.join(CONV_SCHEMES)}, got {scheme!r}")
     if scheme == "channel":
@@ -114,10 +110,9 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         return kernel_matrix(weight, self.scheme)
 
     def drawn_factors(self, draw: Callable[[Tensor], object]) -> tuple[Tensor, ...]:
-        """New factors, each drawn as a kernel of its own.
+        """New factors: ``V`` drawn as the first kernel, ``U`` as a matrix, whose fan-in is the rank.
 
-        That of ``V`` is the kernel of the first convolution. ``U`` is drawn as a 1 x 1 kernel ``(m, rank, 1, 1)``, so
-        that its fan-in is the rank in both schemes, as in the code of Khodak et al. 2021, which draws it as a matrix.
+        In both schemes, as in the code of Khodak et al. 2021.
         """
         U, V = torch.empty_like(self.U), torch.empty_like(self.V)
         first, _ = self.chain(U, V)
@@ -126,12 +121,7 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         return self.with_identity(U, V)
 
     def chain(self, *factors: Tensor) -> tuple[Tensor, ...]:
-        """The factors as kernels of two convolutions, views of them.
-
-        Returns:
-            The kernel that is applied first, from ``V``: a row ``(r, in, 1, kw)`` or ``(r, in, kh, kw)``; and the
-            second, from ``U``: a column ``(out, r, kh, 1)`` or ``(out, r, 1, 1)``.
-        """
+        """``V`` as ``(r, in, 1, kw)`` or ``(r, in, kh, kw)``, then ``U`` as ``(out, r, kh, 1)`` or ``(out, r, 1, 1)``."""
         U, V = factors
         out_channels, in_channels, height, width = self.dense_shape
         if self.scheme == "channel":

@@ -114,11 +114,7 @@ class Convolution(Factorized):
 
     @torch.no_grad()
     def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
-        """New initial values for :meth:`factors`, by the layer's ``init``.
-
-        Args:
-            draw: Fills a kernel in place: the dense one, or those of :meth:`drawn_factors`; :meth:`draw_` unless given.
-        """
+        """As in :class:`Factorized`; ``draw`` fills the dense kernel, or those of :meth:`drawn_factors`."""
         draw = draw or self.draw_
         if self.init in DRAWN_METHODS:
             return self.drawn_factors(draw)
@@ -139,7 +135,7 @@ class Convolution(Factorized):
         return options_of(dense)
 
     def placed_like(self, dense: nn.Module) -> Self:
-        """As in :class:`~hf_fnl.layers.base.Factorized`; the memory format of the kernel carries over, too."""
+        """As in :class:`Factorized`; the memory format of the kernel carries over, too."""
         self.memory_format = _memory_format(dense.get_parameter("weight"))
         return super().placed_like(dense)
 
@@ -165,10 +161,10 @@ def options_of(layer: nn.Conv2d | Convolution) -> dict[str, Any]:
 
 
 def _laid_out(kernel: Tensor, channels_last: bool) -> Tensor:
-    """A kernel in the layout of the input: that of the output follows the kernel's as well as the input's.
+    """A kernel in the layout of the input, for the output's follows both.
 
-    A view, of a factor or of an image, may have other strides along axes of length 1, which ``contiguous`` leaves as
-    they are. Grouped convolutions of torch then compute something else, and the gradient of one image is an error.
+    Views may have other strides along axes of length 1, which ``contiguous`` leaves as they are: grouped convolutions
+    of torch then compute something else, and the gradient of one image is an error.
     """
     _, channels, height, width = kernel.shape
     contiguous, last = (height * width, width, 1), (1, width * channels, channels)

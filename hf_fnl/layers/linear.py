@@ -94,7 +94,7 @@ class FactorizedLinear(FactorizedMatrix):
         """As in :class:`~hf_fnl.layers.base.Factorized`, of GPT-2's ``Conv1D`` as well, and in the metric of data.
 
         Args:
-            dense: The layer to split.
+            dense: The layer to split; it is left as it is.
             rank: Singular triples kept, ``1 <= rank <= min(in_features, out_features)``.
             moments: Of the layer's inputs: the product is then the one whose outputs are nearest to those of the layer
                 in mean square, and the bias takes over the mean of what is lost.

@@ -29,8 +29,6 @@ class LinearPair(HoldsFactors, nn.Sequential):
         out_features: Size of the output.
         rank: Size in between.
         bias: Whether the second layer has a bias.
-        device: As in torch.
-        dtype: As in torch.
 
     Raises:
         ValueError: If ``rank`` is less than one.
@@ -54,10 +52,7 @@ class LinearPair(HoldsFactors, nn.Sequential):
     @classmethod
     @torch.no_grad()
     def from_factorized(cls, layer: FactorizedLinear) -> Self:
-        """Return the pair that computes what a factorized layer does, with its bias; a middle factor goes into ``A``.
-
-        The layer is left as it is.
-        """
+        """Return the pair that computes what a factorized layer does; a middle factor goes into ``A``."""
         U, *middle, V = layer.factors()
         pair = cls.empty_like(layer, layer.rank)
         A = V.mT if not middle else middle[0] @ V.mT
@@ -124,11 +119,7 @@ class LinearPair(HoldsFactors, nn.Sequential):
         return product(*factors).mT if self.dense_class is Conv1D else product(*factors)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in torch; ``bias`` is that of the second layer.
-
-        Raises:
-            RuntimeError: If the name is ``"weight"``.
-        """
+        """As in torch, for ``bias`` in the second layer; a ``RuntimeError`` for ``"weight"``."""
         if name == "weight":
             refuse_write(self, "layer.weight = ...")
         self.second.register_parameter(name, param)

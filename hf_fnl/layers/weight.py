@@ -27,11 +27,11 @@ class HoldsFactors(nn.Module):
         raise NotImplementedError
 
     def weight_from(self, *factors: Tensor) -> Tensor:
-        """The dense layer's weight, in the layout that this layer has, as a function of :meth:`factors`."""
+        """The dense layer's weight, in its layout, as a function of :meth:`factors`."""
         raise NotImplementedError
 
     def dense_weight(self) -> Tensor:
-        """The dense layer's weight: the factors multiplied out, in the layout that this layer has."""
+        """The factors multiplied out, in the layout of the dense layer's weight."""
         return self.weight_from(*self.factors())
 
     @property
@@ -54,11 +54,7 @@ class HoldsFactors(nn.Module):
         refuse_write(self, "layer.weight = ...")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in torch; ``weight`` is none.
-
-        Raises:
-            RuntimeError: If the name is ``"weight"``.
-        """
+        """As in torch, but a ``RuntimeError`` for ``"weight"``."""
         if name == "weight":
             refuse_write(self, "layer.weight = ...")
         super().register_parameter(name, param)

@@ -45,13 +45,10 @@ def kept_energy(dense: tuple[Tensor, ...], U: Tensor, V: Tensor) -> float:
 
 
 def decay_multipliers(*factors: Tensor) -> tuple[tuple[Tensor | None, Tensor], ...]:
-    r"""Small matrices ``(L, R)`` that turn each factor ``p`` into its Frobenius-decay gradient ``L p R``.
+    r"""For each factor ``p`` the ``(..., r, r)`` matrices ``(L, R)`` of its Frobenius-decay gradient ``L p R``.
 
-    An optimizer takes these once for a product, before any of its factors moves, and applies them factor by factor.
-    Those of a shared factor are summed over the products that share it; a middle factor is never shared.
-
-    Returns:
-        For each factor a pair of ``(..., r, r)`` matrices; ``L`` is ``None`` where it is the identity.
+    ``L`` is ``None`` where it is the identity. Those of a shared factor are summed over the products that share it; a
+    middle factor is never shared.
     """
     U, *middle, V = factors
     return multipliers_from_grams(U.mT @ U, *middle, V.mT @ V)
@@ -74,12 +71,9 @@ def _sum_over_shares(matrix: Tensor, gram: Tensor) -> Tensor:
 
 
 def decay_gradients(*factors: Tensor) -> tuple[Tensor, ...]:
-    r"""Gradients of ``||W||_F^2 / 2`` with respect to every factor (Khodak et al. 2021, Def. 3.2).
+    r"""Gradients of ``||W||_F^2 / 2`` with respect to every factor (Khodak et al. 2021, Def. 3.2), ``O(r^2 (m + n))``.
 
-    For two factors ``F_U = U V^T V`` and ``F_V = V U^T U``; for three, also ``F_M = U^T U M V^T V``. This is the
-    formula to read and to test by; the optimizers use :func:`multipliers_from_grams`, whose Gram matrices may be added
-    up over processes.
-    Costs ``O(r^2 (m + n))``.
+    For two factors ``F_U = U V^T V`` and ``F_V = V U^T U``; for three, also ``F_M = U^T U M V^T V``.
     """
     pairs = zip(factors, decay_multipliers(*factors), strict=True)
     return tuple(p @ right if left is None else left @ p @ right for p, (left, right) in pairs)

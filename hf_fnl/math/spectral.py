@@ -161,13 +161,7 @@ def initial_factors(
 
 
 def draw_factor(weight: Tensor, draw: Callable[[Tensor], object], method: str) -> None:
-    r"""Fill the weight ``(out, in, ...)`` of a factor, as a layer of its own, in place.
-
-    Args:
-        weight: What is filled.
-        draw: Fills it for ``"default"``.
-        method: ``"default"`` or ``"he"``, which draws normally with the variance ``2 / fan_in`` (He et al. 2015).
-    """
+    """Fill the weight ``(out, in, ...)`` of a factor as that of a layer of its own: by ``draw``, or He's rule."""
     if method == "he":
         torch.nn.init.kaiming_normal_(weight)
     else:

@@ -92,12 +92,7 @@ def _figures(
 
 
 def summarize(figures: Mapping[str, Figures], products: Iterable[Product]) -> Figures:
-    """Mean of every figure over the products of a kind, under names such as ``ov/frobenius_norm``, for logs.
-
-    Args:
-        figures: What :func:`diagnose` returned for ``products``.
-        products: The products that the figures belong to.
-    """
+    """Means of the figures of :func:`diagnose` over products of a kind, under names such as ``ov/frobenius_norm``."""
     collected: dict[str, list[float]] = {}
     for product in products:
         for name, value in figures[product.name].items():

@@ -27,15 +27,12 @@ def frobenius_penalty(
     What a parameter holds beside factors is penalized as a matrix of its own, so that no part of it goes undecayed.
 
     Args:
-        products: The products.
+        products: The products, one at least.
         source: The model that holds them, or a mapping from names to parameters.
         weight_decay: The coefficient.
 
     Returns:
         A differentiable scalar in float32 or better, to be added to the loss.
-
-    Raises:
-        ValueError: If there is no product.
     """
     if not products:
         raise ValueError("a Frobenius penalty needs at least one product, got none")
@@ -98,13 +95,9 @@ class FrobeniusDecay:
 
     @torch.no_grad()
     def add_gradients_(self, scale: float = 1.0) -> None:
-        """Add ``weight_decay * F_p`` to the gradients as they are now.
+        """Add ``scale * weight_decay * F_p`` to the gradients, which a scaler multiplied by ``scale``.
 
-        For a training that clips gradients: a coupled decay that is added before is that of a penalty in the loss.
-        Remove the decay from the steps first.
-
-        Args:
-            scale: By which the gradients are scaled, as in fp16.
+        For a training that clips: added before, a coupled decay is a penalty in the loss. :meth:`remove` it first.
         """
         for _, gradient, F, group in self._due(self.optimizer):
             sign = -1 if group.get("maximize") else 1

@@ -43,11 +43,7 @@ class DecayTerms:
         return name in self.multipliers or name in self.known
 
     def write(self, names: Sequence[str], params: Sequence[Tensor], outs: Sequence[Tensor]) -> list[Tensor]:
-        """Write ``F_p`` of the parameters that hold factors into ``outs``, which have their shapes.
-
-        Returns:
-            For each parameter its term: what was written, or the parameter itself.
-        """
+        """Write ``F_p`` of what holds factors into ``outs``; returns these, and other parameters as they are."""
         terms, beside, written = list(params), [], []
         for i, (name, p, out) in enumerate(zip(names, params, outs, strict=True)):
             if name in self.known:
@@ -66,16 +62,7 @@ class DecayTerms:
 
 
 def take_terms(products: Sequence[Product], source: Mapping[str, Tensor], shards: Shards | None = None) -> DecayTerms:
-    """Take products as they are now.
-
-    Args:
-        products: No two of them share an element of a parameter.
-        source: Parameters by name; not needed where they are sharded.
-        shards: Where they are sharded.
-
-    Raises:
-        ValueError: If the factors of a product cannot be multiplied with each other.
-    """
+    """Take products, which share no element of a parameter, as they are now: in ``source``, or where it is sharded."""
     for product in products:
         _check_factors(product, source, shards)
     return DecayTerms(known=_sharded_terms(products, shards)) if shards else _full_terms(products, source)

@@ -24,16 +24,7 @@ _REMEDY = (
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:
-    """Raise unless a parameter and its gradient are real numbers, and the gradient is one of this parameter.
-
-    Args:
-        name: How the error calls the parameter.
-        parameter: With a gradient.
-
-    Raises:
-        RuntimeError: If the gradient is sparse.
-        ValueError: If the gradient differs in shape, dtype or device.
-    """
+    """Raise a ``RuntimeError`` for a sparse gradient, a ``ValueError`` for one that is not like its parameter."""
     gradient: Any = parameter.grad
     if gradient.layout is not torch.strided:
         raise RuntimeError(
@@ -47,13 +38,7 @@ def check_parameter(name: str, parameter: Tensor) -> None:
 
 
 def check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` unless a state is what LAMB keeps for a parameter: ``step`` and both moments.
-
-    Args:
-        name: How the error calls the parameter.
-        parameter: The parameter; one that is distributed has a state that is distributed alike.
-        state: ``step`` of shape ``()`` in float32, ``exp_avg`` and ``exp_avg_sq`` contiguous and like the parameter.
-    """
+    """Raise a ``ValueError`` unless a state is a float32 ``step`` and contiguous moments like the parameter."""
     if state.keys() != {"step", *MOMENTS}:
         listed = ", ".join(map(str, state)) or "nothing"
         raise ValueError(f"the state of {name} holds {listed}, and LAMB's is step, {', '.join(MOMENTS)}; {_REMEDY}")
@@ -88,11 +73,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_loaded(groups: Iterable[Mapping[str, Any]], loaded: Mapping[str, Any]) -> None:
-    """Check a state that is to be loaded, and bring it to the devices and the order in memory in which states are kept.
-
-    Args:
-        groups: Those that the optimizer has; their names have to come in the same order.
-        loaded: ``param_groups``, and ``state`` by parameter.
+    """Check ``param_groups`` and ``state`` that are to be loaded, and bring states to the devices of the parameters.
 
     Raises:
         ValueError: If an option, a name or a state is not one of these parameters; nothing has changed then.

@@ -86,15 +86,7 @@ def factor_states(layer: Factorized, state: Mapping[str, Any]) -> dict[Tensor, d
       ``step`` is no longer small and nothing corrects the bias.
     - ``step`` is copied.
 
-    Kernels, transposed weights and a middle factor are treated likewise; the middle factor is taken as the identity
-    that it starts as.
-
-    Args:
-        layer: Made from the dense layer.
-        state: What an optimizer holds for the dense weight.
-
-    Returns:
-        The state of each factor.
+    Kernels, transposed weights and a middle factor, which is the identity that it starts as, are treated likewise.
     """
     states: dict[Tensor, dict[str, Any]] = {factor: {} for factor in layer.factors()}
     for key, value in state.items():
