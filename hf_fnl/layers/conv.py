@@ -121,7 +121,7 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         return self.with_identity(U, V)
 
     def chain(self, *factors: Tensor) -> tuple[Tensor, ...]:
-        """``V`` as ``(r, in, 1, kw)`` or ``(r, in, kh, kw)``, then ``U`` as ``(out, r, kh, 1)`` or ``(out, r, 1, 1)``."""
+        """``V`` as ``(r, in, 1, kw)`` or ``(r, in, kh, kw)``, then ``U`` as ``(out, r, kh, 1)`` or ``1 x 1``."""
         U, V = factors
         out_channels, in_channels, height, width = self.dense_shape
         if self.scheme == "channel":
