@@ -76,12 +76,7 @@ class FactorOptions:
     def load_source(
         self, auto_class: Any, tokenizer: PreTrainedTokenizerBase, *, dense_steps: int = 0
     ) -> PreTrainedModel | None:
-        """Load the model to go on from, if there is one; sizes and ranks that are given must be its.
-
-        Args:
-            auto_class: A class of models, or one of Transformers' Auto classes.
-            tokenizer: Of the run.
-            dense_steps: Steps after which the ranks that are given are those of the model.
+        """Load the model to go on from, if there is one; sizes, and without dense steps ranks, that are given are its.
 
         Raises:
             FileNotFoundError: If there is no such model.
@@ -111,10 +106,7 @@ class FactorOptions:
 
 
 def init_methods(entries: Sequence[str]) -> str | dict[str, str]:
-    """Return how factors start, as a configuration takes it, from the values of ``factor_init``.
-
-    Args:
-        entries: One method for all factors, or ``selector=method`` each.
+    """Return what a configuration takes for ``factor_init``: one method, or methods by selector.
 
     Raises:
         ValueError: If a method stands among others without a selector.

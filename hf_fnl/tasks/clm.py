@@ -32,11 +32,7 @@ _TOKENS = datasets.Features({"tokens": datasets.List(datasets.Value("int32")), "
 
 
 def encode_documents(batch: Mapping[str, Sequence[str | None]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    """Encode documents, each with an end-of-text token behind it; those of white space alone are left out.
-
-    Args:
-        batch: Column ``text``.
-        tokenizer: Tokenizer with an end-of-text token.
+    """Encode the column ``text``, an end-of-text token behind each document; those of white space alone are left out.
 
     Returns:
         ``tokens``, the ids of each document, and ``words``, how many words it has that white space separates.

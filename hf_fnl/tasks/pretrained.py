@@ -55,11 +55,8 @@ def load_pretrained(option: str, source: str, auto_class: Any, *, is_trained: bo
 def longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | float:
     """Return the most tokens that a model has positions for; infinity where it has no vector for each.
 
-    A model whose positions count from behind its padding index, as RoBERTa's do, reads as many fewer.
-
-    Args:
-        model: Any model of Transformers.
-        tokenizer: Its tokenizer, which may know of a lower bound.
+    A model whose positions count from behind its padding index, as RoBERTa's do, reads as many fewer. The tokenizer may
+    know of a lower bound.
     """
     bounds = [tokenizer.model_max_length, math.inf]
     for name, module in model.named_modules():
@@ -71,17 +68,7 @@ def longest_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def check_length(option: str, length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse sequences for which a model has no positions.
-
-    Args:
-        option: That sets the length.
-        length: Tokens of the longest sequence.
-        model: The model.
-        tokenizer: Its tokenizer.
-
-    Raises:
-        ValueError: If they are longer than :func:`longest_sequence`.
-    """
+    """Raise a ``ValueError`` if an option sets a length, in tokens, above :func:`longest_sequence`."""
     if length > (longest := longest_sequence(model, tokenizer)):
         raise ValueError(
             f"{option} must be at most {longest}, the positions of this {type(model).__name__}, got {length}"

@@ -37,14 +37,12 @@ class ImageRecords:
     Args:
         images: The column ``image``, with the ``path`` and the ``bytes`` of each.
         labels: Shape ``(len(images),)``, integers from 0.
-        record_numbers: Where each stands in ``source``, from 0, shape ``(len(images),)``.
         class_names: Name of each class.
         source: What to name in errors.
     """
 
     images: datasets.Dataset
     labels: Tensor
-    record_numbers: NDArray[np.int64]
     class_names: list[str]
     source: str
 
@@ -60,7 +58,7 @@ class ImageRecords:
 
     def name(self, index: int) -> str:
         """Return what to call an image in errors."""
-        return f"record {self.record_numbers[index]} of {self.source}"
+        return f"record {index} of {self.source}"
 
     def _decode(self, cell: dict[str, Any], index: int) -> Image.Image:
         """Return an image upright, a gray one in mode L and any other in RGB."""
@@ -110,7 +108,9 @@ def load_images(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 image or None for all, got {limit}")
     records = _load(source, split, name)
-    image_column = image_column or _find_column(records, "image", source, [_is_image])
+    image_column = image_column or _find_column(
+        records, "image", source, [lambda feature: isinstance(feature, datasets.Image)]
+    )
     label_column = label_column or _find_column(records, "label", source, [_is_class, _is_integer])
     for option, column in {"image_column": image_column, "label_column": label_column}.items():
         if column not in records.column_names:
@@ -130,11 +130,10 @@ def load_images(
         raise ValueError(
             f"column {image_column!r} of {source} holds {feature}, no images; set image_column to one that does"
         ) from error
-    rows = np.arange(len(records))
     if limit is not None:
-        rows = np.sort(np.random.default_rng(SHUFFLE_SEED).permutation(rows)[:limit])
-        images = images.select(rows)
-    return ImageRecords(images, torch.from_numpy(labels[rows]), rows, list(class_names), str(source))
+        rows = np.sort(np.random.default_rng(SHUFFLE_SEED).permutation(len(records))[:limit])
+        images, labels = images.select(rows), labels[rows]
+    return ImageRecords(images, torch.from_numpy(labels), list(class_names), str(source))
 
 
 def _load(source: str | Path, split: str, name: str | None) -> datasets.Dataset:
@@ -182,12 +181,7 @@ def pillow(module: str) -> Any:
 
 
 def to_array(image: Image.Image, *, num_channels: int | None = None) -> NDArray[np.uint8]:
-    """Return the pixels of an image in mode L or RGB, shape ``(num_channels, height, width)``.
-
-    Args:
-        image: Gray (mode L) or RGB.
-        num_channels: 1 for gray, 3 for RGB. Default: those of the image.
-    """
+    """Return the pixels of an image, gray (mode L) or RGB, as ``(num_channels, height, width)`` of 1 or 3 channels."""
     mode = {None: image.mode, 1: "L", 3: "RGB"}[num_channels]
     pixels = np.asarray(image.convert(mode))
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
@@ -199,10 +193,6 @@ def resize_and_crop(image: Image.Image, *, shorter_side: int, size: int) -> Imag
     width, height = (shorter_side * side // min(image.size) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), BILINEAR).crop((left, top, left + size, top + size))
-
-
-def _is_image(feature: Any) -> bool:
-    return isinstance(feature, datasets.Image)
 
 
 def _is_class(feature: Any) -> bool:
@@ -217,10 +207,6 @@ def _find_column(records: datasets.Dataset, kind: str, source: object, tests: Se
     """Return the one column that passes the first of the tests that any column passes."""
     found = [[column for column, feature in records.features.items() if test(feature)] for test in tests]
     columns = next(filter(None, found), [])
-    if not columns and records.column_names == ["image"]:
-        raise ValueError(
-            f"the images of {source} have no classes: put those of each class, two at least, into a folder"
-        )
     if len(columns) != 1:
         count = f"several {kind} columns" if columns else f"no {kind} column"
         raise ValueError(f"{count} in {source}; set {kind}_column to one of {columns or sorted(records.column_names)}")

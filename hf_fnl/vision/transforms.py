@@ -87,15 +87,8 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, 
     """Return a rectangle inside an image, of random area and ratio of its sides (Szegedy et al. 2015, Sec. 6).
 
     Of ten that are drawn, with areas of 8 to 100 % and ratios between 3:4 and 4:3 (uniform in the logarithm), the first
-    that fits is put at a random place. If none does, it is the largest with such a ratio in the center.
-
-    Args:
-        width: Of the image, in pixels.
-        height: The same.
-        rng: Source of all choices.
-
-    Returns:
-        Left, top, right and bottom, in pixels.
+    that fits is put at a random place. If none does, it is the largest with such a ratio in the center. Returned are
+    left, top, right and bottom, in pixels as ``width`` and ``height`` of the image.
     """
     for area, log_ratio, across, down in rng.random((10, 4)).tolist():
         pixels = width * height * (CROP_AREAS[0] + area * (CROP_AREAS[1] - CROP_AREAS[0]))

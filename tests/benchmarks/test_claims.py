@@ -42,10 +42,6 @@ README = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
-def cells(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["cells"]
-
-
 def says(text: str, words: str) -> bool:
     """Whether a text has these words, wherever its lines break."""
     return words in " ".join(text.split())
@@ -163,83 +159,6 @@ def test_the_readmes_fine_tuning_leaves_the_routine_as_it_is():
     assert {word.removeprefix("--") for word in given} <= known
 
 
-def test_updates_to_a_loss():
-    path = ROOT / "benchmarks" / "results" / "time_to_loss.json"
-    rows = {row["case"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
-    updates = {case: [row[f"updates to {loss}"] for loss in ("6", "5.5", "5.2")] for case, row in rows.items()}
-
-    def more(ours: str, theirs: str) -> list[int]:
-        return [round(100 * (a / b - 1)) for a, b in zip(updates[ours], updates[theirs], strict=True)]
-
-    assert all(share < 0 for share in more("factorized BERT, AdamW", "stock BERT, AdamW"))
-    assert more("factorized BERT, FLAMBe", "stock BERT, LAMB") == [12, 1, 1]
-    assert says(BENCHMARKS, "with FLAMBe more than the stock one with LAMB (12, 1 and 1 % more)")
-    assert not says(BENCHMARKS, "or fewer")
-
-
-def test_overcomplete_networks_beside_the_dense_one_of_the_same_seeds():
-    dense = cells("resnet20_low_rank-small")["dense cifar10"]["seeds"]
-    wide = {name.split()[0]: cell["seeds"] for name, cell in cells("resnet20_overcomplete-small").items()}
-
-    def mean(seeds: dict, only: dict) -> str:
-        return f"{statistics.fmean(seeds[seed]['accuracy'] for seed in only):.1f}"
-
-    assert [mean(wide["full_fd"], wide["full_fd"]), mean(dense, wide["full_fd"])] == ["72.6", "72.7"]
-    assert says(README, "Overcomplete 72.6 % with Frobenius decay")
-    assert says(README, "where the dense network has 72.7 % with the same two seeds")
-    assert says(BENCHMARKS, "(72.6 against 72.7 with the same two seeds)")
-    assert not says(BENCHMARKS, "shows in every one of them")
-
-
-def test_each_seed_of_the_low_rank_networks_has_the_order_of_the_paper():
-    found = cells("resnet20_low_rank-small")
-    for seed in ("1", "2", "3"):
-        plain, si, fd, both = (
-            found[f"low_rank{name} cifar10_10"]["seeds"][seed]["accuracy"] for name in ("", "_si", "_fd", "_si_fd")
-        )
-        assert max(si, fd) < plain < both
-
-
-def test_spectral_initialization_in_translation_by_perplexity_and_by_bleu():
-    found = list(cells("k21_figure4_small").values())
-    by = {(cell["rank scale"], cell["decay"], cell["init"]): cell for cell in found}
-    pairs = [(by[key[0], key[1], "spectral"], by[key[0], key[1], "default"]) for key in by if key[2] == "spectral"]
-    lower = sum(ours["validation perplexity"] < theirs["validation perplexity"] for ours, theirs in pairs)
-    higher = sum(ours["BLEU (tokens)"] > theirs["BLEU (tokens)"] for ours, theirs in pairs)
-    assert (len(pairs), lower, higher) == (9, 9, 6)
-    assert max(cell["BLEU (tokens)"] for cell in found) < 3
-    assert says(README, "the lower perplexity in all nine pairs and the higher BLEU in six, all of them below 3")
-    assert says(BENCHMARKS, "By BLEU it is ahead in six of the nine pairs.")
-
-
-def test_low_rank_language_models():
-    found = [cell for cell in cells("k22_language_models_small").values() if cell["form"] == "low-rank"]
-
-    def pairs(name: str, one: object, other: object) -> list[tuple[dict, dict]]:
-        """Cells that differ in this setting alone."""
-        rest = {"width", "init", "decay", "lr scaling", "seed"} - {name}
-        return [
-            (a, b)
-            for a in found
-            for b in found
-            if (a[name], b[name]) == (one, other) and all(a[key] == b[key] for key in rest)
-        ]
-
-    decays = pairs("decay", "Frobenius", "L2")
-    higher_rank = sum(a["mean effective rank"] > b["mean effective rank"] for a, b in decays)
-    better = sum(a["perplexity per token"] < b["perplexity per token"] for a, b in decays)
-    half = [a["perplexity per token"] <= b["perplexity per token"] for a, b in pairs("lr scaling", 0.5, 1.0)]
-    assert (len(decays), higher_rank, better, len(half), sum(half)) == (18, 15, 15, 18, 13)
-    assert says(README, "Frobenius decay keeps the higher effective rank in 15 of 18 pairs")
-    assert says(BENCHMARKS, "the lower perplexity in 15 of them too, and half the learning rate in 13 of 18")
-
-
-def test_recovery_says_that_frobenius_decay_lost():
-    f1 = {name: f"{cell['f1']:.1f}" for name, cell in cells("squad_recovery").items()}
-    assert says(README, f"reaches F1 {f1['ordinary']} on SQuAD after two epochs on part of its data, the dense model")
-    assert says(README, f"{f1['dense']}. Frobenius decay lost there: {f1['frobenius']}.")
-
-
 def test_calibrated_truncation():
     rows = json.loads((ROOT / "benchmarks" / "results" / "minilm.json").read_text(encoding="utf-8"))["rows"]
     for share in {row["share"] for row in rows.values()}:
@@ -252,17 +171,6 @@ def test_calibrated_truncation():
     near = [row["same neighbours"] for row in (before, healed)]
     assert says(README, f"bring it to {healed['cosine']:.3f}, and the share of its ten nearest neighbours")
     assert says(README, f"from {near[0]:.3f} to {near[1]:.3f}")
-
-
-def test_the_table_of_lamb_and_flambe():
-    for cell in cells("k21_table4_small").values():
-        heads = "full (64)" if cell["head_rank"] == 64 else "halved (32)"
-        name = {"lamb": "LAMB", "flambe": "FLAMBe"}[cell["optimizer"]]
-        line = (
-            f"| {name} | {heads} | {cell['parameters'] / 1e6:.2f} M | {cell['mlm_loss']:.3f} | "
-            f"{100 * cell['next_sentence_accuracy']:.1f} % | {cell['exact_match']:.2f} | {cell['f1']:.2f} |"
-        )
-        assert line in BENCHMARKS
 
 
 def test_every_table_of_experiments_is_listed():

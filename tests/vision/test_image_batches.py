@@ -38,7 +38,7 @@ def records(pictures, labels=None) -> ImageRecords:
     images = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features(image=datasets.Image()))
     labels = torch.arange(len(pictures)) % 2 if labels is None else torch.tensor(labels)
     stored = images.cast_column("image", datasets.Image(decode=False))
-    return ImageRecords(stored, labels, np.arange(len(pictures)), ["ant", "bee"], "somewhere")
+    return ImageRecords(stored, labels, ["ant", "bee"], "somewhere")
 
 
 def tensors(count=11, **shape) -> ImageTensors:
