@@ -99,8 +99,9 @@ class BlockOutputCache:
     def find_chains(self, run: Run) -> None:
         """Find the lists whose blocks run once each, in order, each given exactly what the one before it gave.
 
-        Nothing else may use what a block gave, but for the last one of a list. It is found out by two passes: one in
-        which all run, and one for each list in which its blocks, but for the last, answer with NaN: none of it may
+        Nothing else may use what a block gave, but for the last one of a list, nor may it leave anything in what it was
+        given, as Gemma 3n's do for those that share their keys. It is found out by two passes: one in which all run,
+        and one for each list in which its blocks, but for the last, answer with NaN: none of it may
         arrive anywhere but in the block that comes next.
         """
         called: dict[Chain, list[int]] = {}
@@ -109,8 +110,10 @@ class BlockOutputCache:
 
         def note(chain: Chain, index: int, args: Any, kwargs: Any, forward: Run) -> Any:
             is_next = index == 0 or any(x is y for x in tensors_in((args, kwargs)) for y in last.get(chain, ()))
-            called.setdefault(chain, []).append(index if is_next else -1)
+            given = [*map(id, tensors_in((args, kwargs)))]
             output = forward()
+            is_next &= given == [*map(id, tensors_in((args, kwargs)))]  # it leaves nothing behind in what all share
+            called.setdefault(chain, []).append(index if is_next else -1)
             last[chain] = list(tensors_in(output))
             is_last = index == len(chain.blocks) - 1
             outputs[chain, index] = output if is_last else _mapped(output, lambda x: _NaN(x.shape, x.dtype, x.device))

@@ -89,6 +89,31 @@ class Stages(Skipping):
         return x
 
 
+class Sharing(nn.Module):
+    """A block that leaves what it computes to those after it, or uses it, as blocks of Gemma 3n do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, shared: dict[str, Tensor]) -> Tensor:
+        return x + shared.setdefault("first", self.linear(x).tanh())
+
+
+class Shared(Skipping):
+    """A stack of which the first block leaves something in a dictionary that all are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Sharing() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared: dict[str, Tensor] = {}
+        for block in self.blocks:
+            x = block(x, shared)
+        return x
+
+
 def inputs_of(model: nn.Module, rows: int = 3, padded: bool = False) -> dict[str, Tensor]:
     if isinstance(model, Skipping):
         return {"x": torch.randn(rows, 5)}
@@ -101,8 +126,17 @@ def inputs_of(model: nn.Module, rows: int = 3, padded: bool = False) -> dict[str
 
 @pytest.mark.parametrize(
     ("build", "chains"),
-    [(llama, [3]), (bert, [3]), (marian, [2, 3]), (t5, [3, 3]), (Skipping, []), (Dense, []), (Stages, [2, 2, 3])],
-    ids=["llama", "bert", "marian", "t5", "skipping", "dense", "stages"],
+    [
+        (llama, [3]),
+        (bert, [3]),
+        (marian, [2, 3]),
+        (t5, [3, 3]),
+        (Skipping, []),
+        (Dense, []),
+        (Shared, []),
+        (Stages, [2, 2, 3]),
+    ],
+    ids=["llama", "bert", "marian", "t5", "skipping", "dense", "shared", "stages"],
 )
 def test_stacks_are_chains_where_each_block_is_given_the_last_ones_output(
     tmp_path: Any, build: Callable[[], nn.Module], chains: list[int]
@@ -117,7 +151,7 @@ def test_stacks_are_chains_where_each_block_is_given_the_last_ones_output(
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("build", [llama, bert, marian, t5, Skipping, Stages], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [llama, bert, marian, t5, Skipping, Shared, Stages], ids=lambda build: build.__name__)
 def test_what_is_kept_on_disk_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, build: Callable[[], nn.Module], padded: bool
 ) -> None:
