@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file, is_peft_available
@@ -28,6 +27,8 @@ def load_checked(
 ) -> Any:
     """Call a ``from_pretrained`` of Transformers and refuse a checkpoint that is not that of the model.
 
+    Below an adapter Transformers reports how that was loaded: it then checks the shapes of the model itself.
+
     Returns:
         What ``from_pretrained`` returns.
 
@@ -36,17 +37,15 @@ def load_checked(
         CheckpointMismatchError: If the checkpoint holds a parameter in another shape, or a product in another form,
             than the configuration says, unless ``ignore_mismatched_sizes``.
     """
-    options = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    is_checked = not (ignore_mismatched_sizes or _names_adapter(source, kwargs))
+    options = {"ignore_mismatched_sizes": ignore_mismatched_sizes or is_checked, "output_loading_info": True}
     try:
         model, info = from_pretrained(source, *args, **options, **kwargs)
     except SafetensorError as error:
         folder = Path(source or "", kwargs.get("subfolder") or "")
         raise OSError(f"the weights in {_unreadable_file(folder)} are truncated or corrupt: {error}") from error
-    if not ignore_mismatched_sizes:
+    if is_checked:
         _check_loaded(model, source, info)
-        if _names_adapter(source, kwargs):  # how that was loaded is what is reported then, and not the model
-            base = model.config.name_or_path
-            check_files(model, base, _weight_files(base, kwargs.get("subfolder") or ""))
     return (model, info) if output_loading_info else model
 
 
@@ -93,43 +92,6 @@ def _check_loaded(model: PreTrainedModel, source: object, info: Mapping[str, Any
         )
 
 
-def check_files(model: PreTrainedModel, source: object, files: Iterable[str | os.PathLike]) -> None:
-    """Raise a ``CheckpointMismatchError`` if weight files do not fit a model, by their headers alone.
-
-    Args:
-        model: The model, on the meta device or not.
-        source: Folder or Hub id of the files.
-        files: Those in the format of safetensors are looked at.
-    """
-    held: dict[str, list[int]] = {}
-    for file in files:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as weights:
-                names = weights.keys()
-                held |= {name: weights.get_slice(name).get_shape() for name in names}
-    # An adapter holds the layers that it was put around under names of its own.
-    own = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()}
-    wanted = {name: tuple(value.shape) for name, value in own.items()}
-    prefix = f"{model.base_model_prefix}."
-
-    def ours(name: str) -> str:  # with the prefix of the backbone, or without
-        return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in wanted), name)
-
-    shapes = {ours(name): tuple(shape) for name, shape in held.items()}
-    mismatched = [(n, shape, wanted[n]) for n, shape in shapes.items() if shape != wanted.get(n, shape)]
-    factors = {"U", "M", "V"}
-    unexpected = [name for name in shapes if name not in wanted]
-    missing = [name for name in wanted if name not in shapes]
-    # A product in another form: elsewhere names may differ, and Transformers translates those of old checkpoints.
-    of_factors = {name.rpartition(".")[0] for name in (*unexpected, *missing) if name.rpartition(".")[2] in factors}
-    keys = {
-        "mismatched_keys": mismatched,
-        "unexpected_keys": [name for name in unexpected if name.rpartition(".")[0] in of_factors],
-        "missing_keys": [name for name in missing if name.rpartition(".")[0] in of_factors],
-    }
-    _check_loaded(model, source, keys)
-
-
 def _names_adapter(source: str | os.PathLike | None, options: Mapping[str, Any]) -> bool:
     """Whether ``from_pretrained`` loads an adapter after the model: ``source`` holds one, or an Auto class saw one."""
     if "_adapter_model_path" in (options.get("adapter_kwargs") or {}):
@@ -137,14 +99,6 @@ def _names_adapter(source: str | os.PathLike | None, options: Mapping[str, Any])
     known = ("cache_dir", "revision", "local_files_only", "token", "subfolder")
     found = {name: options[name] for name in known if options.get(name) is not None}
     return is_peft_available() and source is not None and find_adapter_config_file(str(source), **found) is not None
-
-
-def _weight_files(source: str, subfolder: str) -> list[Path]:
-    """The weight files of a model in a folder, or in the cache of the Hub."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(source, allow_patterns="*.safetensors", local_files_only=True))
-    return [file for file in folder.joinpath(subfolder).glob("*.safetensors") if not file.match("adapter_*")]
 
 
 def _unreadable_file(folder: Path) -> Path:

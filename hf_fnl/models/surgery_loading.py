@@ -31,6 +31,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_fnl.layers import Factorized
 from hf_fnl.models.base import init_factors
@@ -38,7 +39,6 @@ from hf_fnl.models.loading import load_checked
 from hf_fnl.surgery.record import (
     QUANT_METHOD,
     Layers,
-    SurgeryConfig,
     method_of,
     models_in,
     quantization_of,
@@ -52,15 +52,34 @@ _FIRST_FACTORS = ("U", "out_core")  # the name of one factor of every factorized
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+class SurgeryConfig(QuantizationConfigMixin):
+    """The record of surgery, as it is read from ``config.json``.
+
+    Args:
+        layers: Rank, scheme of a convolution and other options, by the name of the layer.
+        quant_method: Name of the method, ``"hf_fnl"``.
+        quantization: The ``quantization_config`` of another method that the factorized model went through, if any.
+        quantize: Quantize in loading, for the weights in the files are not.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        quant_method: str = QUANT_METHOD,
+        quantization: Mapping[str, Any] | None = None,
+        quantize: bool = False,
+    ) -> None:
+        self.layers, self.quant_method, self.quantization, self.quantize = layers, quant_method, quantization, quantize
+
+
 class _Surgery:
     """Mixin before a quantizer of Transformers: puts factorized layers into a model before its weights are loaded."""
 
     def __init__(self, record: SurgeryConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
         self.layers, other = record.layers, record.quantization
-        if isinstance(other, Mapping):
-            other = AutoQuantizationConfig.from_dict(dict(other))
+        config = record if other is None else AutoQuantizationConfig.from_dict(dict(other))
         is_quantized = pre_quantized and not record.quantize
-        super().__init__(record if other is None else other, pre_quantized=is_quantized, **kwargs)  # type: ignore[call-arg]
+        super().__init__(config, pre_quantized=is_quantized, **kwargs)  # type: ignore[call-arg]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any

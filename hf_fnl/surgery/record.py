@@ -1,18 +1,15 @@
-"""The record of surgery in a configuration, read from the modules of its model whenever it is asked for."""
+"""The record of surgery in the configuration of a model: its layers with factors or narrow heads."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import itertools
-import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_fnl.layers import (
     Factorized,
@@ -26,7 +23,6 @@ from hf_fnl.layers import (
 QUANT_METHOD = "hf_fnl"  # what `config.json` calls a model that went through surgery
 
 Layers = Mapping[str, Mapping[str, Any]]
-Quantization: TypeAlias = Mapping[str, Any] | QuantizationConfigMixin
 MADE = (Factorized, HeadProjection, LinearPair)  # what surgery puts into models
 
 
@@ -49,107 +45,9 @@ def layer_record(layer: nn.Module) -> dict[str, Any]:
 
 def layer_records(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the records of all layers of a model that surgery may have made, by name."""
-    return {name: layer_record(layer) for name, layer in model.named_modules() if isinstance(layer, MADE)}
-
-
-class SurgeryConfig(Mapping[str, Any], QuantizationConfigMixin):
-    """The ``quantization_config`` of a model with factorized layers.
-
-    In a model's configuration it lists the layers that the model has at the moment. That holds, too, after the model
-    is copied, wrapped, or changed by other code. In a copy of the configuration alone it is a plain dictionary, and as
-    read from ``config.json`` it lists what stands there. A model that was quantized after surgery has the configuration
-    of that inside of this one.
-
-    Args:
-        layers: Rank, scheme of a convolution and other options, by the name of the layer.
-        quant_method: Name of the method, ``"hf_fnl"``.
-        quantization: The ``quantization_config`` of another method that the factorized model went through, if any.
-        quantize: Quantize in loading, for the weights in the files are not.
-    """
-
-    def __init__(
-        self,
-        layers: Layers,
-        quant_method: str = QUANT_METHOD,
-        quantization: Quantization | None = None,
-        quantize: bool = False,
-    ) -> None:
-        self.quant_method = quant_method
-        self.quantize = quantize
-        self._written, self._quantization = layers, quantization
-        self._model: weakref.ref[PreTrainedModel] | None = None
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> SurgeryConfig:
-        """The record of a model; it does not keep the model alive."""
-        record = cls(layer_records(model))
-        record._model = weakref.ref(model)
-        return record
-
-    @property
-    def model(self) -> PreTrainedModel | None:
-        """The outermost model that the configuration belongs to, ``None`` where the record is only what is written."""
-        return None if self._model is None else self._model()
-
-    @property
-    def layers(self) -> Layers:
-        """The records of the layers, by the names that they have in the model that is saved."""
-        holders = self._holders()
-        if not holders:
-            return self._written
-        # A backbone shares its configuration with the model around it. `save_pretrained` writes the class of what it
-        # saves into the configuration just before it writes that.
-        saved = [model for model in holders if [type(model).__name__] == model.config.architectures]
-        return layer_records(saved[0] if len(saved) == 1 else holders[0])
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """The configuration of the other method by which the model is quantized, ``None`` if there is none."""
-        if self.model is None:
-            return self._quantization
-        quantizer = getattr(self.model, "hf_quantizer", None)
-        return None if quantizer is None else quantizer.quantization_config
-
-    def _holders(self) -> list[PreTrainedModel]:
-        """The models that have the configuration, the outermost first."""
-        return [] if self.model is None else [m for m in models_in(self.model) if m.config is self.model.config]
-
-    def to_dict(self) -> Any:
-        """The record, ready for JSON; ``None`` where no layer is factorized."""
-        layers = {name: dict(record) for name, record in self.layers.items()}
-        if not layers:
-            return None
-        record: dict[str, Any] = {"quant_method": self.quant_method, "layers": layers}
-        if (other := self.quantization) is not None:
-            record["quantization"] = dict(other) if isinstance(other, Mapping) else other.to_dict()
-            record |= {"quantize": True} if self.quantize else {}
-        return record
-
-    def __getitem__(self, key: str) -> Any:
-        return (self.to_dict() or {})[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.to_dict() or {})
-
-    def __len__(self) -> int:
-        return len(self.to_dict() or {})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self._model is None:
-            return SurgeryConfig(self._written, quantization=self._quantization, quantize=self.quantize)
-        for model in self._holders():
-            if id(model) in memo:  # the model is being copied, too
-                record = SurgeryConfig(layer_records(model), quantization=self.quantization)
-                record._model = weakref.ref(memo[id(model)])
-                return record
-        return self.to_dict()
-
-    def __reduce__(self) -> Any:
-        return _plain, (self.to_dict(),)
-
-
-def _plain(record: Any) -> Any:
-    return record
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MADE)}
+    # Models are saved without the adapters of PEFT, which are around layers.
+    return {name.replace(".base_layer", ""): layer_record(layer) for name, layer in layers.items()}
 
 
 def models_in(module: nn.Module) -> list[PreTrainedModel]:
@@ -162,12 +60,6 @@ def live_models(module: nn.Module) -> list[PreTrainedModel]:
 
     A module does not know what holds it, so these are looked for among all objects.
     """
-    if gc.get_freeze_count() and not isinstance(module, PreTrainedModel):
-        warnings.warn(
-            f"after gc.freeze() it cannot be told which model holds this {type(module).__name__}: if one of "
-            "Transformers does, pass that model, or its configuration will not say what was factorized",
-            stacklevel=3,
-        )
     objects, classes = gc.get_objects(), set(_subclasses(PreTrainedModel))
     found = itertools.compress(objects, map(classes.__contains__, map(type, objects)))
     made = (model for model in found if "_modules" in vars(model))  # and not one whose construction failed
@@ -196,19 +88,15 @@ def update_records_(models: Iterable[PreTrainedModel]) -> None:
     """
     models = list(models)
     inner = {nested for model in models for nested in models_in(model)[1:]}
-    for root in models:
-        if root not in inner:
-            _own_configs_(root)
-            holders: dict[int, PreTrainedModel] = {}
-            for model in models_in(root):
-                first = holders.setdefault(id(model.config), model)
-                if first is not model and model not in set(first.modules()):
-                    if layer_records(model) == layer_records(first):
-                        continue
-                    _copy_configs_(model, {})  # two parts side by side that differ now
-                    first = holders[id(model.config)] = model
-                if first is model:
-                    _update_record_(model)
+    for root in (model for model in models if model not in inner):
+        copies: dict[int, Any] = {}
+        for module in root.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, PreTrainedConfig):
+                    setattr(module, name, copy.deepcopy(value, copies))
+        outermost = {id(model.config): model for model in reversed(models_in(root))}
+        for model in outermost.values():
+            _update_record_(model)
 
 
 def method_of(record: Any) -> str:
@@ -225,35 +113,11 @@ def quantization_of(record: Any) -> Any:
 
 
 def _update_record_(model: PreTrainedModel) -> None:
-    record = getattr(model.config, "quantization_config", None)
-    if any(isinstance(layer, MADE) for layer in model.modules()):
-        if not isinstance(record, SurgeryConfig) or record.model is not model:
-            model.config.quantization_config = SurgeryConfig.of(model)
-    elif record is not None and method_of(record) == QUANT_METHOD:
+    before = getattr(model.config, "quantization_config", None)
+    if layers := layer_records(model):
+        record: dict[str, Any] = {"quant_method": QUANT_METHOD, "layers": layers}
+        if (other := quantization_of(before)) is not None:
+            record["quantization"] = other if isinstance(other, dict) else other.to_dict()
+        model.config.quantization_config = record
+    elif before is not None and method_of(before) == QUANT_METHOD:
         del model.config.quantization_config
-
-
-def _own_configs_(root: PreTrainedModel) -> None:
-    """Give a model and what is inside of it configurations that nothing outside has."""
-    own: dict[int, PreTrainedConfig] = {}
-
-    def keep(config: PreTrainedConfig) -> None:
-        own[id(config)] = config
-        for value in vars(config).values():
-            if isinstance(value, PreTrainedConfig):
-                keep(value)
-
-    inside = models_in(root)
-    for model in inside:
-        record = getattr(model.config, "quantization_config", None)
-        if isinstance(record, SurgeryConfig) and record.model in inside:
-            keep(model.config)
-    _copy_configs_(root, own)
-
-
-def _copy_configs_(model: PreTrainedModel, memo: dict[int, Any]) -> None:
-    """Replace every configuration that a module inside a model holds by a copy, except for those in ``memo``."""
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, PreTrainedConfig):
-                setattr(module, name, copy.deepcopy(value, memo))

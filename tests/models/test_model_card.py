@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from bert_cases import HEADS, LOW, MASKED_LM
 from huggingface_hub import ModelCard, ModelCardData
 from training_cases import tiny_trainer
-from transformers import LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_fnl import (
     FactorizationConfig,
@@ -123,8 +122,7 @@ def test_a_model_that_was_quantized_after_surgery_says_by_what():
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1))
     factorize_(model, FactorizationConfig(rank_scale=0.25))
     to_linear_(model)
-    model.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig.__new__(TorchAoConfig))
-    model.hf_quantizer.quantization_config.quant_method = "torchao"
+    model.config.quantization_config["quantization"] = {"quant_method": "torchao"}
     card = model_card(model)
     assert facts(card)["quantized by"] == "torchao"
     assert card.data.tags == ["hf_fnl", "transformers", "low-rank", "torchao"]

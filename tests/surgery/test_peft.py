@@ -13,7 +13,6 @@ import torch
 from bert_cases import HEADS as BERT_HEADS
 from gpt2_cases import HEADS as GPT2_HEADS
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import (
@@ -29,7 +28,6 @@ from transformers import (
 
 from hf_fnl import FactorizationConfig, factorize_, merge_
 from hf_fnl.layers import Factorized, FactorizedLinear
-from hf_fnl.models.loading import CheckpointMismatchError
 
 IDS = torch.tensor([[3, 7, 9, 4]])
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -284,23 +282,13 @@ def test_an_adapter_is_loaded_in_every_way(head, auto, target, tmp_path):
 
 
 @each_base
-def test_a_base_that_does_not_fit_is_refused_also_below_an_adapter(head, auto, target, tmp_path):
+def test_a_base_of_another_rank_is_refused_also_below_an_adapter(head, auto, target, tmp_path):
     saved(head, target, tmp_path)
     path = tmp_path / "base" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"ffn_rank": 4}))
     for from_pretrained in (head.ours.from_pretrained, auto.from_pretrained):
-        with pytest.raises(CheckpointMismatchError, match="does not fit"):
+        with pytest.raises(RuntimeError, match="mismatch"):
             from_pretrained(tmp_path / "adapter")
-
-
-@each_base
-def test_a_dense_weight_around_which_an_adapter_is_put_is_checked_too(head, auto, target, tmp_path):
-    saved(head, target, tmp_path)
-    weights = load_file(tmp_path / "base" / "model.safetensors")
-    name = next(name for name in weights if name.endswith(f"{target}.weight"))
-    save_file(weights | {name: torch.zeros(5, 3)}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointMismatchError, match=f"{target}.weight has shape"):
-        auto.from_pretrained(tmp_path / "adapter")
 
 
 @each_base

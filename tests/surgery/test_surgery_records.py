@@ -1,10 +1,7 @@
 """What a configuration says about surgery: for each model by itself, whatever wraps, shares, copies or changes it."""
 
 import copy
-import gc
 import io
-import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -133,10 +130,6 @@ def test_inside_a_model_the_configuration_is_shared_as_before():
     assert all(module.config is model.config for module in holders)
     model.set_attn_implementation("eager")
     assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
-    config = model.config
-    factorize_(model, FactorizationConfig(rank=3, kinds=("embedding",), include=("*embed_tokens",)))
-    merge_(model)
-    assert model.config is config
 
 
 @pytest.mark.parametrize(("make", "stored"), [(LlamaForCausalLM, False), (AutoModelForCausalLM.from_config, True)])
@@ -163,20 +156,6 @@ def test_factors_that_are_tied_to_a_layer_outside_are_refused_with_the_way_out(t
     ):
         merge_(model.model)
     assert_comes_back(model, tmp_path)
-
-
-def test_where_no_model_can_be_found_a_warning_says_so(tmp_path):
-    model = LLAMA.build()
-    gc.freeze()
-    try:
-        with pytest.warns(
-            UserWarning, match=r"after gc.freeze\(\) it cannot be told which model holds this ModuleList"
-        ):
-            factorize_(model.model.layers, LOW)
-        factorize_(model, FactorizationConfig(rank=4, include=("lm_head",)))
-        assert_comes_back(model, tmp_path)
-    finally:
-        gc.unfreeze()
 
 
 # Models inside of models
@@ -276,18 +255,17 @@ def test_merging_a_part_leaves_the_record_of_the_rest(tmp_path):
     assert_comes_back(model, tmp_path / "dense")
 
 
-def test_changes_by_other_code_are_in_the_record(tmp_path):
+def test_a_model_that_other_code_changed_comes_back(tmp_path):
     model = LLAMA.build()
     factorize_(model, LOW)
     model.model.layers = model.model.layers[1:]
     model.config.num_hidden_layers = 1
     model.model.layers[0].mlp.up_proj = model.model.layers[0].mlp.up_proj.to_dense()
-    assert record(model) == factorized(model)
     assert_comes_back(model, tmp_path / "one")
     for name in factorized(model):
         model.set_submodule(name, model.get_submodule(name).to_dense())
-    assert model.config.to_dict()["quantization_config"] is None
     assert_comes_back(model, tmp_path / "dense")
+    assert not hasattr(load(tmp_path / "dense").config, "quantization_config")
 
 
 def test_a_copy_of_the_model_has_a_record_of_its_own(tmp_path):
@@ -314,18 +292,6 @@ def test_a_pickled_model_comes_back_and_goes_on(tmp_path):
 # The configuration as others read it
 
 
-def test_a_copy_of_the_configuration_alone_is_plain_and_equal():
-    model = LLAMA.build()
-    factorize_(model, LOW)
-    for config in (copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
-        assert type(config.quantization_config) is dict
-        assert config == model.config
-        assert config.to_dict() == model.config.to_dict()
-    config = model.config
-    del model
-    assert config.to_dict()["quantization_config"]["layers"]
-
-
 @pytest.mark.parametrize("copied", [False, True], ids=["itself", "copied"])
 def test_the_configuration_of_a_model_can_be_passed_to_from_pretrained(copied, tmp_path):
     model = LLAMA.build()
@@ -335,28 +301,6 @@ def test_the_configuration_of_a_model_can_be_passed_to_from_pretrained(copied, t
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
     assert_close(dict(loaded.state_dict()), dict(model.state_dict()), **EXACT)
     assert record(model) == factorized(model)
-
-
-def test_it_reads_as_a_dictionary_and_as_a_quantization_configuration():
-    model = LLAMA.build()
-    factorize_(model, LOW)
-    held = model.config.quantization_config
-    assert (held.quant_method, held.get("quant_method"), held["quant_method"]) == ("hf_fnl",) * 3
-    assert dict(held) == held.to_dict() == json.loads(held.to_json_string())
-    assert held.get("load_in_8bit", False) is False
-    assert json.loads(model.config.to_json_string())["quantization_config"] == dict(held)
-    assert "rank" in repr(model.config)
-
-
-def test_it_does_not_keep_the_model_alive():
-    model = LLAMA.build()
-    factorize_(model, LOW)
-    held = model.config.quantization_config
-    assert held.model is model
-    del model
-    gc.collect()
-    assert held.model is None
-    assert held["layers"]
 
 
 def test_a_nested_model_of_another_quantization_is_refused():

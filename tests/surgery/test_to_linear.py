@@ -305,11 +305,10 @@ def test_any_method_quantizes_a_factorized_model_and_the_record_carries_both(hal
     assert_close(dict(loaded.state_dict()), dict(quantized.state_dict()), **EXACT)
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/config.json").read_text() == (tmp_path / "quantized/config.json").read_text()
-    assert copy.deepcopy(loaded).config.quantization_config.to_dict() == loaded.config.quantization_config.to_dict()
     with pytest.raises(ValueError, match=r"quantized with halves: .* or call its dequantize\(\) first"):
         factorize_(loaded, LOW)
     loaded.dequantize(torch.float32)
-    record = loaded.config.quantization_config.to_dict()
+    record = loaded.config.quantization_config
     assert "quantization" not in record
     assert record["layers"] == model.config.quantization_config["layers"]
     merge_(loaded)
