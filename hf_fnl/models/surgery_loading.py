@@ -86,7 +86,7 @@ class _Surgery:
     ) -> Any:
         shapes = _shapes_in(checkpoint_files or ())
         layers = {**_found_beside(model, shapes), **_without_dense(self.layers, model, shapes)}
-        swap_(model, empty_layers(model, _of_new_sizes(layers, model, shapes)), models_in(model))
+        swap_(model, empty_layers(model, layers), models_in(model))
         return super()._process_model_before_weight_loading(  # type: ignore[misc]
             model, checkpoint_files=checkpoint_files, **kwargs
         )
@@ -172,16 +172,6 @@ def _without_dense(layers: Layers, model: PreTrainedModel, shapes: Mapping[str, 
         return weight in shapes or not (has_pairs if record.get("linear") else has_factors)
 
     return {name: record for name, record in layers.items() if not is_dense(name, record)}
-
-
-def _of_new_sizes(layers: Layers, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> Layers:
-    """The layers of a record; what the model has smaller than the files, as for fewer labels, at a rank it can have."""
-    found = dict(layers)
-    for name, layer in model.named_modules():
-        first = shapes.get(f"{name}.U", shapes.get(f"{name}.1.weight"))
-        if name in found and first and isinstance(layer, nn.Linear) and layer.out_features < first[0]:
-            found[name] = {**found[name], "rank": min(found[name]["rank"], layer.out_features)}
-    return found
 
 
 # A second import, as in a notebook, finds the method registered.

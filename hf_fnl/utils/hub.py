@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 TIMEOUT = 10.0  # seconds
 
@@ -34,16 +34,12 @@ def check_source(
         raise FileNotFoundError(absent)
     try:
         HfApi(token=token).repo_info(name, repo_type=kind, timeout=TIMEOUT)
-    except HFValidationError:
-        raise FileNotFoundError(f"{absent}, and no id on the Hub is written so") from None
-    except RepositoryNotFoundError:
+    except (HFValidationError, RepositoryNotFoundError):
         raise FileNotFoundError(
             f"{absent}, and the Hub has no {kind} of this name (or it is private: hf auth login)"
         ) from None
     except HfHubHTTPError:
         return  # the Hub answered; whoever loads the files says what is wrong with them
-    except OfflineModeIsEnabled:
-        raise FileNotFoundError(f"{absent}, and the Hub could not be asked: HF_HUB_OFFLINE is set") from None
     except Exception as error:  # of the HTTP library, which differs between versions
         raise FileNotFoundError(f"{absent}, and the Hub could not be asked: {error}") from error
 

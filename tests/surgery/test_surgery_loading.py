@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from bert_cases import SIZES
 from family import no_decompositions
 from safetensors.torch import load_file, save_file
 from surgery_cases import ALL_KINDS, ARCHITECTURES
@@ -16,9 +15,6 @@ from torch.testing import assert_close
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
     BertModel,
     PreTrainedModel,
 )
@@ -27,7 +23,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from hf_fnl import FactorizedBertConfig, FactorizedBertForMaskedLM
 from hf_fnl.layers import Factorized, FactorizedLinear
 from hf_fnl.models.surgery_loading import load
-from hf_fnl.surgery import factorize_, to_linear_
+from hf_fnl.surgery import factorize_
 from hf_fnl.surgery.config import FactorizationConfig
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -178,20 +174,6 @@ def test_what_does_not_fit_is_drawn_anew_when_asked(folder):
     layer = loaded.get_submodule(LAYER)
     assert layer.U.shape == (21, 5)
     assert layer.composed().std().item() == pytest.approx(0.02, rel=0.5)
-
-
-@pytest.mark.parametrize("pairs", [False, True], ids=["factors", "pairs"])
-def test_a_new_head_of_fewer_labels_than_the_rank(pairs, tmp_path):
-    model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=9))
-    factorize_(model, FactorizationConfig(rank=5, include=("classifier",)))
-    if pairs:
-        to_linear_(model)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2, ignore_mismatched_sizes=True)
-    assert (loaded.classifier.rank, loaded.classifier.out_features) == (2, 2)
-    assert_close(loaded.bert.pooler.dense.weight, model.bert.pooler.dense.weight, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="Leave ranks and sizes as its"):
-        load(tmp_path, num_labels=2)
 
 
 @pytest.mark.parametrize(
