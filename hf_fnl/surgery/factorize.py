@@ -14,7 +14,7 @@ from hf_fnl.surgery.config import FactorizationConfig
 from hf_fnl.surgery.cut import candidates_of, check_values, cut, parameters_beside
 from hf_fnl.surgery.heads import HeadTarget, Target
 from hf_fnl.surgery.ranks import Candidate, choose_ranks
-from hf_fnl.surgery.record import QUANT_METHOD, layer_record, live_models
+from hf_fnl.surgery.record import QUANT_METHOD, layer_record
 from hf_fnl.surgery.select import by_reason, listed, select
 from hf_fnl.surgery.swap import check_not_quantized, check_present, swap_and_record_, unwrapped
 from hf_fnl.surgery.targets import Cut, LayerTarget, Replacements
@@ -142,8 +142,7 @@ def factorize_(
     check_present(model, "factorize_")
     if calibration is not None and config.init != "spectral":
         raise ValueError(f"calibration cuts trained weights and needs init='spectral', got {config.init!r}")
-    near = live_models(model)
-    targets, skipped = select(model, config, near)
+    targets, skipped = select(model, config)
     check_values(targets, calibrated=calibration is not None)
     data = None if calibration is None else CalibrationData(model, calibration)
     if data is not None:
@@ -165,7 +164,7 @@ def factorize_(
         for dense, layer in replacements.items():
             if getattr(dense, "bias", None) is not None and dense.bias.shape == layer.bias.shape:
                 dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
-    swap_and_record_(model, replacements, near)
+    swap_and_record_(model, replacements)
     return Factorization(done, skipped)
 
 

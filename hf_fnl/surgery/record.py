@@ -55,27 +55,23 @@ def models_in(module: nn.Module) -> list[PreTrainedModel]:
     return [inner for inner in module.modules() if isinstance(inner, PreTrainedModel)]
 
 
-def live_models(module: nn.Module) -> list[PreTrainedModel]:
-    """The Transformers models inside a module, and all others that there are: one of them may hold the module.
+def models_with(layers: Iterable[nn.Module], inside: nn.Module) -> list[PreTrainedModel]:
+    """Return the Transformers models, inside a module or around it, that hold one of some layers.
 
-    A module does not know what holds it, so these are looked for among all objects.
+    A module does not know what holds it, so models are looked for among all objects.
     """
+    sought = set(layers)
     objects, classes = gc.get_objects(), set(_subclasses(PreTrainedModel))
     found = itertools.compress(objects, map(classes.__contains__, map(type, objects)))
     made = (model for model in found if "_modules" in vars(model))  # and not one whose construction failed
-    return list(dict.fromkeys([*models_in(module), *made]))
+    models = dict.fromkeys([*models_in(inside), *made])
+    return [model for model in models if not sought.isdisjoint(model.modules())]
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
     yield cls
     for subclass in cls.__subclasses__():
         yield from _subclasses(subclass)
-
-
-def models_with(models: Iterable[PreTrainedModel], layers: Iterable[nn.Module]) -> list[PreTrainedModel]:
-    """Return the models that hold one of some layers."""
-    sought = set(layers)
-    return [model for model in models if not sought.isdisjoint(model.modules())]
 
 
 def update_records_(models: Iterable[PreTrainedModel]) -> None:

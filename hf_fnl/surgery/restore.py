@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.layers import Factorized, FactorizedLinear, HeadProjection, LinearPair
-from hf_fnl.surgery.record import MADE, layer_record, live_models, models_in
+from hf_fnl.surgery.record import MADE, layer_record, models_in
 from hf_fnl.surgery.select import weights
 from hf_fnl.surgery.swap import (
     check_present,
@@ -56,8 +56,7 @@ def merge_(model: nn.Module) -> list[str]:
     if callable(getattr(model, "merge", None)):
         raise ValueError(f"a {type(model).__name__} is factorized by its class; merge() returns the stock model")
     check_present(model, "merge_")
-    near = live_models(model)
-    outside = parameters_around(model, near)
+    outside = parameters_around(model)
     for name, layer in layers.items():
         reason = replacement_obstacle(layer)
         if other := next((outside[factor] for factor in held_weights(layer) if factor in outside), None):
@@ -70,7 +69,7 @@ def merge_(model: nn.Module) -> list[str]:
         dense = layer.to_dense()
         dense.weight = weight_of.setdefault(held_weights(layer)[0], dense.get_parameter("weight"))
         plain[layer] = dense
-    swap_and_record_(model, plain, near)
+    swap_and_record_(model, plain)
     return list(layers)
 
 

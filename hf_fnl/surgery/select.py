@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -29,15 +29,12 @@ from hf_fnl.surgery.targets import (
 from hf_fnl.utils.suggest import did_you_mean, listed
 
 
-def select(
-    model: nn.Module, config: FactorizationConfig, near: Iterable[PreTrainedModel] = ()
-) -> tuple[list[Target], dict[str, str]]:
+def select(model: nn.Module, config: FactorizationConfig) -> tuple[list[Target], dict[str, str]]:
     """Return what a configuration means: layers that share a weight, and products of heads.
 
     Args:
         model: Any module.
         config: Which layers.
-        near: Models that may hold ``model``, and weights of its layers outside of it.
 
     Returns:
         The targets, and for all else that looks like a matrix and that the patterns name the reason why it stays dense:
@@ -51,7 +48,7 @@ def select(
         UserWarning: If a pattern to exclude matches no module and is like the name of one.
     """
     outputs = _output_embeddings(model)
-    outside = parameters_around(model, near)
+    outside = parameters_around(model)
     held = weights(model)
     heads, skipped = _select_heads(model, config, held, outside)
     targets: list[Target] = [*heads]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from hf_fnl.layers import (
     TensorizedConv2d,
 )
 from hf_fnl.layers.partitioned import is_partitioned
-from hf_fnl.surgery.record import live_models, method_of, models_with, quantization_of, update_records_
+from hf_fnl.surgery.record import method_of, models_with, quantization_of, update_records_
 
 # What is called before or after a layer's forward or backward pass, and knows nothing of its parameters.
 _CARRIED_HOOKS = (
@@ -82,17 +82,14 @@ def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], nested:
         owner.all_tied_weights_keys = _renamed(owner, owner.all_tied_weights_keys)
 
 
-def swap_and_record_(
-    model: nn.Module, replacements: Mapping[nn.Module, nn.Module], near: Iterable[PreTrainedModel] | None = None
-) -> None:
+def swap_and_record_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """As :func:`swap_`, in the models around ``model``, too; their configurations then say what is factorized.
 
     Args:
         model: What holds the layers.
         replacements: The new layers by the old ones.
-        near: What :func:`~hf_fnl.surgery.record.live_models` returned for ``model``.
     """
-    holders = models_with(live_models(model) if near is None else near, replacements)
+    holders = models_with(replacements, model)
     swap_(model, replacements, holders)
     update_records_(holders)
 
@@ -115,12 +112,12 @@ def _renamed(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
     return renamed
 
 
-def parameters_around(model: nn.Module, near: Iterable[PreTrainedModel]) -> dict[Tensor, str]:
-    """The names of parameters outside of a module in those of some models that are around it."""
+def parameters_around(model: nn.Module) -> dict[Tensor, str]:
+    """The names of parameters outside of a module in the Transformers models that are around it."""
     inside = set(model.modules())
     return {
         parameter: f"{name}.{attribute}"
-        for around in models_with(near, [model])
+        for around in models_with([model], model)
         for name, module in around.named_modules()
         if module not in inside
         for attribute, parameter in module.named_parameters(recurse=False)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_fnl.layers import Factorized, FactorizedLinear, LinearPair
-from hf_fnl.surgery.record import live_models
+from hf_fnl.surgery.record import models_with
 from hf_fnl.surgery.swap import check_present, replacement_obstacle, swap_and_record_, unwrapped
 from hf_fnl.surgery.targets import Replacements
 
@@ -42,8 +40,7 @@ def to_linear_(model: Model) -> Model:
             lost with a factorized layer.
     """
     inner = unwrapped(model)
-    near = live_models(inner)
-    layers = layers_with_own_factors(inner, near)
+    layers = layers_with_own_factors(inner)
     if not layers or "" in layers:
         remedy = "; use LinearPair.from_factorized" if layers else ""
         raise ValueError(f"{type(inner).__name__} holds no factorized linear layer with factors of its own{remedy}")
@@ -52,13 +49,14 @@ def to_linear_(model: Model) -> Model:
         if (reason := replacement_obstacle(layer)) is not None:
             raise ValueError(f"{name} cannot become linear layers: {reason}")
     pairs: Replacements = {layer: LinearPair.from_factorized(layer) for layer in layers.values()}
-    swap_and_record_(inner, pairs, near)
+    swap_and_record_(inner, pairs)
     return model
 
 
-def layers_with_own_factors(model: nn.Module, near: Iterable[PreTrainedModel] = ()) -> dict[str, FactorizedLinear]:
+def layers_with_own_factors(model: nn.Module) -> dict[str, FactorizedLinear]:
     """Return the factorized linear layers of a model, by name, whose factors no other layer has, nor one around it."""
-    holders = {module for each in (model, *near) for module in each.modules() if isinstance(module, Factorized)}
+    around = models_with([model], model)
+    holders = {module for each in (model, *around) for module in each.modules() if isinstance(module, Factorized)}
     shared = Counter(factor for layer in holders for factor in _parameters(layer))
     return {
         name: layer
