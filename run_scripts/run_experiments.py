@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
-import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,8 @@ from benchmarks.experiments.results import add_run
 from benchmarks.experiments.rows import SCALES, read_rows
 from benchmarks.experiments.runs import (
     DATA_MISSING,
-    DONE,
     ROOT,
     Launch,
-    Run,
     data_places,
     relative,
     settings_of,
@@ -89,7 +85,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     outcome: dict[str, Any] = {"states": {run.name: run.state for run in runs}, "results": {}, "failed": {}}
     if options.list:
         print("\n".join(f"{state:<12}  {name}" for name, state in outcome["states"].items()))
-        print(f"\n{totals(runs)}")
+        counts = Counter(outcome["states"].values())
+        print(f"\n{len(runs)} in all: {', '.join(f'{count} {state}' for state, count in counts.items())}")
         return outcome
     with progress("trainings", sum(run.command is not None for run in runs)) as advance:
         for run, future in train_all(runs, options.jobs):
@@ -102,50 +99,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 outcome["failed"][run.name] = str(error)
                 logger.info("%s: failed", run.name)
             advance(1)
-    report(outcome)
+    for name, state in outcome["states"].items():
+        if state == DATA_MISSING:
+            logger.warning("%s: data missing, see --data", name)
+    for message in outcome["failed"].values():
+        logger.error("%s", message)
     return outcome
-
-
-def totals(runs: Sequence[Run]) -> str:
-    """How many trainings there are in each state, what they took, and what the rest may take.
-
-    A training that is to come is taken to be as long as those of its table that are done; without any, nothing is said.
-    """
-    states = Counter(run.state for run in runs)
-    counts = ", ".join(f"{count} {state}" for state, count in states.items())
-    done: dict[str, list[float]] = {}
-    for run in runs:
-        if run.state == DONE and run.seconds is not None:
-            done.setdefault(run.row.table.name, []).append(run.seconds)
-    text = f"{len(runs)} {'training' if len(runs) == 1 else 'trainings'}: {counts}"
-    if not done:
-        return text
-    left = Counter(run.row.table.name for run in runs if run.state != DONE)
-    to_come = sum(count * statistics.mean(done[table]) for table, count in left.items() if table in done)
-    of_all = "" if left.keys() <= done.keys() else ", of tables where one is done"
-    return f"{text}; {duration(sum(map(sum, done.values())))} spent, about {duration(to_come)} to come{of_all}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words, such as ``"40 s"``, ``"3 min"`` or ``"2.5 h"``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def program(arguments: list[str]) -> None:
     """Run, and end with exit status 1 if a training failed."""
     if main(arguments)["failed"]:
         raise SystemExit(1)
-
-
-def report(outcome: dict[str, Any]) -> None:
-    """Say what was left out and what failed."""
-    for name, state in outcome["states"].items():
-        if state == DATA_MISSING:
-            logger.warning("%s: data missing, see --data", name)
-    for message in outcome["failed"].values():
-        logger.error("%s", message)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import runpy
 import shlex
@@ -54,12 +53,6 @@ class Run:
         if self.command is None:
             return DATA_MISSING
         return HALF_DONE if any(self.folder.glob("**/checkpoint-*")) else TO_DO  # phases have folders of their own
-
-    @property
-    def seconds(self) -> float | None:
-        """What it took so far, if that is known."""
-        usage = self._beside("usage.json")
-        return json.loads(usage.read_text(encoding="utf-8"))["seconds"] if usage.exists() else None
 
     def train(self, threads: int) -> dict[str, Any]:
         """Run it unless it is done.

@@ -96,10 +96,6 @@ class Resumption(TrainerCallback):
         except FileNotFoundError:  # another Trainer wrote it
             return
         self._class = facts.get("optimizer")
-        count = trainer.args.world_size
-        if is_first() and facts.get("processes", count) != count:
-            message = "%s was written by %d processes, and this run has %d: random numbers start anew"
-            logger.warning(message, checkpoint, facts["processes"], count)
 
     def note(self, optimizer: Optimizer) -> None:
         """Remember the optimizer that was built, which the engine has to run.

@@ -227,17 +227,11 @@ def test_a_list_runs_nothing(table, run, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_list_ends_with_totals(table, run, tmp_path, capsys):
+def test_a_list_ends_with_totals(table, run, capsys):
     folder = table({"dense": ROWS["dense"], "other": row()})
     run(folder / "dense.yaml", seeds=(1, 2))
-    capsys.readouterr()
-    usages = sorted((tmp_path / "runs").rglob("*.usage.json"))
-    for usage, seconds in zip(usages, (3000.0, 4200.0), strict=True):
-        usage.write_text(json.dumps({"seconds": seconds}))
     run(folder, "--list", seeds=(1, 2, 3))
-    assert capsys.readouterr().out.endswith("\n6 trainings: 2 done, 4 to do; 2.0 h spent, about 4.0 h to come\n")
-    run(folder / "other.yaml", "--list", seeds=(1,))
-    assert capsys.readouterr().out.endswith("\n1 training: 1 to do\n")
+    assert capsys.readouterr().out.endswith("\n6 in all: 2 done, 4 to do\n")
 
 
 def test_the_small_scale_stands_apart_and_says_what_it_changed(table, run, tmp_path):

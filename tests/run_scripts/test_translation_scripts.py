@@ -95,6 +95,7 @@ def test_nothing_to_translate_is_said(trained, monkeypatch, capsys, content, lin
         ("--model ./nosuch", r"--model \./nosuch: there is no folder"),
         ("--num_beams 0", "num_beams must be at least 1, got 0"),
         ("--output {file}/out.txt", "output .*: .* is a file"),
+        ("--input nowhere.txt", r"--input nowhere\.txt: there is no such file"),
         ("--input {file}", "--input .*line 1, is not UTF-8"),
     ],
 )
@@ -242,8 +243,3 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, flags, messag
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(tmp_path / "run", *flags.split())
     assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_input_is_named(trained):
-    with pytest.raises(FileNotFoundError, match=r"--input nowhere\.txt: there is no such file"):
-        translate_script.main(["--model", str(trained[0]), "--input", "nowhere.txt"])
