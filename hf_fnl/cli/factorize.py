@@ -70,19 +70,7 @@ def factorize(
     command: str,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """Load, factorize, heal and write a model.
-
-    Args:
-        source: Folder or Hub id of the dense model.
-        target: Folder to write.
-        how: What was asked for.
-        texts: Text to calibrate with.
-        heal: Text to heal with, and how many steps.
-        command: The command as it was typed.
-        terminal: Where to show progress.
-
-    Returns:
-        What ``factorization.json`` holds.
+    """Load, factorize, heal and write a model; returns what ``factorization.json`` holds, ``command`` included.
 
     Raises:
         OSError: If files are missing, damaged or cannot be written.

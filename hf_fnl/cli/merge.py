@@ -24,14 +24,8 @@ from hf_fnl.utils.run_files import FACTORIZATION_FILE
 def merge(source: str, target: Path, *, check: bool, terminal: Terminal) -> dict[str, Any]:
     """Load a factorized model, multiply its products out and write what is a stock model then.
 
-    Args:
-        source: Folder or Hub id of the factorized model.
-        target: Folder to write.
-        check: Compare outputs on random inputs before anything is written.
-        terminal: Where to show progress.
-
     Returns:
-        Sizes, and the largest difference between outputs before and after, ``None`` where they were not compared.
+        Sizes, and the largest difference between outputs on random inputs before and after, ``None`` without ``check``.
 
     Raises:
         OSError: If files are missing, damaged or cannot be written.

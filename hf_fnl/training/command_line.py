@@ -189,15 +189,7 @@ def check_at_least(smallest: int, options: Any, *names: str) -> None:
 
 @contextlib.contextmanager
 def progress(text: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
-    """Show how far a long step is and how long it will take; seldom where that goes into a file.
-
-    Args:
-        text: What is being done.
-        total: How much there is to do; a bar without it shows no time left.
-
-    Yields:
-        A function to be called with how much more is done.
-    """
+    """Show how far a long step is, seldom where that goes into a file; yields what is told how much more is done."""
     seconds = 0.1 if sys.stderr.isatty() else INTERVAL
     with tqdm(desc=text, total=total, leave=False, delay=1, mininterval=seconds, disable=not is_first()) as bar:
         yield bar.update

@@ -182,16 +182,7 @@ def later_ranks(
 ) -> Callable[[Any], object] | None:
     """Return a script's ``factorize`` for a model of ours: its ``factorize_`` with the ranks that were asked for.
 
-    Args:
-        dense_steps: Steps of the dense phase; 0 if there is none.
-        ranks: Ranks by the fields of the model's configuration, ``None`` for what stays dense.
-        factor_init: How its matrices are cut.
-
-    Returns:
-        The callable; ``None`` without a dense phase.
-
-    Raises:
-        UsageError: If there is a dense phase and no rank for what comes after it.
+    There is none without a dense phase, and no rank for what comes after it is a ``UsageError``.
     """
     if not dense_steps:
         return None
