@@ -205,7 +205,9 @@ def stated_in(path: Path, keys: Sequence[str]) -> ModelCardData:
 def _texts(value: Any) -> str | list[str] | None:
     """A text on one line, or the texts of a list; nothing of anything else."""
     if isinstance(value, list):
-        return [_one_line(text) for text in value if isinstance(text, str)] or None
+        return [text for each in value if isinstance(text := _texts(each), str)] or None
+    if value is False:  # as YAML reads the code of Norwegian
+        return "no"
     return _one_line(value) if isinstance(value, str) else None
 
 

@@ -233,7 +233,7 @@ def test_what_makes_a_model_usable_comes_along_and_traces_of_its_training_do_not
     (source / "additional_chat_templates").mkdir()
     for name in carried:
         (source / name).write_text("{}")
-    (source / "README.md").write_text("---\nlicense: mit\nlanguage: de\n---\nA model.\n")
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: [no, de]\n---\nA model.\n")
     cli("factorize", source, "--out", tmp_path / "out", "--rank-scale", "0.5")
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
     expected = {"config.json", "model.safetensors", "README.md", "factorization.json", "modules.json"}
@@ -241,7 +241,7 @@ def test_what_makes_a_model_usable_comes_along_and_traces_of_its_training_do_not
     assert (tmp_path / "out" / "LICENSE").is_file()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit" in card
-    assert "language: de" in card
+    assert "language:\n- 'no'\n- de\n" in card
     text = " ".join(WORDS[:5])
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == AutoTokenizer.from_pretrained(bert)(text)
 
