@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Collection
@@ -17,7 +16,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_fnl.layers.partitioned import full_shape
 from hf_fnl.training.checkpoints import check_complete, checkpoints, is_unfinished, newest_complete, read_manifest
@@ -180,19 +178,10 @@ def engine_of(checkpoint: Path) -> str:
     return "FSDP" if any(checkpoint.glob(f"{FSDP_MODEL}*")) else "one process or DDP"
 
 
-def weight_files(checkpoint: Path) -> list[Path]:
-    """Return the safetensors files of a model, if any, as ``from_pretrained`` finds them."""
-    index = checkpoint / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [checkpoint / name for name in sorted(set(names))]
-    return [path for path in [checkpoint / SAFE_WEIGHTS_NAME] if path.is_file()]
-
-
 def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights in a checkpoint by name; none if they lie where only DeepSpeed finds them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    files, shards = weight_files(checkpoint), checkpoint / FSDP_SHARDS
+    files, shards = list(checkpoint.glob("model*.safetensors")), checkpoint / FSDP_SHARDS
     if not files and shards.is_dir():
         for name, facts in FileSystemReader(shards).read_metadata().state_dict_metadata.items():
             if isinstance(facts, TensorStorageMetadata):
