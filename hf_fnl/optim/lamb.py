@@ -83,8 +83,13 @@ def norms(tensors: list[Tensor]) -> Tensor:
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     if not tensors[0].is_cpu or all(tensor.numel() <= _ROW for tensor in tensors):
         return torch.stack(torch._foreach_norm(tensors, 2, wide))
-    rows = (tensor.flatten().split(_ROW) for tensor in tensors)
-    return torch.stack([torch.stack(torch._foreach_norm(each, 2, wide)).norm() for each in rows])
+    found = []
+    for flat in (tensor.flatten() for tensor in tensors):
+        count = flat.numel() // _ROW
+        rows = flat[: count * _ROW].view(count, _ROW)
+        rest = torch.linalg.vector_norm(flat[rows.numel() :], dtype=wide)
+        found.append(torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=wide), rest.view(1)]).norm())
+    return torch.stack(found)
 
 
 def lamb_move_(
