@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from hf_fnl.layers import FactorizedLinear
@@ -62,7 +63,7 @@ def is_plain(module: nn.Module) -> bool:
         and not any(hooks)
         and not torch.nn.modules.module._has_any_global_hook()
         and bool(parameters)
-        and all(type(parameter) is nn.Parameter for parameter in parameters)
+        and all(type(parameter) in (nn.Parameter, FakeTensor) for parameter in parameters)  # fake: of a plan
     )
 
 
