@@ -21,6 +21,7 @@ ROOMS = (
     "surgery",
     "optim",
     "models",
+    "planning",
     "training",
     "tasks",
     "vision",

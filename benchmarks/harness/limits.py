@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from benchmarks.harness.timing import interleave
+from hf_fnl.planning import flop_counter
 
 _WIDTHS = {"cpu": (512, 1024), "cuda": (4096, 8192)}  # of square matrices
 _COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes: far more than any cache holds
@@ -41,7 +41,6 @@ def count_flops(step: Callable[[], object]) -> int:
     Fused attention is counted only as far as torch knows its kernel: on a CPU let a model run with
     ``model.set_attn_implementation("eager")``.
     """
-    # By itself it passes over products that are added in place.
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter:
+    with flop_counter() as counter:
         step()
     return counter.get_total_flops()

@@ -25,6 +25,7 @@ from hf_fnl.cli.options import (
     QkvRank,
     given,
 )
+from hf_fnl.cli.plan import plan
 from hf_fnl.cli.programs import add_programs
 from hf_fnl.cli.tables import LAYERS_KEY, layers_table, matrices_table, share_left, size_change
 from hf_fnl.cli.terminal import session, usage
@@ -64,6 +65,7 @@ def options(
     """Take what comes before a command."""
 
 
+_COMPARED = 5  # the colours of a report that can be told apart
 _RULE, _WHERE = "How far (one of these, or ranks)", "What"
 _DATA, _HEAL = "Calibration", "Healing"
 _SHARE = (_RULE, "SHARE")
@@ -278,6 +280,8 @@ def report(
 
     About one run or model, or with several in comparison.
     """
+    if len(sources) > _COMPARED:
+        raise typer.BadParameter(f"up to {_COMPARED} runs or models are compared, got {len(sources)}")
     with session(as_json=as_json, debug=debug, sources=sources) as terminal:
         from hf_fnl.report import write_report
 
@@ -294,6 +298,11 @@ app.command(
     rich_help_panel=_MODELS,
     epilog="Example: hf-fnl evaluate gpt2 gpt2-small --texts held-out.txt",
 )(evaluate)
+app.command(
+    short_help="Say what training a model costs.",
+    rich_help_panel=_TRAINING,
+    epilog="Example: hf-fnl plan bert-large --ffn-rank 256 --ov-rank 32 --gpus 64 --memory 24",
+)(plan)
 add_programs(app, panel=_TRAINING)
 
 

@@ -127,7 +127,9 @@ def test_only_classes_of_models_are_called(model, name):
         load(model)
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["factorize", "--rank", "2", "--out", "o"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["plan"], ["factorize", "--rank", "2", "--out", "o"]], ids=lambda c: c[0]
+)
 def test_code_in_a_folder_is_not_run(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
