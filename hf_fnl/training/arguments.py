@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from hf_fnl.attention.selectors import KINDS, PARTS, Selector
 from hf_fnl.optim.frobenius_decay import MODES
 from hf_fnl.optim.groups import FACTOR_DECAYS
+from hf_fnl.training.profiling import STEPS_BEFORE
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
 
@@ -74,6 +75,12 @@ class FLAMBeTrainingArguments(TrainingArguments):
     diagnostics_steps: int = field(
         default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
     )
+    profile_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Profile so many steps after the first three: profile.txt and profile_trace.json in output_dir."
+        },
+    )
     dense_steps: int = field(default=0, metadata={"help": "Steps before the model is factorized; 0: none."})
     low_rank_lr_scale: float = field(
         default=1.0, metadata={"help": "Factor of the learning rate from then on (Kamalakara et al. 2022: 0.5)."}
@@ -99,6 +106,7 @@ class FLAMBeTrainingArguments(TrainingArguments):
         self.max_grad_norm = self.max_grad_norm or 0.0  # type: ignore[has-type]  # None is no clipping, as in Lamb
         self._check_processes()
         self._check_decay()
+        self._check_steps()
         self._check_rate()
         self._check_dense_steps()
         self._check_checkpoints()
@@ -130,6 +138,13 @@ class FLAMBeTrainingArguments(TrainingArguments):
         if self.factor_decay not in FACTOR_DECAYS:
             raise ValueError(f"factor_decay must be one of {', '.join(FACTOR_DECAYS)}, got {self.factor_decay!r}")
 
+    def _check_steps(self) -> None:
+        for name in ("diagnostics_steps", "profile_steps", "dense_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.profile_steps and 0 < self.max_steps <= STEPS_BEFORE:
+            raise ValueError(f"profile_steps begin after step {STEPS_BEFORE}, and max_steps is {self.max_steps}")
+
     def _check_rate(self) -> None:
         kind = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
         if self.warmup_start and (kind != "inverse_sqrt" or not 0 <= self.warmup_start <= 1):
@@ -141,9 +156,6 @@ class FLAMBeTrainingArguments(TrainingArguments):
             raise ValueError(f"warmup_start={self.warmup_start} needs warmup_steps, after which the rate goes down")
 
     def _check_dense_steps(self) -> None:
-        for name in ("diagnostics_steps", "dense_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if 0 < self.max_steps <= self.dense_steps:
             raise ValueError(f"dense_steps must be below max_steps={self.max_steps}, got {self.dense_steps}")
         if not self.low_rank_lr_scale > 0:

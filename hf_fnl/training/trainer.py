@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -40,6 +41,7 @@ from hf_fnl.training.optimizers import (
     inverse_sqrt,
     optimizer_and_decay,
 )
+from hf_fnl.training.profiling import DECAY, ProfilerCallback
 from hf_fnl.training.resuming import Resumption, checkpoint_to_take
 from hf_fnl.training.run_lock import locked
 from hf_fnl.training.streaming import StreamPosition, is_stream, stream_loader
@@ -119,6 +121,8 @@ class FLAMBeTrainer(Trainer):
         self._diagnostics = DiagnosticsCallback((), args.diagnostics_steps, self.log)
         if args.diagnostics_steps:
             self.add_callback(self._diagnostics)
+        if args.profile_steps and args.process_index == 0:
+            self.add_callback(ProfilerCallback(args.profile_steps))
         self._watch_products()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -262,7 +266,8 @@ class FLAMBeTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._coupled is not None and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler
-            self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
+            with record_function(DECAY):
+                self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
         return loss
 
     def schedule(self, num_training_steps: int) -> Callable[[int], float] | None:
@@ -409,7 +414,8 @@ class FLAMBeTrainer(Trainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not (self._penalized and model.training):
             return result
-        penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
+        with record_function(DECAY):
+            penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
         if self.args.frobenius_mode == "coupled":
             penalty = penalty - penalty.detach()  # its gradient, for an engine that clips within its step
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what a subclass says of its loss

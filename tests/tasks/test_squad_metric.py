@@ -133,3 +133,5 @@ def test_the_module_of_evaluate_scores_likewise(version, names):
     )
     assert found == score_squad(texts, golds, version_2=version == "v2")
     assert names <= set(found)
+    with pytest.raises(ValueError, match='must be "v1" or "v2", got \'v3\''):
+        evaluate.load(str(Path(metrics.__file__).parent / "squad_em_f1"), "v3")
