@@ -15,6 +15,7 @@ from hf_fnl.attention.products import Factor, Product
 from hf_fnl.attention.selectors import KINDS, Selector
 from hf_fnl.layers import Factorized
 from hf_fnl.layers.partitioned import full_shape
+from hf_fnl.utils.suggest import listed
 
 
 def find_products(model: nn.Module, kinds: Iterable[str] | None = None) -> list[Product]:
@@ -83,30 +84,25 @@ def _complaint(model: nn.Module, known: Mapping[str, KnownAttention], kinds: set
     """Return a sentence on the attentions that have no product of a kind that is wanted; empty if all have."""
     if not kinds:
         return ""
-    modules = dict(model.named_modules())
-    lacking: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    left_out: dict[str, list[str]] = defaultdict(list)
     for path, attention in known.items():
-        for kind in sorted(kinds - attention.projections.factorized_kinds()):
-            if attention.kinds is None:
-                reason = "attentions that could not be run to see how they compute"
-            elif kind not in attention.kinds:
-                reason = f"attentions that do not compute by {kind} products"
-            else:
-                continue
-            paths = lacking[reason][type(modules[path]).__name__]
-            paths.extend([path] if path not in paths else [])
+        wanted = kinds - attention.projections.factorized_kinds()
+        if wanted and attention.kinds is None:
+            left_out["attentions that could not be run to see how they compute"].append(path)
+        for kind in sorted(wanted - set(wanted if attention.kinds is None else attention.kinds)):
+            left_out[f"attentions that do not compute by {kind} products"].append(path)
     seen = list(known)
-    for path, module in modules.items():
+    for path, module in model.named_modules():
         if _looks_like_attention(module) and not any(_within(path, other) or _within(other, path) for other in seen):
             seen.append(path)
-            lacking["attentions of unknown layout"][type(module).__name__].append(path)
-    if not lacking:
+            left_out["attentions of unknown layout"].append(path)
+    if not left_out:
         return ""
-    listed = " and ".join(
-        f"{reason}, which are left out: " + "; ".join(f"{name} ({', '.join(paths)})" for name, paths in classes.items())
-        for reason, classes in lacking.items()
+    reasons = " and ".join(
+        f"{reason}, which are left out: {listed(f'{type(model.get_submodule(p)).__name__} ({p})' for p in paths)}"
+        for reason, paths in left_out.items()
     )
-    return f"{type(model).__name__} has {listed}; name the projections of those that do with register_attention"
+    return f"{type(model).__name__} has {reasons}; name the projections of those that do with register_attention"
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from hf_fnl.layers.base import Factorized
 from hf_fnl.math.spectral import DRAWN_METHODS, draw_factor
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 Pair = tuple[int, int]  # height, width
 KernelShape = tuple[int, int, int, int]  # (out, in / groups, height, width)
@@ -32,14 +32,12 @@ class Convolution(Factorized):
     """A convolution whose kernel is held as factors, and which is computed in one of two ways.
 
     Either the factors are the kernels of a chain of small convolutions, or they are multiplied out and the kernel is
-    applied at once. Channels-last inputs give channels-last outputs, as do inputs of a layer that was made from a
-    convolution with a channels-last kernel.
+    applied at once. Channels-last inputs give channels-last outputs.
     """
 
     dense_classes = (nn.Conv2d,)
     scheme: str
     compose: bool | None
-    memory_format = torch.contiguous_format
 
     def take_options_(self, dense: nn.Conv2d) -> None:
         """Take over the options of a dense convolution."""
@@ -71,9 +69,8 @@ class Convolution(Factorized):
         if x.ndim == 3:
             return self.forward(x.unsqueeze(0)).squeeze(0)
         x, padding = self._padded(x)
-        if _memory_format(x) is torch.channels_last:
-            x = _laid_out(x, channels_last=True)
-        channels_last = torch.channels_last in (self.memory_format, _memory_format(x))
+        channels_last = _memory_format(x) is torch.channels_last
+        x = _laid_out(x, channels_last) if channels_last else x
         kernels, axes = self.kernels(), _AXES[self.scheme]
         composes = self._composing_is_cheaper(kernels, x, padding) if self.compose is None else self.compose
         if composes:
@@ -134,16 +131,11 @@ class Convolution(Factorized):
         """Return the options that both have."""
         return options_of(dense)
 
-    def placed_like(self, dense: nn.Module) -> Self:
-        """As in :class:`Factorized`; the memory format of the kernel carries over, too."""
-        self.memory_format = _memory_format(dense.get_parameter("weight"))
-        return super().placed_like(dense)
-
     def to_dense(self) -> nn.Conv2d:
         """The plain convolution with the kernel multiplied out; this layer is left as it is."""
         first = self.factors()[0]
         dense = nn.utils.skip_init(nn.Conv2d, **options_of(self), device=first.device, dtype=first.dtype)
-        return self.fill_dense_(dense.to(memory_format=self.memory_format))
+        return self.fill_dense_(dense)
 
     def extra_repr(self) -> str:
         """Sizes, the rank and the scheme, then the options that differ from the defaults."""

@@ -125,14 +125,6 @@ class DenseWeight(Tensor):
     def __init__(self, *args: Any) -> None:
         super().__init__()
 
-    @property
-    def _is_param(self) -> bool:  # by which torch marks what nn.Parameter makes of a tensor of another class
-        return False
-
-    @_is_param.setter
-    def _is_param(self, value: bool) -> None:
-        refuse_write(self._layer, "an optimizer of nn.Parameter(layer.weight)")
-
     def read(self) -> Tensor:
         """Multiply the factors; returns an ordinary tensor without history, contiguous unless it is a view."""
         if self._view_values is not None:

@@ -33,7 +33,7 @@ def check_parameter(name: str, parameter: Tensor) -> None:
         )
     if parameter.dtype not in _DTYPES:
         raise ValueError(f"{name} is of {parameter.dtype}; LAMB updates {', '.join(map(str, _DTYPES))}")
-    if not _is_like(parameter, gradient):
+    if _form(gradient) != _form(parameter):
         raise ValueError(f"the gradient of {name} is {_shown(gradient)}, and the parameter {_shown(parameter)}")
 
 
@@ -43,18 +43,14 @@ def check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
         listed = ", ".join(map(str, state)) or "nothing"
         raise ValueError(f"the state of {name} holds {listed}, and LAMB's is step, {', '.join(MOMENTS)}; {_REMEDY}")
     for key in MOMENTS:
-        moment = state[key]
-        if not _is_like(parameter, moment):
-            raise ValueError(f"{key} of {name} is {_shown(moment)}, and the parameter {_shown(parameter)}; {_REMEDY}")
-        if not moment.is_contiguous():
-            raise ValueError(f"{key} of {name} does not lie in memory as LAMB keeps it, contiguous; {_REMEDY}")
-    step = state["step"]
-    wanted = (torch.Size(), torch.float32, parameter.device)
-    if not isinstance(step, Tensor) or (step.shape, step.dtype, step.device) != wanted:
-        raise ValueError(
-            f"step of {name} is {_shown(step)}, and LAMB's is torch.float32 of shape () on {parameter.device}; "
-            f"{_REMEDY}"
-        )
+        if _form(state[key]) != _form(parameter) or not state[key].is_contiguous():
+            raise ValueError(
+                f"{key} of {name} is {_shown(state[key])}, and LAMB's is contiguous and like the parameter, "
+                f"{_shown(parameter)}; {_REMEDY}"
+            )
+    scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    if _form(state["step"]) != _form(scalar):
+        raise ValueError(f"step of {name} is {_shown(state['step'])}, and LAMB's is {_shown(scalar)}; {_REMEDY}")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -100,12 +96,12 @@ def _as_kept(key: str, value: Any, parameter: Tensor) -> Any:
     return value.to(parameter.device) if key == "step" else value.contiguous()
 
 
-def _is_like(parameter: Tensor, other: Any) -> bool:
-    """Return whether a tensor has the shape, dtype and device of a parameter, and is distributed alike."""
-    if not isinstance(other, Tensor) or isinstance(other, DTensor) != isinstance(parameter, DTensor):
-        return False
-    pairs = [(parameter, other), (to_local(parameter), to_local(other))]
-    return all((o.shape, o.dtype, o.device, o.layout) == (p.shape, p.dtype, p.device, p.layout) for p, o in pairs)
+def _form(value: Any) -> tuple[Any, ...] | None:
+    """Return shape, dtype and device of a tensor and of what is held of it here; ``None`` for what is no tensor."""
+    if not isinstance(value, Tensor):
+        return None
+    local = to_local(value)
+    return isinstance(value, DTensor), *((t.shape, t.dtype, t.device, t.layout) for t in (value, local))
 
 
 def _shown(value: Any) -> str:

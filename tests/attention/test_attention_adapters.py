@@ -343,10 +343,10 @@ class GatedAttention(nn.Module):
     ("build", "listed"),
     [
         pytest.param(
-            interleaved, r"GPTNeoXAttention \(layers.0.attention, layers.1.attention\)", id="gpt-neox-interleaved"
+            interleaved, r"GPTNeoXAttention \(layers.0.attention\), .*layers.1.attention\)", id="gpt-neox-interleaved"
         ),
         pytest.param(
-            split_by_head, r"DebertaAttention \(encoder.layer.0.attention, encoder.layer.1.attention\)", id="deberta"
+            split_by_head, r"DebertaAttention \(encoder.layer.0.attention\), .*layer.1.attention\)", id="deberta"
         ),
         pytest.param(lambda: nn.Sequential(GatedAttention()), r"GatedAttention \(0\)", id="sizes-do-not-fit"),
         pytest.param(lambda: nn.Sequential(OwnAttention()), r"OwnAttention \(0\)", id="own"),
@@ -360,7 +360,7 @@ def test_unknown_attentions_are_named_where_there_is_no_other(build, listed):
 
 def test_unknown_attentions_among_others_are_a_warning():
     model = nn.ModuleList([BertModel(CASES["bert"].config()).encoder.layer[0], OwnAttention(), OwnAttention()])
-    with pytest.warns(UserWarning, match=r"ModuleList has attentions of unknown layout.*OwnAttention \(1, 2\)") as seen:
+    with pytest.warns(UserWarning, match=r"ModuleList has attentions of unknown layout.*n \(1\), .* \(2\)") as seen:
         products = find_products(model)
     assert len(seen) == 1
     assert seen[0].filename == __file__

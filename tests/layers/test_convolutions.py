@@ -181,19 +181,6 @@ def test_no_layout_of_input_or_kernel_changes_outputs_or_gradients(scheme, sizes
                 assert_close(layer(lay_out(images64.float())), found[0])
 
 
-@each_scheme
-def test_the_memory_format_of_a_dense_kernel_carries_over_and_back(scheme):
-    contiguous = nn.Conv2d(6, 10, (3, 5))
-    dense = copy.deepcopy(contiguous).to(memory_format=torch.channels_last)
-    layer, x = copy.deepcopy(from_dense(dense, scheme, 4)), images().float()
-    assert dense(x).is_contiguous(memory_format=torch.channels_last)
-    for layer.compose in PATHS:
-        assert layer(x).is_contiguous(memory_format=torch.channels_last)
-    assert layer.to_dense()(x).is_contiguous(memory_format=torch.channels_last)
-    assert layer.to_dense().weight.is_contiguous(memory_format=torch.channels_last)
-    assert from_dense(contiguous, scheme, 4).to_dense().weight.is_contiguous()
-
-
 @with_each_scheme(options=COSTS)
 def test_the_path_with_fewer_operations_in_training_is_taken(scheme, options):
     def make(rank: int) -> nn.Module:

@@ -64,7 +64,6 @@ WRITES = {
     "dlpack": torch.from_dlpack,
     "address": lambda w: w.data_ptr(),
     "storage": lambda w: w.untyped_storage(),
-    "parameter": nn.Parameter,
 }
 VIEWS = {
     "itself": lambda w: w,
