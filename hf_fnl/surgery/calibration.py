@@ -14,8 +14,11 @@ Padding is cut away; see :mod:`hf_fnl.surgery.padding`.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
+import itertools
+import math
 import tempfile
 import warnings
 from collections import Counter
@@ -23,47 +26,28 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_fnl.layers.linear import Span
-from hf_fnl.math.truncation import HeadMoments, Moments
+from hf_fnl.math.truncation import Moments
 from hf_fnl.surgery.blocks import BlockOutputCache, replaced_forwards, run_over
 from hf_fnl.surgery.calibration_data import CalibrationData, evaluating
+from hf_fnl.surgery.measure import HeadMomentsRequest, Measured, Request, head_moments, query_grams, samples
 from hf_fnl.surgery.padding import Batch, unpadded
-from hf_fnl.surgery.sensitivity import Probe
+from hf_fnl.surgery.sensitivity import Probe, num_positions
 from hf_fnl.utils.suggest import listed
 
-
-@dataclass(frozen=True)
-class HeadMomentsRequest:
-    """Asks for the moments of what flows through the heads of an attention.
-
-    Args:
-        num_heads: Heads of queries and contexts.
-        num_kv_heads: Heads of keys and values; what several queries or contexts share one of is taken together.
-        query: Outputs of a layer inside the attention that are the queries of all heads, side by side.
-        key: Likewise.
-        output: Layer inside the attention that is given the contexts of all heads, side by side.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    query: Span | None = None
-    key: Span | None = None
-    output: nn.Module | None = None
-
-
-# What is measured where a module is called: moments of its inputs, those of its heads, or nothing.
-Request: TypeAlias = Literal["inputs"] | HeadMomentsRequest | None
-Measured: TypeAlias = Moments | HeadMoments | None
 # Gets a name and what was measured there; returns the module whose forward runs from then on, or several by those in
 # whose places they run, which may lie inside of it; ``None`` for the module itself.
 Handler: TypeAlias = Callable[[str, Any], nn.Module | Mapping[nn.Module, nn.Module] | None]
 Ties: TypeAlias = Mapping[str, Sequence[str]]
+# The name of a module that is called, whether it is given what the last one was given, and the shape of that.
+Call: TypeAlias = tuple[str, bool, torch.Size]
+
+ENOUGH = 16  # vectors for each direction they lie in: more of them hardly move a spectrum
 
 
 @torch.no_grad()
@@ -86,7 +70,8 @@ def visit_modules(
         handle: Gets a name and, where there are data, what was asked for, in the order of execution.
         data: Inputs of the model, which run one batch after the other, several times.
         ties: Names of other modules whose calls count as calls of one that is named, for they hold its weight.
-        changes: Whether the handler returns modules; where it only looks, a block need not run again.
+        changes: Whether the handler returns modules. Where it only looks, a block need not run again, and of many
+            batches a part is enough: 16 vectors for each direction in front of every module.
 
     Raises:
         ValueError: If no token reaches a module that is named, or a mask hides positions between others.
@@ -125,21 +110,8 @@ def _probes(model: nn.Module, requests: Mapping[str, Request], ties: Ties) -> di
             if request.output is not None:
                 probes[name] = Probe([request.output])
             if request.query is not None:
-                probes[f"{name} queries"] = Probe([request.query.layer], functools.partial(_query_grams, request))
+                probes[f"{name} queries"] = Probe([request.query.layer], functools.partial(query_grams, request))
     return probes
-
-
-def _query_grams(request: HeadMomentsRequest, gradient: Tensor) -> Tensor:
-    """Sums of ``g^T g`` of the gradients at queries, of all that share a key, ``(num_kv_heads, r, r)``."""
-    assert request.query is not None
-    by_head = _by_kv_head(request.query.of(gradient), request, request.num_heads)
-    return by_head.mT @ by_head
-
-
-def _by_kv_head(x: Tensor, request: HeadMomentsRequest, num_heads: int) -> Tensor:
-    """Vectors of ``num_heads`` heads side by side as ``(num_kv_heads, count, r)``, those that share a head in one."""
-    samples = _samples(x).unflatten(-1, (request.num_kv_heads, num_heads // request.num_kv_heads, -1))
-    return samples.transpose(0, 1).flatten(1, 2)
 
 
 class _Reached(Exception):
@@ -166,7 +138,7 @@ class _Visits:
             self.model.get_submodule(tied): name for name in self.modules for tied in self.ties.get(name, ())
         }
         self.replacements: dict[nn.Module, nn.Module] = {}
-        self.traced: list[tuple[str, bool]] | None = None  # calls, and whether each is given what the last was given
+        self.traced: list[Call] | None = None
         self.given: Any = None  # to the last call
         self.stage: Sequence[str] = ()  # what is visited now
         self.measured: dict[str, Any] = {}  # of these
@@ -192,17 +164,23 @@ class _Visits:
         order: list[str] = []
         joining: set[str] = set()  # modules that are given what the one before them in the order is given
         counts: Counter[str] = Counter()
+        # Vectors that reached what is measured, for each direction that they lie in.
+        vectors = {name: 0.0 for name, request in self.requests.items() if request is not None}
         for number in range(len(self.batches)):
             before: str | None = None
             trace = self._trace(number)
-            for name, shares in trace:
+            for name, shares, shape in trace:
                 if name not in order:
                     order.insert(0 if before is None else order.index(before) + 1, name)
                     if shares and self.requests[name] == "inputs" == self.requests[before or name]:
                         joining.add(name)
                 before = name
-            counts |= Counter(name for name, _ in trace)
+                if name in vectors and shape:
+                    vectors[name] += shape[:-1].numel() / shape[-1]
+            counts |= Counter(name for name, *_ in trace)
             if len(order) == len(self.requests):
+                if not self.changes and vectors:
+                    self._keep_enough(number + 1, min(vectors.values()))
                 break
         if missed := [name for name in self.requests if name not in order]:
             raise ValueError(self._complaint(missed))
@@ -215,6 +193,12 @@ class _Visits:
                 stages.append(([name], is_once))
         return stages
 
+    def _keep_enough(self, count: int, found: float) -> None:
+        """Leave out batches that are not needed, where some first ones make so many vectors for each direction."""
+        positions = list(itertools.accumulate(map(num_positions, self.batches)))
+        needed = ENOUGH * positions[count - 1] / found if found else math.inf
+        self.batches = self.batches[: max(count, bisect.bisect_left(positions, needed) + 1)]
+
     def _share_a_pass(self, first: str, name: str) -> bool:
         """Whether two modules are measured in one pass: layers that are in one block."""
         if not self.requests[first] == "inputs" == self.requests[name]:
@@ -222,9 +206,9 @@ class _Visits:
         block = self.cache.block_of(self.modules[first])
         return block is not None and self.cache.block_of(self.modules[name]) is block
 
-    def _trace(self, number: int) -> list[tuple[str, bool]]:
+    def _trace(self, number: int) -> list[Call]:
         """Calls of a whole pass; the first one also finds the chains of blocks."""
-        traces: list[list[tuple[str, bool]]] = []
+        traces: list[list[Call]] = []
 
         def run() -> Any:
             self.traced, self.given = [], None
@@ -287,7 +271,8 @@ class _Visits:
         if isinstance(given, Tensor) and given.numel() == 0:
             return forward(*args, **kwargs)  # an expert without tokens
         if self.traced is not None:
-            self.traced.append((name, given is self.given))
+            shape = given.shape if isinstance(given, Tensor) else torch.Size()
+            self.traced.append((name, given is self.given, shape))
             self.given = given
         elif name in self.later and self.remaining == Counter() and not self.is_inside:
             raise _Reached
@@ -302,11 +287,11 @@ class _Visits:
         try:
             measured: Measured
             if not isinstance(request, HeadMomentsRequest):
-                measured = self.shared if given is self.given else Moments.of(_samples(given))
+                measured = self.shared if given is self.given else Moments.of(samples(given))
                 self.given, self.shared = given, measured
             else:
                 self.is_inside = True
-                measured = _head_moments(request, call)
+                measured = head_moments(request, call)
                 self.is_inside = False
         except ValueError as error:
             raise ValueError(f"what reaches {name} cannot be used: {error}") from error
@@ -320,37 +305,3 @@ class _Visits:
     def replacing_forwards(self) -> AbstractContextManager[None]:
         """Run :meth:`_forward` in place of the modules' own forwards, which are back afterwards."""
         return replaced_forwards(self.names, self._forward)
-
-
-def _head_moments(heads: HeadMomentsRequest, call: Callable[[], Any]) -> HeadMoments | None:
-    """Moments of what flows through the heads of an attention, which runs for it."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def note(name: str, x: Tensor) -> None:
-        num_heads = heads.num_kv_heads if name == "key" else heads.num_heads
-        seen.setdefault(name, []).append(_by_kv_head(x, heads, num_heads))
-
-    def note_span(name: str, span: Span, module: nn.Module, args: Any, result: Tensor) -> None:
-        note(name, span.of(result))
-
-    hooks = []
-    for name, span in (("query", heads.query), ("key", heads.key)):
-        if span is not None:
-            hooks.append(span.layer.register_forward_hook(functools.partial(note_span, name, span)))
-    if heads.output is not None:
-        hooks.append(heads.output.register_forward_pre_hook(lambda module, args: note("context", args[0])))
-    try:
-        call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    samples = {name: torch.cat(parts, 1) for name, parts in seen.items()}
-    if not samples or not all(x.shape[1] for x in samples.values()):
-        return None
-    query, key, context = (Moments.of(samples[x]) if x in samples else None for x in ("query", "key", "context"))
-    return HeadMoments(query, key, context)
-
-
-def _samples(x: Tensor) -> Tensor:
-    """Vectors ``(..., n)`` as ``(count, n)``."""
-    return x.reshape(-1, x.shape[-1])

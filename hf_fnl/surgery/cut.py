@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_fnl.surgery.calibration import HeadMomentsRequest, Request, visit_modules
+from hf_fnl.surgery.calibration import visit_modules
 from hf_fnl.surgery.calibration_data import CalibrationData
 from hf_fnl.surgery.heads import HeadTarget, Target, cut_heads
+from hf_fnl.surgery.measure import HeadMomentsRequest, Request
 from hf_fnl.surgery.ranks import Candidate
 from hf_fnl.surgery.targets import Cut, Draw, LayerTarget, Replacements
 

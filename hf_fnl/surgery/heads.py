@@ -18,7 +18,7 @@ from hf_fnl.layers.linear import Span
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.math.truncation import HeadMoments, HeadWeights, ov_energies, qk_energies, truncate_ov, truncate_qk
-from hf_fnl.surgery.calibration import HeadMomentsRequest
+from hf_fnl.surgery.measure import HeadMomentsRequest
 from hf_fnl.surgery.targets import Cut, Draw, LayerTarget, Replacements
 
 

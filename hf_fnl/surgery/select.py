@@ -148,7 +148,7 @@ def _unmatched(model: nn.Module, config: FactorizationConfig) -> Iterator[tuple[
     """The option and a complaint for each pattern that no name of a module or a parameter matches."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    parts = sorted({part for name in names for part in name.split(".")})
+    parts = sorted({part for name in names for part in name.split(".")} - {""})
     for option in ("include", "exclude"):
         for pattern in getattr(config, option):
             if not any(fnmatchcase(name, pattern) for name in names):

@@ -23,8 +23,8 @@ from hf_fnl.layers.linear import dense_weight
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.math.truncation import Moments, linear_energies
-from hf_fnl.surgery.calibration import Request
 from hf_fnl.surgery.config import TENSOR_SCHEMES
+from hf_fnl.surgery.measure import Request
 
 if TYPE_CHECKING:
     from hf_fnl.surgery.heads import Target
