@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_fnl.tasks.arguments import TextTrainingArguments, default_workers
+from hf_fnl.tasks.arguments import default_workers
 
 
 @pytest.mark.parametrize(
@@ -16,9 +16,3 @@ def test_data_is_prepared_beside_the_training_where_a_gpu_would_wait(monkeypatch
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert default_workers(use_cpu=False) == workers
     assert default_workers(use_cpu=True) == 0
-
-
-@pytest.mark.parametrize(("given", "workers"), [({}, 0), ({"dataloader_num_workers": 7}, 7)], ids=["default", "given"])
-def test_the_number_of_workers_that_is_given_stays(tmp_path, given, workers):
-    args = TextTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given)
-    assert args.dataloader_num_workers == workers

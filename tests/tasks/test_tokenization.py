@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from transformers import AutoTokenizer
 from translation_cases import phrases, tiny_marian, tiny_tokenizer
@@ -23,7 +17,6 @@ from hf_fnl.tasks.tokenization import (
     train_wordpiece,
 )
 
-ROOT = Path(__file__).parents[2]
 CORPUS = embedded_documents()[:4]
 MOSES = "ich bin &apos;s , sagte er -- das 400-fache !"
 ORDINARY = 'Größe: 3,5 kg (ungefähr).  Zwei Leerzeichen "wörtlich".'
@@ -43,25 +36,12 @@ def test_the_vocabulary_has_the_size_asked_for_and_survives_saving(train, tmp_pa
         assert (loaded.special_tokens_map, loaded.model_max_length) == (tokenizer.special_tokens_map, 77)
 
 
-def serialized() -> list[str]:
-    """Tokenizers of each kind; few characters fit into the smaller ones, so that equally rare ones compete."""
+@each_trainer
+@pytest.mark.parametrize("vocab_size", [257, 400])
+def test_the_same_texts_give_the_same_tokenizer_every_time(train, vocab_size):
+    """Few characters fit in, so that equally rare ones compete, which trainers meet in an order of hashes."""
     texts = [*CORPUS, *(chr(code) * 2 for code in range(0x4E00, 0x4E60))]
-    return [
-        train(texts, vocab_size=size).backend_tokenizer.to_str() for train in TRAINERS.values() for size in (257, 400)
-    ]
-
-
-def test_the_same_text_gives_the_same_tokenizer_in_every_process():
-    code = "import json, test_tokenization as test; print(json.dumps(test.serialized()))"
-    paths = [
-        str(ROOT),
-        str(ROOT / "tests/support"),
-        str(Path(__file__).parent),
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(done.stdout) == serialized()
+    assert len({train(texts, vocab_size=vocab_size).backend_tokenizer.to_str() for _ in range(4)}) == 1
 
 
 @each_trainer

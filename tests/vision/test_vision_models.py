@@ -230,9 +230,8 @@ def test_a_factorized_model_comes_back_bitwise_and_merges(case: VisionCase, tmp_
     assert_close(loaded(**batch).logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vgg", "wide-resnet-1"])
-def test_one_graph_computes_the_same(name: str) -> None:
-    model, batch = OURS[name].build(), OURS[name].batch()
+def test_one_graph_computes_the_same() -> None:
+    model, batch = OURS["wide-resnet-1"].build(), OURS["wide-resnet-1"].batch()
     torch.compiler.reset()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
     for mode in (False, True):
