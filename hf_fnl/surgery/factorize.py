@@ -14,7 +14,7 @@ from hf_fnl.surgery.config import FactorizationConfig
 from hf_fnl.surgery.cut import candidates_of, check_values, cut, parameters_beside
 from hf_fnl.surgery.heads import HeadTarget, Target
 from hf_fnl.surgery.ranks import Candidate, choose_ranks
-from hf_fnl.surgery.record import QUANT_METHOD, layer_record
+from hf_fnl.surgery.record import QUANT_METHOD, Layers, layer_records
 from hf_fnl.surgery.select import by_reason, listed, select
 from hf_fnl.surgery.swap import check_not_quantized, check_present, swap_and_record_, unwrapped
 from hf_fnl.surgery.targets import Cut, LayerTarget, Replacements
@@ -34,7 +34,6 @@ class Replacement:
         tied: Names of the other layers that hold the same weight.
         parameters_before: Parameters of the matrix or tensor, or of the projections.
         parameters_after: Parameters of the factors.
-        records: What restores the layers, by their names.
     """
 
     name: str
@@ -45,7 +44,6 @@ class Replacement:
     tied: tuple[str, ...]
     parameters_before: int
     parameters_after: int
-    records: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
     def __str__(self) -> str:
         energy = "" if self.energy is None else f", energy {self.energy:.4f}"
@@ -61,10 +59,12 @@ class Factorization:
         replacements: One for each weight that became a product.
         skipped: The reason why it stayed dense, for each weight that looks like a matrix and that the patterns of the
             configuration name: by the name of its layer, or its own where it is no layer's weight.
+        layers: What restores all layers of the model that hold factors or narrow heads, by their names.
     """
 
     replacements: tuple[Replacement, ...]
     skipped: Mapping[str, str]
+    layers: Layers = field(repr=False)
 
     @property
     def parameters_before(self) -> int:
@@ -82,8 +82,7 @@ class Factorization:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record for :func:`~hf_fnl.surgery.restore_`, ready for JSON."""
-        layers = {name: dict(record) for each in self.replacements for name, record in each.records.items()}
-        return {"quant_method": QUANT_METHOD, "layers": layers}
+        return {"quant_method": QUANT_METHOD, "layers": self.layers}
 
     def __str__(self) -> str:
         before, after = self.parameters_before, self.parameters_after
@@ -165,7 +164,7 @@ def factorize_(
             if getattr(dense, "bias", None) is not None and dense.bias.shape == layer.bias.shape:
                 dense.get_parameter("bias").copy_(layer.get_parameter("bias"))
     swap_and_record_(model, replacements)
-    return Factorization(done, skipped)
+    return Factorization(done, skipped, layer_records(model))
 
 
 _ONLY_READ = "the model reads its weight and does not call it"
@@ -197,16 +196,13 @@ def _below_rank(
 def _replacement(cut: Cut, replacements: Replacements) -> Replacement:
     target: Any = cut.target
     known = not target.tensors[0].is_meta and cut.init == "spectral"
-    names = target.layer_names if isinstance(target, HeadTarget) else tuple(target.layers)
-    layers = target.attention.layers([target.kind]) if isinstance(target, HeadTarget) else target.layers.values()
     return Replacement(
         target.name,
         target.kind,
         target.shape,
         cut.rank,
         target.kept_energy(replacements) if known else None,
-        () if isinstance(target, HeadTarget) else names[1:],
+        () if isinstance(target, HeadTarget) else target.names[1:],
         target.parameters,
         target.parameters_after(replacements),
-        {name: layer_record(replacements[layer]) for name, layer in zip(names, layers, strict=True)},
     )

@@ -28,8 +28,8 @@ class Candidate:
         dense: Parameters of what it replaces: ``m * n``.
         energies: Squared singular values ``(limit,)``, descending; called only where the rule needs them.
         full: The rank that a rank scale of 1 stands for; ``limit`` unless given.
-        in_loss: Tells, after energies were asked for, whether they are of one unit for all candidates, that of a loss;
-            else each counts by its share of its own.
+        in_loss: Whether energies are losses, comparable between candidates; else each counts relative to its own sum.
+            It is known once energies were asked for.
     """
 
     name: str
