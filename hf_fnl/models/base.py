@@ -125,16 +125,6 @@ class FactorizedPreTrainedModel(PreTrainedModel):
             return holder
         return super().get_submodule(target)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers.
-
-        Raises:
-            ValueError: If the embedding is held as factors.
-        """
-        if isinstance(self.get_input_embeddings(), Factorized):
-            raise ValueError("only a dense embedding is resized; merge() the model first or set embedding_rank=None")
-        return super().resize_token_embeddings(*args, **kwargs)
-
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, which keeps keys and values in pages of one width.
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -215,10 +214,6 @@ def check_present(model: nn.Module, action: str) -> None:
     for name, module in model.named_modules():
         if is_offloaded(module):
             raise ValueError(f"{action} needs the parameters of {name or type(model).__name__}, which {_OFFLOADED}")
-        if any(map(is_lazy, module.parameters(recurse=False))):
-            raise ValueError(
-                f"{action} needs the shapes of {name}, which its first forward pass sets: run the model once"
-            )
     if any(is_partitioned(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
             f"{action} needs whole parameters, but those of this {type(model).__name__} are divided among processes: "

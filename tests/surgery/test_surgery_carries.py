@@ -405,15 +405,6 @@ def test_experts_are_one_line_a_reason():
     assert {n for n, size in shares.items() if size > 16 and n.removesuffix(".weight") not in named} == set()
 
 
-def test_a_layer_without_a_shape_is_named():
-    model = nn.Sequential(nn.Linear(5, 7), nn.LazyLinear(6))
-    with pytest.raises(ValueError, match="factorize_ needs the shapes of 1, which its first forward pass sets"):
-        factorize_(model, LOW)
-    model(torch.ones(2, 5))
-    factorize_(model, LOW)
-    assert isinstance(model[1], FactorizedLinear)
-
-
 def test_a_factorized_model_names_nothing_twice():
     model = net(torch.float32)
     factorize_(model, FactorizationConfig(rank=2, include=("0",)))
