@@ -146,16 +146,12 @@ def layer_count(layer: nn.Module) -> tuple[int, int]:
     return _factor_count(layer), _dense_count(layer)
 
 
-def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
-    """Floating-point operations of the linear layers in a forward pass, counted from their sizes.
+def forward_flops(model: nn.Module) -> Figures:
+    """Floating-point operations of the linear layers for a token, counted from their sizes.
 
-    ``2 * tokens * parameters`` for each linear layer and each of its factors, a multiplication and an addition per
+    ``2 * parameters`` for each linear layer and each of its factors, a multiplication and an addition per
     entry; a factorized embedding multiplies by ``V`` only, for ``U`` is looked up. Every layer counts as if it saw all
     tokens. Convolutions, attention scores, normalizations and biases are not counted.
-
-    Args:
-        model: The model, ours or stock.
-        tokens: Tokens in the pass.
 
     Returns:
         ``factorized`` for the model as it is, ``dense_equivalent`` with every product of a layer multiplied out and
@@ -173,7 +169,7 @@ def forward_flops(model: nn.Module, tokens: int = 1) -> Figures:
         elif isinstance(module, nn.Linear | Conv1D):
             ours += _numel(module.weight)
             dense += math.prod(module.dense_shape) if isinstance(module, HeadProjection) else _numel(module.weight)
-    return {"factorized": 2 * tokens * ours, "dense_equivalent": 2 * tokens * dense, "ratio": ours / max(dense, 1)}
+    return {"factorized": 2 * ours, "dense_equivalent": 2 * dense, "ratio": ours / max(dense, 1)}
 
 
 def _numel(parameter: Tensor) -> int:

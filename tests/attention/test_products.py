@@ -66,12 +66,6 @@ def test_tensors_are_found_with_their_kernels_as_matrices(scheme, cores):
     torch.testing.assert_close(tensor.squared_frobenius_norm(model), matrix.norm() ** 2)
 
 
-def test_factors_come_from_a_mapping_as_from_the_model(bert):
-    product = find_products(bert, ["ov"])[0]
-    for mine, other in zip(product.factors(bert), product.factors(dict(bert.named_parameters())), strict=True):
-        assert torch.equal(mine, other)
-
-
 def test_products_follow_parameters_that_are_replaced():
     model = nn.Sequential(FactorizedLinear(5, 7, 3))
     product = find_products(model, ["linear"])[0]
@@ -92,8 +86,3 @@ def test_products_follow_parameters_that_are_replaced():
 def test_errors_say_what_there_is(bert, kinds, message):
     with pytest.raises(ValueError, match=message):
         find_products(bert, kinds)
-
-
-def test_a_model_without_products_says_so():
-    with pytest.raises(ValueError, match="Linear has no product of kind ov; it has: none"):
-        find_products(nn.Linear(5, 7), ["ov"])

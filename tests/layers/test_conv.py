@@ -34,15 +34,6 @@ def test_an_overcomplete_kernel_is_always_multiplied_out(scheme):
     assert len(convolutions.seen) == 1
 
 
-def test_deep_starts_as_shallow_and_overcomplete_is_drawn_by_default():
-    shallow = FactorizedConv2d(3, 7, 3, 5)
-    torch.manual_seed(0)
-    deep = FactorizedConv2d(3, 7, 3, 5, deep=True)
-    assert torch.equal(deep.M, torch.eye(5))
-    assert torch.equal(deep.composed(), shallow.composed())
-    assert FactorizedConv2d(3, 7, 3, 25, overcomplete=True).init == "default"
-
-
 @each_scheme
 @pytest.mark.parametrize("init", ["spectral", "spectral_ones"])
 def test_a_deep_layer_from_a_dense_one_is_the_shallow_one(scheme, init):

@@ -1,6 +1,7 @@
 """Factorized layers against the dense layers in whose place they stand."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -168,19 +169,16 @@ def test_default_factors_are_drawn_as_linear_layers_of_their_own():
         assert factor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
 
 
-def test_deep_layers_start_as_shallow_ones():
-    shallow = FactorizedLinear(5, 7, 3)
+@pytest.mark.parametrize("make", [FactorizedLinear, functools.partial(FactorizedConv2d, kernel_size=3)])
+def test_deep_layers_start_as_shallow_ones_and_overcomplete_ones_are_drawn_by_default(make):
+    shallow = make(5, 7, rank=3)
     torch.manual_seed(0)
-    deep = FactorizedLinear(5, 7, 3, deep=True)
+    deep = make(5, 7, rank=3, deep=True)
     assert torch.equal(deep.M, torch.eye(3))
     assert torch.equal(deep.composed(), shallow.composed())
-
-
-def test_overcomplete_layers_are_drawn_by_default():
-    layer = FactorizedLinear(5, 7, 15, overcomplete=True)
-    assert layer.init == "default"
-    assert (layer.U.shape, layer.V.shape) == ((7, 15), (5, 15))
-    assert FactorizedLinear(5, 7, 3, overcomplete=True).init == "spectral"
+    overcomplete = make(5, 7, rank=45, overcomplete=True)
+    assert (overcomplete.init, overcomplete.U.shape[1], overcomplete.V.shape[1]) == ("default", 45, 45)
+    assert make(5, 7, rank=3, overcomplete=True).init == "spectral"
 
 
 @pytest.mark.parametrize("init", ["spectral", "spectral_ones", "default"])

@@ -57,16 +57,6 @@ def test_gradient_of_the_norm_from_grams_is_twice_the_decay(factors):
     torch.testing.assert_close(gradients, F.decay_gradients(*factors))
 
 
-def test_decay_multipliers_are_small_and_give_the_gradients(factors):
-    rank = factors[0].shape[-1]
-    for p, gradient, (left, right) in zip(
-        factors, F.decay_gradients(*factors), F.decay_multipliers(*factors), strict=True
-    ):
-        assert right.shape[-2:] == (rank, rank)
-        left = torch.eye(p.shape[-2], dtype=p.dtype) if left is None else left
-        torch.testing.assert_close(left @ p @ right, gradient)
-
-
 def test_singular_values_are_those_of_the_product(factors):
     values = F.singular_values(*factors)
     expected = torch.linalg.svdvals(F.product(*factors))

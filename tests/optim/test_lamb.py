@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lamb_cases import assert_same, set_gradients, train
 from reference.lamb import ReferenceLamb
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -36,6 +35,23 @@ def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
         name: nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
         for name, shape in SHAPES.items()
     }
+
+
+def set_gradients(named: dict[str, nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in named.values():
+        gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+def train(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], seeds: range) -> None:
+    for seed in seeds:
+        set_gradients(named, seed)
+        optimizer.step()
+
+
+def assert_same(named: dict[str, nn.Parameter], other: dict[str, nn.Parameter]) -> None:
+    assert_close(named, other, rtol=0, atol=0)
 
 
 def gradients(named: dict[str, nn.Parameter]) -> dict[str, Tensor | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -193,21 +192,6 @@ def test_a_foreign_state_is_refused_when_it_is_loaded(state, message):
     assert_unmoved(model, ours, before)
     assert ours.state_dict()["param_groups"] == groups
     ours.step()
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_a_copy_refuses_what_the_original_refuses(duplicate):
-    model = network()
-    ours = flambe(model)
-    run_back(model)
-    ours.step()
-    copied = duplicate(ours)
-    parameter = copied.param_groups[0]["params"][0]
-    parameter.data = torch.randn(300, 300)
-    parameter.grad = None
-    parameter.grad = torch.randn(300, 300)
-    with pytest.raises(ValueError, match=r"exp_avg of 0\.weight"):
-        copied.step()
 
 
 @pytest.mark.parametrize("named", [True, False])
