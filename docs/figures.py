@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_fnl import FactorizedLinear, FLAMBe, Lamb, find_products, parameter_groups, spectral_init
 from hf_fnl.math.factors import decay_gradients, marchenko_pastur_density, product, singular_values
-from hf_fnl.math.spectral import INIT_METHODS, initial_factors
+from hf_fnl.math.spectral import INIT_METHODS
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 STYLE = {"svg.hashsalt": "hf_fnl", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -73,7 +73,8 @@ def spectral() -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained", width_ratios=(3, 2))
     left.plot(dense, color=GRAY, linestyle=":", label="dense")
     for method, color in zip(INIT_METHODS, (BLUE, GREEN, "black", ORANGE), strict=True):
-        left.plot(singular_values(*initial_factors((size, size), rank, draw, method=method)), color=color, label=method)
+        factors = FactorizedLinear(size, size, rank, init=method).fresh_factors(draw)
+        left.plot(singular_values(*factors), color=color, label=method)
     left.set(
         xlabel="index",
         ylabel="singular value",

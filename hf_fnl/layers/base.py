@@ -16,7 +16,7 @@ from hf_fnl.math.spectral import (
     check_method,
     check_rank,
     check_split_method,
-    initial_factors,
+    draw_factor,
     spectral_init,
 )
 
@@ -195,8 +195,11 @@ class FactorizedMatrix(Factorized):
     Args:
         shape: Shape ``(m, n)`` of the dense matrix.
         rank: Columns of the factors. At most ``min(m, n)``, any number where ``overcomplete``.
-        init: One of ``hf_fnl.math.spectral.INIT_METHODS``. A layer of a higher rank is drawn, by
-            ``"default"`` unless ``"he"``.
+        init: ``"spectral"`` and ``"spectral_ones"`` split a weight that is drawn as the dense layer's. The others draw
+            ``U`` as the weight of ``Linear(rank, m)`` and ``V^T`` as that of ``Linear(n, rank)``: ``"default"`` as the
+            dense layer's, which at one small standard deviation ``s``, as BERT's, makes products of entries at
+            ``s^2 sqrt(rank)``, far below those of a dense weight; ``"he"`` by the rule of He et al. 2015 for the fan-in
+            of each, the baseline of Kamalakara et al. 2022. Overcomplete layers are drawn by ``"default"`` or ``"he"``.
         deep: Adds a middle factor ``M (rank, rank)``, which starts as the identity (Khodak et al. 2021, Sec. 5).
         overcomplete: Allows a rank above ``min(m, n)``, for training that is multiplied back afterwards.
 
@@ -246,9 +249,15 @@ class FactorizedMatrix(Factorized):
     @torch.no_grad()
     def fresh_factors(self, draw: Callable[[Tensor], object] | None = None) -> tuple[Tensor, ...]:
         """As in :class:`Factorized`."""
-        draw, like = draw or self.draw_, self.U
-        factors = initial_factors(self.shape, self.rank, draw, method=self.init, dtype=like.dtype, device=like.device)
-        return self.with_identity(*factors)
+        draw, (m, n) = draw or self.draw_, self.shape
+        if self.init in DRAWN_METHODS:
+            Vt, U = self.V.new_empty(self.rank, n), self.U.new_empty(m, self.rank)
+            for factor in (Vt, U):
+                draw_factor(factor, draw, self.init)
+            return self.with_identity(U, Vt.mT.contiguous())
+        weight = self.U.new_empty(m, n)
+        draw(weight)
+        return self.with_identity(*spectral_init(weight, self.rank, self.init))
 
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The leading singular triples of the weight, shared out between ``U`` and ``V``."""

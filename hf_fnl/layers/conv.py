@@ -57,7 +57,7 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         scheme: ``"spatial"`` or ``"channel"``.
         compose: Whether the kernel is multiplied out in the forward pass; ``None`` chooses by the operations.
         init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see
-            :func:`~hf_fnl.math.spectral.initial_factors`.
+            :class:`~hf_fnl.layers.base.FactorizedMatrix`.
         deep: Holds ``W = U M V^T`` with ``M`` starting as the identity.
         overcomplete: Allows a rank above that of ``W``.
 

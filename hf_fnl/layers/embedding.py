@@ -22,7 +22,7 @@ class FactorizedEmbedding(FactorizedMatrix):
         rank: Columns of ``U (num_embeddings, rank)`` and ``V (embedding_dim, rank)``.
         padding_idx: Row that starts as zero and gets no gradient.
         init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see
-            :func:`~hf_fnl.math.spectral.initial_factors`.
+            :class:`~hf_fnl.layers.base.FactorizedMatrix`.
 
     Raises:
         ValueError: If ``rank`` or ``init`` is not allowed.

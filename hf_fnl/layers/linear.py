@@ -32,7 +32,7 @@ class FactorizedLinear(FactorizedMatrix):
         rank: Columns of ``U (out_features, rank)`` and ``V (in_features, rank)``.
         bias: Adds a learned ``bias (out_features,)``.
         init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see
-            :func:`~hf_fnl.math.spectral.initial_factors`.
+            :class:`~hf_fnl.layers.base.FactorizedMatrix`.
         deep: Holds ``W = U M V^T`` with ``M`` starting as the identity.
         overcomplete: Allows ``rank > min(in_features, out_features)``.
 

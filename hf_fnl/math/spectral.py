@@ -119,47 +119,6 @@ def spectral_init(weight: Tensor, rank: int, method: str = "spectral") -> tuple[
     return P.to(weight.dtype).contiguous(), Q.to(weight.dtype).contiguous()
 
 
-def initial_factors(
-    shape: tuple[int, int],
-    rank: int,
-    draw: Callable[[Tensor], object],
-    *,
-    method: str = "spectral",
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""Fresh factors of a layer, drawn with the dense layer's own initialization.
-
-    ``"spectral"`` and ``"spectral_ones"`` draw the dense weight and split it. The others draw each factor as a layer
-    of its own, ``U`` as the weight of ``Linear(rank, m)`` and ``V^T`` as that of ``Linear(n, rank)``: ``"default"`` as
-    ``draw`` draws weights, ``"he"`` by the rule of He et al. 2015, the baseline of Kamalakara et al. 2022.
-
-    A ``draw`` at one small standard deviation ``s``, as that of BERT and GPT-2 at 0.02, makes ``"default"`` products of
-    entries at ``s^2 sqrt(rank)``, far below those of a dense weight; ``"he"`` scales each factor by its own fan-in.
-
-    Args:
-        shape: Shape ``(m, n)`` of the dense weight.
-        rank: Columns of the factors.
-        draw: Fills a weight of shape ``(out, in)`` in place.
-        method: One of ``INIT_METHODS``.
-        dtype: Data type of the factors.
-        device: Device on which they are drawn and decomposed.
-
-    Returns:
-        ``U`` of shape ``(m, rank)`` and ``V`` of shape ``(n, rank)``.
-    """
-    check_method(method)
-    m, n = shape
-    if method in DRAWN_METHODS:
-        U, Vt = torch.empty(m, rank, dtype=dtype, device=device), torch.empty(rank, n, dtype=dtype, device=device)
-        for factor in (Vt, U):
-            draw_factor(factor, draw, method)
-        return U, Vt.mT.contiguous()
-    weight = torch.empty(m, n, dtype=dtype, device=device)
-    draw(weight)
-    return spectral_init(weight, rank, method)
-
-
 def draw_factor(weight: Tensor, draw: Callable[[Tensor], object], method: str) -> None:
     """Fill the weight ``(out, in, ...)`` of a factor as that of a layer of its own: by ``draw``, or He's rule."""
     if method == "he":

@@ -86,7 +86,7 @@ class FactorizationConfig(RankRule):
             derived from stock ones, with the same forward pass, need another pattern than ``"*"``.
         exclude: Patterns of names that are left dense.
         init: ``"spectral"``, ``"spectral_ones"`` or, for a model that has not been trained, ``"default"`` or ``"he"``;
-            see :func:`~hf_fnl.math.spectral.initial_factors`.
+            see :class:`~hf_fnl.layers.base.FactorizedMatrix`.
         conv_scheme: ``"spatial"``, a column of the kernel after a row (Khodak et al. 2021); ``"channel"``, the kernel
             into ``rank`` channels and then 1-by-1 (Kamalakara et al. 2022); or ``"tt"`` or ``"tucker"``, the kernel as
             a tensor, see :class:`~hf_fnl.layers.TensorizedConv2d`.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_fnl.math.spectral import initial_factors, spectral_init, truncated_svd
+from hf_fnl.math.spectral import spectral_init, truncated_svd
 
 SHAPES = {
     "wide": (5, 7, 3),
@@ -113,23 +113,6 @@ def test_a_parameter_is_left_as_it_is_and_out_of_the_graph():
     assert not V.requires_grad
     assert U.is_contiguous()
     assert V.is_contiguous()
-
-
-def test_initial_factors_split_the_weight_that_is_drawn():
-    draw = torch.nn.init.normal_
-    torch.manual_seed(0)
-    U, V = initial_factors((5, 7), 3, draw, dtype=torch.float64)
-    torch.manual_seed(0)
-    expected = spectral_init(draw(torch.empty(5, 7, dtype=torch.float64)), 3)
-    assert torch.equal(U, expected[0])
-    assert torch.equal(V, expected[1])
-
-
-def test_default_factors_are_drawn_as_layers_of_their_own():
-    shapes = []
-    U, V = initial_factors((5, 7), 3, lambda weight: shapes.append(tuple(weight.shape)), method="default")
-    assert (U.shape, V.shape) == ((5, 3), (7, 3))
-    assert shapes == [(3, 7), (5, 3)]  # (out, in), in the order of the forward pass
 
 
 def not_finite(value: float) -> torch.Tensor:
