@@ -30,7 +30,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ BYTES = {"fp32": 4, "bf16": 2}
 GIB = 2**30
 
 # Sizes that the configurations of these models on the Hub have; what is not named is the default of their family.
+_SIDE = {
+    f"{side}_{size}": number
+    for side in ("encoder", "decoder")
+    for size, number in (("layers", 6), ("attention_heads", 8), ("ffn_dim", 2048))
+}
 PRESETS: dict[str, tuple[str, dict[str, int]]] = {
     "bert-base": ("FactorizedBertForPreTraining", {}),
     "bert-large": (
@@ -65,19 +70,7 @@ PRESETS: dict[str, tuple[str, dict[str, int]]] = {
     "gpt2-medium": ("FactorizedGPT2LMHeadModel", {"n_embd": 1024, "n_layer": 24, "n_head": 16}),
     "gpt2-large": ("FactorizedGPT2LMHeadModel", {"n_embd": 1280, "n_layer": 36, "n_head": 20}),
     "gpt2-xl": ("FactorizedGPT2LMHeadModel", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
-    "marian": (
-        "FactorizedMarianMTModel",
-        {
-            "vocab_size": 58101,
-            "d_model": 512,
-            "encoder_layers": 6,
-            "decoder_layers": 6,
-            "encoder_attention_heads": 8,
-            "decoder_attention_heads": 8,
-            "encoder_ffn_dim": 2048,
-            "decoder_ffn_dim": 2048,
-        },
-    ),
+    "marian": ("FactorizedMarianMTModel", {"vocab_size": 58101, "d_model": 512, **_SIDE}),
 }
 
 
@@ -94,7 +87,7 @@ class Setup:
         labelled_share: Share of the positions that are predicted, where a model computes logits at those only.
 
     Raises:
-        ValueError: If a number is out of range or the dtype is unknown.
+        ValueError: If the dtype is unknown.
     """
 
     processes: int = 1
@@ -107,11 +100,6 @@ class Setup:
     def __post_init__(self) -> None:
         if self.dtype not in BYTES:
             raise ValueError(f"dtype must be one of {', '.join(BYTES)}, got {self.dtype!r}")
-        for name in ("processes", "batch_size", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.labelled_share <= 1:
-            raise ValueError(f"labelled_share must be in (0, 1], got {self.labelled_share}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +123,6 @@ class Cost:
     forward: int
     backward: int
     activations: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes of a process at its peak, in the backward pass; see the table of this module."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    buffers: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all."""
-        return sum(asdict(self).values())
 
 
 def meta_model(source: str, *, ratio: float | None = None, dense: bool = False, **ranks: int | None) -> PreTrainedModel:
@@ -266,14 +238,11 @@ def _step(
     return kept, forward, backward
 
 
-def memory_of(cost: Cost, setup: Setup, engine: str) -> Memory:
-    """Bytes of a process under one of :data:`ENGINES`, by the table of this module.
+def memory_of(cost: Cost, setup: Setup, engine: str) -> dict[str, int]:
+    """Bytes of a process at its peak, in the backward pass, under one of :data:`ENGINES`, and their total.
 
-    Raises:
-        ValueError: If there is no such engine.
+    By the table of this module.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     P, n, w = cost.parameters, setup.processes, BYTES[setup.dtype]
     held = P + cost.frozen
     gathered, bucket = w * (cost.outside + 2 * cost.largest_layer), w * max(cost.outside, cost.largest_layer)
@@ -285,9 +254,9 @@ def memory_of(cost: Cost, setup: Setup, engine: str) -> Memory:
         "zero2": (w * held, w * P // n, 12 * P // n, bucket),
         "zero3": (w * held // n, w * P // n, 12 * P // n, gathered),
     }[engine]
-    return Memory(
-        weights=weights, gradients=gradients, optimizer=optimizer, activations=cost.activations, buffers=buffers
-    )
+    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    parts |= {"activations": cost.activations, "buffers": buffers}
+    return parts | {"total": sum(parts.values())}
 
 
 def flop_counter() -> FlopCounterMode:

@@ -71,8 +71,7 @@ def plan(
         found = {}
         for name, each in models.items():
             cost = planning.cost_of(each, setup)
-            held = {engine: planning.memory_of(cost, setup, engine) for engine in planning.ENGINES}
-            memories = {engine: asdict(parts) | {"total": parts.total} for engine, parts in held.items()}
+            memories = {engine: planning.memory_of(cost, setup, engine) for engine in planning.ENGINES}
             found[name] = {**asdict(cost), "memory": memories}
         terminal.show(
             {"model": model, "ranks": given(context, (*RANKS, "ratio")), "setup": asdict(setup), **found},

@@ -12,6 +12,7 @@ from hf_fnl.cli.terminal import Terminal
 from hf_fnl.cli.texts import longest_input, text_inputs
 from hf_fnl.models.base import FactorizedPreTrainedModel
 from hf_fnl.models.surgery_loading import load
+from hf_fnl.utils.suggest import listed
 
 
 def factorized_classes() -> dict[type[PreTrainedModel], type[FactorizedPreTrainedModel]]:
@@ -33,8 +34,7 @@ def load_model(source: str, terminal: Terminal) -> PreTrainedModel:
     """
     model, info = load(source, use_safetensors=True, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        terminal.note(f"note: {source} does not hold {', '.join(missing[:3])}{more}, drawn at random here")
+        terminal.note(f"note: {source} does not hold {listed(missing, 3)}, drawn at random here")
     return model
 
 

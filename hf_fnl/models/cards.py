@@ -204,11 +204,10 @@ def stated_in(path: Path, keys: Sequence[str]) -> ModelCardData:
 
 def _texts(value: Any) -> str | list[str] | None:
     """A text on one line, or the texts of a list; nothing of anything else."""
-    if isinstance(value, list):
-        return [text for each in value if isinstance(text := _texts(each), str)] or None
-    if value is False:  # as YAML reads the code of Norwegian
-        return "no"
-    return _one_line(value) if isinstance(value, str) else None
+    values = value if isinstance(value, list) else [value]
+    values = ["no" if each is False else each for each in values]  # as YAML reads the code of Norwegian
+    texts = [_one_line(each) for each in values if isinstance(each, str)]
+    return (texts if isinstance(value, list) else texts[0]) if texts else None
 
 
 def _metadata(model: nn.Module, record: Record, name: str | None, stated: ModelCardData) -> ModelCardData:

@@ -120,9 +120,9 @@ def test_a_plan_is_what_a_real_step_computes_and_keeps(build):
     optimizer.step()
     held = memory_of(planned, SETUP, "ddp")
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    assert held.weights == sum(p.nbytes for p in model.parameters())
-    assert held.gradients == sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
-    assert held.optimizer == sum(moment.nbytes for moment in moments)
+    assert held["weights"] == sum(p.nbytes for p in model.parameters())
+    assert held["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
+    assert held["optimizer"] == sum(moment.nbytes for moment in moments)
 
 
 def test_operations_of_a_dense_layer_are_two_for_each_parameter_and_token():
@@ -150,16 +150,15 @@ def test_engines_divide_what_they_divide():
     cost = Cost(parameters=7_000, frozen=0, largest_layer=300, outside=400, forward=1, backward=2, activations=50)
     setup = Setup(processes=7, dtype="bf16")
     held = {engine: memory_of(cost, setup, engine) for engine in ENGINES}
-    assert {name: (m.weights, m.gradients, m.optimizer, m.buffers) for name, m in held.items()} == {
+    parts = ("weights", "gradients", "optimizer", "buffers")
+    assert {name: tuple(memory[part] for part in parts) for name, memory in held.items()} == {
         "ddp": (42_000, 28_000, 56_000, 28_000),
         "zero1": (14_000, 14_000, 12_000, 800),
         "zero2": (14_000, 2_000, 12_000, 800),
         "fsdp2": (4_000, 4_000, 8_000, 4_000),
         "zero3": (2_000, 2_000, 12_000, 2_000),
     }
-    assert held["zero3"].total == 2_000 + 2_000 + 12_000 + 2_000 + 50
-    with pytest.raises(ValueError, match="engine must be one of ddp, zero1, zero2, fsdp2, zero3, got 'hsdp'"):
-        memory_of(cost, setup, "hsdp")
+    assert held["zero3"]["total"] == 2_000 + 2_000 + 12_000 + 2_000 + 50
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_the_command_shows_dense_beside_factorized_by_engine(tmp_path):
     assert printed["factorized"]["forward"] == cost.forward < printed["dense"]["forward"]
     assert printed["factorized"]["parameters"] == pytest.approx(0.6 * printed["dense"]["parameters"], rel=0.01)
     for engine in ENGINES:
-        assert printed["factorized"]["memory"][engine]["total"] == memory_of(cost, setup, engine).total
+        assert printed["factorized"]["memory"][engine]["total"] == memory_of(cost, setup, engine)["total"]
     shown = cli(*flags, "--memory", "1")
     assert all(part in shown for part in ("dense", "factorized", "share left", "fits 1", *ENGINES))
 
@@ -223,8 +222,8 @@ def test_the_command_shows_dense_beside_factorized_by_engine(tmp_path):
     [
         pytest.param(("nothing-here",), "there is no folder nothing-here, and the Hub", 1, id="model"),
         pytest.param(("bert-base", "--dtype", "fp8"), "dtype must be one of fp32, bf16, got 'fp8'", 2, id="dtype"),
-        pytest.param(("bert-base", "--sequence-length", "513"), "--sequence-length must be at most", 1, id="length"),
-        pytest.param(("bert-base", "--ffn-rank", "769"), "--ffn-rank must be in [1, 768], got 769", 1, id="rank"),
+        pytest.param(("bert-base", "--sequence-length", "513"), "sequence_length must be at most", 1, id="length"),
+        pytest.param(("bert-base", "--ffn-rank", "769"), "ffn_rank must be in [1, 768], got 769", 1, id="rank"),
         pytest.param(("gpt2", "--ffn-rank", "9", "--ratio", "0.5"), "leave out", 1, id="both"),
     ],
 )
