@@ -32,7 +32,7 @@ class CalibrationData:
     Args:
         model: The model that is calibrated.
         batches: Its inputs: one batch, or several. Masks, ``(sequences, length)`` under names that end in
-            ``attention_mask``, tell padding, and so does a ``pixel_mask`` of images.
+            ``attention_mask``, tell padding.
 
     Raises:
         ValueError: If there are none, they are not finite, or they are under a name that the model would ignore.
@@ -65,7 +65,7 @@ class CalibrationData:
         missing = {name: probe for name, probe in probes.items() if name not in self._sensitivities}
         if missing:
             with evaluating(self.model):
-                parts = (p for batch in self.batches for p in unpadded(self.model, batch, choices_apart=False))
+                parts = (p for batch in self.batches for p in unpadded(self.model, batch))
                 self._sensitivities |= {**dict.fromkeys(missing), **sensitivities(self.model, parts, missing)}
         return {name: found for name in probes if (found := self._sensitivities[name]) is not None}
 
