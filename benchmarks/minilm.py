@@ -1,10 +1,11 @@
 """A trained model made smaller: all-MiniLM-L6-v2 at 0.9 to 0.3 of its encoder's parameters.
 
 For each share of the parameters of the encoder's matrices, the model is cut by one scale for all heads and feed-forward
-matrices without data (plain), or by a budget with sentences of Wikipedia, heads and feed-forward matrices (heads) or
-all linear layers (layers). Sentence embeddings of 5,000 other sentences are compared with the dense model's. Nothing is
-trained afterwards, but for rows that are healed on sentences of training articles, no sentence twice. Latency is taken
-apart from that, side by side with the dense model and torch's dynamic int8; rows that are measured already are kept.
+matrices without data (plain), or by a budget with sentences of Wikipedia: heads and feed-forward matrices (heads), all
+linear layers by what hidden states feel (layers), or by what embeddings feel (embeddings). Sentence embeddings of 5,000
+other sentences are compared with the dense model's. Nothing is trained afterwards, but for rows that are healed on
+sentences of training articles, no sentence twice. Latency is taken apart from that, side by side with the dense model
+and torch's dynamic int8; rows that are measured already are kept.
 
     python -m benchmarks.minilm --data ../shared/data
     python -m benchmarks.minilm --data ../shared/data --heal 0.5 --heal-steps 800
@@ -40,7 +41,7 @@ from hf_fnl.training.healing import heal_
 from hf_fnl.utils.files import write_text
 
 SHARES = (0.5, 0.9, 0.7, 0.3)  # in the order in which they are measured
-CUTS = ("plain", "heads", "layers")
+CUTS = ("plain", "heads", "layers", "embeddings")
 SENTENCES, NEIGHBOURS = 5000, 10
 CALIBRATION_TOKENS = 2**14
 HEALING_RATE = 1e-3
@@ -78,17 +79,30 @@ def calibration_batches(data: Path, tokenizer: PreTrainedTokenizerBase) -> list[
     return [{"input_ids": torch.tensor(ids)} for ids in by_length.values()]
 
 
+class SentenceEmbedding(nn.Module):
+    """Mean-pooled, normalized sentence embeddings, as sentence-transformers takes them from this model."""
+
+    def __init__(self, encoder: BertModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return the embeddings, ``(sentences, hidden_size)``."""
+        hidden = self.encoder(input_ids, attention_mask, token_type_ids).last_hidden_state
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return nn.functional.normalize((hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True), dim=-1)
+
+
 @torch.no_grad()
 def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> Tensor:
-    """Mean-pooled, normalized sentence embeddings, as sentence-transformers takes them from this model."""
+    """Sentence embeddings, ``(len(sentences), hidden_size)``."""
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     embeddings = torch.empty(len(sentences), model.config.hidden_size)
     for start in range(0, len(order), 64):
         part = order[start : start + 64]
-        batch = tokenized(tokenizer, [sentences[i] for i in part])
-        mask = batch["attention_mask"].unsqueeze(-1)
-        hidden = model(**batch).last_hidden_state
-        embeddings[part] = nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+        embeddings[part] = SentenceEmbedding(model)(**tokenized(tokenizer, [sentences[i] for i in part]))
     return embeddings
 
 
@@ -127,7 +141,8 @@ def cut(dense: BertModel, how: str, share: float, batches: list[dict[str, Tensor
     if how == "heads":
         return FactorizedBertModel.from_dense(dense, rule=RankRule(budget=budget), calibration=batches).eval()
     model = copy.deepcopy(dense)
-    factorize_(model, FactorizationConfig(budget=budget, include=["encoder.*"]), calibration=batches)
+    calibrated = SentenceEmbedding(model) if how == "embeddings" else model
+    factorize_(calibrated, FactorizationConfig(budget=budget, include=["*encoder.layer.*"]), calibration=batches)
     return model
 
 
