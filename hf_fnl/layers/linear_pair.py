@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from hf_fnl.layers.linear import FactorizedLinear, dense_weight
 from hf_fnl.layers.weight import HoldsFactors, refuse_write
 from hf_fnl.math.factors import product
-from hf_fnl.math.spectral import check_rank
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,9 +27,6 @@ class LinearPair(HoldsFactors, nn.Sequential):
         out_features: Size of the output.
         rank: Size in between.
         bias: Whether the second layer has a bias.
-
-    Raises:
-        ValueError: If ``rank`` is less than one.
     """
 
     def __init__(
@@ -44,9 +39,9 @@ class LinearPair(HoldsFactors, nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_rank(rank, sys.maxsize)
         first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         super().__init__(first, nn.Linear(rank, out_features, bias, device=device, dtype=dtype))
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.dense_class: type[nn.Linear | Conv1D] = nn.Linear
 
     @classmethod
@@ -59,7 +54,7 @@ class LinearPair(HoldsFactors, nn.Sequential):
         trained = any(factor.requires_grad for factor in (*middle, V)), U.requires_grad
         for half, weight, is_trained in zip(pair, (A, U), trained, strict=True):
             half.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), is_trained)
-        pair.second.bias = layer.bias  # type: ignore[assignment]
+        pair[1].bias = layer.bias  # type: ignore[assignment]
         return pair
 
     @classmethod
@@ -75,38 +70,13 @@ class LinearPair(HoldsFactors, nn.Sequential):
         return pair.train(layer.training)
 
     @property
-    def first(self) -> nn.Linear:
-        """The layer ``A``, or what wraps it."""
-        return self[0]  # type: ignore[return-value]
-
-    @property
-    def second(self) -> nn.Linear:
-        """The layer ``B``, or what wraps it."""
-        return self[1]  # type: ignore[return-value]
-
-    @property
-    def in_features(self) -> int:
-        """Size of the input."""
-        return self.first.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Size of the output."""
-        return self.second.out_features
-
-    @property
-    def rank(self) -> int:
-        """Size in between."""
-        return self.first.out_features
-
-    @property
     def bias(self) -> nn.Parameter | None:
         """The bias of the second layer."""
-        return self.second.bias
+        return self[1].bias  # type: ignore[return-value]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``U (out, rank)`` and ``V (in, rank)`` of the product ``U V^T``."""
-        return self.second.weight, self.first.weight.mT
+        return self[1].weight, self[0].weight.mT  # type: ignore[return-value]
 
     @property
     def dense_shape(self) -> tuple[int, int]:
@@ -122,7 +92,7 @@ class LinearPair(HoldsFactors, nn.Sequential):
         """As in torch, for ``bias`` in the second layer; a ``RuntimeError`` for ``"weight"``."""
         if name == "weight":
             refuse_write(self, "layer.weight = ...")
-        self.second.register_parameter(name, param)
+        self[1].register_parameter(name, param)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear | Conv1D:
