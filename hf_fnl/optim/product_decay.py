@@ -61,13 +61,6 @@ class DecayTerms:
         return terms
 
 
-def take_terms(products: Sequence[Product], source: Mapping[str, Tensor], shards: Shards | None = None) -> DecayTerms:
-    """Take products, which share no element of a parameter, as they are now: in ``source``, or where it is sharded."""
-    for product in products:
-        _check_factors(product, source, shards)
-    return DecayTerms(known=_sharded_terms(products, shards)) if shards else _full_terms(products, source)
-
-
 def _full_terms(products: Sequence[Product], source: Mapping[str, Tensor]) -> DecayTerms:
     terms = DecayTerms()
     for product in products:
@@ -233,20 +226,6 @@ def _cut(flat: Tensor, start: int, low: int, high: int) -> Tensor:
     return flat[low - start : high - start] if low < high else flat[:0]
 
 
-def _check_factors(product: Product, source: Mapping[str, Tensor], shards: Shards | None) -> None:
-    """Raise a ``ValueError`` unless the factors of a product can be multiplied with each other."""
-    names = [factor.name for factor in product.places]
-    held = [shards.by_name[name].owner if shards else source[name] for name in names]
-    shapes = [shards.by_name[name].shape if shards else tuple(source[name].shape) for name in names]
-    ranks = set() if product.is_tensor else {Blocks.of(*each).rank for each in zip(product.places, shapes, strict=True)}
-    if len(ranks) > 1 or len({(p.dtype, p.device) for p in held}) > 1:
-        listed = ", ".join(
-            f"{name}: {p.dtype} of shape {shape} on {p.device}"
-            for name, p, shape in zip(names, held, shapes, strict=True)
-        )
-        raise ValueError(f"product {product.name}: its factors differ in rank, dtype or device ({listed})")
-
-
 class ProductDecay:
     """Takes products when a step begins, also where an engine steps in parts."""
 
@@ -254,11 +233,20 @@ class ProductDecay:
         self._terms, self._ahead = DecayTerms(), set[str]()
 
     def take(self, products: Sequence[Product], source: Mapping[str, Tensor], shards: Shards | None) -> DecayTerms:
-        """:func:`take_terms`, but once for all calls in which ZeRO moves the factors of a product."""
-        if shards is None or not shards.steps_in_parts:
-            return take_terms(products, source, shards)
+        """Take products as they are now, or where ZeRO steps in parts, as they are before the first part moves.
+
+        Args:
+            products: No two of them share an element of a parameter.
+            source: Parameters by name; not needed where they are sharded.
+            shards: Where they are sharded.
+        """
+        if shards is None:
+            return _full_terms(products, source)
+        if not shards.steps_in_parts:
+            return DecayTerms(known=_sharded_terms(products, shards))
         due = {shard.name for _, held in shards.due for shard in held}
         if not due <= self._ahead:  # a new step begins
-            self._terms, self._ahead = take_terms(products, source, shards), set(shards.by_name)
+            self._terms = DecayTerms(known=_sharded_terms(products, shards))
+            self._ahead = set(shards.by_name)
         self._ahead -= due
         return self._terms
