@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # Before any library reads it: a test that asks the Hub for something fails at once instead of waiting.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -73,6 +75,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}")
     return folder
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """One process that takes itself for a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.fixture

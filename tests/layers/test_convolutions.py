@@ -119,14 +119,6 @@ def test_both_paths_their_gradients_and_the_merged_convolution_agree(scheme, opt
 
 
 @each_scheme
-def test_kernels_of_the_chain_are_views_of_the_factors(scheme):
-    layer = factorized(scheme, 3, 7, (2, 5), 4, init="default")
-    for kernel, factor in zip(layer.chain(*layer.factors()), reversed(layer.factors()), strict=True):
-        assert kernel.untyped_storage().data_ptr() == factor.untyped_storage().data_ptr()
-        assert kernel.numel() == factor.numel()
-
-
-@each_scheme
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "without-bias"])
 def test_from_dense_leaves_its_source_and_keeps_dtype_mode_and_what_is_trained(scheme, bias):
     dense = convolution(bias=bias).bfloat16().eval()

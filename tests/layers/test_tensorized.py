@@ -163,16 +163,6 @@ def test_options_that_it_cannot_hold_are_refused(options, message):
         TensorizedConv2d(6, 8, 3, 2, **options)
 
 
-def test_a_convolution_with_groups_is_not_decomposed():
-    with pytest.raises(ValueError, match="needs groups=1"):
-        TensorizedConv2d.from_dense(nn.Conv2d(6, 8, 3, groups=2), 2)
-
-
-def test_a_rank_above_the_bonds_of_a_kernel_is_refused():
-    with pytest.raises(ValueError, match=r"rank must be in \[1, 9\]"):
-        tensors.decompose(torch.randn(7, 3, 3, 3), 10, "tt")
-
-
 def test_only_decomposing_needs_tensorly(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorly"]:
         monkeypatch.delitem(sys.modules, name)

@@ -7,10 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.autograd import Function, gradgradcheck
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call, grad
@@ -295,17 +293,10 @@ def test_automatic_casts_cast_the_weight_and_not_its_factors(make):
 # In parts
 
 
-@pytest.fixture
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_factors_that_fsdp_divides_are_read_and_not_written(one_process):
+def test_factors_that_fsdp_divides_are_read_and_not_written(mesh):
     layer = linear()
     dense = layer.dense_weight().detach()
-    fully_shard(layer, mesh=one_process)
+    fully_shard(layer, mesh=mesh)
     assert isinstance(layer.U, DTensor)
     assert (layer.weight.shape, layer.weight.dtype) == (dense.shape, dense.dtype)
     assert_close((layer.weight + 0).full_tensor(), dense)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from reference.lamb import ReferenceLamb
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.testing import assert_close
 
@@ -209,13 +206,6 @@ def test_lower_precision_stays_close(dtype, tolerance):
     for name, parameter in named.items():
         assert parameter.dtype == dtype
         assert_close(parameter.detach().double(), oracle.parameters[name], rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def test_distributed_tensors_are_updated_as_plain_ones(mesh):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
 
@@ -18,14 +15,6 @@ from hf_fnl.optim import Lamb
 def model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """One process that takes itself for a group."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 def as_zero2(module: nn.Module, optimizer: torch.optim.Optimizer, number: int = 0) -> None:
