@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention.invariance import Adapter, invariant_kinds
 from hf_fnl.attention.projections import AttentionProjections, Projection, Section, size
-from hf_fnl.layers import Factorized, HeadProjection
+from hf_fnl.layers import HeadProjection
 from hf_fnl.layers.partitioned import full_shape
+from hf_fnl.layers.weight import HoldsFactors
 
 # Where query, key, value and output are layers of their own.
 _SEPARATE = (
@@ -177,11 +178,11 @@ def _split(weight: Tensor, *lengths: int, dim: int = 0) -> list[Section]:
     return [Section(weight, start, length, dim) for start, length in zip(starts, lengths, strict=False)]
 
 
-def _layer(module: nn.Module, path: str) -> nn.Linear | Conv1D | Factorized | None:
+def _layer(module: nn.Module, path: str) -> nn.Linear | Conv1D | HoldsFactors | None:
     """The layer at ``path`` if it holds a matrix, or a product, that is a parameter of the model."""
     layer = _resolve(module, path)
     plain = isinstance(layer, nn.Linear | Conv1D) and isinstance(layer.weight, nn.Parameter)
-    return layer if plain or isinstance(layer, Factorized) else None
+    return layer if plain or isinstance(layer, HoldsFactors) else None
 
 
 def _resolve(module: Any, path: str) -> Any:

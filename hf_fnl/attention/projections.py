@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention.products import Factor, Product
-from hf_fnl.layers import Factorized
 from hf_fnl.layers.partitioned import full_shape
+from hf_fnl.layers.weight import HoldsFactors
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Section:
             )
 
 
-Projection: TypeAlias = nn.Linear | Conv1D | Factorized | Section
+Projection: TypeAlias = nn.Linear | Conv1D | HoldsFactors | Section
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class AttentionProjections:
     def factorized_kinds(self) -> set[str]:
         """Return those of ``"qk"`` and ``"ov"`` with a projection that is itself held as factors."""
         pairs = {"qk": (self.query, self.key), "ov": (self.value, self.output)}
-        return {kind for kind, pair in pairs.items() if any(isinstance(side, Factorized) for side in pair)}
+        return {kind for kind, pair in pairs.items() if any(isinstance(side, HoldsFactors) for side in pair)}
 
     def products(self, path: str, names: Mapping[int, str], part: str | None) -> Iterator[Product]:
         """The ``qk`` and ``ov`` products of a module, given its path, the names of parameters by ``id``, and its part.
@@ -112,7 +112,7 @@ def size(projection: Projection, side: int) -> int:
     """Outputs (``side`` 0) or inputs (1) of a projection."""
     if isinstance(projection, Section):
         return projection.length
-    shape = projection.shape if isinstance(projection, Factorized) else full_shape(projection.weight)
+    shape = projection.shape if isinstance(projection, HoldsFactors) else full_shape(projection.weight)
     return shape[side ^ isinstance(projection, Conv1D)]
 
 

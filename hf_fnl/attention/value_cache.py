@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import Cache, EncoderDecoderCache
 
 from hf_fnl.attention.adapters import projections_of
-from hf_fnl.layers import Factorized, HeadProjection
+from hf_fnl.layers import HeadProjection
+from hf_fnl.layers.weight import HoldsFactors
 
 
 class NarrowValues(Cache):
@@ -95,7 +96,7 @@ def narrow_value_caches_(model: nn.Module) -> None:
         if all(narrow_rank(layer) is None for layer in layers):
             continue  # an attention has them in itself or in its children
         found = projections_of(module)
-        if found is not None and not isinstance(found.value, Factorized):
+        if found is not None and not isinstance(found.value, HoldsFactors):
             for owner in module.modules():
                 for name, layer in owner.named_children():
                     if isinstance(layer, HeadProjection) and layer.weight is found.value.weight:

@@ -43,6 +43,7 @@ class LinearPair(HoldsFactors, nn.Sequential):
         super().__init__(first, nn.Linear(rank, out_features, bias, device=device, dtype=dtype))
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.dense_class: type[nn.Linear | Conv1D] = nn.Linear
+        self.shape = (out_features, in_features)
 
     @classmethod
     @torch.no_grad()
@@ -79,10 +80,9 @@ class LinearPair(HoldsFactors, nn.Sequential):
         return self[1].weight, self[0].weight.mT  # type: ignore[return-value]
 
     @property
-    def dense_shape(self) -> tuple[int, int]:
+    def dense_shape(self) -> tuple[int, ...]:
         """Shape of the dense layer's weight, which ``Conv1D`` holds transposed."""
-        shape = (self.out_features, self.in_features)
-        return shape[::-1] if self.dense_class is Conv1D else shape
+        return self.shape[::-1] if self.dense_class is Conv1D else self.shape
 
     def weight_from(self, *factors: Tensor) -> Tensor:
         """Return the dense layer's weight, which ``Conv1D`` holds transposed."""

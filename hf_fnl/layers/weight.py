@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class HoldsFactors(nn.Module):
     """Module that holds a weight only as factors; ``weight`` can be read, and nothing be written into it."""
 
+    shape: tuple[int, ...]
+
     @property
     def dense_shape(self) -> tuple[int, ...]:
         """Shape of the dense layer's weight."""

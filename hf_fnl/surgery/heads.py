@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_fnl.attention.projections import AttentionProjections
-from hf_fnl.layers import Factorized, HeadProjection
+from hf_fnl.layers import HeadProjection
 from hf_fnl.layers.linear import Span
+from hf_fnl.layers.weight import HoldsFactors
 from hf_fnl.math.factors import kept_energy
 from hf_fnl.math.spectral import DRAWN_METHODS
 from hf_fnl.math.truncation import HeadMoments, HeadWeights, ov_energies, qk_energies, truncate_ov, truncate_qk
@@ -63,7 +64,7 @@ class Attention:
             if isinstance(side, nn.Linear | Conv1D):
                 spans.append(Span(side))
             else:
-                layer = layers.get(getattr(side, "weight", None)) if not isinstance(side, Factorized) else None
+                layer = layers.get(getattr(side, "weight", None)) if not isinstance(side, HoldsFactors) else None
                 spans.append(None if layer is None else Span(layer, side.start, side.length))
         if any(spans[side] is None for side in _SIDES[kind]):
             return None

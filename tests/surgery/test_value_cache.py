@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,16 @@ from torch.testing import assert_close
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
-from hf_fnl import FactorizationConfig, FactorizedGPT2Config, FactorizedGPT2LMHeadModel, factorize_, load, merge_
+from hf_fnl import (
+    FactorizationConfig,
+    FactorizedGPT2Config,
+    FactorizedGPT2LMHeadModel,
+    factorize_,
+    find_products,
+    load,
+    merge_,
+    to_linear_,
+)
 
 RANK = 2
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -86,6 +96,18 @@ def test_the_quantized_cache_is_as_much_smaller() -> None:
     values, wide = (each.past_key_values.layers[0]._quantized_values[0] for each in (found, expected))
     assert values.shape == (2, GROUPS, 12, RANK)
     assert values.nbytes * WIDTH == wide.nbytes * RANK
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_values_are_narrow_beside_two_linear_layers(name: str, tmp_path: Path) -> None:
+    model = cut(name)
+    factorize_(model, FactorizationConfig(rank=RANK))
+    before = [product.name for product in find_products(model, ["ov"])]
+    to_linear_(model)
+    assert [product.name for product in find_products(model, ["ov"])] == before
+    model.save_pretrained(tmp_path)
+    cache = generate(load(tmp_path)).past_key_values
+    assert widths(getattr(cache, "self_attention_cache", cache)) == {(WIDTH, RANK)}
 
 
 class Grouped(QuantizedLayer):
