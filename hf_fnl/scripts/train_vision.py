@@ -116,6 +116,9 @@ class ModelOptions:
         for option, methods in {"pruning_rounds": AFTER_TRAINING, "pruning_images": BY_GRADIENTS}.items():
             if (given := getattr(self, option)) != getattr(type(self), option) and self.pruning not in methods:
                 raise ValueError(f"{option}={given} needs pruning={' or '.join(methods)}, got pruning={self.pruning}")
+        if not self.rule and (self.conv_scheme != "spatial" or self.factor_init):
+            option = "factor_init" if self.factor_init else "conv_scheme"
+            raise ValueError(f"{option} says how factors are made: give rank_scale or ratio, and no pruning")
         if not self.pruning:
             self._check_factors()
         elif self.ratio is None or self.rank_scale is not None or self.overcomplete:
@@ -131,9 +134,6 @@ class ModelOptions:
                 f"overcomplete factors are drawn: factor_init must be {' or '.join(DRAWN_METHODS)}, got "
                 f"{self.factor_init!r}"
             )
-        if not self.rule and (self.conv_scheme != "spatial" or self.factor_init):
-            option = "factor_init" if self.factor_init else "conv_scheme"
-            raise ValueError(f"{option} says how factors are made: give rank_scale or ratio as well")
 
     @property
     def rule(self) -> dict[str, Any]:

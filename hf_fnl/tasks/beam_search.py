@@ -52,7 +52,7 @@ def translate(
     longest = longest_sequence(model, tokenizer)
     rows, encoded = _encode(tokenizer, sentences, longest)
     lengths = np.array([len(ids) for ids in encoded])
-    bounds = batch_bounds(lengths, max(max_tokens, lengths[-1])).tolist() if rows else []
+    bounds = batch_bounds(lengths, max_tokens).tolist() if rows else []
     was_training = model.training
     model.eval()
     with progress("translating", len(rows)) as advance:

@@ -18,25 +18,18 @@ def lengths_of(encoded: datasets.Dataset) -> NDArray[np.int64]:
 
 
 def batch_bounds(costs: NDArray[np.int64], max_tokens: int) -> NDArray[np.int64]:
-    """Cut sentences into batches that cost sentences x longest one, at most ``max_tokens``.
+    """Cut sentences into batches that cost sentences x longest one, at most ``max_tokens``; a longer one is alone.
 
     Args:
         costs: Tokens of the sentences, ascending.
-        max_tokens: At least the longest of them.
+        max_tokens: Tokens of a batch.
 
     Returns:
         Batch ``i`` is ``costs[bounds[i]:bounds[i + 1]]``.
-
-    Raises:
-        ValueError: If there are no sentences or one is longer than ``max_tokens``.
     """
-    if not len(costs):
-        raise ValueError("no sentences to make batches of")
-    if costs[-1] > max_tokens:
-        raise ValueError(f"max_tokens must be at least {costs[-1]}, the longest sentence's, got {max_tokens}")
     bounds = [0]
     for row, cost in enumerate(costs):
-        if (row + 1 - bounds[-1]) * cost > max_tokens:
+        if row > bounds[-1] and (row + 1 - bounds[-1]) * cost > max_tokens:
             bounds.append(row)
     return np.array([*bounds, len(costs)])
 
@@ -51,12 +44,9 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     Args:
         lengths: Tokens of source and target of each pair, ``(pairs, 2)``.
-        max_tokens: Cost of a batch at most.
+        max_tokens: Cost of a batch at most, unless one pair alone has more.
         seed: Of the shuffling.
         num_processes: Processes to which the batches will be dealt out in turn.
-
-    Raises:
-        ValueError: If there are no pairs or one is longer than ``max_tokens``.
     """
 
     def __init__(self, lengths: NDArray[np.int64], *, max_tokens: int, seed: int = 0, num_processes: int = 1) -> None:

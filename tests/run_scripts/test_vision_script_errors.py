@@ -52,6 +52,7 @@ from vision_script_cases import parquet, picture, stock, train
         ({"pruning": "snip", "ratio": 0.4, "pruning_images": 0}, "pruning_images must be at least 1, got 0"),
         ({"pruning": "snip", "ratio": 0.4, "pruning_rounds": 3}, "pruning_rounds=3 needs .*, got pruning=snip"),
         ({"pruning": "random", "ratio": 0.4, "pruning_images": 9}, "pruning_images=9 needs pruning=snip or grasp"),
+        ({"pruning": "snip", "ratio": 0.4, "conv_scheme": "tt"}, "conv_scheme says how factors are made: .*no pruning"),
         ({"pruning_rounds": 3}, "pruning_rounds=3 needs pruning=magnitude or lottery"),
         ({"dense_epochs": 2, "rank_scale": 0.3}, r"dense_epochs must be in \[0, num_train_epochs=2\), got 2"),
         (
