@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hf_fnl.utils.suggest import printable
+from hf_fnl.utils.suggest import one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,7 +73,7 @@ def session(*, as_json: bool, debug: bool, sources: Sequence[str] = ()) -> Itera
             check_source(source)
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _quiet(terminal.interactive):
             warnings.filterwarnings("always", category=UserWarning, module=r"hf_fnl\.")  # whatever Python was told
-            warnings.showwarning = lambda message, *_, **__: terminal.note(f"note: {_one_line(message)}")
+            warnings.showwarning = lambda message, *_, **__: terminal.note(f"note: {one_line(message)}")
             yield terminal
     except (typer.BadParameter, typer.Exit, typer.Abort):
         raise
@@ -82,7 +82,7 @@ def session(*, as_json: bool, debug: bool, sources: Sequence[str] = ()) -> Itera
             raise
         unexpected = not isinstance(error, ImportError | OSError | TypeError | ValueError)
         kind = f"{type(error).__name__}: " if unexpected else ""
-        message = _one_line(error)
+        message = one_line(error)
         terminal.note(f"error: {kind}{message}{' (--debug shows where)' if unexpected else ''}")
         raise typer.Exit(1) from error
 
@@ -93,11 +93,7 @@ def usage() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise typer.BadParameter(printable(_one_line(error))) from error
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+        raise typer.BadParameter(printable(one_line(error))) from error
 
 
 @contextlib.contextmanager

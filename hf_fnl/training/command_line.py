@@ -24,7 +24,7 @@ from transformers.debug_utils import DebugOption
 from transformers.utils import logging as transformers_logging
 
 from hf_fnl.utils.processes import close_process_group, is_first
-from hf_fnl.utils.suggest import did_you_mean
+from hf_fnl.utils.suggest import did_you_mean, one_line
 
 T = TypeVar("T")
 
@@ -164,7 +164,7 @@ def read_options(path: Path) -> dict[str, Any]:
         if not isinstance(typed, dict):
             raise ValueError(f"expected options and their values, found {str(typed)[:40]!r}")
     except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"cannot read the configuration file {path}: {_one_line(error)}") from error
+        raise UsageError(f"cannot read the configuration file {path}: {one_line(error)}") from error
     pairs = zip(texts.items(), typed.values(), strict=True)
     return {name: value if isinstance(value, dict | NoneType) else text for (name, text), value in pairs}
 
@@ -237,7 +237,7 @@ def run_script(main: Callable[[list[str]], object]) -> NoReturn:
 
 def _as_typed(error: Exception, arguments: Sequence[str]) -> str:
     """A message in one line that names an option as it was typed, on the command line or in a file."""
-    message = _one_line(error)
+    message = one_line(error)
     first = re.match(r"\w*", message)
     typed = {word.partition("=")[0] for word in arguments}
     return f"--{message}" if first and f"--{first[0]}" in typed else message
@@ -257,13 +257,9 @@ def _quiet(*, first: bool) -> None:
     logging.getLogger("hf_fnl").setLevel(logging.INFO if first else logging.WARNING)
     if not first:
         warnings.simplefilter("ignore")
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {_one_line(message)}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {one_line(message)}", file=sys.stderr)
     if not sys.stderr.isatty():
         import datasets  # which importing this package does not wait for
 
         transformers_logging.disable_progress_bar()
         datasets.disable_progress_bars()
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())

@@ -25,6 +25,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(names[name] for name in found)}?" if found else ""
 
 
+def one_line(text: object) -> str:
+    """Text without its line breaks and other wide spaces."""
+    return " ".join(str(text).split())
+
+
 def printable(text: object) -> str:
     """Text as it may be shown: what would move a terminal's cursor, colour or hide text is written as an escape."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
