@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         counts = Counter(outcome["states"].values())
         print(f"\n{len(runs)} in all: {', '.join(f'{count} {state}' for state, count in counts.items())}")
         return outcome
-    with progress("trainings", sum(run.command is not None for run in runs)) as advance:
+    with progress("trainings", sum(run.command is not None for run in runs)) as bar:
         for run, future in train_all(runs, options.jobs):
             try:
                 outcome["results"][run.row.table.name] = add_run(
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             except (RuntimeError, ValueError) as error:
                 outcome["failed"][run.name] = str(error)
                 logger.info("%s: failed", run.name)
-            advance(1)
+            bar.update()
     for name, state in outcome["states"].items():
         if state == DATA_MISSING:
             logger.warning("%s: data missing, see --data", name)

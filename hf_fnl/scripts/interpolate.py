@@ -167,11 +167,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
     lines = {}
     for number, run in enumerate(options.low_rank, start=1):
         network = read_network("low_rank", run).to(device)
-        with progress(f"line {number} of {len(options.low_rank)}", options.steps) as advance:
+        with progress(f"line {number} of {len(options.low_rank)}", options.steps) as bar:
 
-            def counted(model: nn.Module, advance: Callable[[int], object] = advance) -> dict[str, float]:
+            def counted(model: nn.Module, bar: Any = bar) -> dict[str, float]:
                 figures = evaluate(model)
-                advance(1)
+                bar.update()
                 return figures
 
             lines[run] = loss_along_line(baseline, network, counted, steps=options.steps, batches=batches)

@@ -55,7 +55,7 @@ def translate(
     bounds = batch_bounds(lengths, max_tokens).tolist() if rows else []
     was_training = model.training
     model.eval()
-    with progress("translating", len(rows)) as advance:
+    with progress("translating", len(rows)) as bar:
         for start, end in itertools.pairwise(bounds):
             batch = tokenizer.pad({"input_ids": encoded[start:end]}, return_tensors="pt").to(model.device)
             limits = torch.from_numpy(np.minimum(2 * lengths[start:end] + 10, longest - 1)).long()
@@ -67,7 +67,7 @@ def translate(
             )
             for row, text in zip(rows[start:end], tokenizer.batch_decode(found, skip_special_tokens=True), strict=True):
                 translations[row] = text
-            advance(end - start)
+            bar.update(end - start)
     model.train(was_training)
     return translations
 

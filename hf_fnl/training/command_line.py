@@ -187,20 +187,15 @@ def check_at_least(smallest: int, options: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")
 
 
-@contextlib.contextmanager
-def progress(text: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
-    """Show how far a long step is, seldom where that goes into a file; yields what is told how much more is done."""
+def progress(text: str, total: int | None = None, items: Iterable[T] | None = None) -> Any:
+    """Return tqdm's bar of a long step, over items or to be updated; it is seldom drawn where that goes into a file."""
     seconds = 0.1 if sys.stderr.isatty() else INTERVAL
-    with tqdm(desc=text, total=total, leave=False, delay=1, mininterval=seconds, disable=not is_first()) as bar:
-        yield bar.update
+    return tqdm(items, desc=text, total=total, leave=False, delay=1, mininterval=seconds, disable=not is_first())
 
 
-def tracked(items: Iterable[T], text: str) -> Iterator[T]:
-    """Iterate over items and show :func:`progress`."""
-    with progress(text, getattr(items, "__len__", lambda: None)()) as advance:
-        for item in items:
-            yield item
-            advance(1)
+def tracked(items: Iterable[T], text: str) -> Iterable[T]:
+    """Return items that show :func:`progress` when they are iterated over."""
+    return progress(text, items=items)
 
 
 def run_script(main: Callable[[list[str]], object]) -> NoReturn:
