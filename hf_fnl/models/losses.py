@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from hf_fnl.layers import FactorizedLinear
@@ -63,7 +62,7 @@ def is_plain(module: nn.Module) -> bool:
         and not any(hooks)
         and not torch.nn.modules.module._has_any_global_hook()
         and bool(parameters)
-        and all(type(parameter) in (nn.Parameter, FakeTensor) for parameter in parameters)  # fake: of a plan
+        and all(type(parameter) is nn.Parameter for parameter in parameters)
     )
 
 
