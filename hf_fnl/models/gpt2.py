@@ -97,29 +97,22 @@ class FactorizedGPT2LMHeadModel(FactorizedGPT2PreTrainedModel, stock.GPT2LMHeadM
 
     @extends(stock.GPT2LMHeadModel.forward)
     def forward(
-        self,
-        *,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        return_logits: bool | None = None,
-        **inputs: Any,
+        self, *, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
     ) -> CausalLMOutputWithCrossAttentions:
-        """As the stock model, with a loss that can do without logits of ``(batch, length, vocab_size)``.
+        """As the stock model; in training with ``fused_loss`` and labels the output has no logits.
+
+        It has them where the loss function or the computation of ``lm_head`` is another than that of its class.
 
         Args:
             labels: ``(batch, length)``, not shifted, -100 where nothing is to be predicted; or, as ``shift_labels``,
                 the label of each position.
             num_items_in_batch: Labelled positions in the whole batch, as the Trainer passes it.
-            return_logits: Whether the output has logits. Default: unless there are labels and the model trains with
-                ``fused_loss``, its own loss function and an ``lm_head`` that computes no more than its class does.
         """
         shifted = inputs.pop("shift_labels", None)
         shifted = None if shifted is None else shifted.contiguous()  # may be a part of longer ones
-        if return_logits is None:
-            return_logits = not (self.training and self.config.fused_loss)
         has_labels, keep = labels is not None or shifted is not None, inputs.get("logits_to_keep", 0)
-        is_fused = has_labels and isinstance(keep, int) and keep == 0 and self.loss_function is ForCausalLMLoss
-        if return_logits or not is_fused or not is_plain(self.lm_head):
+        is_fused = self.training and self.config.fused_loss and has_labels and isinstance(keep, int) and keep == 0
+        if not is_fused or self.loss_function is not ForCausalLMLoss or not is_plain(self.lm_head):
             options = {"num_items_in_batch": num_items_in_batch, "shift_labels": shifted} if has_labels else {}
             given = {name: value for name, value in options.items() if value is not None}
             return super().forward(labels=shifted if labels is None else labels, **inputs, **given)

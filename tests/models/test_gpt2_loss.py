@@ -21,10 +21,9 @@ each_head = pytest.mark.parametrize("head", [LM, CROSS_LM], ids=["lm", "cross-lm
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_the_loss_and_its_gradients_need_no_logits(head: Head, ranks: dict[str, int], tied: bool) -> None:
     model = head.build(ranks, **NO_DROPOUT, tie_word_embeddings=tied).train()
-    expected = loss_and_gradients(model, head.batch(), return_logits=True)
-    assert_close(loss_and_gradients(model, head.batch()), expected, **CLOSE)
+    fused = loss_and_gradients(model, head.batch())
     model.config.fused_loss = False
-    assert_close(loss_and_gradients(model, head.batch()), expected, **EXACT)
+    assert_close(fused, loss_and_gradients(model, head.batch()), **CLOSE)
 
 
 @pytest.mark.parametrize("ranks", [FULL, FULL_QKV], ids=["heads", "qkv"])
@@ -40,28 +39,20 @@ def test_at_full_rank_it_is_the_loss_of_the_stock_model(ranks: dict[str, int]) -
 
 
 @pytest.mark.parametrize(
-    ("training", "labelled", "options", "logits"),
-    [
-        (True, True, {}, False),
-        (True, True, {"return_logits": True}, True),
-        (True, False, {}, True),
-        (True, False, {"return_logits": False}, True),  # there is nothing else to return
-        (False, True, {}, True),
-        (False, True, {"return_logits": False}, False),
-        (False, False, {}, True),
-    ],
+    ("training", "labelled", "logits"),
+    [(True, True, False), (True, False, True), (False, True, True), (False, False, True)],
 )
-def test_when_the_output_has_logits(training: bool, labelled: bool, options: dict[str, bool], logits: bool) -> None:
+def test_when_the_output_has_logits(training: bool, labelled: bool, logits: bool) -> None:
     model, batch = LM.build(LOW, **NO_DROPOUT).train(training), LM.batch()
     if not labelled:
         del batch["labels"]
-    outputs = model(**batch, **options, output_hidden_states=True)
+    outputs = model(**batch, output_hidden_states=True)
     assert (outputs.logits is not None) == logits
     assert (outputs.loss is not None) == labelled
     assert "hidden_states" in outputs
     if logits:
         assert outputs.logits.shape == WHOLE
-    first = model(**batch, **options, return_dict=False)[0]
+    first = model(**batch, return_dict=False)[0]
     assert_close(first, outputs.loss if labelled else outputs.logits, **EXACT)
 
 
@@ -76,7 +67,10 @@ def test_a_batch_without_labels_contributes_nothing(ranks: dict[str, int]) -> No
 def test_half_precision_loses_no_more_than_with_logits(ranks: dict[str, int]) -> None:
     model = LM.build(ranks, **NO_DROPOUT).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fused, whole = (loss_and_gradients(model, LM.batch(), return_logits=on) for on in (False, True))
+        fused = loss_and_gradients(model, LM.batch())
+        model.config.fused_loss = False
+        whole = loss_and_gradients(model, LM.batch())
+    model.config.fused_loss = True
     assert fused["loss"].dtype == torch.float32
     assert_close(fused["loss"], whole["loss"], rtol=1e-3, atol=0)
     for name, slope in whole.items():
