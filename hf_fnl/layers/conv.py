@@ -49,11 +49,6 @@ class FactorizedConv2d(Convolution, FactorizedMatrix):
         kernel_size: Height and width, or one number for both.
         rank: Columns of ``U`` and ``V``.
         stride: As in :class:`torch.nn.Conv2d`, like all options up to ``padding_mode``.
-        padding: One number, two, ``"same"`` or ``"valid"``.
-        dilation: Spacing of the kernel's points.
-        groups: Blocks of channels that do not see each other.
-        bias: Adds a learned ``bias (out_channels,)``.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         scheme: ``"spatial"`` or ``"channel"``.
         compose: Whether the kernel is multiplied out in the forward pass; ``None`` chooses by the operations.
         init: ``"spectral"``, ``"spectral_ones"``, ``"default"`` or ``"he"``; see

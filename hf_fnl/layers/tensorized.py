@@ -30,11 +30,7 @@ class TensorizedConv2d(Convolution):
         kernel_size: Height and width, or one number for both.
         rank: Largest bond between cores; bonds that cannot be as wide are as wide as they can be.
         stride: As in :class:`torch.nn.Conv2d`, like all options up to ``padding_mode``.
-        padding: One number, two, ``"same"`` or ``"valid"``.
-        dilation: Spacing of the kernel's points.
         groups: Only 1 is allowed.
-        bias: Adds a learned ``bias (out_channels,)``.
-        padding_mode: ``"zeros"``, ``"reflect"``, ``"replicate"`` or ``"circular"``.
         scheme: ``"tt"`` or ``"tucker"``.
         compose: Whether the kernel is multiplied out in the forward pass; ``None`` chooses by the operations.
         init: ``"spectral"`` decomposes a kernel drawn as :class:`torch.nn.Conv2d` does into cores of the same norm,

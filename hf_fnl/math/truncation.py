@@ -246,15 +246,12 @@ def truncate_ov(
     Args:
         value: ``V`` and ``b_v``.
         output: ``O`` and ``b_o``, which has the shape ``(d,)``; as many heads as the values have, or a multiple.
-        rank: Rank per head, at most the width of a head.
+        rank: As in :func:`truncate_qk`.
         moments: What flows through the heads, in one for all that share a value.
-        method: ``"spectral"``, or ``"spectral_ones"``, which sets the singular values of what is cut to ones.
+        method: As in :func:`truncate_qk`.
 
     Returns:
         The new value and output projections, in the dtypes given.
-
-    Raises:
-        ValueError: If ``rank`` is out of range or a weight is not finite.
     """
     moves_bias = output.bias is not None
     left = value.weight if moves_bias else _augmented(value)

@@ -24,10 +24,9 @@ def vocabulary_loss(
 ) -> Tensor:
     r"""Cross-entropy of ``hidden_states @ weight.T + bias`` against labels, a chunk of positions at a time.
 
-    A chunk's gradients are computed as soon as its logits are there, and kept until the backward pass asks for them. So
-    beside the gradients, which are needed anyway, memory for ``chunk_size * vocab_size`` logits suffices, and no logits
-    are computed twice. Nothing is shifted: position ``i`` is compared with ``labels[..., i]``. For a factorized
-    ``weight = U V^T`` give ``hidden_states @ V`` and ``U``.
+    A chunk's gradients are computed with its logits, of which no more than ``chunk_size * vocab_size`` are ever in
+    memory, and kept for the backward pass. Nothing is shifted: position ``i`` is compared with ``labels[..., i]``. For a
+    factorized ``weight = U V^T`` give ``hidden_states @ V`` and ``U``.
 
     Under autocast the logits are computed in its dtype and the loss in float32, as a linear layer followed by
     :func:`torch.nn.functional.cross_entropy` does.

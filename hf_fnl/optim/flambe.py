@@ -30,11 +30,8 @@ class FLAMBe(Lamb):
             :func:`~hf_fnl.optim.parameter_groups`.
         products: The products to decay, from :func:`~hf_fnl.attention.find_products`. Their factors are found by name
             at every step, so that a wrapper may replace the parameters in ``param_groups``.
-        lr: Learning rate, a number or a tensor without dimensions.
-        betas: Decay rates of the two moments.
-        eps: Added to the root of the second moment.
+        lr: As in :class:`Lamb`, like ``betas``, ``eps`` and ``compiled``.
         weight_decay: Coefficient of decay, of products and of all other parameters.
-        compiled: As in :class:`Lamb`.
 
     Raises:
         ValueError: If the parameters have no names, there is no product, a product is a tensor, a factor is missing,
