@@ -24,18 +24,7 @@ _PROMPT, _NEW, _REPEATS = 64, 64, 3
 
 
 class Settings(NamedTuple):
-    """How models are evaluated.
-
-    Args:
-        texts: File, folder or Hub id of the text.
-        column: Column that holds it.
-        tokens: So many are predicted, the first.
-        length: Tokens of a window.
-        stride: By how many it moves on.
-        dtype: Of the weights.
-        device: Where the model runs.
-        int8: Quantize the linear layers.
-    """
+    """How models are evaluated: the options of the command, ``int8`` of the one model that is measured."""
 
     texts: str
     column: str
@@ -95,12 +84,7 @@ def _check(settings: Settings) -> None:
 
 
 def measure(source: str, settings: Settings) -> dict[str, Any]:
-    """Load a model and measure it.
-
-    Returns:
-        Name, class, whether it is in int8, parameters, bytes of weights and of the cache for a token, perplexities with
-        the windows as they were for this model's positions and their numbers of tokens and words, tokens per second by
-        batch, and the peak memory in bytes: of the GPU, or of the process.
+    """Load a model and measure it; windows are as long as its positions allow, memory is the GPU's or the process's.
 
     Raises:
         OSError: If files are missing or damaged.

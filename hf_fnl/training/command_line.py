@@ -101,11 +101,11 @@ class OptionParser(HfArgumentParser):
         description: What the script does, and examples.
     """
 
-    def __init__(self, classes: Iterable[type], description: str | None) -> None:
-        self.options: dict[str, argparse.Action] = {}
+    def __init__(self, classes: Sequence[Any], description: str | None) -> None:
+        self.options = [field.name for kind in classes for field in dataclasses.fields(kind) if field.init]
         self._stock_helps = {field.name: field.metadata.get("help") for field in dataclasses.fields(TrainingArguments)}
         super().__init__(
-            list(classes),
+            classes,
             usage="%(prog)s [FILE.yaml|FILE.json] [--option VALUE ...]",
             description=description,
             epilog=_EPILOG,
@@ -114,14 +114,11 @@ class OptionParser(HfArgumentParser):
         )
 
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
-        """As in argparse; keeps the first action of each option."""
+        """As in argparse, with a sentence on what is the Trainer's own, or without a word."""
         name, text = settings.get("dest", names[-1].lstrip("-").replace("-", "_")), settings.get("help") or ""
         if text == self._stock_helps.get(name):
             text = text.partition(". ")[0] if name in _OFTEN else argparse.SUPPRESS
-        action = super().add_argument(*names, **settings | {"help": text.replace("%", "%%")})
-        if name != "help":
-            self.options.setdefault(name, action)
-        return action
+        return super().add_argument(*names, **settings | {"help": text.replace("%", "%%")})
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
