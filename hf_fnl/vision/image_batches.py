@@ -147,8 +147,8 @@ class ImageTensors(ImageData):
         for index, array in enumerate(arrays):
             if array.shape[1:] != size:
                 raise ValueError(
-                    f"images must be of one size, but {whose} has {_by(size)} pixels (height x width) and "
-                    f"{records.name(index)} has {_by(array.shape[1:])}; set image_size to bring all to one"
+                    f"images must be of one height and width, but {whose} has {size} pixels and {records.name(index)} "
+                    f"has {array.shape[1:]}; set image_size to bring all to one"
                 )
         pixels = np.empty((len(arrays), max(map(len, arrays)), *size), np.uint8)
         for index, array in enumerate(arrays):
@@ -278,7 +278,3 @@ def write_image_processor(folder: str | Path, images: ImageData) -> None:
         "image_std": std,
     }
     write_json(Path(folder) / IMAGE_PROCESSOR_NAME, settings)
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

@@ -83,8 +83,8 @@ def test_bad_images_are_refused_before_anything_is_written(tmp_path):
     broken.write_bytes(train_file.read_bytes()[:-9])
     cases = [
         (train_file, unknown, r"class doe in record 3 of .*unknown\.parquet is not among the 3 classes"),
-        (mixed, train_file, "has 24x24 pixels .* record 1 of .* has 11x11; set image_size"),
-        (train_file, mixed, "a training image has 24x24 pixels .* has 11x11; set image_size"),
+        (mixed, train_file, r"has \(24, 24\) pixels .* record 1 of .* has \(11, 11\); set image_size"),
+        (train_file, mixed, r"a training image has \(24, 24\) pixels .* has \(11, 11\); set image_size"),
         (broken, train_file, r"cannot read the train split of .*broken\.parquet as parquet"),
     ]
     for dataset, eval_dataset, message in cases:

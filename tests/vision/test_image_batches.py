@@ -79,10 +79,10 @@ def test_image_size_brings_all_to_one_size():
 
 def test_images_of_several_sizes_are_refused():
     mixed = records([picture(0), picture(1), picture(2, 6, 4)])
-    message = r"record 0 of somewhere has 7x5 pixels .* record 2 of somewhere has 4x6; set image_size"
+    message = r"record 0 of somewhere has \(7, 5\) pixels .* record 2 of somewhere has \(4, 6\); set image_size"
     with pytest.raises(ValueError, match=message):
         ImageTensors.decode(mixed)
-    message = r"a training image has 7x5 pixels .* record 1 of somewhere has 4x6; set image_size"
+    message = r"a training image has \(7, 5\) pixels .* record 1 of somewhere has \(4, 6\); set image_size"
     with pytest.raises(ValueError, match=message):
         ImageTensors.decode(records([picture(1), picture(2, 6, 4)]), like=tensors())
 
