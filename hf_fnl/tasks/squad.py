@@ -135,7 +135,7 @@ def _check_examples(examples: Dataset, name: str) -> None:
             if not text or found != text:
                 raise ValueError(
                     f"{name}: the answer of question {id_!r} is {text!r}, but its context reads {found!r} at {start}; "
-                    "set answer_start to the offset of the text in the context, in characters, or leave that question out"
+                    "set answer_start to the offset of the text in the context, in characters, or leave it out"
                 )
 
 
