@@ -80,9 +80,9 @@ class Product:
     def factors(self, source: Source) -> tuple[Tensor, ...]:
         """The factors as views of the parameters of ``source``, a model or a mapping from names to parameters.
 
-        ``(U, V)`` or ``(U, M, V)`` of shapes ``(m, r)``, ``(r, r)`` and ``(n, r)``, led by the heads of an attention, or
-        where these are grouped ``(key_value_heads, group)`` for query and output and ``(key_value_heads, 1)`` for what
-        a group shares. For a tensor the cores, as :mod:`hf_fnl.math.tensors` describes them.
+        ``(U, V)`` or ``(U, M, V)`` of shapes ``(m, r)``, ``(r, r)`` and ``(n, r)``, led by the heads of an attention;
+        where these are grouped by ``(key_value_heads, group)`` for query and output, and ``(key_value_heads, 1)`` for
+        what a group shares. For a tensor the cores, as :mod:`hf_fnl.math.tensors` describes them.
         """
         return tuple(factor.view(_parameter(source, factor.name)) for factor in self.places)
 

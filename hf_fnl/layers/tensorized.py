@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.layers.conv_base import Convolution, KernelShape, Pair
+from hf_fnl.math.precision import no_autocast
 from hf_fnl.math.spectral import check_rank
 from hf_fnl.math.tensors import Shape, core_shapes, decompose, largest_bonds, product, product_cost
 
@@ -96,10 +97,7 @@ class TensorizedConv2d(Convolution):
 
     def weight_from(self, *factors: Tensor) -> Tensor:
         """The dense kernel."""
-        device = factors[0].device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return product(*factors)
-        with torch.autocast(device, enabled=False):  # which casts some of the products and not others
+        with no_autocast(factors[0].device):  # which casts some of the products and not others
             return product(*factors)
 
     def chain(self, *factors: Tensor) -> tuple[Tensor, ...]:

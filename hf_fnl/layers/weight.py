@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from hf_fnl.math.precision import no_autocast
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -131,9 +132,7 @@ class DenseWeight(Tensor):
         """Multiply the factors; returns an ordinary tensor without history, contiguous unless it is a view."""
         if self._view_values is not None:
             return self._view_values.detach()
-        device = self.device.type
-        can_cast = torch.amp.is_autocast_available(device)
-        with torch.no_grad(), torch.autocast(device, enabled=False) if can_cast else nullcontext():
+        with torch.no_grad(), no_autocast(self.device):
             return self._layer.weight_from(*self._factors).contiguous()
 
     @classmethod

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from hf_fnl.math.precision import no_autocast
 
 IGNORE_INDEX = -100  # label of what is not to be predicted, in torch and Transformers
 
@@ -25,8 +26,8 @@ def vocabulary_loss(
     r"""Cross-entropy of ``hidden_states @ weight.T + bias`` against labels, a chunk of positions at a time.
 
     A chunk's gradients are computed with its logits, of which no more than ``chunk_size * vocab_size`` are ever in
-    memory, and kept for the backward pass. Nothing is shifted: position ``i`` is compared with ``labels[..., i]``. For a
-    factorized ``weight = U V^T`` give ``hidden_states @ V`` and ``U``.
+    memory, and kept for the backward pass. Nothing is shifted: position ``i`` is compared with ``labels[..., i]``.
+    For a factorized ``weight = U V^T`` give ``hidden_states @ V`` and ``U``.
 
     Under autocast the logits are computed in its dtype and the loss in float32, as a linear layer followed by
     :func:`torch.nn.functional.cross_entropy` does.
@@ -122,8 +123,7 @@ def _summed_loss(
     for sums in (total, d_weight, d_bias):
         sums.zero_()
     x, w, b = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    can_cast = torch.amp.is_autocast_available(rows.device.type)
-    with torch.autocast(rows.device.type, enabled=False) if can_cast else nullcontext():
+    with no_autocast(rows.device):
         for start in range(0, len(rows), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = F.linear(x[chunk], w, b)

@@ -20,6 +20,7 @@ from hf_fnl.layers import (
 )
 from hf_fnl.layers.partitioned import full_shape
 from hf_fnl.math.factors import non_orthogonality, nuclear_norm_bound
+from hf_fnl.math.precision import no_autocast
 
 Figures = dict[str, float]
 
@@ -63,7 +64,8 @@ def diagnose(
             raise ValueError(
                 f"{product.name} is on the meta device or offloaded by accelerate: there is nothing to measure"
             )
-    rows = [_figures(product, model, learning_rate) for product in products]
+    with no_autocast(products[0].factors(model)[0].device):
+        rows = [_figures(product, model, learning_rate) for product in products]
     values = iter(torch.stack([figure for row in rows for figure in row.values()]).tolist())
     return {product.name: {name: next(values) for name in row} for product, row in zip(products, rows, strict=True)}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_fnl.attention import Product, beside_factors
+from hf_fnl.math.precision import no_autocast
 from hf_fnl.optim.groups import by_name, check_factors
 from hf_fnl.optim.lamb import Lamb
 from hf_fnl.optim.product_decay import ProductDecay
@@ -36,7 +37,8 @@ def frobenius_penalty(
     """
     if not products:
         raise ValueError("a Frobenius penalty needs at least one product, got none")
-    squares = [product.squared_frobenius_norm(source).sum() for product in products]
+    with no_autocast(products[0].factors(source)[0].device):
+        squares = [product.squared_frobenius_norm(source).sum() for product in products]
     beside = beside_factors(products, source).values()
     squares += [rest.square().sum(dtype=torch.promote_types(rest.dtype, torch.float32)) for rest in beside]
     return weight_decay / 2 * torch.stack(squares).sum()
