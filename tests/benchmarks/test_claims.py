@@ -16,10 +16,7 @@ from benchmarks.harness.record import ROOT
 from hf_fnl import (
     FactorizedBertConfig,
     FactorizedBertModel,
-    FactorizedLinear,
-    FLAMBe,
     find_products,
-    parameter_groups,
 )
 from hf_fnl.scripts import evaluate_squad, finetune_squad, pretrain_bert, train_clm, train_translation, train_vision
 from hf_fnl.tasks.arguments import SquadTrainingArguments
@@ -90,24 +87,6 @@ def test_what_heads_of_half_the_width_save(width, layers, saved, blog):
     assert f"{difference / 1e6:.2f} M" == saved
     assert says(README, saved)
     assert says(README, blog)
-
-
-@pytest.mark.parametrize("weight_decay", [0.01, 0.5, 30.0])
-def test_decay_stands_inside_the_trust_ratio(weight_decay):
-    """The length of a step does not depend on the coefficient of decay."""
-    layer = FactorizedLinear(7, 5, 3)
-    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
-    optimizer = FLAMBe(
-        parameter_groups(layer, weight_decay=weight_decay, products=(products := find_products(layer))),
-        products=products,
-        lr=0.1,
-    )
-    layer(torch.randn(11, 7)).square().sum().backward()
-    optimizer.step()
-    for name in ("U", "V"):
-        moved = (layer.get_parameter(name) - before[name]).norm() / before[name].norm()
-        assert moved.item() == pytest.approx(0.1, rel=1e-5)
-    assert says(README, "so that a larger coefficient turns the step and does not lengthen it")
 
 
 def test_heads_of_full_rank_are_balanced_products_of_the_stock_ones():

@@ -130,11 +130,6 @@ def test_bad_arguments(tmp_path, options, message):
         TranslationArguments(output_dir=str(tmp_path), use_cpu=True, **options)
 
 
-def test_a_pair_that_no_batch_holds_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"max_tokens must be at least \d+, the longest sentence's, got 20"):
-        tiny_trainer(tmp_path, max_tokens=20)
-
-
 def run_two_processes(folder: Path) -> dict:
     codes, output = launch(ROOT / "tests/support/workers/translation_parallel.py", str(folder))
     assert not any(codes), output
