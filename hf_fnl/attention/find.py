@@ -81,7 +81,7 @@ def _all_products(model: nn.Module, attentions: dict[str, KnownAttention]) -> It
 
 
 def _complaint(model: nn.Module, known: Mapping[str, KnownAttention], kinds: set[str]) -> str:
-    """Return a sentence on the attentions that have no product of a kind that is wanted; empty if all have."""
+    """Describe the attentions that have no product of a wanted kind; empty if there are none."""
     if not kinds:
         return ""
     left_out: dict[str, list[str]] = defaultdict(list)

@@ -49,7 +49,7 @@ def invariant_kinds(attention: nn.Module, adapter: Adapter) -> Mapping[str, bool
 
 
 def _settings(attention: nn.Module) -> Iterator[Hashable]:
-    """All on which the computation of a class can depend, but for the number of the layer."""
+    """Everything that the computation of a class can depend on, except the number of the layer."""
     yield str(getattr(attention, "config", None))
     yield tuple((name, tuple(full_shape(parameter))) for name, parameter in attention.named_parameters())
     for module in attention.modules():
@@ -91,7 +91,7 @@ def _names(module: nn.Module) -> dict[int, str]:
 def _run(
     twin: nn.Module, projections: AttentionProjections, calls: Iterator[dict[str, Any]]
 ) -> dict[str, tuple[float, float]]:
-    """The changes of the products that matter, in the first call in which all do, or else where most do."""
+    """The changes of those products that affect the outputs, from the first call in which all or else the most do."""
     generator = torch.Generator().manual_seed(1)
     most: dict[str, tuple[float, float]] = {}
     for arguments in calls:

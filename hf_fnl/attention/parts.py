@@ -24,7 +24,7 @@ _CROSS_ATTENTIONS = frozenset(
 
 
 def parts_of(model: nn.Module) -> dict[str, str | None]:
-    """The part to which each module of a model belongs, by its name; ``None`` for what belongs to none."""
+    """Map the name of each module to the part of the model that it belongs to, or to ``None``."""
     stacks = {stack: part for module in model.modules() for stack, part in _stacks(module).items()}
     parts: dict[str, str | None] = {}
     for path, module in model.named_modules():

@@ -175,13 +175,13 @@ class Factorized(HoldsFactors):
 
 
 def computes_as(dense: type[nn.Module], stock: type[nn.Module]) -> bool:
-    """Return whether a class is a stock one, or is derived from it without a forward pass of its own."""
+    """Whether a class is a stock class, or a subclass with the same forward pass."""
     methods = ("forward", "_conv_forward", "__call__", "__getattr__")
     return issubclass(dense, stock) and all(getattr(dense, m, None) is getattr(stock, m, None) for m in methods)
 
 
 def factorized_layers(model: nn.Module) -> list[Factorized]:
-    """The factorized layers of a model, of those that share their factors one."""
+    """List the factorized layers of a model; layers that share factors count once."""
     layers: dict[Tensor, Factorized] = {}
     for module in model.modules():
         if isinstance(module, Factorized):

@@ -102,7 +102,7 @@ class HeadProjection(nn.Module):
         return tuple(shape)
 
     def set_width_(self, width: int) -> None:
-        """Say how wide a head is in the attention from now on; no value changes."""
+        """Set the width that the attention gives to a head; no value changes."""
         self.width = width
         if not isinstance(self, Conv1D):
             setattr(self, "in_features" if self.is_output else "out_features", sum(n for n, _ in self.heads) * width)

@@ -311,7 +311,7 @@ def _stacked(factor: Tensor, num_heads: int) -> Tensor:
 
 
 def _for_each_head(shared: Tensor, projection: HeadWeights) -> Tensor:
-    """Return tensors that heads share once for each head of a projection."""
+    """Repeat what heads share for each head of a projection."""
     return shared.repeat_interleave(len(projection.weight) // len(shared), 0)
 
 

@@ -126,7 +126,7 @@ def parameter_count(model: nn.Module) -> Figures:
 
 
 def cut_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model that hold factors or narrow heads, of those that share their factors one."""
+    """List the layers that hold factors or narrow heads; layers that share factors count once."""
     others = (module for module in model.modules() if isinstance(module, HeadProjection | LinearPair))
     return [*factorized_layers(model), *others]
 

@@ -106,7 +106,7 @@ class FrobeniusDecay:
             gradient.add_(F, alpha=sign * scale * self.weight_decay)
 
     def remove(self) -> None:
-        """Leave the steps of the optimizer alone from now on."""
+        """Stop decaying in the steps of the optimizer."""
         self._handle.remove()
 
     def __enter__(self) -> FrobeniusDecay:

@@ -251,7 +251,7 @@ class Lamb(Optimizer):
             yield names, Batch(params, grads, exp_avgs, exp_avg_sqs, steps, terms_of_batch, updates)
 
     def _memory(self, params: list[Tensor]) -> list[Tensor]:
-        """Return memory for updates; a large tensor's is kept, for a CPU takes as long as the step to give it anew."""
+        """Return memory for updates, reused for large tensors on a CPU: allocating it costs as much as the step."""
         p = params[0]
         if len(params) > 1 or not p.is_cpu or p.numel() <= _SMALL:
             return _new_memory(params)

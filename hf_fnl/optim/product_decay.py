@@ -117,7 +117,7 @@ class Blocks(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """The complete blocks of a factor of which this process holds a part: where they begin, and they, flat."""
+    """The complete blocks of a factor of which this process holds a part: where they begin, and their values."""
 
     blocks: Blocks
     begin: int
@@ -227,7 +227,7 @@ def _cut(flat: Tensor, start: int, low: int, high: int) -> Tensor:
 
 
 class ProductDecay:
-    """Takes products when a step begins, also where an engine steps in parts."""
+    """Takes products once in each step, also where an engine steps in parts."""
 
     def __init__(self) -> None:
         self._terms, self._ahead = DecayTerms(), set[str]()
