@@ -101,7 +101,7 @@ class FrobeniusDecay:
 
         For a training that clips: added before, a coupled decay is a penalty in the loss. :meth:`remove` it first.
         """
-        for _, gradient, F, group in self._due(self.optimizer):
+        for _, gradient, F, group in self._due():
             sign = -1 if group.get("maximize") else 1
             gradient.add_(F, alpha=sign * scale * self.weight_decay)
 
@@ -133,14 +133,15 @@ class FrobeniusDecay:
         if self.mode == "coupled":
             self.add_gradients_(1.0 if scale is None else float(scale))
             return
-        for parameter, _, F, group in self._due(optimizer):
+        for parameter, _, F, group in self._due():
             parameter.sub_(F * (group["lr"] * self.weight_decay))
 
-    def _due(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
+    def _due(self) -> list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
         """Factors that have a gradient, their gradients, ``F_p`` from all products as they are now, and groups."""
-        shards = self._sharding.find(optimizer.param_groups)
+        groups = self.optimizer.param_groups
+        shards = self._sharding.find(groups)
         if shards is None:
-            held = [(name, p, p.grad, group) for name, (p, group) in by_name(optimizer.param_groups).items()]
+            held = [(name, p, p.grad, group) for name, (p, group) in by_name(groups).items()]
         else:
             due = [(shard, shard.owner.grad, group) for group, each in shards.due for shard in each]
             held = [(s.name, s.of(s.owner), None if g is None else s.of(g), group) for s, g, group in due]
