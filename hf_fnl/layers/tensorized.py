@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_fnl.layers.conv_base import Convolution, KernelShape, Pair
-from hf_fnl.math.precision import no_autocast
 from hf_fnl.math.spectral import check_rank
 from hf_fnl.math.tensors import Shape, core_shapes, decompose, largest_bonds, product, product_cost
 
@@ -97,8 +96,7 @@ class TensorizedConv2d(Convolution):
 
     def weight_from(self, *factors: Tensor) -> Tensor:
         """The dense kernel."""
-        with no_autocast(factors[0].device):  # which casts some of the products and not others
-            return product(*factors)
+        return product(*factors)
 
     def chain(self, *factors: Tensor) -> tuple[Tensor, ...]:
         """Cores as kernels of convolutions, from that of the input channels to that of the output channels; views."""

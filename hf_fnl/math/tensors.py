@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hf_fnl.math.precision import no_autocast
 from hf_fnl.math.spectral import check_rank, truncated_svd
 from hf_fnl.utils.extras import require
 
@@ -130,7 +131,8 @@ def singular_values(*cores: Tensor) -> Tensor:
 
 
 def _contracted(train: Sequence[Tensor]) -> Tensor:
-    return functools.reduce(lambda left, right: torch.tensordot(left, right, 1), train)
+    with no_autocast(train[0].device):  # which casts some of the products and not others
+        return functools.reduce(lambda left, right: torch.tensordot(left, right, 1), train)
 
 
 def _train(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -42,6 +42,9 @@ def test_the_product_of_cores_is_the_kernel_by_hand(shape, rank, scheme):
     kernel = tensors.product(*cores)
     assert kernel.shape == shape
     assert_close(kernel, kernel_by_hand(*cores))
+    single = [core.float() for core in cores]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(tensors.product(*single), kernel.float())
 
 
 @each_scheme
