@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -46,8 +47,8 @@ def layer_record(layer: nn.Module) -> dict[str, Any]:
 def layer_records(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the records of all layers of a model that surgery may have made, by name."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MADE)}
-    # Models are saved without the adapters of PEFT, which are around layers.
-    return {name.replace(".base_layer", ""): layer_record(layer) for name, layer in layers.items()}
+    # Models are saved without the adapters of PEFT, which hold the layers that they are put around.
+    return {re.sub(r"\.(base_layer|original_module)\b", "", name): layer_record(m) for name, m in layers.items()}
 
 
 def models_in(module: nn.Module) -> list[PreTrainedModel]:

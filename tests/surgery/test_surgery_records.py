@@ -74,10 +74,10 @@ def test_whatever_surgery_is_done_through_the_model_comes_back(way, tmp_path):
 def test_a_peft_model_leaves_a_base_that_comes_back(tmp_path):
     peft = pytest.importorskip("peft")
     model = LLAMA.build()
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["up_proj"]))
     factorize_(adapted, FactorizationConfig(rank=4, include=("*base_layer", "*mlp*")))
     base = adapted.unload()
-    assert "model.layers.0.self_attn.q_proj" in record(base)
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"} < {*record(base)}
     assert_comes_back(base, tmp_path)
 
 
