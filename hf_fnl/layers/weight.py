@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,7 @@ class DenseWeight(Tensor):
     _layer: HoldsFactors
     _factors: tuple[Tensor, ...]
     _view_values: Tensor | None
+    _held: Tensor  # kept alive at the address that was asked for
     _is_detached: bool
     _is_hf_initialized: bool
 
@@ -135,6 +137,16 @@ class DenseWeight(Tensor):
         with torch.no_grad(), no_autocast(self.device):
             return self._layer.weight_from(*self._factors).contiguous()
 
+    def _address(self) -> int:
+        """Address of the values, one for all that hold this weight: by it PEFT tells whether layers are tied."""
+        if self._view_values is not None:
+            return self._view_values.data_ptr()
+        factors = [(id(f), f.data_ptr(), 0 if f.is_inference() else f._version) for f in self._factors]
+        with torch.no_grad(), no_autocast(self.device):
+            values = self._layer.weight_from(*self._factors)  # its strides tell a matrix from its transpose
+        self._held = _ADDRESSED.setdefault((*factors, values.shape, values.stride()), values.contiguous())
+        return self._held.data_ptr()
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -148,6 +160,8 @@ class DenseWeight(Tensor):
                 for factor in weight._factors:
                     factor.requires_grad_(*args[1:], **kwargs)
                 return weight
+            if func is Tensor.data_ptr:
+                return weight._address()
             if func in _READS:
                 result = func(weight.read().requires_grad_(weight.requires_grad), *args[1:], **kwargs)
                 if func in _ARRAYS:
@@ -176,6 +190,9 @@ class DenseWeight(Tensor):
         return pytree.tree_map_only(Tensor, lambda view: cls(source._layer, source._factors, view), result)
 
 
+_ADDRESSED: WeakValueDictionary[tuple[Any, ...], Tensor] = WeakValueDictionary()
+
+
 def _setter(name: str) -> Any:
     return getattr(Tensor, name).__set__
 
@@ -185,7 +202,7 @@ _ARRAYS: set[Any] = {Tensor.numpy, Tensor.__array__}
 _READS = {*_ARRAYS, Tensor.__deepcopy__, Tensor.__format__, Tensor.__reduce_ex__, Tensor.__repr__, Tensor.tolist}
 # What writes without the dispatcher, or hands out memory to be written.
 _WRITES = {_setter("data"), Tensor.apply_, Tensor.map_, Tensor.map2_, Tensor.__dlpack__, Tensor.share_memory_}
-_WRITES |= {Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage}
+_WRITES |= {Tensor.storage, Tensor.untyped_storage}
 # What is kept with a parameter: here it would be kept with a tensor that the next access makes anew.
 _WRITES_INTO_PARAMETERS = {_setter("grad"), Tensor.register_hook}
 _NAMES = {_setter("data"): "weight.data = ...", _setter("grad"): "weight.grad = ..."}

@@ -60,7 +60,6 @@ WRITES = {
     "data": lambda w: setattr(w, "data", torch.zeros(7, 5)),
     "vector_to_parameters": lambda w: nn.utils.vector_to_parameters(torch.zeros(35), [w]),
     "dlpack": torch.from_dlpack,
-    "address": lambda w: w.data_ptr(),
     "storage": lambda w: w.untyped_storage(),
 }
 VIEWS = {
@@ -288,6 +287,17 @@ def test_automatic_casts_cast_the_weight_and_not_its_factors(make):
         rows = layer.weight.flatten(1)
         assert (rows @ torch.ones(rows.shape[1], 2)).dtype == torch.bfloat16
     assert_close(layer.weight + 0, layer.dense_weight())
+
+
+def test_weights_of_one_pair_of_factors_have_one_address_and_others_another():
+    layer, other = FactorizedLinear.from_dense(Conv1D(5, 5), 3), FactorizedLinear(5, 5, 3)
+    transposed, tied = FactorizedLinear(5, 5, 3), FactorizedLinear.from_dense(Conv1D(5, 5), 3)
+    for each in (transposed, tied):
+        each.U, each.V = layer.U, layer.V
+    weights = [each.weight for each in (layer, tied, transposed, other)]
+    addresses = [weight.data_ptr() for weight in weights]
+    assert addresses[0] == addresses[1] == layer.weight.data_ptr()
+    assert len(set(addresses)) == 3
 
 
 # In parts
