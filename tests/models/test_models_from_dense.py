@@ -35,7 +35,10 @@ def stock_of(head: Head, **fields: Any) -> PreTrainedModel:
 
 
 def truncated(head: Head, stock: PreTrainedModel, ranks: Ranks, calibrated: bool = False) -> PreTrainedModel:
-    return head.ours.from_dense(stock, **ranks, calibration=head.batch() if calibrated else None)
+    batch = head.batch()
+    if (mask := batch.get("attention_mask")) is not None and mask.ndim > 2:  # of choices, whose padding is not cut
+        batch["attention_mask"] = torch.ones_like(mask)
+    return head.ours.from_dense(stock, **ranks, calibration=batch if calibrated else None)
 
 
 def tail(matrix: Tensor, rank: int) -> Tensor:
