@@ -30,8 +30,8 @@ class DistillationTrainer(FLAMBeTrainer):
     error where they are those of no classes that exclude each other (``problem_type``, or one logit only); else the
     squared error of the last hidden states over the teacher's squared norm. The models have one output for each
     sequence, as classifiers have, for each token that they are given, as language models and encoders have, and
-    encoder-decoders for each of ``decoder_input_ids``. Positions that ``decoder_attention_mask``, or else
-    ``attention_mask``, hides count for nothing; labels are not looked at.
+    encoder-decoders for each of ``decoder_input_ids``. Positions that ``attention_mask`` hides, of these
+    ``decoder_attention_mask``, count for nothing; labels are not looked at.
 
     Args:
         model: The model to train.
@@ -71,7 +71,7 @@ class DistillationTrainer(FLAMBeTrainer):
         with torch.no_grad():
             target = self.teacher(**inputs)
         outputs = model(**inputs)
-        mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+        mask = inputs.get("decoder_attention_mask" if has_two_sides else "attention_mask")
         loss = distillation_loss(outputs, target, mask, getattr(config, "problem_type", None))
         return (loss, outputs) if return_outputs else loss
 

@@ -97,6 +97,21 @@ def test_a_model_of_one_number_is_healed() -> None:
     assert (small(**data[0]).logits - dense(**data[0]).logits).square().mean().item() < before
 
 
+@pytest.mark.parametrize("length", [9, 6])
+def test_padding_of_a_source_hides_nothing_of_the_decoder(length: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    dense = BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=16, init_std=0.3, **sizes)).eval()
+    small = copy.deepcopy(dense)
+    factorize_(small, FactorizationConfig(rank=3))
+    data = [{**b, "decoder_input_ids": torch.randint(3, 40, (4, length))} for b in batches(2, padded=True)]
+    with torch.no_grad():
+        p, q = (model(**data[0]).logits.softmax(-1) for model in (dense, small))
+    expected = (p * (p / q).log()).sum(-1).mean().item()
+    found = heal_(small, dense, data, steps=1, disable_tqdm=True)["held_out_before"]
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("build", [llama, bert])
 def test_the_held_out_loss_falls(build: Any, padded: bool) -> None:
