@@ -14,10 +14,8 @@ Padding is cut away; see :mod:`hf_fnl.surgery.padding`.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import functools
-import itertools
 import math
 import tempfile
 import warnings
@@ -194,10 +192,12 @@ class _Visits:
         return stages
 
     def _keep_enough(self, count: int, found: float) -> None:
-        """Leave out batches that are not needed, where some first ones make so many vectors for each direction."""
-        positions = list(itertools.accumulate(map(num_positions, self.batches)))
-        needed = ENOUGH * positions[count - 1] / found if found else math.inf
-        self.batches = self.batches[: max(count, bisect.bisect_left(positions, needed) + 1)]
+        """Leave batches out, evenly, of which the first ones make so many vectors for each direction."""
+        positions = [num_positions(batch) for batch in self.batches]
+        needed = ENOUGH * sum(positions[:count]) / found if found else math.inf
+        kept = math.ceil(len(positions) * min(1.0, needed / sum(positions)))
+        places = {*range(count), *(i * len(positions) // kept for i in range(kept))}
+        self.batches = [self.batches[place] for place in sorted(places)]
 
     def _share_a_pass(self, first: str, name: str) -> bool:
         """Whether two modules are measured in one pass: layers that are in one block."""

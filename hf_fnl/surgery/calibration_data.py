@@ -26,9 +26,6 @@ Calibration: TypeAlias = Batch | Iterable[Batch]
 class CalibrationData:
     """Batches that are checked, and the sensitivities of layers, measured once.
 
-    They are kept in an order in which the first ones of any number lie evenly over all, so that a part can stand for
-    the whole.
-
     Args:
         model: The model that is calibrated.
         batches: Its inputs: one batch, or several. Masks, ``(sequences, length)`` under names that end in
@@ -52,7 +49,6 @@ class CalibrationData:
                     f"{', '.join(batch) or 'none'} in number {number}"
                 )
         _check_taken(model, self.batches[0])
-        self.batches = _evenly(self.batches)
         self._sensitivities: dict[str, Tensor | None] = {}  # None where no gradient flows
 
     @property
@@ -65,7 +61,7 @@ class CalibrationData:
         missing = {name: probe for name, probe in probes.items() if name not in self._sensitivities}
         if missing:
             with evaluating(self.model):
-                parts = (p for batch in self.batches for p in unpadded(self.model, batch))
+                parts = [part for batch in self.batches for part in unpadded(self.model, batch)]
                 self._sensitivities |= {**dict.fromkeys(missing), **sensitivities(self.model, parts, missing)}
         return {name: found for name in probes if (found := self._sensitivities[name]) is not None}
 
@@ -101,12 +97,6 @@ class _Reads(TorchFunctionMode):
     ) -> Any:
         self.found |= self.ids.intersection(map(id, tensors_in((args, kwargs or {}))))
         return func(*args, **(kwargs or {}))
-
-
-def _evenly(batches: Sequence[Batch]) -> list[Batch]:
-    """Order by the bits of the numbers, the last one first: 0, 4, 2, 6, 1, 5, 3, 7."""
-    num_bits = len(batches).bit_length()
-    return [batches[i] for i in sorted(range(len(batches)), key=lambda i: f"{i:0{num_bits}b}"[::-1])]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +37,7 @@ class Probe:
 
 @torch.enable_grad()
 def sensitivities(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], probes: Mapping[str, Probe]
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], probes: Mapping[str, Probe]
 ) -> dict[str, Tensor]:
     r"""Squares of a loss's gradient at the outputs of layers, ``(\partial L / \partial y_i)^2``, summed per label.
 
@@ -48,8 +48,8 @@ def sensitivities(
 
     The sum is over all outputs of a layer, so that one that gives many of them for a label counts by all; it is zero
     where no loss feels a layer. Where there is an output for each label, it is the mean. Parameters get no gradient;
-    one batch's activations are in memory at a time. Batches are run until they held 16,384 labels and every layer was
-    reached.
+    one batch's activations are in memory at a time. Batches from all over the data are run until they held 16,384
+    labels and every layer was reached.
 
     Args:
         model: The model, in the mode that it is to be measured in.
@@ -88,12 +88,9 @@ def sensitivities(
         for name, probe in probes.items():
             for module in probe.modules:
                 stack.enter_context(module.register_forward_hook(hook(name)))
-        for batch in batches:
+        for batch, labels in _spread(batches):
             if num_labels >= ENOUGH and len(sums) == len(probes):
                 break
-            given = batch.get("labels")
-            if not (labels := num_positions(batch) if given is None else int((given != IGNORE_INDEX).sum())):
-                continue
             outputs = run_over(model, batch)
             if "labels" not in batch:
                 loss = _drawn_loss(model, outputs, generator)
@@ -150,6 +147,18 @@ def _drawn_loss(model: nn.Module, outputs: Any, generator: torch.Generator) -> T
 def _is_language_model(model: nn.Module) -> bool:
     embeddings = getattr(model, "get_output_embeddings", None)
     return embeddings is not None and embeddings() is not None
+
+
+def _spread(batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Mapping[str, Tensor], int]]:
+    """Batches that hold labels, and how many, in an order in which the first hold enough and lie evenly apart."""
+    counted = [(batch, count) for batch in batches if (count := _num_labels(batch))]
+    apart = max(1, sum(count for _, count in counted) // ENOUGH)
+    for first in range(apart):
+        yield from counted[first::apart]
+
+
+def _num_labels(batch: Mapping[str, Tensor]) -> int:
+    return int((batch["labels"] != IGNORE_INDEX).sum()) if "labels" in batch else num_positions(batch)
 
 
 def num_positions(batch: Mapping[str, Tensor]) -> int:

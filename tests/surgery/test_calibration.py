@@ -1,6 +1,7 @@
 """Data run through a model, handlers answer for its modules, and the model is as before."""
 
 import copy
+import math
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -652,12 +653,13 @@ def test_ranks_are_chosen_by_a_part_of_many_batches_and_cuts_made_by_all() -> No
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
     batches = [{"input": torch.randn(2 if i else 8, 5) + i} for i in range(200)]
-    order = sorted(range(200), key=lambda i: f"{i:08b}"[::-1])
     requests: dict[str, Request] = {"0": "inputs", "2": "inputs"}
     seen: list[dict[str, Moments]] = [{}, {}]
     for found, changes in zip(seen, (False, True), strict=True):
         visit_modules(model, requests, found.__setitem__, CalibrationData(model, batches), changes=changes)
-    part = torch.cat([batches[i]["input"] for i in order[: 1 + (16 * 9 - 8) // 2]])
+    kept = math.ceil(200 * 16 * 9 / (8 + 2 * 199))
+    part = torch.cat([batches[i * 200 // kept]["input"] for i in range(kept)])
     assert {name: moments.count for name, moments in seen[0].items()} == {"0": len(part), "2": len(part)}
+    assert 16 * 9 <= len(part) < 18 * 9
     assert_close(seen[0]["0"].mean, part.mean(0).double(), rtol=1e-6, atol=1e-6)
     assert seen[1]["2"].count == 8 + 2 * 199

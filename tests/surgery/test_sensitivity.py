@@ -72,13 +72,13 @@ def test_few_of_many_batches_are_run_from_all_over_the_data(monkeypatch) -> None
     model.register_forward_pre_hook(lambda m, args, given: seen.append(number[id(given["labels"])]), with_kwargs=True)
     name = "model.layers.0.mlp.down_proj"
     probe = Probe([model.get_submodule(name)])
-    found = CalibrationData(model, data).sensitivities({name: probe})
-    assert seen == [0, 8]
-    assert_close(found, sensitivities(model, [data[0], data[8]], {name: probe}))
+    found = sensitivities(model, data, {name: probe})
+    assert seen == [0, 6]
+    assert_close(found, sensitivities(model, [data[0], data[6]], {name: probe}))
     late, seen[:] = nn.Identity(), []
-    model.model.layers[0].mlp.register_forward_hook(lambda module, args, y: late(y) if seen[-1] == 4 else y)
-    assert set(CalibrationData(model, data).sensitivities({name: probe, "late": Probe([late])})) == {name, "late"}
-    assert seen == [0, 8, 4]
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, y: late(y) if seen[-1] == 1 else y)
+    assert set(sensitivities(model, data, {name: probe, "late": Probe([late])})) == {name, "late"}
+    assert seen == [0, 6, 1]
 
 
 class Slopes(nn.Module):
