@@ -28,7 +28,7 @@ from hf_fnl.cli.options import (
 from hf_fnl.cli.plan import plan
 from hf_fnl.cli.programs import add_programs
 from hf_fnl.cli.tables import LAYERS_KEY, layers_table, matrices_table, share_left, size_change
-from hf_fnl.cli.terminal import session, usage
+from hf_fnl.cli.terminal import session
 from hf_fnl.utils.suggest import did_you_mean
 
 _MODELS, _TRAINING = "Trained models", "Training"
@@ -161,13 +161,13 @@ def factorize(
     """
     rules, ranks = given(context, _RULES), given(context, RANKS)
     _check_rules(context, rules, ranks)
-    with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
+    with session(context, as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli import factorize as work
         from hf_fnl.cli.texts import Texts
         from hf_fnl.surgery.config import KINDS, FactorizationConfig, RankRule
 
         wanted = tuple(filter(None, kinds.replace(" ", "").split(",")))
-        with usage():
+        with terminal.usage():
             rule = None if ranks else RankRule(**rules, multiple_of=multiple_of)
             if unknown := [kind for kind in wanted if kind not in KINDS]:
                 hint = did_you_mean(unknown[0], KINDS)
@@ -205,6 +205,7 @@ def _texts_used(record: dict[str, Any]) -> Iterator[str]:
     epilog="Example: hf-fnl merge bert-half --out bert-half-stock",
 )
 def merge(
+    context: typer.Context,
     model: Model,
     out: Out,
     check: Annotated[bool, typer.Option(help="Compare outputs on random inputs before anything is written.")] = True,
@@ -215,7 +216,7 @@ def merge(
 
     Products are multiplied out, so the model has the size of the dense one again.
     """
-    with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
+    with session(context, as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli import merge as work
 
         result = work.merge(model, out, check=check, terminal=terminal)
@@ -232,6 +233,7 @@ def merge(
     epilog="Example: hf-fnl inspect bert-half",
 )
 def inspect(
+    context: typer.Context,
     model: Model,
     every: Annotated[bool, typer.Option("--all", help="A line for each matrix, and not for those alike.")] = False,
     as_json: Json = False,
@@ -244,7 +246,7 @@ def inspect(
     largest singular value. The energy is the share of the squared Frobenius norm that factorizing kept. With --json
     every matrix has its own figures, among them FLOPs and nuclear norms.
     """
-    with session(as_json=as_json, debug=debug, sources=[model]) as terminal:
+    with session(context, as_json=as_json, debug=debug, sources=[model]) as terminal:
         from hf_fnl.cli.sources import load_model
         from hf_fnl.optim.diagnostics import parameter_count
         from hf_fnl.report import inspect_model, read_energies
@@ -268,6 +270,7 @@ def inspect(
     epilog="Example: hf-fnl report runs/decay-* --out report.html",
 )
 def report(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(metavar="RUN_OR_MODEL", help="Folders of runs or models, or models' ids on the Hub; up to 5."),
@@ -282,7 +285,7 @@ def report(
     """
     if len(sources) > _COMPARED:
         raise typer.BadParameter(f"up to {_COMPARED} runs or models are compared, got {len(sources)}")
-    with session(as_json=as_json, debug=debug, sources=sources) as terminal:
+    with session(context, as_json=as_json, debug=debug, sources=sources) as terminal:
         from hf_fnl.report import write_report
 
         out = out.expanduser()

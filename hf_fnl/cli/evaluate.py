@@ -37,6 +37,7 @@ class Settings(NamedTuple):
 
 
 def evaluate(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders of models, or ids on the Hub.")],
     texts: Annotated[str, typer.Option(metavar="TEXTS", help="A .txt, .json(l) or .parquet file, or a data set.")],
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
@@ -57,7 +58,7 @@ def evaluate(
     different tokenizers. Tokens per second are those of greedy generation, 64 tokens after a prompt of 64, at batch 1
     and 16: the median of three.
     """
-    with session(as_json=as_json, debug=debug, sources=models) as terminal:
+    with session(context, as_json=as_json, debug=debug, sources=models) as terminal:
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor
 

@@ -9,7 +9,7 @@ import typer
 
 from hf_fnl.cli.options import RANKS, Debug, EmbeddingRank, FfnRank, Json, OvRank, QkRank, QkvRank, given
 from hf_fnl.cli.tables import new_table, share_left
-from hf_fnl.cli.terminal import session, usage
+from hf_fnl.cli.terminal import session
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,10 +52,10 @@ def plan(
     A factorized model stands beside the dense one. The model is built without weights; nothing is downloaded and no
     GPU is needed. The formulas are in hf_fnl/planning.py.
     """
-    with session(as_json=as_json, debug=debug) as terminal:
+    with session(context, as_json=as_json, debug=debug) as terminal:
         import hf_fnl.planning as planning
 
-        with usage():
+        with terminal.usage():
             setup = planning.Setup(
                 processes=gpus,
                 batch_size=batch_size,

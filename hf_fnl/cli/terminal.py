@@ -6,12 +6,12 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hf_fnl.utils.suggest import one_line, printable
+from hf_fnl.utils.suggest import as_typed, one_line, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,12 +24,14 @@ class Terminal:
 
     Args:
         as_json: The result is to be one JSON object.
+        options: How those of the command are typed, by the names that functions have for them; for errors.
     """
 
-    def __init__(self, *, as_json: bool) -> None:
+    def __init__(self, *, as_json: bool, options: Mapping[str, str] | None = None) -> None:
         from rich.console import Console  # which --help does not wait for
 
         self.as_json = as_json
+        self._options = options or {}
         # Names may hold brackets and colons, which are no markup.
         plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
         self._stdout = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDE, **plain)
@@ -49,6 +51,18 @@ class Terminal:
         """Print a line for a person, beside the result."""
         self._stderr.print(printable(text))
 
+    def error(self, error: Exception) -> str:
+        """Return the message of an error in one line, with the options of the command as they are typed."""
+        return printable(as_typed(error, self._options))
+
+    @contextlib.contextmanager
+    def usage(self) -> Iterator[None]:
+        """Make options of what was typed; what is refused of it is an error of usage, of exit code 2."""
+        try:
+            yield
+        except ValueError as error:
+            raise typer.BadParameter(self.error(error)) from error
+
     def step(self, text: str) -> contextlib.AbstractContextManager[object]:
         """Show that something takes its time."""
         from rich.text import Text
@@ -57,15 +71,18 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def session(*, as_json: bool, debug: bool, sources: Sequence[str] = ()) -> Iterator[Terminal]:
+def session(context: typer.Context, *, as_json: bool, debug: bool, sources: Sequence[str] = ()) -> Iterator[Terminal]:
     """Run a command: errors become a line and exit code 1, and libraries are kept off stdout.
 
     Args:
+        context: The command.
         as_json: As in :class:`Terminal`.
         debug: Let errors pass with their tracebacks.
         sources: Folders and Hub ids that have to be there, which is found out before torch is imported.
     """
-    terminal = Terminal(as_json=as_json)
+    parameters = context.command.params
+    options = {str(each.name): each.opts[0] for each in parameters if each.param_type_name == "option"}
+    terminal = Terminal(as_json=as_json, options=options)
     try:
         for source in sources:
             from hf_fnl.utils.hub import check_source
@@ -82,18 +99,8 @@ def session(*, as_json: bool, debug: bool, sources: Sequence[str] = ()) -> Itera
             raise
         unexpected = not isinstance(error, ImportError | OSError | TypeError | ValueError)
         kind = f"{type(error).__name__}: " if unexpected else ""
-        message = one_line(error)
-        terminal.note(f"error: {kind}{message}{' (--debug shows where)' if unexpected else ''}")
+        terminal.note(f"error: {kind}{terminal.error(error)}{' (--debug shows where)' if unexpected else ''}")
         raise typer.Exit(1) from error
-
-
-@contextlib.contextmanager
-def usage() -> Iterator[None]:
-    """Make options of what was typed; what is refused of it is an error of usage, of exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(printable(one_line(error))) from error
 
 
 @contextlib.contextmanager

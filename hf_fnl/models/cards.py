@@ -32,7 +32,7 @@ from hf_fnl.utils.run_files import (
     phase_folders,
     read_json,
 )
-from hf_fnl.utils.suggest import printable
+from hf_fnl.utils.suggest import one_line, printable
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by hf_fnl. Remove this line to keep the card from being written anew. -->"
@@ -364,4 +364,4 @@ def _plain(value: object) -> str:
 
 
 def _one_line(value: object) -> str:
-    return printable(" ".join(str(value).split()))
+    return printable(one_line(value))

@@ -24,7 +24,7 @@ from transformers.debug_utils import DebugOption
 from transformers.utils import logging as transformers_logging
 
 from hf_fnl.utils.processes import close_process_group, is_first
-from hf_fnl.utils.suggest import did_you_mean, one_line
+from hf_fnl.utils.suggest import as_typed, did_you_mean, one_line
 
 T = TypeVar("T")
 
@@ -217,7 +217,9 @@ def run_script(main: Callable[[list[str]], object]) -> NoReturn:
             traceback.print_exc()
         expected = isinstance(error, ImportError | OSError | ValueError)
         kind = "" if expected else f"{type(error).__name__}: "
-        status, message = 2 if isinstance(error, UsageError) else 1, f"error: {kind}{_as_typed(error, arguments)}"
+        typed = {word.partition("=")[0] for word in arguments}
+        told = as_typed(error, {word.removeprefix("--"): word for word in typed if word.startswith("--")})
+        status, message = 2 if isinstance(error, UsageError) else 1, f"error: {kind}{told}"
         if not (expected or debug):
             message += " (--debug shows where)"
     if rank == 0:
@@ -225,14 +227,6 @@ def run_script(main: Callable[[list[str]], object]) -> NoReturn:
     elif status == 1:  # what the first process may not have met
         print(f"process {rank}: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-def _as_typed(error: Exception, arguments: Sequence[str]) -> str:
-    """A message in one line that names an option as it was typed, on the command line or in a file."""
-    message = one_line(error)
-    first = re.match(r"\w*", message)
-    typed = {word.partition("=")[0] for word in arguments}
-    return f"--{message}" if first and f"--{first[0]}" in typed else message
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
@@ -28,6 +29,17 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def one_line(text: object) -> str:
     """Text without its line breaks and other wide spaces."""
     return " ".join(str(text).split())
+
+
+def as_typed(text: object, options: Mapping[str, str]) -> str:
+    """A message in one line that names options as they were typed: ``--ffn-rank must ...`` for ``ffn_rank must ...``.
+
+    Args:
+        text: The message. Names are its first word, and words with an underscore.
+        options: What was typed, by the name that the message may have.
+    """
+    name = r"(?:^\w+|(?<![\w.-])[a-z]+(?:_[a-z]+)+)(?![\w=(])"
+    return re.sub(name, lambda found: options.get(found[0], found[0]), one_line(text))
 
 
 def printable(text: object) -> str:

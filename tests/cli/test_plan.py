@@ -221,9 +221,9 @@ def test_the_command_shows_dense_beside_factorized_by_engine(tmp_path):
     ("arguments", "message", "code"),
     [
         pytest.param(("nothing-here",), "there is no folder nothing-here, and the Hub", 1, id="model"),
-        pytest.param(("bert-base", "--dtype", "fp8"), "dtype must be one of fp32, bf16, got 'fp8'", 2, id="dtype"),
-        pytest.param(("bert-base", "--sequence-length", "513"), "sequence_length must be at most", 1, id="length"),
-        pytest.param(("bert-base", "--ffn-rank", "769"), "ffn_rank must be in [1, 768], got 769", 1, id="rank"),
+        pytest.param(("bert-base", "--dtype", "fp8"), "--dtype must be one of fp32, bf16, got 'fp8'", 2, id="dtype"),
+        pytest.param(("bert-base", "--sequence-length", "513"), "--sequence-length must be at most", 1, id="length"),
+        pytest.param(("bert-base", "--ffn-rank", "769"), "--ffn-rank must be in [1, 768], got 769", 1, id="rank"),
         pytest.param(("gpt2", "--ffn-rank", "9", "--ratio", "0.5"), "leave out", 1, id="both"),
     ],
 )

@@ -24,7 +24,7 @@ from hf_fnl import (
     find_products,
 )
 from hf_fnl.cli import app
-from hf_fnl.utils.suggest import did_you_mean
+from hf_fnl.utils.suggest import as_typed, did_you_mean
 
 CONFIGS = [FactorizedBertConfig, FactorizedGPT2Config, FactorizedMarianConfig]
 SIZES = {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 1, "intermediate_size": 20, "vocab_size": 30}
@@ -114,6 +114,19 @@ def test_only_what_is_alike_is_suggested(given, end):
 
 
 # The command line
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("ffn_rank must be at least 1", "--ffn-rank must be at least 1"),
+        ("rank must be at least 1", "--rank must be at least 1"),
+        ("the rank of ffn_rank", "the rank of --ffn-rank"),  # a word of English is an option at the beginning alone
+        ("ffn_rank=3, x.ffn_rank, my-ffn_rank, ffn_ranks\nin", "ffn_rank=3, x.ffn_rank, my-ffn_rank, ffn_ranks in"),
+    ],
+)
+def test_a_message_names_options_as_they_are_typed(message, shown):
+    assert as_typed(message, {"ffn_rank": "--ffn-rank", "rank": "--rank"}) == shown
 
 
 @pytest.mark.parametrize(
