@@ -82,6 +82,29 @@ class DiagnosticsCallback(TrainerCallback):
         self.log(summarize(figures, self.products))
 
 
+class DecayCallback(TrainerCallback):
+    """Raises, before anything moves, if a subclass of the trainer overrides what adds Frobenius decay to an update.
+
+    Args:
+        decaying: Returns the method of the trainer that is to add it; ``None`` where the optimizer does.
+    """
+
+    def __init__(self, decaying: Callable[[], str | None]) -> None:
+        self._decaying, self.is_added = decaying, False
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is added yet."""
+        self.is_added = False
+
+    def on_pre_optimizer_step(self, args: Any, *more: Any, **kwargs: Any) -> None:
+        """Check that it is."""
+        if not self.is_added and (method := self._decaying()):
+            raise ValueError(
+                f"no Frobenius decay was added: the {method} of this trainer does not call that of FLAMBeTrainer, as "
+                f"frobenius_mode={args.frobenius_mode} needs it; let it do so, or set frobenius_mode=decoupled"
+            )
+
+
 class EpochCallback(TrainerCallback):
     """Callback that tells the training set of a Trainer, one that is no stream, which epoch begins.
 

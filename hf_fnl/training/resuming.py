@@ -21,6 +21,7 @@ from hf_fnl.layers.partitioned import full_shape
 from hf_fnl.training.checkpoints import check_complete, checkpoints, is_unfinished, newest_complete, read_manifest
 from hf_fnl.training.command_line import UsageError
 from hf_fnl.training.engines import check_optimizer, innermost
+from hf_fnl.training.optimizers import check_decay
 from hf_fnl.utils.processes import first_decides, is_first
 from hf_fnl.utils.suggest import listed
 
@@ -71,6 +72,7 @@ class Resumption(TrainerCallback):
         self._trainer = trainer
         self._checkpoint: Path | None = None
         self._class: str | None = None
+        self._built: Optimizer | None = None
 
     def begin(self, checkpoint: Path | None) -> None:
         """Check a checkpoint, if any, before it is loaded.
@@ -78,7 +80,7 @@ class Resumption(TrainerCallback):
         Raises:
             ValueError: If it is of another model, or the engine of the run does not go on from it.
         """
-        self._checkpoint, self._class = checkpoint, None
+        self._checkpoint, self._class, self._built = checkpoint, None, None
         if checkpoint is None:
             return
         trainer = self._trainer
@@ -101,8 +103,9 @@ class Resumption(TrainerCallback):
         Raises:
             ValueError: If the state in the checkpoint is that of another one.
         """
-        self._built, self._options = innermost(optimizer), _options(innermost(optimizer))
-        name = type(self._built).__name__
+        built: Optimizer = innermost(optimizer)
+        self._built, self._options = built, _options(built)
+        name = type(built).__name__
         if self._class not in (None, name):
             raise ValueError(
                 f"the optimizer of {self._checkpoint} is {self._class} and that of this run {name}: set optim to that "
@@ -113,6 +116,10 @@ class Resumption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, optimizer: Any, **kwargs: Any
     ) -> None:
         """Check which optimizer runs, and say what of its options is the checkpoint's."""
+        if self._built is None:  # by a subclass's own create_optimizer
+            check_decay(self._trainer.args)
+            self.note(optimizer)
+        assert self._built is not None
         check_optimizer(optimizer, self._built)
         checkpoint, self._checkpoint, self._class = self._checkpoint, None, None
         if checkpoint and is_first() and (different := _differences(self._options, _options(self._built))):

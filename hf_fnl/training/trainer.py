@@ -26,7 +26,7 @@ from hf_fnl.attention import find_products
 from hf_fnl.optim.frobenius_decay import FrobeniusDecay, frobenius_penalty
 from hf_fnl.optim.transfer import transfer_
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
-from hf_fnl.training.callbacks import DiagnosticsCallback, EpochCallback
+from hf_fnl.training.callbacks import DecayCallback, DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
 from hf_fnl.training.checkpoints import CompleteCheckpoints, clean, remove
 from hf_fnl.training.engines import check_engine, is_sharded, set_state_dict_type
@@ -90,9 +90,11 @@ class FLAMBeTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or FLAMBeTrainingArguments(output_dir="trainer_output")
-        if kwargs.get("optimizers", (None, None))[0] is None and "optimizer_cls_and_kwargs" not in kwargs:
+        if kwargs.get("optimizers", (None, None))[0] is None and kwargs.get("optimizer_cls_and_kwargs") is None:
             # The one way to hand over an optimizer that no engine drops: called without arguments, then with the model.
             kwargs["optimizer_cls_and_kwargs"] = (lambda: self._build_optimizer, {})
+        else:
+            check_decay(args)
         if model is not None:
             name_causal_loss_(model)
         super().__init__(model, args, **kwargs)
@@ -101,12 +103,11 @@ class FLAMBeTrainer(Trainer):
         forget_old_names_(unwrapped)
         self._ties = contextlib.ExitStack()
         self._resumption, self._checkpoints = Resumption(self), CompleteCheckpoints()
-        self._stream = StreamPosition()
-        for callback in (self._resumption, self._stream, self._checkpoints):  # the last lists the files of the others
+        self._stream, self._decay = StreamPosition(), DecayCallback(self._decaying)
+        for callback in (self._decay, self._resumption, self._stream, self._checkpoints):  # which lists all their files
             self.add_callback(callback)
         if self.optimizer is not None:
             check_current(self.optimizer, unwrapped)
-            check_decay(args)
         base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped  # of PEFT
         self._is_scaling_known = hasattr(base, "accepts_loss_kwargs")
         if self.label_smoother is not None and _shifts_labels(base):
@@ -268,7 +269,12 @@ class FLAMBeTrainer(Trainer):
             scaler = self.accelerator.scaler
             with record_function(DECAY):
                 self._coupled.add_gradients_(1.0 if scaler is None else scaler.get_scale())
+            self._decay.is_added = True
         return loss
+
+    def _decaying(self) -> str | None:
+        """Return the method that adds decay to an update before the optimizer takes its step, if one does."""
+        return "compute_loss" if self._penalized else "training_step" if self._coupled is not None else None
 
     def schedule(self, num_training_steps: int) -> Callable[[int], float] | None:
         """Return the factor of the learning rate at each step, or ``None`` for a schedule of Transformers."""
@@ -416,6 +422,7 @@ class FLAMBeTrainer(Trainer):
             return result
         with record_function(DECAY):
             penalty = frobenius_penalty(self._penalized, self.accelerator.unwrap_model(model), self.args.product_decay)
+        self._decay.is_added = True
         if self.args.frobenius_mode == "coupled":
             penalty = penalty - penalty.detach()  # its gradient, for an engine that clips within its step
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what a subclass says of its loss

@@ -182,6 +182,68 @@ def test_a_decay_that_a_given_optimizer_does_not_apply_is_refused(tmp_path):
     FLAMBeTrainer(model, FLAMBeTrainingArguments(tmp_path, frobenius_mode="penalty", **options), optimizers=optimizers)
 
 
+def test_so_is_one_that_a_class_of_optimizers_does_not_apply(tmp_path):
+    args = tiny_trainer(tmp_path, optim="sgd", frobenius_decay=["ov"], frobenius_mode="coupled").args
+    with pytest.raises(ValueError, match="frobenius_mode=coupled is applied by the optimizer"):
+        FLAMBeTrainer(tiny_model(), args, optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
+    FLAMBeTrainer(tiny_model(), args, optimizer_cls_and_kwargs=None)  # as a subclass of both trainers hands it on
+
+
+class OwnLoss(FLAMBeTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class OwnStep(FLAMBeTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model.train(), inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class OwnOptimizer(FLAMBeTrainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        return self.optimizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "message"),
+    [
+        (OwnLoss, "penalty", "the compute_loss of this trainer does not call that of FLAMBeTrainer"),
+        (OwnStep, "coupled", "the training_step of this trainer does not call that of FLAMBeTrainer"),
+        (OwnOptimizer, "coupled", "is applied by the optimizer"),
+        (OwnOptimizer, "decoupled", "is applied by the optimizer"),
+    ],
+)
+def test_a_subclass_that_leaves_the_decay_out_is_refused_before_anything_moves(tmp_path, kind, mode, message):
+    args = tiny_trainer(tmp_path, optim="sgd", frobenius_decay=["ov"], frobenius_mode=mode).args
+    trainer = kind(tiny_model(), args, train_dataset=tiny_examples())
+    before = {name: value.clone() for name, value in weights(trainer).items()}
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert_close(weights(trainer), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [(OwnLoss, "coupled"), (OwnStep, "penalty"), (OwnLoss, "decoupled"), (OwnStep, "decoupled")]
+)
+def test_a_subclass_that_leaves_the_decay_in_trains(tmp_path, kind, mode):
+    args = tiny_trainer(tmp_path, optim="sgd", frobenius_decay=["ov"], frobenius_mode=mode, max_steps=2).args
+    kind(tiny_model(), args, train_dataset=tiny_examples()).train()
+
+
+def test_a_subclass_builds_its_own_optimizer_and_goes_on_with_it(tmp_path):
+    options = {"optim": "sgd", "frobenius_decay": ["none"], "save_strategy": "steps", "save_steps": 2}
+    args = tiny_trainer(tmp_path, **options).args
+    straight = OwnOptimizer(tiny_model(), args, train_dataset=tiny_examples())
+    straight.train()
+    resumed = OwnOptimizer(tiny_model(), args, train_dataset=tiny_examples())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("left_out", [None, "labels"], ids=["two losses", "no labels"])
 def test_labels_that_are_not_smoothed_are_refused(tmp_path, left_out):
     examples = [{name: value for name, value in each.items() if name != left_out} for each in tiny_examples()]
