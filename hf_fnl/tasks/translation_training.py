@@ -45,6 +45,8 @@ class TranslationArguments(FLAMBeTrainingArguments):
         super().__post_init__()
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size changes no batches of max_tokens: lower that instead")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"label_smoothing_factor must be in [0, 1), got {self.label_smoothing_factor}")
 

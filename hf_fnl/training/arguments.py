@@ -16,6 +16,9 @@ from hf_fnl.training.profiling import STEPS_BEFORE
 
 OUR_OPTIMIZERS = ("flambe", "lamb")
 
+_STOCK = TrainingArguments.__dataclass_fields__
+_COUNTED = {"True": "all", "true": "all", "False": "no", "false": "no"}  # as Transformers takes truth values
+
 
 @dataclass
 class FLAMBeTrainingArguments(TrainingArguments):
@@ -72,6 +75,9 @@ class FLAMBeTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Log the mean of other losses for one that is not finite, and train on."}
     )
+    # In Transformers one word each to a parser, though one takes several and the other is no truth value afterwards.
+    report_to: list[str] = field(default_factory=lambda: ["none"], metadata=_STOCK["report_to"].metadata)
+    include_num_input_tokens_seen: str = field(default="no", metadata=_STOCK["include_num_input_tokens_seen"].metadata)
     diagnostics_steps: int = field(
         default=0, metadata={"help": "Log norms, effective ranks and step sizes of products every so many steps."}
     )
@@ -87,9 +93,14 @@ class FLAMBeTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for name in ("frobenius_decay", "label_names", "include_for_metrics"):  # lists, which one name may stand for
+        # Lists, which one name may stand for.
+        for name in ("frobenius_decay", "label_names", "include_for_metrics", "report_to"):
             if isinstance(given := getattr(self, name, None), str):
                 setattr(self, name, given.replace(",", " ").split())
+        counted = str(self.include_num_input_tokens_seen)
+        self.include_num_input_tokens_seen = _COUNTED.get(counted, counted)
+        if self.include_num_input_tokens_seen not in ("all", "non_padding", "no"):
+            raise ValueError(f"include_num_input_tokens_seen must be all, non_padding or no, got {counted!r}")
         chosen = str(getattr(self.optim, "value", self.optim))
         known = {*OUR_OPTIMIZERS, *(name.value for name in OptimizerNames)}
         if chosen not in known:

@@ -90,6 +90,8 @@ class FLAMBeTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or FLAMBeTrainingArguments(output_dir="trainer_output")
+        if args.auto_find_batch_size and is_stream(kwargs.get("train_dataset")):
+            raise ValueError("auto_find_batch_size changes no batches of a stream: set per_device_train_batch_size")
         if kwargs.get("optimizers", (None, None))[0] is None and kwargs.get("optimizer_cls_and_kwargs") is None:
             # The one way to hand over an optimizer that no engine drops: called without arguments, then with the model.
             kwargs["optimizer_cls_and_kwargs"] = (lambda: self._build_optimizer, {})

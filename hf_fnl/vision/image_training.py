@@ -94,6 +94,11 @@ class ImageTrainingArguments(FLAMBeTrainingArguments):
             raise ValueError(
                 f"dense_epochs must be in [0, num_train_epochs={self.num_train_epochs:g}), got {self.dense_epochs}"
             )
+        if self.auto_find_batch_size and (self.dense_epochs or self.warmup_epochs):
+            raise ValueError(
+                "auto_find_batch_size changes how many steps dense_epochs and warmup_epochs are: set "
+                "per_device_train_batch_size instead"
+            )
 
     def _check_schedule(self) -> None:
         stepwise = self.lr_scheduler_type == "constant"

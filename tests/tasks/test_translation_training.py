@@ -119,11 +119,12 @@ def test_epochs_differ(tmp_path):
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size changes no batches of max_tokens"),
         ({"label_smoothing_factor": 1.0}, r"label_smoothing_factor must be in \[0, 1\), got 1.0"),
         ({"label_smoothing_factor": -0.1}, r"label_smoothing_factor must be in \[0, 1\), got -0.1"),
         ({"optim": "nag"}, "optim must be flambe, lamb or one of Transformers' optimizers, got 'nag'"),
     ],
-    ids=["max_tokens", "all smoothed", "negative", "optim"],
+    ids=["max_tokens", "found size", "all smoothed", "negative", "optim"],
 )
 def test_bad_arguments(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from hf_fnl.training import command_line
+from hf_fnl.training import FLAMBeTrainingArguments, command_line
 from hf_fnl.training.command_line import (
     UsageError,
     check_at_least,
@@ -22,6 +22,7 @@ from hf_fnl.training.command_line import (
     run_script,
     tracked,
 )
+from hf_fnl.training.runs import write_run
 from hf_fnl.utils.files import check_writable
 from hf_fnl.utils.suggest import did_you_mean
 
@@ -134,6 +135,25 @@ def test_a_file_is_refused_by_the_name_of_the_option(tmp_path, text, message):
 def test_flags_are_refused_with_a_suggestion(words, message):
     with pytest.raises(UsageError, match=message):
         parse(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), []),
+        (("--report_to", "tensorboard", "wandb"), ["tensorboard", "wandb"]),
+        (("--include_num_input_tokens_seen", "true"), "all"),
+        (("--include_num_input_tokens_seen", "False"), "no"),
+        (("--include_num_input_tokens_seen", "non_padding"), "non_padding"),
+    ],
+)
+def test_options_of_the_trainer_with_several_forms_are_read_and_read_back(tmp_path, words, expected):
+    name = words[0].removeprefix("--") if words else "report_to"
+    read = functools.partial(parse_arguments, description=None)
+    (args,) = read(["--output_dir", str(tmp_path), "--use_cpu", "true", *words], FLAMBeTrainingArguments)
+    assert getattr(args, name) == expected
+    write_run(tmp_path, {}, args)
+    assert read([str(tmp_path / "run_config.json")], FLAMBeTrainingArguments)[0].to_dict() == args.to_dict()
 
 
 def test_without_arguments_the_help_is_printed_and_nothing_else(capsys):

@@ -120,6 +120,12 @@ def test_a_process_without_an_example_is_refused():
         loader_of(2, 3, dataset=stream(2, shards=1))
 
 
+def test_a_stream_whose_batch_size_is_to_be_found_is_refused(tmp_path):
+    args = FLAMBeTrainingArguments(str(tmp_path), auto_find_batch_size=True, use_cpu=True)
+    with pytest.raises(ValueError, match="auto_find_batch_size changes no batches of a stream"):
+        FLAMBeTrainer(tiny_model(), args, train_dataset=stream())
+
+
 # A Trainer
 
 

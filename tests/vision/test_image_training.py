@@ -87,6 +87,8 @@ def test_epochs_have_the_steps_of_the_trainer(tmp_path, accumulation, drop_last)
         ),
         pytest.param({"warmup_factor": 0.2}, "warmup_factor=0.2 has no effect without", id="idle-factor"),
         pytest.param({"dense_epochs": -1}, r"dense_epochs must be in \[0, num_train_epochs=4\)", id="dense-epochs"),
+        pytest.param({"auto_find_batch_size": True, "dense_epochs": 1}, "changes how many steps", id="found-dense"),
+        pytest.param({"auto_find_batch_size": True, "warmup_epochs": 1}, "changes how many steps", id="found-warm"),
         pytest.param({"dense_epochs": 4}, r"dense_epochs must be in \[0, num_train_epochs=4\)", id="all-dense"),
     ],
 )
