@@ -33,6 +33,7 @@ TESTS = (
     "tests/training/test_checkpoints.py",
     "tests/test_workarounds.py",
     "tests/surgery/test_surgery.py",
+    "tests/surgery/test_surgery_loading.py",
     "tests/surgery/test_families.py",
     "tests/surgery/test_to_linear.py",
 )

@@ -11,10 +11,11 @@ What is done for engines and checkpoints stands below, with the reason at each f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.integrations import deepspeed
@@ -49,6 +50,27 @@ def full_parameters() -> Iterator[None]:
 
 
 # --- engines and checkpoints
+
+
+def check_shapes(model: nn.Module, before: Mapping[str, torch.Size]) -> None:
+    """Refuse a model that has other shapes after loading than before.
+
+    Transformers 5.17 to 5.22 takes whatever shapes a file has where a quantization method is at work, and does not say
+    so, whether sizes may differ or not. Ends when 5.23 is the lowest.
+
+    Args:
+        model: With the weights of a checkpoint.
+        before: The shapes that its configuration gives it, by name.
+
+    Raises:
+        ValueError: If one differs.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.shape != before.get(name, tensor.shape):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} in the checkpoint and {tuple(before[name])} in the model; "
+                "ignore_mismatched_sizes draws it anew with Transformers from 5.23 on"
+            )
 
 
 def forget_old_names_(model: nn.Module) -> None:

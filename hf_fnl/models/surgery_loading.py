@@ -47,6 +47,7 @@ from hf_fnl.surgery.record import (
 from hf_fnl.surgery.restore import empty_layers
 from hf_fnl.surgery.swap import swap_
 from hf_fnl.utils.folders import check_model
+from hf_fnl.workarounds import check_shapes
 
 _FIRST_FACTORS = ("U", "out_core")  # the name of one factor of every factorized layer
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -78,8 +79,9 @@ class _Surgery:
     def __init__(self, record: SurgeryConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
         self.layers, other = record.layers, record.quantization
         config = record if other is None else AutoQuantizationConfig.from_dict(dict(other))
-        is_quantized = pre_quantized and not record.quantize
-        super().__init__(config, pre_quantized=is_quantized, **kwargs)  # type: ignore[call-arg]
+        self.is_quantized = other is not None
+        in_files = pre_quantized and not record.quantize
+        super().__init__(config, pre_quantized=in_files, **kwargs)  # type: ignore[call-arg]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -87,6 +89,7 @@ class _Surgery:
         shapes = _shapes_in(checkpoint_files or ())
         layers = {**_found_beside(model, shapes), **_without_dense(self.layers, model, shapes)}
         swap_(model, empty_layers(model, layers), models_in(model))
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return super()._process_model_before_weight_loading(  # type: ignore[misc]
             model, checkpoint_files=checkpoint_files, **kwargs
         )
@@ -94,11 +97,13 @@ class _Surgery:
     @torch.no_grad()
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Draw what the checkpoint lacks; what no other method quantized does not count as quantized."""
+        if not self.is_quantized:
+            check_shapes(model, self._shapes)
         for layer in model.modules():
             # What is on the meta device now is on disk.
             if isinstance(layer, Factorized) and not layer.factors()[0].is_meta:
                 init_factors(layer, getattr(model.config, "initializer_range", 0.02))
-        if self.quantization_config.quant_method == QUANT_METHOD:  # type: ignore[attr-defined]
+        if not self.is_quantized:
             self.remove_quantization_config(model)
         else:
             super().postprocess_model(model, **kwargs)  # type: ignore[misc]

@@ -8,6 +8,7 @@ hf-fnl train bert config.yaml
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -45,7 +46,7 @@ class ModelOptions(FactorOptions):
     max_position_embeddings: int = field(default=512, metadata={"help": "Longest sequence of the model."})
     dropout: float = field(default=0.1, metadata={"help": "Rate of dropout, of hidden states and attention weights."})
 
-    config_names: ClassVar = {"dropout": "hidden_dropout_prob"}
+    config_names: ClassVar[Mapping[str, str]] = {"dropout": "hidden_dropout_prob"}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,7 +50,7 @@ class ModelOptions(FactorOptions):
 
     rank_options = ("qkv_rank", *FactorOptions.rank_options)
     not_stock = ("rank_scale", *rank_options)
-    config_names: ClassVar = {"dropout": "resid_pdrop"}
+    config_names: ClassVar[Mapping[str, str]] = {"dropout": "resid_pdrop"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

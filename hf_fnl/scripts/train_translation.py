@@ -8,6 +8,7 @@ hf-fnl train translation config.yaml
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,7 +65,7 @@ class ModelOptions(FactorOptions):
     )
 
     not_stock = ("rank_scale", "normalize_before", *FactorOptions.rank_options)
-    config_names: ClassVar = {"intermediate_size": "encoder_ffn_dim"}
+    config_names: ClassVar[Mapping[str, str]] = {"intermediate_size": "encoder_ffn_dim"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from family import no_decompositions
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from surgery_cases import ALL_KINDS, ARCHITECTURES
 from torch import nn
@@ -15,8 +16,11 @@ from torch.testing import assert_close
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertModel,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 from transformers.quantizers import AutoQuantizationConfig
 
@@ -29,6 +33,7 @@ from hf_fnl.surgery.config import FactorizationConfig
 EXACT = {"rtol": 0, "atol": 0}
 CASE = ARCHITECTURES["roberta"]
 LOW = FactorizationConfig(rank=4, kinds=ALL_KINDS, exclude=("*token_type*",))
+DRAWS_NOTHING = Version(transformers.__version__) < Version("5.23")  # anew beside a quantization method
 LAYER = "roberta.encoder.layer.1.output.dense"
 
 
@@ -163,17 +168,35 @@ def test_another_rank_in_the_configuration_is_named(folder):
     edit_config(folder, lambda config: config["quantization_config"]["layers"][LAYER].update(rank=5))
     with pytest.raises(ValueError, match=rf"{LAYER}.U has shape \(21, 4\) in the checkpoint and \(21, 5\)"):
         load(folder)
-    with pytest.raises(RuntimeError, match="mismatch"):
+    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|has shape"):
         AutoModelForMaskedLM.from_pretrained(folder)
 
 
 def test_what_does_not_fit_is_drawn_anew_when_asked(folder):
     edit_config(folder, lambda config: config["quantization_config"]["layers"][LAYER].update(rank=5))
+    if DRAWS_NOTHING:
+        with pytest.raises(ValueError, match=r"has shape \(21, 4\).* with Transformers from 5.23 on"):
+            load(folder, ignore_mismatched_sizes=True)
+        return
     torch.manual_seed(0)
     loaded = load(folder, ignore_mismatched_sizes=True)
     layer = loaded.get_submodule(LAYER)
     assert layer.U.shape == (21, 5)
     assert layer.composed().std().item() == pytest.approx(0.02, rel=0.5)
+
+
+def test_a_head_of_another_number_of_classes_is_drawn_anew_or_refused(tmp_path):
+    classifier = RobertaForSequenceClassification(RobertaConfig(**CASE.config, num_labels=3))
+    factorize_(classifier, FactorizationConfig(rank=4, include=("*.layer.*",)))
+    classifier.save_pretrained(tmp_path)
+    options = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    if DRAWS_NOTHING:
+        with pytest.raises(ValueError, match=r"classifier.out_proj.weight has shape \(3, \d+\) in the checkpoint"):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path, **options)
+        return
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, **options)
+    assert len(loaded.classifier.out_proj.weight) == len(loaded.classifier.out_proj.bias) == 5
+    assert_close(dict(loaded.roberta.state_dict()), dict(classifier.roberta.state_dict()), **EXACT)
 
 
 @pytest.mark.parametrize(
