@@ -88,7 +88,11 @@ class _Surgery:
     ) -> Any:
         shapes = _shapes_in(checkpoint_files or ())
         layers = {**_found_beside(model, shapes), **_without_dense(self.layers, model, shapes)}
-        swap_(model, empty_layers(model, layers), models_in(model))
+        new = empty_layers(model, layers)
+        for name, layer in model.named_modules():
+            if isinstance(new.get(layer), Factorized) and f"{name}.weight" in shapes:
+                del new[layer]  # tied by the configuration, and not in the files
+        swap_(model, new, models_in(model))
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return super()._process_model_before_weight_loading(  # type: ignore[misc]
             model, checkpoint_files=checkpoint_files, **kwargs

@@ -47,8 +47,12 @@ def layer_record(layer: nn.Module) -> dict[str, Any]:
 def layer_records(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the records of all layers of a model that surgery may have made, by name."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MADE)}
-    # Models are saved without the adapters of PEFT, which hold the layers that they are put around.
-    return {re.sub(r"\.(base_layer|original_module)\b", "", name): layer_record(m) for name, m in layers.items()}
+    return {without_adapters(name): layer_record(layer) for name, layer in layers.items()}
+
+
+def without_adapters(name: str) -> str:
+    """The name of a layer in a model without the adapters of PEFT, which hold the layers that they are put around."""
+    return re.sub(r"\.(base_layer|original_module)\b", "", name)
 
 
 def models_in(module: nn.Module) -> list[PreTrainedModel]:

@@ -274,6 +274,8 @@ def _obstacle(model: nn.Module, holders: Holders, config: FactorizationConfig) -
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, LinearPair):
             return "it is one of the two layers of a product: merge_ the model first"
+        if hasattr(parent, "trainable_tokens_delta"):
+            return "an adapter reads its weight and does not call it"
         if getattr(parent, "merged_adapters", None):
             return "an adapter is merged into it, and could not be taken out again: call unmerge_adapter() first"
         if reason := weight_obstacle(layer.get_parameter("weight")) or replacement_obstacle(layer):

@@ -23,7 +23,7 @@ from hf_fnl.layers import (
     TensorizedConv2d,
 )
 from hf_fnl.layers.partitioned import is_partitioned
-from hf_fnl.surgery.record import method_of, models_with, quantization_of, update_records_
+from hf_fnl.surgery.record import method_of, models_with, quantization_of, update_records_, without_adapters
 
 # What is called before or after a layer's forward or backward pass, and knows nothing of its parameters.
 _CARRIED_HOOKS = (
@@ -63,7 +63,7 @@ def swap_(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], nested:
         replacements: The new layers by the old ones.
         nested: The Transformers models that hold one of the old layers, and declare ties by their names.
     """
-    declared = {module: module.get_expanded_tied_weights_keys() for module in nested}
+    declared = {module: _declared_ties(module) for module in nested}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in replacements:
             new = replacements[module]
@@ -93,21 +93,29 @@ def swap_and_record_(model: nn.Module, replacements: Mapping[nn.Module, nn.Modul
     update_records_(holders)
 
 
+def _declared_ties(model: PreTrainedModel) -> Mapping[str, str]:
+    """The names of tied weights, each with that which it is tied to; under an adapter those that the model had."""
+    try:
+        return model.get_expanded_tied_weights_keys()
+    except ValueError:  # of names that an adapter around a layer makes longer
+        return model.all_tied_weights_keys
+
+
 def _renamed(model: nn.Module, ties: Mapping[str, str]) -> dict[str, str]:
-    """Ties of weights that are factors now, or no longer are, under the names that they have."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    """Ties of weights that are factors now, or no longer are, under the names that they have.
+
+    Where only one of two layers has factors there is no tie.
+    """
+    modules = {without_adapters(name): module for name, module in model.named_modules(remove_duplicate=False)}
     renamed = {}
     for target, source in ties.items():
         (holder, _, attribute), (origin, _, _) = target.rpartition("."), source.rpartition(".")
-        attributes: tuple[str, ...] = (attribute,)
-        if isinstance(modules.get(holder), Factorized):
-            attributes = ("U", "V") if attribute == "weight" else attributes
-        elif attribute in ("U", "V"):
-            attributes = ("weight",)
-        if attributes == (attribute,):
+        are_factorized = {isinstance(modules.get(name), Factorized) for name in (holder, origin)}
+        if attribute not in ("weight", "U", "V"):
             renamed[target] = source
-        else:
-            renamed |= {f"{holder}.{name}": f"{origin}.{name}" for name in attributes}
+        elif len(are_factorized) == 1:
+            names = ("U", "V") if are_factorized == {True} else ("weight",)
+            renamed |= {f"{holder}.{name}": f"{origin}.{name}" for name in names}
     return renamed
 
 

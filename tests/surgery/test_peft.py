@@ -13,6 +13,7 @@ import torch
 from bert_cases import HEADS as BERT_HEADS
 from gpt2_cases import HEADS as GPT2_HEADS
 from peft import LoraConfig, PeftModel, get_peft_model
+from surgery_cases import ARCHITECTURES as CASES
 from torch import nn
 from torch.testing import assert_close
 from transformers import (
@@ -26,7 +27,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_fnl import FactorizationConfig, factorize_, merge_
+from hf_fnl import FactorizationConfig, factorize_, load, merge_
 from hf_fnl.layers import Factorized, FactorizedLinear
 
 IDS = torch.tensor([[3, 7, 9, 4]])
@@ -236,6 +237,62 @@ def test_a_saved_head_that_was_tied_is_so_no_longer(tmp_path):
     assert not merged.config.tie_word_embeddings
     merged.save_pretrained(tmp_path)
     assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, outputs)
+
+
+def llama_tied() -> nn.Module:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    return LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+    )
+
+
+TIED = {
+    "llama": (llama_tied, {**LLAMA, "modules_to_save": ["lm_head"]}),
+    "gpt2": (gpt2, {**TRANSPOSED, "modules_to_save": ["lm_head"]}),
+    "bert": (CASES["bert"].build, {"target_modules": ["query"], "modules_to_save": ["decoder"]}),
+    "t5": (CASES["t5"].build, {"target_modules": ["q"], "modules_to_save": ["lm_head"]}),
+    "bert-tokens": (CASES["bert"].build, {"target_modules": ["query"], "trainable_token_indices": [3, 4]}),
+}
+
+
+@pytest.mark.parametrize("kinds", [("linear",), KINDS], ids=["linear", "all"])
+@pytest.mark.parametrize("adapted_first", [False, True], ids=["factorized-first", "adapted-first"])
+@pytest.mark.parametrize(("build", "options"), TIED.values(), ids=TIED)
+def test_an_adapter_around_a_side_of_a_tie_is_merged_saved_and_loaded(build, options, adapted_first, kinds, tmp_path):
+    if "trainable_token_indices" in options and not adapted_first:
+        kinds = ("linear",)  # PEFT reads the table
+    adapter = Adapter("LoraConfig", {"r": 2, **options, "init_lora_weights": False}, build)
+    targets = tuple(f"*{target}*" for target in options["target_modules"])
+    low = FactorizationConfig(rank_scale=0.5, kinds=kinds, exclude=(*targets, "*lora_*"))
+    torch.manual_seed(1)
+    model = build().eval()
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {})
+
+    def outputs(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs)[0]
+
+    if adapted_first:
+        adapted = adapter.put_on(model)
+        factorize_(adapted, low)
+    else:
+        factorize_(model, low)
+        adapted = adapter.put_on(model)
+    before = outputs(adapted)
+    plain = copy.deepcopy(adapted)
+    merge_(plain)
+    assert_close(outputs(plain), before, rtol=1e-4, atol=1e-4)
+    unloaded = adapted.unload()
+    unloaded.save_pretrained(tmp_path)
+    assert_close(outputs(load(tmp_path)), outputs(unloaded))
+
+
+def test_a_table_that_an_adapter_of_tokens_reads_stays_dense():
+    adapted = get_peft_model(llama(), LoraConfig(**LLAMA, trainable_token_indices=[3, 4])).eval()
+    outputs = adapted(IDS).logits
+    done = factorize_(adapted, FactorizationConfig(rank_scale=1.0, kinds=KINDS))
+    assert "an adapter reads its weight and does not call it" in done.skipped.values()
+    assert_close(adapted(IDS).logits, outputs, rtol=1e-4, atol=1e-4)
 
 
 # Adapters of our classes, from files

@@ -1,5 +1,6 @@
 """Loading what went through surgery: by any stock class, by name, and with errors that say what is wrong."""
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -136,6 +137,25 @@ def test_untied_embeddings_stay_untied(tmp_path):
     loaded = load(tmp_path)
     assert_close(dict(loaded.state_dict()), dict(model.state_dict()), **EXACT)
     assert not torch.equal(loaded.get_output_embeddings().U, loaded.get_input_embeddings().U)
+
+
+@pytest.mark.parametrize(
+    ("name", "side"), [*itertools.product(["bert", "roberta", "gpt2", "opt"], ["input", "output"]), ("t5", "output")]
+)
+def test_a_dense_embedding_beside_a_factorized_one_that_the_configuration_ties(name, side, tmp_path):
+    case = ARCHITECTURES[name]
+    model = case.build(**({"word_embed_proj_dim": 21} if name == "opt" else {}))
+    factorize_(model, FactorizationConfig(rank=4, kinds=("embedding",), exclude=("*position*", "*type*", "*wpe*")))
+    other = getattr(model, f"get_{side}_embeddings")().to_dense()
+    nn.init.normal_(other.weight)
+    getattr(model, f"set_{side}_embeddings")(other)
+    assert model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path)
+    expected = model(**case.batch())[0]
+    for loaded in (load(tmp_path), type(model).from_pretrained(tmp_path)):
+        assert_close(loaded(**case.batch())[0], expected)
+        loaded.save_pretrained(tmp_path / "again")
+        assert_close(load(tmp_path / "again")(**case.batch())[0], expected)
 
 
 # Other models
