@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,9 @@ def narrow_value_caches_(model: nn.Module) -> None:
         if all(narrow_rank(layer) is None for layer in layers):
             continue  # an attention has them in itself or in its children
         found = projections_of(module)
-        if found is not None and not isinstance(found.value, HoldsFactors):
+        # That to images of Mllama reads from the cache by itself what was put there.
+        is_to_images = "cross_attention_states" in inspect.signature(module.forward).parameters
+        if found is not None and not isinstance(found.value, HoldsFactors) and not is_to_images:
             for owner in module.modules():
                 for name, layer in owner.named_children():
                     if isinstance(layer, HeadProjection) and layer.weight is found.value.weight:

@@ -12,7 +12,14 @@ import torch
 from stock_cases import GPT2, GROUPS, HEADS, VOCAB, WIDTH, build, merged
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.cache_utils import QuantizedLayer
 
 from hf_fnl import (
@@ -108,6 +115,32 @@ def test_values_are_narrow_beside_two_linear_layers(name: str, tmp_path: Path) -
     model.save_pretrained(tmp_path)
     cache = generate(load(tmp_path)).past_key_values
     assert widths(getattr(cache, "self_attention_cache", cache)) == {(WIDTH, RANK)}
+
+
+def test_values_of_images_are_cached_as_wide_as_their_attention_reads_them() -> None:
+    text = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1], "pad_token_id": 0}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2}
+    vision |= {"intermediate_size": 32, "image_size": 16, "patch_size": 8, "max_num_tiles": 1}
+    vision |= {"supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0], "vision_output_dim": 32}
+    torch.manual_seed(0)
+    model = MllamaForConditionalGeneration(
+        MllamaConfig(vision_config=vision, text_config=text, image_token_index=3)
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.3)
+    factorize_(model, FactorizationConfig(kinds=("ov",), rank=3, include=("*language_model*",)))
+    inputs: dict[str, Any] = {
+        "input_ids": prompt().clamp(min=4),
+        "pixel_values": torch.randn(2, 1, 1, 3, 16, 16),
+        "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(2, 7, 1, 1, dtype=torch.long),
+    }
+    options = {**OPTIONS, "return_dict_in_generate": True}
+    found, expected = model.generate(**inputs, **options), merged(model).generate(**inputs, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert [layer.values.shape[-1] for layer in found.past_key_values.layers] == [3, 8]
 
 
 class Grouped(QuantizedLayer):
