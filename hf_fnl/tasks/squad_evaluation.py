@@ -48,7 +48,7 @@ def answer_questions(
         ``exact_match`` and ``f1`` in percent, or the figures of version 2.0.
     """
     features = build_squad_features(examples, tokenizer, options, train=False, num_proc=num_proc)
-    with _in_order(trainer.args):
+    with _all_logits_in_order(trainer.args):
         start_logits, end_logits = trainer.predict(features).predictions[:2]
     answers = decode_predictions(examples, features, start_logits, end_logits, options, version_2=version_2)
     if trainer.is_world_process_zero():
@@ -57,13 +57,20 @@ def answer_questions(
 
 
 @contextlib.contextmanager
-def _in_order(args: TrainingArguments) -> Iterator[None]:
-    """Switch off a strategy that groups training examples by length, for it reorders what is predicted too."""
-    strategy, args.train_sampling_strategy = args.train_sampling_strategy, "random"
+def _all_logits_in_order(args: TrainingArguments) -> Iterator[None]:
+    """Set aside options of a training and its evaluations after which a prediction has other rows, or none."""
+    needed = {
+        "train_sampling_strategy": "random",  # one that groups by length reorders what is predicted too
+        "eval_do_concat_batches": True,
+        "prediction_loss_only": False,
+        "remove_unused_columns": True,
+    }
+    before = {name: getattr(args, name) for name in needed}
+    vars(args).update(needed)
     try:
         yield
     finally:
-        args.train_sampling_strategy = strategy
+        vars(args).update(before)
 
 
 def decode_predictions(

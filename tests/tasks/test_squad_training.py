@@ -29,22 +29,39 @@ def optimizers(monkeypatch):
     return made
 
 
-def test_all_pretrained_models_are_fine_tuned_alike(tmp_path, optimizers):
+def pretrain(folder):
     pretrain_bert.main(
         f"""--vocab_size 300 --max_documents 12 --hidden_size 24 --num_hidden_layers 1 --num_attention_heads 3
         --max_position_embeddings 64 --max_seq_length 16 --max_steps 1 --optim flambe
-        --output_dir {tmp_path / "bert"} {QUIET}""".split()
+        --output_dir {folder} {QUIET}""".split()
     )
-    finetune_squad.main(
-        f"""--model {tmp_path / "bert"} --max_train_questions 24 --max_eval_questions 2 --max_seq_length 64
-        --doc_stride 16 --max_query_length 16 --max_steps 20 --output_dir {tmp_path / "squad"} {QUIET}""".split()
+
+
+def fine_tune(model, folder, flags):
+    return finetune_squad.main(
+        f"""--model {model} --max_train_questions 24 --max_eval_questions 9 --max_seq_length 64
+        --doc_stride 16 --max_query_length 16 --output_dir {folder} {QUIET} {flags}""".split()
     )
+
+
+def test_all_pretrained_models_are_fine_tuned_alike(tmp_path, optimizers):
+    pretrain(tmp_path / "bert")
+    fine_tune(tmp_path / "bert", tmp_path / "squad", "--max_steps 20")
     assert isinstance(optimizers[0], FLAMBe)
     assert isinstance(optimizers[-1], torch.optim.AdamW)
     history = json.loads((tmp_path / "squad" / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
     expected = [3e-5 * step / 2 for step in (0, 1)] + [3e-5 * (20 - step) / 18 for step in range(2, 20)]
     assert rates == pytest.approx(expected)
+
+
+def test_options_of_evaluations_leave_a_training_its_answers(tmp_path):
+    pretrain(tmp_path / "bert")
+    fine_tune(tmp_path / "bert", tmp_path / "plain", "--max_steps 2")
+    options = "--eval_do_concat_batches false --prediction_loss_only true --remove_unused_columns false"
+    fine_tune(tmp_path / "bert", tmp_path / "set", f"--max_steps 2 --per_device_eval_batch_size 3 {options}")
+    plain, found = (json.loads((tmp_path / run / "predictions.json").read_text()) for run in ("plain", "set"))
+    assert found == plain
 
 
 def test_the_defaults_are_those_of_bert(tmp_path):

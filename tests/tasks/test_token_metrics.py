@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
-from hf_fnl.tasks.metrics.tokens import masked_metrics, masked_sums, token_metrics, token_sums
+from hf_fnl.tasks.metrics.tokens import causal_metrics, masked_metrics, masked_sums, token_metrics, token_sums
 
 
 @pytest.mark.parametrize("pairs", [True, False], ids=["with next sentence", "mlm alone"])
@@ -33,6 +35,13 @@ def test_reduced_batches_give_the_figures_of_all_logits(pairs):
     assert metrics.get("next_sentence_accuracy") == (pytest.approx(expected) if pairs else None)
     total = loss + F.cross_entropy(relationship, next_sentence).item() if pairs else loss
     assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("metrics", [token_metrics, masked_metrics, functools.partial(causal_metrics, num_words=9)])
+def test_batches_that_are_not_concatenated_give_the_same(metrics):
+    sums = np.random.default_rng(0).random((5, 5 if metrics is masked_metrics else 3))
+    whole, batches = (metrics(EvalPrediction(rows, None)) for rows in (sums, [sums[:3], sums[3:]]))
+    assert batches == pytest.approx(whole)
 
 
 def test_nothing_labelled_is_no_division_by_zero():

@@ -248,6 +248,7 @@ def test_loss_and_accuracies_equal_those_of_all_logits(classes, names):
     logits, labels = torch.randn(57, classes, generator=generator), torch.arange(57) % classes
     sums = torch.cat([image_sums((logits[rows], None), labels[rows]) for rows in (slice(0, 40), slice(40, 57))])
     found = image_metrics(EvalPrediction(predictions=sums.numpy(), label_ids=labels.numpy()))
+    assert found == pytest.approx(image_metrics(EvalPrediction([sums[:2].numpy(), sums[2:].numpy()], labels.numpy())))
     ranked = logits.argsort(-1, descending=True)
     best = {
         name: (ranked[:, :count] == labels[:, None]).any(-1).double().mean().item()

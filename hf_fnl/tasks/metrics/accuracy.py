@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
+
+from hf_fnl.tasks.metrics.tokens import rows_of
 
 TOP = 5  # of ImageNet's contest
 MORE_THAN = 10  # classes; with fewer, five guesses say little
@@ -39,5 +40,5 @@ def image_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
     ``loss`` takes the place of the Trainer's own, a mean of the means of batches of whatever size.
     """
-    means = np.asarray(prediction.predictions, dtype=np.float64).mean(0)
+    means = rows_of(prediction).mean(0)
     return dict(zip(("loss", "accuracy", f"top{TOP}_accuracy"), map(float, means), strict=False))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
@@ -65,16 +66,22 @@ def masked_sums(logits: Any, labels: Any) -> Tensor:
     return torch.cat([sums, torch.stack([loss, right], dim=1)], dim=1)
 
 
+def rows_of(prediction: EvalPrediction) -> NDArray[np.float64]:
+    """Return the sums of all sequences, a row each, also of batches that a Trainer was told not to concatenate."""
+    found = prediction.predictions
+    return np.concatenate(found if isinstance(found, list) else [found]).astype(np.float64)
+
+
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Return loss, perplexity and accuracy per token."""
-    loss, tokens, right = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    loss, tokens, right = rows_of(prediction).sum(axis=0)
     tokens = max(tokens, 1)
     return {"loss": loss / tokens, "perplexity": perplexity(loss / tokens), "token_accuracy": right / tokens}
 
 
 def masked_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Return loss, accuracy and perplexity per labelled position, next-sentence accuracy, and the sum of the losses."""
-    figures = np.asarray(prediction.predictions, dtype=np.float64)
+    figures = rows_of(prediction)
     loss, labelled, right = figures[:, :3].sum(axis=0)
     labelled = max(labelled, 1)
     metrics = {
@@ -103,7 +110,7 @@ def causal_metrics(prediction: EvalPrediction, *, num_words: int) -> dict[str, f
         ``loss``, in nats per token, ``perplexity_per_token``, ``perplexity_per_word``, ``nats_per_token``, ``tokens``
         and ``words``.
     """
-    nats, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(0)[:2]
+    nats, tokens = rows_of(prediction).sum(0)[:2]
     return {
         "loss": float(nats / max(tokens, 1)),
         "perplexity_per_token": perplexity(nats / max(tokens, 1)),
