@@ -84,6 +84,8 @@ def distillation_loss(
     Raises:
         ValueError: If the two have not the same outputs, or not one for each sequence or token of ``attention_mask``.
     """
+    if not {"logits", "last_hidden_state"} & set(target):
+        raise ValueError(f"a teacher gives logits or last_hidden_state, and this one {', '.join(target)}")
     name = "logits" if "logits" in target else "last_hidden_state"
     of_model, of_teacher = (tuple(each[name].shape) if name in each else None for each in (outputs, target))
     if of_model is None or of_model != of_teacher:

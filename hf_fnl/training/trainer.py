@@ -307,7 +307,10 @@ class FLAMBeTrainer(Trainer):
             return
         if factorize is None or not self.args.dense_steps:
             given = "factorize" if factorize is not None else f"dense_steps={self.args.dense_steps}"
-            raise ValueError(f"dense_steps and FLAMBeTrainer(factorize=...) need each other, got only {given}")
+            raise ValueError(
+                f"dense_steps and FLAMBeTrainer(factorize=...) need each other, got only {given}; programs that "
+                "factorize later are train clm, train translation and, by dense_epochs, train vision"
+            )
         obstacles = {
             "an optimizer of your own, which cannot be built again: pass optimizer_cls_and_kwargs": self.optimizer,
             "model_init: pass a model": self.model_init,

@@ -16,6 +16,7 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForQuestionAnswering,
     PreTrainedModel,
 )
 
@@ -174,5 +175,8 @@ def test_what_cannot_be_healed(tmp_path: Path) -> None:
             ValueError, match=rf"same outputs, and logits of the model are {shape}, of the teacher \(4,"
         ):
             heal_(other, dense, batches(2), steps=1)
+    answering = [LlamaForQuestionAnswering(LlamaConfig(**SIZES)) for _ in range(2)]
+    with pytest.raises(ValueError, match="gives logits or last_hidden_state, and this one start_logits, end_logits"):
+        heal_(*answering, batches(2), steps=1)
     with pytest.raises(ValueError, match="a teacher gives the loss: leave compute_loss_func and label_smoothing"):
         heal_(cut(dense), dense, batches(2), label_smoothing_factor=0.1)
