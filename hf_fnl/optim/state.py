@@ -42,15 +42,17 @@ def check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
     if state.keys() != {"step", *MOMENTS}:
         listed = ", ".join(map(str, state)) or "nothing"
         raise ValueError(f"the state of {name} holds {listed}, and LAMB's is step, {', '.join(MOMENTS)}; {_REMEDY}")
+    form = _form(parameter)
     for key in MOMENTS:
-        if _form(state[key]) != _form(parameter) or not state[key].is_contiguous():
+        if _form(state[key]) != form or not state[key].is_contiguous():
             raise ValueError(
                 f"{key} of {name} is {_shown(state[key])}, and LAMB's is contiguous and like the parameter, "
                 f"{_shown(parameter)}; {_REMEDY}"
             )
-    scalar = torch.zeros((), dtype=torch.float32, device=parameter.device)
-    if _form(state["step"]) != _form(scalar):
-        raise ValueError(f"step of {name} is {_shown(state['step'])}, and LAMB's is {_shown(scalar)}; {_REMEDY}")
+    step, scalar = state["step"], torch.Size(())
+    if _form(step) != (False, torch.float32, parameter.device, torch.strided, scalar, scalar):
+        like = f"a torch.float32 tensor without dimensions on {parameter.device}"
+        raise ValueError(f"step of {name} is {_shown(step)}, and LAMB's is {like}; {_REMEDY}")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -97,11 +99,10 @@ def _as_kept(key: str, value: Any, parameter: Tensor) -> Any:
 
 
 def _form(value: Any) -> tuple[Any, ...] | None:
-    """Return shape, dtype and device of a tensor and of what is held of it here; ``None`` for what is no tensor."""
+    """Return dtype, device and shape of a tensor and the shape of what is held here; ``None`` for what is no tensor."""
     if not isinstance(value, Tensor):
         return None
-    local = to_local(value)
-    return isinstance(value, DTensor), *((t.shape, t.dtype, t.device, t.layout) for t in (value, local))
+    return isinstance(value, DTensor), value.dtype, value.device, value.layout, value.shape, to_local(value).shape
 
 
 def _shown(value: Any) -> str:
