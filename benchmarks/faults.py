@@ -28,7 +28,8 @@ from typing import Any
 from benchmarks.fault_worker import ENGINES, STEPS, Job, start, wait, write_data
 from benchmarks.harness.machine import machine
 from benchmarks.harness.record import command_line, revision, write_result
-from hf_fnl.training.checkpoints import MANIFEST_FILE, checkpoint_folder, checkpoints, fault
+from hf_fnl.training.checkpoints import checkpoint_folder, checkpoints
+from hf_fnl.training.manifest import MANIFEST_FILE, fault
 
 RESULT = Path(__file__).parent / "results" / "faults.json"
 SECONDS = 120.0  # a hundred times what a start takes: what has not ended by then hangs

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import re
 import shutil
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_fnl.training.engines import innermost
-from hf_fnl.utils.files import flush, write_json
-from hf_fnl.utils.processes import first_decides, gather, is_first, process, raise_on_all
+from hf_fnl.training.manifest import MANIFEST_FILE, fault, is_unfinished, mark_of, write_manifest
+from hf_fnl.utils.files import flush
+from hf_fnl.utils.processes import first_decides, is_first, process
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.json"
-
-_FORMAT = 2
-_KEYS_OF_0_1 = {"files", "processes"}
-_CHUNK = 1 << 24
+_FULL = 1 << 16  # bytes that may be left on a disk that is full
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-
-
-class UnfinishedError(ValueError):
-    """The saving of a checkpoint was broken off, so that it never was complete."""
 
 
 class CompleteCheckpoints(TrainerCallback):
     """Writes the list of the files of a checkpoint when all processes have written theirs, and removes older ones.
 
-    Any Trainer may have this callback. In a Trainer of Transformers leave ``limit`` to ``save_total_limit``; that one
-    removes older checkpoints before the new one is known to be complete, and goes by the clock.
+    Any Trainer may have this callback. That of Transformers removes older checkpoints before the new one is known to be
+    complete, and goes by the clock: within :meth:`training` this callback does it instead.
 
     Args:
         limit: Checkpoints that stay, beside the best one; ``None`` for all.
@@ -48,6 +41,28 @@ class CompleteCheckpoints(TrainerCallback):
         self.unfinished: Path | None = None
         self.written: set[Path] = set()
 
+    @contextlib.contextmanager
+    def training(self, args: TrainingArguments) -> Iterator[None]:
+        """While a Trainer trains: ``save_total_limit`` is the limit here, and what could not be written is removed.
+
+        Raises:
+            RuntimeError: If a checkpoint could not be written.
+        """
+        self.unfinished, self.limit = None, args.save_total_limit
+        try:
+            yield
+        except (Exception, CheckpointException) as error:  # the latter is of torch's shards, and no Exception
+            if self.unfinished is None:
+                raise
+            reason = _reason(error, self.unfinished.parent)
+            with contextlib.suppress(OSError):
+                remove(self.unfinished)
+            raise RuntimeError(
+                f"could not write {self.unfinished}: {reason}; earlier checkpoints are as they were"
+            ) from error
+        finally:
+            args.save_total_limit = self.limit
+
     def begin(self, checkpoint: Path) -> None:
         """Note that a checkpoint is about to be written; what is left of one of that name goes. For all processes."""
 
@@ -55,7 +70,7 @@ class CompleteCheckpoints(TrainerCallback):
             if checkpoint.exists():
                 remove(checkpoint)
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            _mark(checkpoint).touch()
+            mark_of(checkpoint).touch()
             flush(checkpoint.parent)
             checkpoint.mkdir()
 
@@ -112,80 +127,13 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(filter(lambda path: _NAME.fullmatch(path.name), found), key=_step)
 
 
-def is_unfinished(checkpoint: Path) -> bool:
-    """Return whether the saving of a checkpoint was broken off."""
-    try:
-        read_manifest(checkpoint)
-    except UnfinishedError:
-        return True
-    except (OSError, ValueError):
-        pass
-    return False
-
-
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; at no moment does a part of it have its name."""
     removed = checkpoint.with_name(f".{checkpoint.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     checkpoint.rename(removed)
-    _mark(checkpoint).unlink(missing_ok=True)
+    mark_of(checkpoint).unlink(missing_ok=True)
     shutil.rmtree(removed, ignore_errors=True)
-
-
-def write_manifest(checkpoint: Path, **facts: Any) -> None:
-    """Write the list of the files of a checkpoint, with sizes and checksums, when all are on disk.
-
-    All processes must call this, when they have written theirs; they share the work.
-
-    Args:
-        checkpoint: The folder.
-        **facts: What else is to be known of it.
-    """
-    gather(None)  # until all have written
-    names = first_decides(lambda: sorted(_files(checkpoint)))
-    number, count = process()
-    records = raise_on_all(lambda: {name: _flushed(checkpoint / name) for name in names[number::count]})
-    files = {name: record for part in gather(records) for name, record in part.items()}
-    first_decides(lambda: _write(checkpoint, {**facts, "files": dict(sorted(files.items()))}))
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the list of the files of a checkpoint, and the facts beside it.
-
-    Raises:
-        FileNotFoundError: If it has none.
-        UnfinishedError: If its saving was broken off.
-        ValueError: If the list is damaged, or of version 0.1.
-    """
-    path = checkpoint / MANIFEST_FILE
-    if not path.is_file():
-        if _mark(checkpoint).exists() or (checkpoint.is_dir() and not any(_files(checkpoint))):
-            raise UnfinishedError("its saving was broken off")
-        raise FileNotFoundError(
-            f"it has no {MANIFEST_FILE}, the list of its files: another Trainer wrote it, or the list was removed"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.keys() == _KEYS_OF_0_1:
-            raise NotImplementedError
-        if content.pop("checksum") != _checksum_of(content) or content["format"] != _FORMAT:
-            raise ValueError
-    except NotImplementedError:
-        raise ValueError(
-            "hf_fnl 0.1 wrote it, and a training of 0.1 is not resumed by this version: begin a new one from its "
-            "weights, which from_pretrained reads, or go on with hf_fnl 0.1"
-        ) from None
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"its {MANIFEST_FILE}, the list of its files, is damaged") from None
-    return content
-
-
-def fault(checkpoint: Path) -> str | None:
-    """Return why a checkpoint is not complete, naming the file, and ``None`` if it is.
-
-    All processes must call this; they share the work and agree.
-    """
-    return next((told for told in gather(raise_on_all(lambda: next(_faults(checkpoint), None))) if told), None)
 
 
 def newest_complete(run: Path) -> Path | None:
@@ -242,63 +190,15 @@ def clean(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _mark(checkpoint: Path) -> Path:
-    """Return the file that says that a checkpoint is being written: beside it, and not in what goes to the Hub."""
-    return checkpoint.with_name(f"_{checkpoint.name}.unfinished")
-
-
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _files(checkpoint: Path) -> Iterator[str]:
-    """Paths of the files in a checkpoint, but for its list and what became of writing that."""
-    for path in checkpoint.rglob("*"):
-        if path.is_file() and path.name not in (MANIFEST_FILE, f"{MANIFEST_FILE}.unfinished"):
-            yield path.relative_to(checkpoint).as_posix()
-
-
-def _faults(checkpoint: Path) -> Iterator[str]:
-    """Faults of a checkpoint; each process compares the content of its share of the files."""
-    try:
-        files: Mapping[str, Mapping[str, Any]] = read_manifest(checkpoint)["files"]
-    except (OSError, ValueError) as error:
-        yield str(error)
-        return
-    for name, record in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            yield f"{name} is missing"
-        elif (size := path.stat().st_size) != record["bytes"]:
-            yield f"{name} has {size:,} of {record['bytes']:,} bytes"
-    number, count = process()
-    for name, record in list(files.items())[number::count]:
-        if _checksum(checkpoint / name) != record["crc32"]:
-            yield f"{name} is not as it was written: its checksum differs"
-
-
-def _write(checkpoint: Path, content: dict[str, Any]) -> None:
-    content = {"format": _FORMAT, **content}
-    write_json(checkpoint / MANIFEST_FILE, {"checksum": _checksum_of(content), **content})
-    for folder in (checkpoint, checkpoint.parent):
-        flush(folder)
-    _mark(checkpoint).unlink(missing_ok=True)
-
-
-def _flushed(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file, which is on disk then, its name included."""
-    flush(path)
-    flush(path.parent)
-    return {"bytes": path.stat().st_size, "crc32": _checksum(path)}
-
-
-def _checksum(path: Path) -> str:
-    checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
-    return f"{checksum:08x}"
-
-
-def _checksum_of(content: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+def _reason(error: BaseException, run: Path) -> str:
+    """Why a checkpoint could not be written; torch's writer of archives does not say that the disk is full."""
+    told = str(error)
+    if isinstance(error, CheckpointException):
+        told = "; ".join(f"process {number}: {raised}" for number, (raised, _) in error.failures.items())
+    if "No space left" in told or shutil.disk_usage(run).free > _FULL:
+        return told
+    return f"No space left on device ({told})"

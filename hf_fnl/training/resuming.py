@@ -18,9 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import OPTIMIZER_NAME
 
 from hf_fnl.layers.partitioned import full_shape
-from hf_fnl.training.checkpoints import check_complete, checkpoints, is_unfinished, newest_complete, read_manifest
+from hf_fnl.training.checkpoints import check_complete, checkpoints, newest_complete
 from hf_fnl.training.command_line import UsageError
 from hf_fnl.training.engines import check_optimizer, innermost
+from hf_fnl.training.manifest import is_unfinished, read_manifest
 from hf_fnl.training.optimizers import check_decay
 from hf_fnl.utils.processes import first_decides, is_first
 from hf_fnl.utils.suggest import listed

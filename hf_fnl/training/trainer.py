@@ -6,14 +6,12 @@ import contextlib
 import functools
 import inspect
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -28,7 +26,7 @@ from hf_fnl.optim.transfer import transfer_
 from hf_fnl.training.arguments import FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DecayCallback, DiagnosticsCallback, EpochCallback
 from hf_fnl.training.card import write_trainer_card
-from hf_fnl.training.checkpoints import CompleteCheckpoints, clean, remove
+from hf_fnl.training.checkpoints import CompleteCheckpoints, clean
 from hf_fnl.training.engines import check_engine, is_sharded, set_state_dict_type
 from hf_fnl.training.finite import check_finite, check_logged
 from hf_fnl.training.form import match_checkpoint_, rewrap_
@@ -48,9 +46,6 @@ from hf_fnl.training.streaming import StreamPosition, is_stream, stream_loader
 from hf_fnl.utils.modes import preserved_modes
 from hf_fnl.utils.processes import first_decides
 from hf_fnl.workarounds import forget_evaluation, forget_old_names_, name_causal_loss_, ties_in_one_unit
-
-# Bytes that may be left on a disk that is full.
-_FULL = 1 << 16
 
 
 class FLAMBeTrainer(Trainer):
@@ -152,25 +147,10 @@ class FLAMBeTrainer(Trainer):
             if checkpoint is not None and self.args.dense_steps:
                 self._match_checkpoint(str(checkpoint))
             self._resumption.begin(checkpoint)
-            output = self._train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            with self._checkpoints.training(self.args):
+                output = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
         self._check_finite(f"after step {self.state.global_step}")
         return output
-
-    def _train(self, *args: Any, **kwargs: Any) -> Any:
-        self._checkpoints.unfinished, self._checkpoints.limit = None, self.args.save_total_limit
-        try:
-            return super().train(*args, **kwargs)
-        except (Exception, CheckpointException) as error:  # the latter is of torch's shards, and no Exception
-            if (unfinished := self._checkpoints.unfinished) is None:
-                raise
-            reason = _reason(error, unfinished.parent)
-            with contextlib.suppress(OSError):
-                remove(unfinished)
-            raise RuntimeError(
-                f"could not write {unfinished}: {reason}; earlier checkpoints are as they were"
-            ) from error
-        finally:
-            self.args.save_total_limit = self._checkpoints.limit
 
     def _checkpoint_to_take(self, given: str | os.PathLike[str] | bool | None) -> Path | None:
         run = Path(self.args.output_dir)
@@ -471,13 +451,3 @@ def _all_batches(args: FLAMBeTrainingArguments) -> Iterator[None]:
 def _shifts_labels(model: nn.Module) -> bool:
     is_seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return getattr(model, "loss_type", None) == "ForCausalLM" and not is_seq2seq
-
-
-def _reason(error: BaseException, run: Path) -> str:
-    """Why a checkpoint could not be written; torch's writer of archives does not say that the disk is full."""
-    told = str(error)
-    if isinstance(error, CheckpointException):
-        told = "; ".join(f"process {number}: {raised}" for number, (raised, _) in error.failures.items())
-    if "No space left" in told or shutil.disk_usage(run).free > _FULL:
-        return told
-    return f"No space left on device ({told})"

@@ -20,14 +20,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_fnl import FactorizedBertForPreTraining, FLAMBeTrainer, FLAMBeTrainingArguments
-from hf_fnl.training.checkpoints import (
-    MANIFEST_FILE,
-    CompleteCheckpoints,
-    checkpoints,
-    fault,
-    newest_complete,
-    write_manifest,
-)
+from hf_fnl.training.checkpoints import CompleteCheckpoints, checkpoints, newest_complete
+from hf_fnl.training.manifest import MANIFEST_FILE, fault, write_manifest
 from hf_fnl.training.run_lock import LOCK_FILE, locked
 from hf_fnl.training.runs import check_output_folder, checkpoint_to_resume
 

@@ -18,8 +18,9 @@ from training_cases import tiny_examples, tiny_model, tiny_trainer
 
 from hf_fnl import FactorizedBertForPreTraining, FLAMBeTrainingArguments
 from hf_fnl.training.callbacks import DIAGNOSTICS_FILE
-from hf_fnl.training.checkpoints import MANIFEST_FILE, checkpoints, fault
+from hf_fnl.training.checkpoints import checkpoints
 from hf_fnl.training.engines import check_engine, check_optimizer
+from hf_fnl.training.manifest import MANIFEST_FILE, fault
 
 pytestmark = launches
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")

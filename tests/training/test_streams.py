@@ -19,7 +19,7 @@ from hf_fnl import FLAMBeTrainer, FLAMBeTrainingArguments
 from hf_fnl.tasks import documents
 from hf_fnl.tasks.documents import load_documents
 from hf_fnl.training import streaming
-from hf_fnl.training.checkpoints import write_manifest
+from hf_fnl.training.manifest import write_manifest
 from hf_fnl.training.streaming import stream_loader
 
 FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "ignore:.*worker processes:UserWarning")
