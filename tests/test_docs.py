@@ -21,6 +21,7 @@ from hf_fnl.scripts import PROGRAMS
 from hf_fnl.tasks.tokenization import train_wordpiece
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hf_fnl"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
 FOLDERS = ("benchmarks", "examples", "model_cards", "run_scripts/launch")
@@ -179,6 +180,21 @@ def test_the_api_page_has_every_public_name() -> None:
     for path in re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE):
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name), path
+
+
+def test_the_design_names_files_and_functions_that_exist() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| (.*) \|$", text.partition("## To change X")[2], flags=re.MULTILINE)
+    assert len(rows) >= 20
+    for row in rows:
+        folder, source = "", ""
+        for name in re.findall(r"`([^`]+)`", row):
+            if name.endswith((".py", ".md")):
+                folder = name.rpartition("/")[0] or folder
+                places = [PACKAGE / name, PACKAGE / folder / name]
+                source += next(file for file in places if file.is_file()).read_text(encoding="utf-8")
+            elif "/" not in name and " " not in name:
+                assert all(re.search(rf"\b{part}\b", source) for part in name.split(".")), f"{name}: {row}"
 
 
 def texts_of_sources() -> str:

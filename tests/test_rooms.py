@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,13 @@ def imports(path: Path) -> Iterator[str]:
 def room(path: Path) -> str:
     """The folder, or the module, of the package that a file belongs to: ``layers`` for ``layers/linear.py``."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_the_design_lists_the_rooms_in_their_order():
+    (listed,) = re.findall(
+        r"```\n(utils.*?)```", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    assert re.findall(r"^\w+", listed, flags=re.MULTILINE) == [name for name in ROOMS if name != "__main__"]
 
 
 def test_every_file_lies_in_a_room():
