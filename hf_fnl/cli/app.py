@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hf_fnl.cli.evaluate import evaluate
 from hf_fnl.cli.options import (
@@ -31,7 +32,6 @@ from hf_fnl.cli.tables import LAYERS_KEY, layers_table, matrices_table, share_le
 from hf_fnl.cli.terminal import session
 from hf_fnl.utils.suggest import did_you_mean
 
-_MODELS, _TRAINING = "Trained models", "Training"
 _EXAMPLES = """\
 hf-fnl factorize HuggingFaceTB/SmolLM2-135M --budget 0.85 --calibrate texts.txt --out small
 
@@ -39,8 +39,17 @@ hf-fnl inspect small
 
 hf-fnl train clm --dataset texts.txt --ffn_rank 192 --ov_rank 32 --output_dir runs/gpt2"""
 
+
+class _Commands(TyperGroup):
+    """The list of all commands in plain text: rich, which draws the help of each, takes longer than all else here."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "rich_markup_mode": None})
+
+
 app = typer.Typer(
     name="hf-fnl",
+    cls=_Commands,
     help="Factorized neural layers: make a trained model smaller, or train a low-rank one.",
     epilog=_EXAMPLES,
     no_args_is_help=True,
@@ -84,7 +93,6 @@ def _option(text: str, panel: str, metavar: str | None = None, *names: str, **se
 
 @app.command(
     short_help="Make a trained model smaller.",
-    rich_help_panel=_MODELS,
     epilog="Example: hf-fnl factorize bert-base-uncased --ratio 0.5 --calibrate texts.jsonl --out bert-half",
 )
 def factorize(
@@ -201,7 +209,6 @@ def _texts_used(record: dict[str, Any]) -> Iterator[str]:
 
 @app.command(
     short_help="Turn a factorized model into a stock one.",
-    rich_help_panel=_MODELS,
     epilog="Example: hf-fnl merge bert-half --out bert-half-stock",
 )
 def merge(
@@ -229,7 +236,6 @@ def merge(
 
 @app.command(
     short_help="Show the matrices of a model.",
-    rich_help_panel=_MODELS,
     epilog="Example: hf-fnl inspect bert-half",
 )
 def inspect(
@@ -266,7 +272,6 @@ def inspect(
 
 @app.command(
     short_help="Write an HTML page about runs or models.",
-    rich_help_panel=_MODELS,
     epilog="Example: hf-fnl report runs/decay-* --out report.html",
 )
 def report(
@@ -298,15 +303,13 @@ def report(
 
 app.command(
     short_help="Measure language models on a text.",
-    rich_help_panel=_MODELS,
     epilog="Example: hf-fnl evaluate gpt2 gpt2-small --texts held-out.txt",
 )(evaluate)
 app.command(
     short_help="Say what training a model costs.",
-    rich_help_panel=_TRAINING,
     epilog="Example: hf-fnl plan bert-large --ffn-rank 256 --ov-rank 32 --gpus 64 --memory 24",
 )(plan)
-add_programs(app, panel=_TRAINING)
+add_programs(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

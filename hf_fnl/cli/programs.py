@@ -13,14 +13,13 @@ from hf_fnl.scripts import PROGRAMS, Program
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
-def add_programs(app: typer.Typer, *, panel: str) -> None:
+def add_programs(app: typer.Typer) -> None:
     """Add every program to ``hf-fnl``, those that train below ``hf-fnl train``."""
     train = typer.Typer(name="train", no_args_is_help=True, pretty_exceptions_enable=False)
     app.add_typer(
         train,
         short_help="Train a BERT, GPT-2, Marian or vision model.",
         help="Train a model. `hf-fnl train NAME --help` lists the options of each.",
-        rich_help_panel=panel,
         epilog="\n\n".join(f"hf-fnl {name} {each.example}" for name, each in PROGRAMS.items() if " " in name),
     )
     for name, program in PROGRAMS.items():
@@ -28,7 +27,6 @@ def add_programs(app: typer.Typer, *, panel: str) -> None:
         add = (train if group else app).command(
             command,
             short_help=program.summary,
-            rich_help_panel=None if group else panel,
             context_settings=_PASSED_ON,
             add_help_option=False,
         )

@@ -29,12 +29,11 @@ def help_of(name: str) -> str:
     return text.getvalue()
 
 
-def test_every_command_has_a_line_in_its_section():
+def test_every_command_has_a_line():
     text = shown("--help")
-    models, training = text.index("Trained models"), text.index("Training")
     for command in app.registered_commands:
-        place = text.index(f" {command.name or command.callback.__name__} ", models)
-        assert (place > training) == (command.name in PROGRAMS or command.callback.__name__ == "plan")
+        assert f"\n  {command.name or command.callback.__name__} " in text
+    assert "\n  train " in text
 
 
 def test_train_lists_what_it_trains():

@@ -166,7 +166,7 @@ def test_the_command_line_imports_no_torch_to_help(tmp_path):
     (tmp_path / "hf-fnl").write_text(f"{program}print(' '.join(sys.modules))")
     words = [sys.executable, tmp_path / "hf-fnl", "--help"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    heavy = {"torch", "transformers", "datasets", "numpy", "safetensors", "huggingface_hub"}
+    heavy = {"torch", "transformers", "datasets", "numpy", "safetensors", "huggingface_hub", "rich"}
     assert not heavy & set(done.stdout.splitlines()[-1].split())
 
 
