@@ -99,10 +99,10 @@ class SentenceEmbedding(nn.Module):
 def embed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> Tensor:
     """Sentence embeddings, ``(len(sentences), hidden_size)``."""
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    embeddings = torch.empty(len(sentences), model.config.hidden_size)
+    embeddings, embedding = torch.empty(len(sentences), model.config.hidden_size), SentenceEmbedding(model)
     for start in range(0, len(order), 64):
         part = order[start : start + 64]
-        embeddings[part] = SentenceEmbedding(model)(**tokenized(tokenizer, [sentences[i] for i in part]))
+        embeddings[part] = embedding(**tokenized(tokenizer, [sentences[i] for i in part]))
     return embeddings
 
 

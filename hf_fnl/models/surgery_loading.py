@@ -12,7 +12,7 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from hf_fnl.surgery.record import (
     method_of,
     models_in,
     quantization_of,
+    subclasses,
     update_records_,
 )
 from hf_fnl.surgery.restore import empty_layers
@@ -267,7 +268,7 @@ def saved_class(source: str | os.PathLike, config: PreTrainedConfig) -> type[Pre
     """
     names = config.architectures if isinstance(config.architectures, list) else [config.architectures]
     names = [name for name in names if isinstance(name, str)]
-    ours = {found.__name__: found for found in _subclasses(PreTrainedModel) if found.__module__.startswith("hf_fnl.")}
+    ours = {found.__name__: found for found in subclasses(PreTrainedModel) if found.__module__.startswith("hf_fnl.")}
     for name in names:
         named: Any = ours.get(name) or getattr(transformers, name, None)
         if isinstance(named, type) and issubclass(named, PreTrainedModel) and named is not PreTrainedModel:
@@ -276,10 +277,3 @@ def saved_class(source: str | os.PathLike, config: PreTrainedConfig) -> type[Pre
         f"the config.json of {source} names no model class of transformers or hf_fnl in architectures, but "
         f"{', '.join(names) or 'nothing'}; pass the class as auto_class"
     )
-
-
-def _subclasses(cls: type) -> Iterator[type]:
-    subclasses: list[type] = cls.__subclasses__()
-    for subclass in subclasses:
-        yield subclass
-        yield from _subclasses(subclass)

@@ -66,17 +66,18 @@ def models_with(layers: Iterable[nn.Module], inside: nn.Module) -> list[PreTrain
     A module does not know what holds it, so models are looked for among all objects.
     """
     sought = set(layers)
-    objects, classes = gc.get_objects(), set(_subclasses(PreTrainedModel))
+    objects, classes = gc.get_objects(), set(subclasses(PreTrainedModel))
     found = itertools.compress(objects, map(classes.__contains__, map(type, objects)))
     made = (model for model in found if "_modules" in vars(model))  # and not one whose construction failed
     models = dict.fromkeys([*models_in(inside), *made])
     return [model for model in models if not sought.isdisjoint(model.modules())]
 
 
-def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+def subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    """A class, and all that are derived from it."""
     yield cls
     for subclass in cls.__subclasses__():
-        yield from _subclasses(subclass)
+        yield from subclasses(subclass)
 
 
 def update_records_(models: Iterable[PreTrainedModel]) -> None:
